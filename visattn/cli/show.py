@@ -1,0 +1,136 @@
+"""``visattn show``: look at a pattern on a grid, in the terminal, as a picture or as numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import textwrap
+from pathlib import Path
+
+from visattn.attention import block_sizes
+from visattn.layout import Grid, TokenLayout
+from visattn.patterns import PATTERNS, parse_pattern
+from visattn.patterns.parse import signature_of
+from visattn.view import view_pattern, view_text
+
+EXAMPLE = "for example 'radial(decay=0.2, sink=True)'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help=f"a pattern, {EXAMPLE}")
+    parser.add_argument(
+        "--list", action="store_true", help="list the patterns and their parameters"
+    )
+    parser.add_argument(
+        "--grid",
+        default="8x16x16",
+        metavar="TxHxW",
+        help="latent frames, rows and columns; HxW for an image (default %(default)s)",
+    )
+    for place in ("before", "after"):
+        parser.add_argument(
+            f"--text-{place}",
+            type=int,
+            default=0,
+            metavar="N",
+            help=f"text tokens {place} the grid",
+        )
+    parser.add_argument(
+        "--block", metavar="N", help="tokens of a block, or QxK (default: that of sparse_attention)"
+    )
+    parser.add_argument(
+        "--partial",
+        default="exact",
+        choices=("exact", "promote", "drop"),
+        help="what becomes of partly kept blocks (default %(default)s)",
+    )
+    parser.add_argument(
+        "--query", metavar="t,h,w", help="the query whose keys are shown (default: the middle)"
+    )
+    parser.add_argument("--output", metavar="FILE.png", help="draw into this file")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run(args: argparse.Namespace) -> str:
+    if args.list:
+        if args.pattern is not None:
+            raise ValueError("--list takes no pattern")
+        return json.dumps(pattern_table(), indent=2, sort_keys=True) if args.json else list_text()
+    if args.pattern is None:
+        raise ValueError(f"give a pattern, {EXAMPLE}, or --list")
+    if args.output is not None and Path(args.output).suffix.lower() != ".png":
+        raise ValueError(f"--output {args.output!r} must end in .png; no other format is written")
+    layout = TokenLayout(
+        Grid(*read_grid(args.grid)), text_before=args.text_before, text_after=args.text_after
+    )
+    view = view_pattern(
+        parse_pattern(args.pattern),
+        layout,
+        *(block_sizes(layout.length) if args.block is None else read_block(args.block)),
+        partial=args.partial,
+        query=None if args.query is None else read_query(args.query),
+    )
+    if args.output is not None:
+        from visattn.draw import draw_view  # Pillow is loaded for pictures only
+        from visattn.picture import save_png
+
+        save_png(draw_view(view), args.output)
+    if args.json:
+        return json.dumps(view.numbers(), indent=2, sort_keys=True)
+    return view_text(view) if args.output is None else f"wrote {args.output}"
+
+
+def _integers(text: str, separator: str, option: str, form: str) -> tuple[int, ...]:
+    if not re.fullmatch(rf"\d{{1,9}}({separator}\d{{1,9}})*", text, re.ASCII | re.IGNORECASE):
+        raise ValueError(f"{option} {text!r} must be {form}")
+    return tuple(int(number) for number in re.split(separator, text, flags=re.IGNORECASE))
+
+
+def read_grid(text: str) -> tuple[int, int, int]:
+    """``"8x16x16"`` or, of one frame, ``"16x16"``."""
+    form = "frames, rows and columns as in 8x16x16, or rows and columns as in 16x16"
+    sizes = _integers(text, "x", "--grid", form)
+    if len(sizes) not in (2, 3):
+        raise ValueError(f"--grid {text!r} must be {form}")
+    frames, height, width = sizes if len(sizes) == 3 else (1, *sizes)
+    return frames, height, width
+
+
+def read_block(text: str) -> tuple[int, int]:
+    """``"64"`` or ``"128x64"``."""
+    form = "a number of tokens as in 64, or queries and keys as in 128x64"
+    sizes = _integers(text, "x", "--block", form)
+    if len(sizes) > 2:
+        raise ValueError(f"--block {text!r} must be {form}")
+    return sizes[0], sizes[-1]
+
+
+def read_query(text: str) -> tuple[int, int, int]:
+    """``"4,8,8"``."""
+    form = "a place in the grid, frame, row and column as in 4,8,8"
+    place = _integers(text, ",", "--query", form)
+    if len(place) != 3:
+        raise ValueError(f"--query {text!r} must be {form}")
+    return place[0], place[1], place[2]
+
+
+def pattern_table() -> list[dict[str, str]]:
+    """Name, parameters and summary of every pattern."""
+    return [
+        {
+            "name": name,
+            "parameters": signature_of(kind),
+            "summary": " ".join((kind.__doc__ or "").split("\n\n")[0].split()).replace("``", ""),
+        }
+        for name, kind in PATTERNS.items()
+    ]
+
+
+def list_text() -> str:
+    """The table for a terminal."""
+    lines = []
+    for row in pattern_table():
+        lines.append(f"{row['name']}({row['parameters']})")
+        lines += textwrap.wrap(row["summary"], 92, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""Block maps to and from FlexAttention's ``BlockMask``.
+
+FlexAttention cuts a sequence into equal blocks, so a map is exchanged only where its blocks are
+equal: every segment but the last begins at a multiple of the block, and no order has cut boxes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from visattn.blockmap import (
+    FULL,
+    NONE,
+    PARTIAL,
+    SHORT,
+    TEXT,
+    BlockMap,
+    build_map,
+    distinct_tiles,
+    pack_rows,
+)
+from visattn.layout import TokenLayout
+from visattn.orders import LineOrder, SequenceBlocks, sequence_blocks
+
+__all__ = ["from_block_mask", "to_block_mask"]
+
+
+def _check_aligned(name: str, blocks: SequenceBlocks) -> None:
+    equal = torch.arange(0, blocks.layout.length, blocks.size)
+    if len(equal) != len(blocks) or not torch.equal(equal, blocks.start):
+        raise ValueError(
+            f"{name} {blocks.layout} is not cut into equal blocks of {blocks.size}; "
+            "FlexAttention needs segments that begin at a multiple of the block and an order "
+            "without cut boxes, such as LineOrder()"
+        )
+
+
+def to_block_mask(block_map: BlockMap, device: torch.device | str = "cpu") -> BlockMask:
+    """The map as a BlockMask for one batch and head, ``[1, 1, Lq, Lk]``.
+
+    FlexAttention then takes q, k and v in the map's orders (``q_blocks.index`` and
+    ``k_blocks.index``).
+
+    Raises:
+        ValueError: the map's blocks are not of equal length.
+    """
+    _check_aligned("layout", block_map.q_blocks)
+    _check_aligned("kv_layout", block_map.k_blocks)
+    status = block_map.status()
+    tiles, index = block_map.tiles
+    shape = (block_map.block_q, block_map.block_k)
+    table = torch.cat([torch.zeros(1, *shape).bool(), torch.ones(1, *shape).bool(), tiles]).to(
+        device
+    )
+    tile_of = ((status != NONE) & (status != PARTIAL)).long()
+    tile_of[block_map.partial_pairs] = index + 2
+    tile_of = tile_of.to(device)
+
+    def mask_mod(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
+        return table[tile_of[q // shape[0], k // shape[1]], q % shape[0], k % shape[1]]
+
+    def lists(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = kept.int().argsort(dim=1, descending=True, stable=True)
+        return kept.sum(1).int()[None, None].to(device), first.int()[None, None].to(device)
+
+    whole = (status == FULL) | (status == TEXT) | (status == SHORT)
+    return BlockMask.from_kv_blocks(
+        *lists(status == PARTIAL),
+        *lists(whole),
+        BLOCK_SIZE=shape,
+        mask_mod=mask_mod,
+        seq_lengths=(block_map.layout.length, block_map.kv_layout.length),
+    )
+
+
+def from_block_mask(
+    block_mask: BlockMask,
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None = None,
+    *,
+    batch: int = 0,
+    head: int = 0,
+) -> BlockMap:
+    """One batch item and head of a BlockMask as a map; partial blocks become bit tiles.
+
+    Args:
+        block_mask: its ``mask_mod`` must take index tensors that broadcast.
+        layout, kv_layout: what the tokens are; their lengths must be the mask's.
+
+    Raises:
+        ValueError: lengths differ, blocks are not aligned with the segments, or a row is empty.
+    """
+    keys = kv_layout or layout
+    if tuple(block_mask.seq_lengths) != (layout.length, keys.length):
+        raise ValueError(
+            f"block_mask is for {tuple(block_mask.seq_lengths)} tokens but the layouts have "
+            f"{(layout.length, keys.length)}"
+        )
+    block_q, block_k = block_mask.BLOCK_SIZE
+    natural = LineOrder()
+    q_blocks = sequence_blocks(layout, (natural,) * len(layout.grids), block_q)
+    k_blocks = sequence_blocks(keys, (natural,) * len(keys.grids), block_k)
+    _check_aligned("layout", q_blocks)
+    _check_aligned("kv_layout", k_blocks)
+    dense = build_map(
+        q_blocks, k_blocks, [None] * len(layout.grids), partial="exact", description="block_mask"
+    )
+    whole = dense.status()
+    status = torch.zeros_like(whole)
+    for counts, indices, partial in (
+        (block_mask.kv_num_blocks, block_mask.kv_indices, True),
+        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, False),
+    ):
+        if counts is None or indices is None:
+            continue
+        count = counts[min(batch, counts.shape[0] - 1), min(head, counts.shape[1] - 1)].cpu()
+        index = (
+            indices[min(batch, indices.shape[0] - 1), min(head, indices.shape[1] - 1)].cpu().long()
+        )
+        rows, places = (torch.arange(index.shape[1]) < count[:, None]).nonzero(as_tuple=True)
+        columns = index[rows, places]
+        status[rows, columns] = PARTIAL if partial else whole[rows, columns]
+    bounds, columns = pack_rows(status)
+    out = BlockMap(q_blocks, k_blocks, bounds, columns, ((),) * len(layout.grids))
+    b, h = torch.tensor(batch), torch.tensor(head)
+
+    def evaluate(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        q, q_exists = q_blocks.tokens(rows)
+        k, k_exists = k_blocks.tokens(columns)
+        kept = block_mask.mask_mod(b, h, q[:, :, None], k[:, None, :])
+        return kept & q_exists[:, :, None] & k_exists[:, None, :]
+
+    tiles = distinct_tiles(*out.partial_pairs, block_q, block_k, evaluate)
+    return BlockMap(q_blocks, k_blocks, bounds, columns, out.predicates, tiles)

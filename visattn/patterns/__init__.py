@@ -1,0 +1,64 @@
+"""Static patterns: which (query, key) pairs a head computes, known before any tensor is.
+
+Each is a frozen dataclass with ``allows(q, k, layout)``, ``density(layout)`` and
+``lower(layout, block_q, block_k)``. ``PATTERNS`` names them all; ``parse_pattern`` reads their
+written form.
+"""
+
+from visattn.patterns.axis_order import AxisOrder
+from visattn.patterns.block import Block, ShiftedBlock
+from visattn.patterns.dense import Dense
+from visattn.patterns.diagonal import Diagonal, MultiDiagonal
+from visattn.patterns.grid_blocks import GridBlocks
+from visattn.patterns.halo import Halo
+from visattn.patterns.neighborhood import Neighborhood
+from visattn.patterns.parse import parse_pattern
+from visattn.patterns.pattern import Pattern
+from visattn.patterns.radial import Radial
+from visattn.patterns.sharded import Sharded
+from visattn.patterns.skip import Skip
+from visattn.patterns.sliding_tile import SlidingTile
+from visattn.patterns.stencil import Stencil
+from visattn.patterns.stripe import Stripe
+from visattn.patterns.union import Union
+
+__all__ = [
+    "PATTERNS",
+    "AxisOrder",
+    "Block",
+    "Dense",
+    "Diagonal",
+    "GridBlocks",
+    "Halo",
+    "MultiDiagonal",
+    "Neighborhood",
+    "Pattern",
+    "Radial",
+    "Sharded",
+    "ShiftedBlock",
+    "Skip",
+    "SlidingTile",
+    "Stencil",
+    "Stripe",
+    "Union",
+    "parse_pattern",
+]
+
+PATTERNS: dict[str, type[Pattern]] = {
+    "dense": Dense,
+    "skip": Skip,
+    "diagonal": Diagonal,
+    "multi_diagonal": MultiDiagonal,
+    "stripe": Stripe,
+    "radial": Radial,
+    "neighborhood": Neighborhood,
+    "sliding_tile": SlidingTile,
+    "block": Block,
+    "shifted_block": ShiftedBlock,
+    "grid_blocks": GridBlocks,
+    "halo": Halo,
+    "sharded": Sharded,
+    "stencil": Stencil,
+    "axis_order": AxisOrder,
+    "union": Union,
+}

@@ -1,0 +1,65 @@
+"""A pattern seen in another nesting of the axes.
+
+Source: PAROAttention (Zhao et al. 2025, arXiv 2506.16054), which picks one of six axis orders per
+head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid
+from visattn.orders import Order, axis_permutation
+from visattn.patterns.pattern import Pattern
+from visattn.predicates import Places, Predicate
+
+
+@dataclass(frozen=True)
+class AxisOrder(Pattern):
+    """``pattern`` on the grid with its axes reordered: ``"hwt"`` puts height in the place of
+    frames.
+
+    Args:
+        pattern: any static pattern; its per-axis parameters count for the reordered axes.
+        order: the letters t, h, w, slowest axis first.
+
+    Raises:
+        TypeError, ValueError: ``pattern`` is no pattern, or ``order`` no such word.
+    """
+
+    pattern: Pattern
+    order: str = "hwt"
+    name: ClassVar[str] = "axis_order"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Pattern):
+            raise TypeError(f"pattern={self.pattern!r} must be a pattern, for example Diagonal(64)")
+        axis_permutation(self.order)
+
+    @property
+    def outside(self) -> bool:  # type: ignore[override]
+        return self.pattern.outside
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        a, b, c = axis_permutation(self.order)
+        return self.pattern.keeps((q[a], q[b], q[c]), (k[a], k[b], k[c]), grid.permuted((a, b, c)))
+
+    def pairs(self, grid: Grid) -> int:
+        return self.pattern.pairs(grid.permuted(axis_permutation(self.order)))
+
+    def check(self, grid: Grid) -> None:
+        self.pattern.check(grid.permuted(axis_permutation(self.order)))
+
+    def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
+        axes = axis_permutation(self.order)
+        return tuple(
+            predicate.permuted(axes) for predicate in self.pattern.predicates(grid.permuted(axes))
+        )
+
+    def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
+        axes = axis_permutation(self.order)
+        q_order, k_order = self.pattern.orders(grid.permuted(axes), block_q, block_k)
+        return q_order.permuted(axes, grid), k_order.permuted(axes, grid)

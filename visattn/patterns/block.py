@@ -1,0 +1,94 @@
+"""Window attention, plain and shifted: the grid is cut into boxes that attend within themselves.
+
+Source: Swin (Liu et al. 2021, arXiv 2103.14030); the block half of MaxViT (Tu et al. 2022, arXiv
+2204.01697); DaViT's window attention (Ding et al. 2022, arXiv 2204.03645).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid, check_count
+from visattn.orders import Triple
+from visattn.patterns.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_tokens
+from visattn.predicates import AxisRule, Places
+
+
+@dataclass(frozen=True)
+class Block(AxisPattern):
+    """Queries see the keys of their own box; boxes at the far border may be cut.
+
+    Args:
+        size: sides of a box, one for all axes or ``(frames, height, width)``.
+
+    Raises:
+        TypeError, ValueError: a size is wrong, or larger than the grid.
+    """
+
+    size: Sizes
+    name: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        check_sizes("size", self.size)
+
+    def places(self, grid: Grid) -> tuple[Triple, Triple]:
+        """Sides of a box, and where the first one ends (0: after a whole side), in tokens."""
+        return sizes_of("size", self.size, grid), NO_UNIT
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        kept = torch.ones((), dtype=torch.bool, device=q[0].device)
+        for axis, (side, shift) in enumerate(zip(*self.places(grid), strict=True)):
+            kept = kept & ((q[axis] - shift) // side == (k[axis] - shift) // side)
+        return kept
+
+    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
+        side, shift = (values[axis] for values in self.places(grid))
+        place = torch.arange(grid.shape[axis])
+        begin = (place - shift).div(side, rounding_mode="floor") * side + shift
+        return AxisRule(begin.clamp(min=0), (begin + side - 1).clamp(max=grid.shape[axis] - 1))
+
+    def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
+        size, shift = self.places(grid)
+        return size, shift, (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class ShiftedBlock(Block):
+    """Swin's shifted windows: boxes begin at ``shift``; what the cyclic roll would join stays
+    apart.
+
+    Args:
+        size: sides of a box.
+        shift: tokens by which the boxes are moved, per axis, below ``size``; None is half a side.
+
+    Raises:
+        TypeError, ValueError: a size is wrong or does not fit.
+    """
+
+    shift: Sizes | None = None
+    name: ClassVar[str] = "shifted_block"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift is not None:
+            check_sizes("shift", self.shift, minimum=0)
+
+    def places(self, grid: Grid) -> tuple[Triple, Triple]:
+        size = sizes_of("size", self.size, grid)
+        if self.shift is None:
+            return size, (size[0] // 2, size[1] // 2, size[2] // 2)
+        chosen = per_axis("shift", self.shift, grid, 0)
+        t, h, w = (
+            to_tokens("shift", chosen[a], grid.shape[a], a, size[a] - 1, minimum=0)
+            for a in range(3)
+        )
+        return size, (t, h, w)
+
+    def for_layers(self, count: int) -> tuple[Block, ...]:
+        """Swin's alternation: plain windows in even layers, shifted ones in odd layers."""
+        check_count("count", count, 1)
+        return tuple(self if layer % 2 else Block(self.size) for layer in range(count))

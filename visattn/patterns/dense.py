@@ -1,0 +1,32 @@
+"""Dense attention: every pair is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid
+from visattn.orders import LineOrder, Order
+from visattn.patterns.pattern import Pattern
+from visattn.predicates import UNBOUNDED, Band, Places, Predicate
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Every query sees every key."""
+
+    name: ClassVar[str] = "dense"
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        return (q[0] == q[0]) & (k[0] == k[0])
+
+    def pairs(self, grid: Grid) -> int:
+        return grid.numel**2
+
+    def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
+        return (Band(grid.strides, -UNBOUNDED, UNBOUNDED),)
+
+    def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
+        return LineOrder(), LineOrder()

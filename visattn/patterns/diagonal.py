@@ -1,0 +1,85 @@
+"""Bands along the diagonal of the attention map, in raster order or across frames.
+
+Source: Sparse-vDiT (Chen et al. 2025, arXiv 2506.03065), modes M2 and M3; Sparse VideoGen's
+spatial and temporal heads (Xi et al. 2025, arXiv 2502.01776); with text kept, the arrow of
+DiTFastAttnV2 (Zhang et al. 2025, arXiv 2503.22796).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid
+from visattn.orders import LineOrder, Order, axis_permutation
+from visattn.patterns.pattern import Pattern
+from visattn.patterns.sizes import Size, check_size
+from visattn.predicates import Band, Places, Predicate, line_weights, linear_form
+
+
+def band_pairs(length: int, width: int) -> int:
+    """Pairs with ``|a - b| <= width`` among ``length`` places."""
+    width = min(width, length - 1)
+    return length * (2 * width + 1) - width * (width + 1)
+
+
+@dataclass(frozen=True)
+class Diagonal(Pattern):
+    """``|p_q - p_k| <= width`` in the raster index ``p``.
+
+    Args:
+        width: half-width of the band in tokens, at least 0 and below the grid's tokens; a float is
+            a fraction of the grid's tokens (of the sequence axis), rounded down.
+
+    Raises:
+        TypeError, ValueError: ``width`` is not such a size.
+    """
+
+    width: Size
+    name: ClassVar[str] = "diagonal"
+    axes: ClassVar[str] = "thw"
+
+    def __post_init__(self) -> None:
+        check_size("width", self.width, minimum=0)
+
+    def tokens(self, grid: Grid) -> int:
+        """``width`` in tokens."""
+        if isinstance(self.width, float):
+            return math.floor(min(self.width * grid.numel, grid.numel - 1))
+        if self.width >= grid.numel:
+            raise ValueError(
+                f"width={self.width} must be below the {grid.numel} tokens of grid {grid}; "
+                "use a float as a fraction of them, or Dense()"
+            )
+        return self.width
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        weights = line_weights(grid, axis_permutation(self.axes))
+        return (linear_form(weights, q) - linear_form(weights, k)).abs() <= self.tokens(grid)
+
+    def pairs(self, grid: Grid) -> int:
+        return band_pairs(grid.numel, self.tokens(grid))
+
+    def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
+        width = self.tokens(grid)
+        return (Band(line_weights(grid, axis_permutation(self.axes)), -width, width),)
+
+    def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
+        return LineOrder(self.axes), LineOrder(self.axes)
+
+
+@dataclass(frozen=True)
+class MultiDiagonal(Diagonal):
+    """The band in ``(h, w, t)`` order, where the tokens of one place in all frames are neighbours.
+
+    On the raster map this shows as one diagonal per frame distance: a temporal head.
+
+    Args:
+        width: as for ``Diagonal``, in the reordered index.
+    """
+
+    name: ClassVar[str] = "multi_diagonal"
+    axes: ClassVar[str] = "hwt"

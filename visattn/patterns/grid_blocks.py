@@ -1,0 +1,62 @@
+"""Grid attention: tokens at the same place of every block attend to one another.
+
+Source: MaxViT (Tu et al. 2022, arXiv 2204.01697), its grid half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid, check_count
+from visattn.orders import Triple
+from visattn.patterns.block import Block
+from visattn.patterns.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.sizes import Sizes, check_sizes, sizes_of
+from visattn.predicates import AxisRule, Places
+
+
+@dataclass(frozen=True)
+class GridBlocks(AxisPattern):
+    """Per axis, keys a multiple of ``ceil(length / size)`` away: at most ``size`` keys, spread
+    evenly.
+
+    Args:
+        size: keys per axis (MaxViT's grid size), one for all axes or ``(frames, height, width)``.
+
+    Raises:
+        TypeError, ValueError: a size is wrong, or larger than the grid.
+    """
+
+    size: Sizes
+    name: ClassVar[str] = "grid_blocks"
+
+    def __post_init__(self) -> None:
+        check_sizes("size", self.size)
+
+    def steps(self, grid: Grid) -> Triple:
+        """Distance of neighbouring keys, per axis."""
+        size = sizes_of("size", self.size, grid)
+        t, h, w = (-(-length // count) for length, count in zip(grid.shape, size, strict=True))
+        return t, h, w
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        kept = torch.ones((), dtype=torch.bool, device=q[0].device)
+        for axis, step in enumerate(self.steps(grid)):
+            kept = kept & (q[axis] % step == k[axis] % step)
+        return kept
+
+    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
+        step, length = self.steps(grid)[axis], grid.shape[axis]
+        residue = torch.arange(length) % step
+        return AxisRule(residue, residue + (length - 1 - residue) // step * step, step)
+
+    def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
+        return NO_UNIT, NO_UNIT, self.steps(grid)
+
+    def for_layers(self, count: int) -> tuple[AxisPattern, ...]:
+        """MaxViT's alternation: block attention in even layers, grid attention in odd layers."""
+        check_count("count", count, 1)
+        return tuple(self if layer % 2 else Block(self.size) for layer in range(count))

@@ -1,0 +1,64 @@
+"""Halo attention: a block of queries sees its own block of keys and a border around it.
+
+Source: HaloNet (Vaswani et al. 2021, arXiv 2103.12731). Keys outside the grid do not exist here;
+timm's layer pads keys and values with zeros, which then take part in its softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid
+from visattn.orders import Triple
+from visattn.patterns.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_tokens
+from visattn.predicates import AxisRule, Places
+
+
+@dataclass(frozen=True)
+class Halo(AxisPattern):
+    """Per axis, keys within ``halo`` of the query's block.
+
+    Args:
+        block: sides of a query block, per axis.
+        halo: border width in tokens, per axis, at least 0.
+
+    Raises:
+        TypeError, ValueError: a size is wrong, or larger than the grid.
+    """
+
+    block: Sizes
+    halo: Sizes
+    name: ClassVar[str] = "halo"
+
+    def __post_init__(self) -> None:
+        check_sizes("block", self.block)
+        check_sizes("halo", self.halo, minimum=0)
+
+    def sides(self, grid: Grid) -> tuple[Triple, Triple]:
+        """Block and halo, in tokens."""
+        chosen = per_axis("halo", self.halo, grid, 0)
+        t, h, w = (
+            to_tokens("halo", chosen[axis], grid.shape[axis], axis, minimum=0) for axis in range(3)
+        )
+        return sizes_of("block", self.block, grid), (t, h, w)
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        kept = torch.ones((), dtype=torch.bool, device=q[0].device)
+        for axis, (block, halo) in enumerate(zip(*self.sides(grid), strict=True)):
+            begin = q[axis] // block * block
+            kept = kept & (k[axis] >= begin - halo) & (k[axis] < begin + block + halo)
+        return kept
+
+    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
+        block, halo = (values[axis] for values in self.sides(grid))
+        begin = torch.arange(grid.shape[axis]) // block * block
+        return AxisRule(
+            (begin - halo).clamp(min=0), (begin + block + halo - 1).clamp(max=grid.shape[axis] - 1)
+        )
+
+    def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
+        return self.sides(grid)[0], NO_UNIT, (1, 1, 1)

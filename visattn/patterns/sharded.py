@@ -1,0 +1,95 @@
+"""Sharded strided attention: a local band of blocks, and every ``stride``-th block of keys per
+head.
+
+Source: S2-Attention (Lin et al. 2024, arXiv 2407.17678), as in Phi-3-small, where it is causal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid, check_count
+from visattn.orders import LineOrder, Order
+from visattn.patterns.pattern import Pattern
+from visattn.patterns.sizes import check_flag
+from visattn.predicates import CoarseTable, Places, Predicate, linear_form
+
+
+@dataclass(frozen=True)
+class Sharded(Pattern):
+    """In runs of ``block`` raster tokens numbered ``b``: kept when ``|b_q - b_k| < local``, or when
+    ``(b_k + shard + 1) mod stride == 0``.
+
+    Args:
+        local: runs kept on each side, itself included, at least 1.
+        stride: distance of the kept key runs, at least 1.
+        shard: which runs of the residue classes are kept, 0 to ``stride - 1``; heads take
+            different ones.
+        block: tokens of a run, at least 32.
+        causal: also ask ``k <= q``.
+
+    Raises:
+        TypeError, ValueError: a parameter is no such number.
+    """
+
+    local: int
+    stride: int
+    shard: int = 0
+    block: int = 64
+    causal: bool = False
+    name: ClassVar[str] = "sharded"
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("local", 1), ("stride", 1), ("shard", 0), ("block", 32)):
+            check_count(name, getattr(self, name), minimum)
+        if self.shard >= self.stride:
+            raise ValueError(f"shard={self.shard} must be below stride={self.stride}")
+        check_flag("causal", self.causal)
+
+    def for_heads(self, count: int) -> tuple[Sharded, ...]:
+        """The pattern of each head, with the shards dealt out as in S2-Attention."""
+        check_count("count", count, 1)
+        step = max(1, self.stride // count)
+        fields = (self.block, self.causal)
+        return tuple(
+            Sharded(self.local, self.stride, (self.shard + head * step) % self.stride, *fields)
+            for head in range(count)
+        )
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        q_form, k_form = linear_form(grid.strides, q), linear_form(grid.strides, k)
+        q_run, k_run = q_form // self.block, k_form // self.block
+        kept = ((q_run - k_run).abs() < self.local) | ((k_run + self.shard + 1) % self.stride == 0)
+        return kept & (k_form <= q_form) if self.causal else kept
+
+    def table(self, grid: Grid) -> torch.Tensor:
+        """Kept pairs of runs, bool ``[n, n]``."""
+        run = torch.arange(-(-grid.numel // self.block))
+        return ((run[:, None] - run).abs() < self.local) | (
+            (run + self.shard + 1) % self.stride == 0
+        )
+
+    def pairs(self, grid: Grid) -> int:
+        return _count(self, grid)
+
+    def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
+        return (CoarseTable(grid.strides, self.block, self.table(grid), self.causal),)
+
+    def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
+        return LineOrder(), LineOrder()
+
+
+@lru_cache(maxsize=64)
+def _count(pattern: Sharded, grid: Grid) -> int:
+    table = pattern.table(grid)
+    length = torch.full((len(table),), pattern.block)
+    length[-1] = grid.numel - pattern.block * (len(table) - 1)
+    areas = length[:, None] * length
+    if pattern.causal:  # below the diagonal runs are whole, on it triangles
+        diagonal = length * (length + 1) // 2
+        return int((areas * table.tril(-1)).sum() + (diagonal * table.diagonal()).sum())
+    return int((areas * table).sum())

@@ -1,0 +1,87 @@
+"""Sizes in patterns: an int counts tokens, a float is a fraction of its axis.
+
+An int too large for the grid raises; a fraction is rounded to whole tokens and clamped, so that a
+pattern given in fractions fits any resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from visattn.layout import Grid
+
+Size = int | float
+Sizes = Size | tuple[Size, ...]
+T = TypeVar("T")
+
+AXIS_WORDS = ("frames", "rows", "columns")
+
+
+def check_size(name: str, value: object, minimum: int = 1) -> None:
+    """Refuse what no grid could make legal: wrong type, NaN, too small."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}={value!r} must be an int (tokens) or a float (fraction of the axis)"
+        )
+    if isinstance(value, float):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value} as a fraction of the axis must be finite and above 0")
+    elif value < minimum:
+        raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def check_sizes(name: str, value: object, minimum: int = 1) -> None:
+    """As ``check_size``, for one size or a tuple of one to three."""
+    if not isinstance(value, tuple):
+        return check_size(name, value, minimum)
+    if not 1 <= len(value) <= 3:
+        raise ValueError(
+            f"{name}={value} must be one size or a tuple of up to three: (frames, height, width)"
+        )
+    for item in value:
+        check_size(name, item, minimum)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False")
+
+
+def per_axis(name: str, value: T | tuple[T, ...], grid: Grid, single: T) -> tuple[T, T, T]:
+    """One value per axis. A scalar goes to every axis of more than one token (``single`` to the
+    others); a tuple shorter than three goes to the last axes, and the others must have one token.
+    """
+    if not isinstance(value, tuple):
+        t, h, w = (value if length > 1 else single for length in grid.shape)
+        return t, h, w
+    missing = 3 - len(value)
+    if any(length > 1 for length in grid.shape[:missing]):
+        raise ValueError(
+            f"{name}={value} has {len(value)} values but grid {grid} has more than one token on "
+            "an axis before them; give (frames, height, width)"
+        )
+    t, h, w = (single,) * missing + value
+    return t, h, w
+
+
+def to_tokens(
+    name: str, value: Size, length: int, axis: int, limit: int | None = None, minimum: int = 1
+) -> int:
+    """Tokens of a size on an axis; ``limit`` is the largest legal one (default: the axis)."""
+    most = length if limit is None else limit
+    if isinstance(value, float):
+        return max(minimum, math.floor(min(most, value * length + 0.5)))
+    if value > most:
+        raise ValueError(
+            f"{name}={value} is more than the {most} allowed on an axis of {length} "
+            f"{AXIS_WORDS[axis]}; use at most {most}, or a float as a fraction of the axis"
+        )
+    return value
+
+
+def sizes_of(name: str, value: Sizes, grid: Grid) -> tuple[int, int, int]:
+    """A size per axis in tokens, each at most its axis."""
+    chosen = per_axis(name, value, grid, 1)
+    t, h, w = (to_tokens(name, chosen[axis], grid.shape[axis], axis) for axis in range(3))
+    return t, h, w

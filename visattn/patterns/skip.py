@@ -1,0 +1,36 @@
+"""A skipped head: no pair is kept, the output is zero.
+
+Source: Sparse-vDiT (Chen et al. 2025, arXiv 2506.03065), mode M1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid
+from visattn.orders import LineOrder, Order
+from visattn.patterns.pattern import Pattern
+from visattn.predicates import Places, Predicate
+
+
+@dataclass(frozen=True)
+class Skip(Pattern):
+    """No query sees any key, text included: output 0, LSE minus infinity."""
+
+    name: ClassVar[str] = "skip"
+    outside: ClassVar[bool] = False
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        return (q[0] != q[0]) & (k[0] != k[0])
+
+    def pairs(self, grid: Grid) -> int:
+        return 0
+
+    def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
+        return ()
+
+    def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
+        return LineOrder(), LineOrder()

@@ -1,0 +1,76 @@
+"""Sliding tile attention: a window of whole tiles around the query's tile.
+
+Source: Zhang et al. 2025, "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid
+from visattn.orders import Triple
+from visattn.patterns.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_tokens
+from visattn.predicates import AxisRule, Places
+
+
+@dataclass(frozen=True)
+class SlidingTile(AxisPattern):
+    """Per axis, the tiles within ``window // 2`` of the query's tile, moved inward at the borders.
+
+    Args:
+        tile: tokens of a tile, per axis; tiles at the far border may be cut.
+        window: tiles per axis, in tiles or as a fraction of the axis' tiles; an even window acts as
+            the next odd one, and a window of all tiles is the whole axis.
+
+    Raises:
+        TypeError, ValueError: a size is wrong, or larger than the grid.
+    """
+
+    tile: Sizes
+    window: Sizes
+    name: ClassVar[str] = "sliding_tile"
+
+    def __post_init__(self) -> None:
+        check_sizes("tile", self.tile)
+        check_sizes("window", self.window)
+
+    def tiles(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
+        """Per axis: tokens of a tile, tiles of the axis, tiles of the window."""
+        tile = sizes_of("tile", self.tile, grid)
+        t, h, w = (-(-length // side) for length, side in zip(grid.shape, tile, strict=True))
+        counts = (t, h, w)
+        chosen = per_axis("window", self.window, grid, 1)
+        windows = []
+        for axis, count in enumerate(counts):
+            own = chosen[axis]
+            if isinstance(own, int) and own > count:
+                raise ValueError(
+                    f"window={self.window} is {own} tiles where grid {grid} has {count} tiles of "
+                    f"{tile[axis]}; "
+                    f"use at most {count}, or a float as a fraction of the tiles"
+                )
+            windows.append(to_tokens("window", own, count, axis))
+        return tile, counts, (windows[0], windows[1], windows[2])
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        kept = torch.ones((), dtype=torch.bool, device=q[0].device)
+        for axis, (tile, count, window) in enumerate(zip(*self.tiles(grid), strict=True)):
+            center = (q[axis] // tile).clamp(min=window // 2).clamp(max=count - 1 - window // 2)
+            kept = kept & ((k[axis] // tile - center).abs() <= window // 2)
+        return kept
+
+    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
+        tile, count, window = (values[axis] for values in self.tiles(grid))
+        low, high = [], []
+        for x in range(grid.shape[axis]):
+            center = min(max(x // tile, window // 2), count - 1 - window // 2)
+            low.append(max(0, center - window // 2) * tile)
+            high.append(min((center + window // 2 + 1) * tile, grid.shape[axis]) - 1)
+        return AxisRule(torch.tensor(low), torch.tensor(high))
+
+    def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
+        return self.tiles(grid)[0], NO_UNIT, (1, 1, 1)

@@ -1,0 +1,94 @@
+"""The union of patterns: a pair is kept when any of them keeps it. One map, in one order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import Grid, TokenLayout
+from visattn.orders import Order
+from visattn.patterns.pattern import Pattern
+from visattn.predicates import Places, Predicate
+
+
+@dataclass(frozen=True, init=False)
+class Union(Pattern):
+    """Any pair that one of ``patterns`` keeps.
+
+    Args:
+        patterns: two or more static patterns, as positional arguments.
+
+    Raises:
+        TypeError, ValueError: fewer than two, or something else than a pattern.
+    """
+
+    patterns: tuple[Pattern, ...]
+    name: ClassVar[str] = "union"
+
+    def __init__(self, *patterns: Pattern) -> None:
+        for pattern in patterns:
+            if not isinstance(pattern, Pattern):
+                raise TypeError(
+                    f"Union got {pattern!r}; it takes patterns, for example Union(Diagonal(64), "
+                    "Stripe())"
+                )
+        if len(patterns) < 2:
+            raise ValueError(f"Union got {len(patterns)} patterns; it takes two or more")
+        object.__setattr__(self, "patterns", patterns)
+
+    def __repr__(self) -> str:
+        return f"Union({', '.join(map(repr, self.patterns))})"
+
+    @property
+    def outside(self) -> bool:  # type: ignore[override]
+        return any(pattern.outside for pattern in self.patterns)
+
+    def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
+        kept = self.patterns[0].keeps(q, k, grid)
+        for pattern in self.patterns[1:]:
+            kept = kept | pattern.keeps(q, k, grid)
+        return kept
+
+    def pairs(self, grid: Grid) -> int:
+        return _count(self, grid)
+
+    def check(self, grid: Grid) -> None:
+        refusals: list[ValueError] = []
+        members = [pattern for pattern in self.patterns if pattern.outside]
+        for pattern in members:
+            pattern.predicates(grid)  # the sizes of every member must fit
+            try:
+                pattern.check(grid)
+            except ValueError as error:  # leaves some query without a key
+                refusals.append(error)
+        if refusals and len(refusals) == len(members):
+            raise refusals[0]
+
+    def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
+        return tuple(
+            predicate for pattern in self.patterns for predicate in pattern.predicates(grid)
+        )
+
+    def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
+        """Of the members' own orders, the one in which the union visits the fewest blocks."""
+        predicates = self.predicates(grid)
+        choices = dict.fromkeys(pattern.orders(grid, block_q, block_k) for pattern in self.patterns)
+
+        def visited(orders: tuple[Order, Order]) -> int:
+            q, k = orders[0].blocks(grid, block_q), orders[1].blocks(grid, block_k)
+            some = torch.zeros(len(q.start), len(k.start), dtype=torch.bool)
+            for predicate in predicates:
+                some |= predicate.classify(q, k)[0]
+            return int(some.sum())
+
+        return min(choices, key=visited) if len(choices) > 1 else next(iter(choices))
+
+
+@lru_cache(maxsize=64)
+def _count(union: Union, grid: Grid) -> int:
+    """Counted from the block form: whole blocks by their area, partial ones pair by pair."""
+    block = min(128, grid.numel)
+    return union.lower(TokenLayout(grid), block, block).pairs()
