@@ -23,7 +23,8 @@ from draw_patterns import examples, gallery
 
 import visattn
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.attention import block_sizes, choose_backend
+from visattn.attention import choose_backend
+from visattn.execute import block_sizes
 from visattn.patterns import Pattern
 from visattn.picture import save_png
 from visattn.view import view_pattern
@@ -109,7 +110,7 @@ def main() -> int:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "backend": choose_backend("auto", torch.device("cpu")).backend,
+        "backend": choose_backend("auto", tensors[0]).backend,
         "layout": str(LAYOUT),
         "tokens": LAYOUT.length,
         "heads": HEADS,

@@ -7,11 +7,12 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
-from visattn.attention import MAPS, lower_cached
 from visattn.blockmap import FULL, NONE, PARTIAL, SHORT, TEXT, MapBank, MapCache, pack_rows
+from visattn.execute import MAPS, lower_cached
 from visattn.flex import from_block_mask, to_block_mask
 from visattn.orders import LineOrder
 from visattn.patterns import (
+    Block,
     Dense,
     Diagonal,
     MultiDiagonal,
@@ -19,6 +20,7 @@ from visattn.patterns import (
     Pattern,
     Radial,
     Sharded,
+    Stencil,
     Stripe,
     Union,
 )
@@ -170,7 +172,35 @@ def test_flex_refuses_what_it_cannot_say() -> None:
     block_mask = create_block_mask(
         lambda b, h, q, k: q >= k, None, None, 64, 64, device="cpu", BLOCK_SIZE=32
     )
+    two = create_block_mask(
+        lambda b, h, q, k: q >= k, None, 2, LAYOUT.length, LAYOUT.length, device="cpu"
+    )
+    with pytest.raises(ValueError, match="head=7 must be from 0 to 1"):
+        from_block_mask(two, LAYOUT, head=7)
     with pytest.raises(ValueError, match=r"block_mask is for \(64, 64\) tokens"):
         from_block_mask(block_mask, LAYOUT)
     with pytest.raises(ValueError, match="not cut into equal blocks of 32"):
         from_block_mask(block_mask, TokenLayout(segments=[Segment("text", 8), Grid(1, 7, 8)]))
+
+
+TWO_IMAGES = TokenLayout(segments=[Grid(1, 64, 64), Grid(1, 64, 64)])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [
+        (Block((1, 7, 7)), TWO_IMAGES),
+        (Neighborhood((1.0, 0.1, 0.1)), TWO_IMAGES),
+        (Neighborhood(1.0), TokenLayout(Grid(5, 30, 52))),
+        (Stencil((1, 1, 1), ((0, 0, 0),), tuple(range(0, 1200, 11))), TokenLayout(Grid(5, 15, 16))),
+    ],
+    ids=repr,
+)
+def test_boxes_are_left_for_raster_order_where_that_visits_fewer(
+    pattern: Pattern, layout: TokenLayout
+) -> None:
+    """Small boxes are many, and queries of another grid meet every one of them."""
+    own = pattern.lower(layout, 64, 64)
+    raster = pattern.lower(layout, 64, 64, order=LineOrder())
+    assert own.num_visited <= raster.num_visited
+    assert own.block_density <= 1.02

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visattn import Grid, TokenLayout, sparse_attention
+from visattn.execute import lower_cached
 from visattn.patterns import (
     PATTERNS,
     AxisOrder,
@@ -109,16 +110,26 @@ def test_lowering_makes_nothing_of_size_n_squared(pattern: Pattern, grid: Grid) 
     assert 0 < largest.elements <= bound(layout.length, 128)
 
 
+@pytest.mark.parametrize("mode", ["plain", "lse", "text"])
 @pytest.mark.parametrize("pattern", CASES, ids=repr)
 def test_blockwise_makes_nothing_of_size_n_squared(
-    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visattn.blockwise.CHUNK", 1 << 20)
-    layout = TokenLayout(Grid(8, 32, 32), text_after=100)
-    q, k, v = (torch.randn(1, 1, layout.length, 8) for _ in range(3))
-    with Largest() as largest:
-        sparse_attention(q, k, v, pattern, layout)
-    assert largest.elements <= layout.length**2 / 8
+    """Whatever the length, the largest tensor is a chunk, one row of blocks, or the distinct
+    tiles."""
+    monkeypatch.setattr("visattn.blockwise.CHUNK", 1 << 17)
+    for grid in (Grid(8, 16, 16), Grid(8, 32, 16)):
+        layout = TokenLayout(grid, text_after=100)
+        q, k, v = (torch.randn(1, 1, layout.length, 8) for _ in range(3))
+        lengths = torch.tensor([60]) if mode == "text" else None
+        with Largest() as largest:
+            sparse_attention(
+                q, k, v, pattern, layout, text_lengths=lengths, return_lse=mode == "lse"
+            )
+        row = 64 * layout.length
+        tiles = lower_cached(pattern, layout, None, 64, 64).tiles[0].numel()
+        assert largest.elements <= max(2 << 17, 2 * row, 2 * tiles, 2 << 20)
+    assert layout.length**2 / 8 > 2 << 20
 
 
 def lower_in_a_child(pattern: Pattern) -> dict[str, float]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 
-from visattn.blockmap import BlockMap, MapCache, PartialPolicy
-from visattn.blockwise import blockwise_attention
-from visattn.layout import TokenLayout, check_text_lengths
+from visattn.checks import check_lengths, check_patterns, check_scale, check_tensors
+from visattn.execute import (
+    BACKENDS,
+    BackendUnavailable,
+    Choice,
+    Spec,
+    choose_backend,
+    execute,
+    lower_cached,
+)
+from visattn.layout import TokenLayout
+from visattn.op import attention_op, handle_of, register
 from visattn.patterns import Pattern
 from visattn.patterns.pattern import paired_layouts
-from visattn.reference import reference_attention
 
 __all__ = [
     "BACKENDS",
+    "BackendUnavailable",
     "Choice",
     "choose_backend",
     "lower_cached",
@@ -27,52 +35,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "blockwise", "reference")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Backend = Literal["auto", "blockwise", "reference"]
-
-MAPS = MapCache(limit_bytes=256 << 20)
-
-
-class Choice(NamedTuple):
-    """A backend and why it was taken."""
-
-    backend: str
-    reason: str
-
-
-def choose_backend(backend: str, device: torch.device) -> Choice:
-    """Resolve ``backend``; only ``"auto"`` leaves a choice.
-
-    Raises:
-        ValueError: ``backend`` is unknown.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    if backend != "auto":
-        return Choice(backend, "asked for")
-    return Choice("blockwise", f"plain torch runs on device type {device.type}")
-
-
-def block_sizes(length: int) -> tuple[int, int]:
-    """Query and key block of ``blockwise`` for a sequence length."""
-    return (64, 64) if length < 16384 else (128, 128)
-
-
-def lower_cached(
-    pattern: Pattern,
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    block_q: int,
-    block_k: int,
-    partial: PartialPolicy = "exact",
-) -> BlockMap:
-    """``pattern.lower(...)`` through the process-wide cache, so that equal patterns share one
-    map."""
-    key = (pattern, layout, kv_layout, block_q, block_k, partial)
-    return MAPS.get(
-        key, lambda: pattern.lower(layout, block_q, block_k, partial=partial, kv_layout=kv_layout)
-    )
+Backend = Literal["auto", "triton", "blockwise", "reference"]
 
 
 def merge_attention(
@@ -108,53 +71,6 @@ def merge_attention(
     weights = (stacked - lse.masked_fill(lse == -torch.inf, 0)).exp()
     merged = (torch.stack([out.to(weights.dtype) for out in outputs]) * weights[..., None]).sum(0)
     return merged.to(outputs[0].dtype), lse
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor [B, H, L, D], not {type(x).__name__}")
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(
-                f"{name} of shape {list(x.shape)} must be [B, H, L, D] with no empty axis"
-            )
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} of dtype {x.dtype} must be float16, bfloat16, float32 or float64"
-            )
-        if x.dtype != q.dtype:
-            raise TypeError(
-                f"{name} of dtype {x.dtype} must have the dtype of q, {q.dtype}; convert it"
-            )
-        if x.device != q.device:
-            raise ValueError(
-                f"{name} on {x.device} must be on the device of q, {q.device}; move it"
-            )
-    if k.shape != v.shape:
-        raise ValueError(f"v of shape {list(v.shape)} must have the shape of k, {list(k.shape)}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"k of shape {list(k.shape)} must have the batch and head size of q, {list(q.shape)}"
-        )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q has {q.shape[1]} heads, which the {k.shape[1]} heads of k do not divide"
-        )
-
-
-def _patterns_of(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[Pattern, ...]:
-    if isinstance(pattern, Pattern):
-        return (pattern,) * heads
-    if not isinstance(pattern, Sequence) or isinstance(pattern, str):
-        raise TypeError(f"pattern={pattern!r} must be a pattern, or a sequence of one per head")
-    for item in pattern:
-        if not isinstance(item, Pattern):
-            raise TypeError(f"pattern holds {item!r}; it takes patterns, for example Radial()")
-    if len(pattern) != heads:
-        raise ValueError(
-            f"pattern holds {len(pattern)} patterns; q has {heads} heads, give one for each"
-        )
-    return tuple(pattern)
 
 
 @overload
@@ -214,8 +130,9 @@ def sparse_attention(
         text_lengths: valid tokens of each text segment of the keys, int32 or int64 ``[B]`` or
             ``[B, text segments]``; keys beyond are not seen. None: all are valid.
         scale: factor of the logits; default ``D ** -0.5``.
-        backend: ``"blockwise"`` (computes visited blocks only), ``"reference"`` (dense with a mask,
-            the oracle), or ``"auto"``, which logs what it takes.
+        backend: ``"triton"`` (the kernels: CUDA or ROCm), ``"blockwise"`` (computes visited blocks
+            only, in plain torch, on any device), ``"reference"`` (dense with a mask, the oracle),
+            or ``"auto"``, which logs what it takes: triton where it runs, else blockwise.
         return_lse: also return the natural-log LSE.
 
     Returns:
@@ -226,30 +143,55 @@ def sparse_attention(
     Raises:
         TypeError, ValueError: an argument is wrong; the sentence names it, what came and what
             is allowed.
+        BackendUnavailable: an explicit backend cannot run here.
+
+    Gradients: through ``reference`` and ``blockwise`` by autograd; through ``triton`` by computing
+    the visited blocks again in plain torch. ``torch.compile(fullgraph=True)`` sees one op;
+    patterns and layouts are then made outside the compiled function.
     """
-    _check_tensors(q, k, v)
-    patterns = _patterns_of(pattern, q.shape[1])
-    keys = paired_layouts(layout, kv_layout)
-    for name, own, x in (("q", layout, q), ("k", keys, k)):
-        if own.length != x.shape[2]:
-            which = "layout" if own is layout else "kv_layout"
-            raise ValueError(f"{name} has {x.shape[2]} tokens but {which} {own} has {own.length}")
-    if text_lengths is not None:
-        text_lengths = check_text_lengths(text_lengths, keys, q.shape[0]).to(q.device)
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} must be a finite number or None")
-    choice = choose_backend(backend, q.device)
+    if torch.compiler.is_compiling():
+        return _compiled(
+            q, k, v, pattern, layout, kv_layout, text_lengths, scale, backend, return_lse
+        )
+    check_tensors(q, k, v)
+    patterns = check_patterns(pattern, q.shape[1])
+    paired_layouts(layout, kv_layout)
+    text_lengths = check_lengths(q, k, layout, kv_layout, text_lengths)
+    factor = check_scale(scale, q.shape[3])
+    choice = choose_backend(backend, q)
     if backend == "auto":
         logger.debug("sparse_attention runs %s: %s", choice.backend, choice.reason)
-    if choice.backend == "reference":
-        out, lse = reference_attention(q, k, v, patterns, layout, kv_layout, text_lengths, scale)
+    spec = Spec(patterns, layout, kv_layout, choice.backend)
+    if choice.backend == "triton" and torch.is_grad_enabled():
+        # the op has the gradients that the kernels lack
+        handle = register(spec)
+        out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
         return (out, lse) if return_lse else out
-    block_q, block_k = block_sizes(max(layout.length, keys.length))
-    maps = [lower_cached(item, layout, kv_layout, block_q, block_k) for item in patterns]
-    out, row_lse = blockwise_attention(q, k, v, maps, text_lengths, scale, return_lse)
+    out, row_lse = execute(spec, choice.backend, q, k, v, text_lengths, factor, return_lse)
     if return_lse:
         assert row_lse is not None
         return out, row_lse
     return out
+
+
+def _compiled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The call as ``torch.compile`` traces it: one opaque op, its objects named by identity, so
+    that another pattern is another graph. Objects must be made outside the compiled function.
+    """
+    heads = [pattern] * q.shape[1] if isinstance(pattern, Pattern) else list(pattern)
+    keys = None if kv_layout is None else id(kv_layout)
+    handle = handle_of(tuple([id(item) for item in heads]), id(layout), keys, backend)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
+    return (out, lse) if return_lse else out

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 
@@ -370,30 +370,40 @@ class MapBank:
         return MapBank(maps, head_map, bounds, columns, q_table, k_table)
 
 
-class MapCache:
+class Sized(Protocol):
+    """What a MapCache holds."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Sized)
+
+
+class MapCache(Generic[Item]):
     """Maps by key, least recently used out first, within a limit of bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._maps: OrderedDict[Hashable, BlockMap] = OrderedDict()
+        self._items: OrderedDict[Hashable, Item] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._maps)
+        return len(self._items)
 
     @property
     def nbytes(self) -> int:
-        return sum(item.nbytes for item in self._maps.values())
+        return sum(item.nbytes for item in self._items.values())
 
-    def get(self, key: Hashable, make: Callable[[], BlockMap]) -> BlockMap:
-        """The map of ``key``, made when it is not there. The newest one stays, whatever its "
-        "size."""
-        if key in self._maps:
-            self._maps.move_to_end(key)
-        else:
-            self._maps[key] = make()
-        while len(self._maps) > 1 and self.nbytes > self.limit_bytes:
-            self._maps.popitem(last=False)
-        return self._maps[key]
+    def get(self, key: Hashable, make: Callable[[], Item]) -> Item:
+        """The item of ``key``, made when it is not there. The newest one stays, whatever its
+        size."""
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        item = self._items[key] = make()
+        while len(self._items) > 1 and self.nbytes > self.limit_bytes:
+            self._items.popitem(last=False)
+        return item
 
     def clear(self) -> None:
-        self._maps.clear()
+        self._items.clear()

@@ -17,6 +17,7 @@ from visattn.blockmap import (
     TEXT,
     BlockMap,
     build_map,
+    check_rows,
     distinct_tiles,
     pack_rows,
 )
@@ -99,6 +100,10 @@ def from_block_mask(
             f"block_mask is for {tuple(block_mask.seq_lengths)} tokens but the layouts have "
             f"{(layout.length, keys.length)}"
         )
+    for name, value, axis in (("batch", batch, 0), ("head", head, 1)):
+        held = block_mask.kv_num_blocks.shape[axis]
+        if not (0 <= value < held or (held == 1 and value >= 0)):
+            raise ValueError(f"{name}={value} must be from 0 to {held - 1}, as block_mask has them")
     block_q, block_k = block_mask.BLOCK_SIZE
     natural = LineOrder()
     q_blocks = sequence_blocks(layout, (natural,) * len(layout.grids), block_q)
@@ -124,6 +129,7 @@ def from_block_mask(
         columns = index[rows, places]
         status[rows, columns] = PARTIAL if partial else whole[rows, columns]
     bounds, columns = pack_rows(status)
+    check_rows(bounds, "exact", "block_mask")
     out = BlockMap(q_blocks, k_blocks, bounds, columns, ((),) * len(layout.grids))
     b, h = torch.tensor(batch), torch.tensor(head)
 

@@ -7,16 +7,38 @@ grid is ``(frames, height, width)`` in latent tokens, row-major: token ``(t, h, 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Grid", "Segment", "TokenLayout", "check_text_lengths", "valid_keys"]
 
 SegmentKind = Literal["grid", "text", "prefix"]
+
+
+_ALIVE: weakref.WeakValueDictionary[int, Traceable] = weakref.WeakValueDictionary()
+
+
+class Traceable:
+    """A value that a compiled call can name by its identity: Dynamo traces ``id(x)``, and guards
+    it, where it cannot take the object itself."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        self = super().__new__(cls)
+        _ALIVE[id(self)] = self
+        return self
+
+
+def alive(identity: int) -> Traceable:
+    """The object of an ``id()``; it must be alive."""
+    return _ALIVE[identity]
 
 
 def check_count(name: str, value: object, minimum: int) -> int:
@@ -103,7 +125,7 @@ class Segment:
 
 
 @dataclass(frozen=True, init=False)
-class TokenLayout:
+class TokenLayout(Traceable):
     """What the tokens of a sequence are: one or more grids, text before or after, prefix tokens.
 
     Args:

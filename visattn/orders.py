@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from visattn.layout import Grid, TokenLayout
+from visattn.layout import Grid, TokenLayout, check_count
 
 __all__ = [
     "AXES",
@@ -72,7 +72,7 @@ class Order(Protocol):
     def blocks(self, grid: Grid, size: int) -> GridBlocks: ...
 
     def permuted(self, axes: Triple, grid: Grid) -> Order:
-        """This order of ``grid.permuted(axes)``, as an order of ``grid``."""
+        """An order of ``grid`` with the blocks that this one has on ``grid.permuted(axes)``."""
         ...
 
 
@@ -173,6 +173,14 @@ class BoxOrder:
     unit: Triple = (0, 0, 0)
     offset: Triple = (0, 0, 0)
     dilation: Triple = (1, 1, 1)
+
+    def __post_init__(self) -> None:
+        for name, least in (("tile", 1), ("unit", 0), ("offset", 0), ("dilation", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or len(value) != 3:
+                raise TypeError(f"{name}={value!r} must be three integers, (frames, height, width)")
+            for item in value:
+                check_count(name, item, least)
 
     def cells(self, grid: Grid) -> list[torch.Tensor]:
         parameters = zip(grid.shape, self.tile, self.unit, self.offset, self.dilation, strict=True)

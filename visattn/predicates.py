@@ -245,7 +245,7 @@ class Radial:
     axes: str = AXES
     kind: ClassVar[Kind] = "radial"
 
-    def _forms(self) -> tuple[int, Triple]:
+    def forms(self) -> tuple[int, Triple]:
         """The slowest axis, and the weights of ``r``."""
         axes = axis_permutation(self.axes)
         weights = list(line_weights(self.grid, axes))
@@ -253,16 +253,15 @@ class Radial:
         return axes[0], (weights[0], weights[1], weights[2])
 
     def allows(self, q: Places, k: Places) -> torch.Tensor:
-        axis, weights = self._forms()
+        axis, weights = self.forms()
         return (linear_form(weights, q) - linear_form(weights, k)).abs() <= self.widths[
             (q[axis] - k[axis]).abs()
         ]
 
     def _pieces(self, blocks: GridBlocks) -> torch.Tensor:
         """Blocks as int64 ``[P, 5]``: block, first and last t, first and last r; split at planes
-        where
-        the order is the predicate's own, so that each piece is a product of two ranges."""
-        axis, weights = self._forms()
+        where the order is the predicate's own, so that each piece is a product of two ranges."""
+        axis, weights = self.forms()
         number = torch.arange(len(blocks.start))
         if blocks.order != LineOrder(self.axes):
             scale = torch.tensor(weights)
@@ -339,7 +338,7 @@ class Label:
         bits = bits[blocks.order.index(blocks.grid)]
         union = torch.zeros(len(blocks.start), dtype=bits.dtype)
         common = union.clone()
-        for bit in range(31):
+        for bit in range(32):
             plane = (bits >> bit & 1).to(bits.dtype)
             if bool(plane.any()):
                 union |= torch.zeros_like(union).scatter_reduce(0, owner, plane, "amax") << bit
@@ -395,8 +394,9 @@ class CoarseTable:
     def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
         (q_low, q_high), (k_low, k_high) = form_range(self.weights, q), form_range(self.weights, k)
         q0, q1, k0, k1 = (x // self.unit for x in (q_low, q_high, k_low, k_high))
-        table = torch.nn.functional.pad(self.table.int(), (1, 0, 1, 0)).cumsum(0, dtype=torch.int32)
-        table = table.cumsum(1, dtype=torch.int32)
+        table = torch.zeros([n + 1 for n in self.table.shape], dtype=torch.int32)
+        table[1:, 1:] = self.table
+        table.cumsum_(0).cumsum_(1)
         some = torch.empty(len(q0), len(k0), dtype=torch.bool)
         every = torch.empty_like(some)
         for rows in _row_chunks(len(q0), len(k0)):
@@ -433,9 +433,9 @@ class TileOffsets:
         tile = torch.tensor(self.tile)
         q0, q1, k0, k1 = (x // tile for x in (q.low, q.high, k.low, k.high))
         center = torch.tensor(self.table.shape) // 2
-        table = torch.nn.functional.pad(self.table.int(), (1, 0, 1, 0, 1, 0))
-        for axis in range(3):
-            table = table.cumsum(axis, dtype=torch.int32)
+        table = torch.zeros([n + 1 for n in self.table.shape], dtype=torch.int32)
+        table[1:, 1:, 1:] = self.table
+        table.cumsum_(0).cumsum_(1).cumsum_(2)
         flat, (_, side_h, side_w) = table.reshape(-1), table.shape
         some = torch.empty(len(q0), len(k0), dtype=torch.bool)
         every = torch.empty_like(some)

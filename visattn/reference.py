@@ -84,8 +84,7 @@ def masked_softmax(
     logits: torch.Tensor, mask: torch.Tensor, v: torch.Tensor, rounded: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE of logits that are minus infinity outside the mask; a row without a key gives
-    0
-    and minus infinity, and no NaN in its gradients. Probabilities are rounded to ``rounded``."""
+    0 and minus infinity, and no NaN in its gradients. Probabilities are rounded to ``rounded``."""
     empty = ~mask.any(-1)
     logits = logits.masked_fill(empty[..., None], 0)
     lse = logits.logsumexp(-1)

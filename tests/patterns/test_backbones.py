@@ -21,26 +21,29 @@ def joined(ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("size", "window", "shift"), [(8, 4, 2), (12, 4, 1), (14, 7, 3), (12, 6, 5)]
+    ("size", "window", "shift"), [(8, 4, 2), (12, 4, 1), (14, 7, 3), (12, 6, 5), (7, 7, 3)]
 )
 def test_shifted_windows_are_swins(size: int, window: int, shift: int) -> None:
     """timm's mask: tokens share a window after the roll, and no mask entry parts them."""
-    swin = pytest.importorskip("timm.models.swin_transformer", reason="timm is not installed")
+    from timm.models import swin_transformer as swin
+
     block = swin.SwinTransformerBlock(
         dim=8, input_resolution=(size, size), num_heads=1, window_size=window, shift_size=shift
     )
     tokens = torch.arange(size * size).view(1, size, size, 1).float()
-    rolled = torch.roll(tokens, (-shift, -shift), (1, 2))
+    rolled = torch.roll(tokens, tuple(-s for s in block.shift_size), (1, 2))
     windows = swin.window_partition(rolled, (window, window)).view(-1, window * window).long()
     expected = torch.zeros(size * size, size * size, dtype=torch.bool)
-    for members, mask in zip(windows, block.attn_mask, strict=True):
-        expected[members[:, None], members] = mask == 0
+    masks = [None] * len(windows) if block.attn_mask is None else block.attn_mask
+    for members, mask in zip(windows, masks, strict=True):
+        expected[members[:, None], members] = True if mask is None else mask == 0
     assert torch.equal(image_mask(ShiftedBlock(window, shift), size, size), expected)
 
 
 @pytest.mark.parametrize(("height", "width", "part"), [(8, 12, 4), (14, 14, 7), (6, 10, 2)])
 def test_block_and_grid_attention_are_maxvits(height: int, width: int, part: int) -> None:
-    maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
+    from timm.models import maxxvit
+
     tokens = torch.arange(height * width).view(1, height, width, 1)
     for partition, pattern in (
         (maxxvit.window_partition, Block(part)),

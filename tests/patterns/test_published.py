@@ -158,6 +158,19 @@ def test_gna_end_to_end_bounds(
     )  # both are rounded
 
 
+def test_gna_flux_worst_tiles() -> None:
+    strides = {(1, 1): 6.10, (16, 1): 8.53, (16, 16): 10.24}
+    for stride, worst in strides.items():
+        found = bounds(Neighborhood((80, 80), stride), FLUX, (1, 16, 16), (1, 16, 8))
+        assert round(found[0], 2) == worst
+
+
+def test_few_visited_tiles_are_full_at_stride_1() -> None:
+    pattern, orders = Neighborhood((18, 24, 24)), (BoxOrder((4, 8, 8)), BoxOrder((2, 8, 8)))
+    block_map = pattern.lower(TokenLayout(HUNYUAN), 256, 128, order=orders)
+    assert 0.15 <= 1 - block_map.num_partial / block_map.num_visited <= 0.17
+
+
 def test_gna_cosmos_with_dense_steps() -> None:
     worst, _ = bounds(Neighborhood((16, 32, 48), (1, 8, 16)), COSMOS, (8, 4, 8), (4, 4, 8))
     sparse_step = 1 - 0.587 + 0.587 / worst

@@ -11,7 +11,7 @@ import platform
 import torch
 
 from visattn import __version__
-from visattn.attention import BACKENDS, choose_backend
+from visattn.attention import BACKENDS, BackendUnavailable, choose_backend
 
 PACKAGES = (
     "triton",
@@ -53,21 +53,21 @@ def environment() -> dict[str, object]:
         "Devices": devices(),
     }
     info |= {name: version_of(name) for name in PACKAGES}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = choose_backend("auto", device)
+    sample = torch.empty(1, 1, 1, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_backend("auto", sample)
     return info | {
         "CPU cores": os.cpu_count(),
         "CPU threads of torch": torch.get_num_threads(),
-        "Backends": [name for name in BACKENDS if name != "auto" and can_run(name, device)],
+        "Backends": [name for name in BACKENDS if name != "auto" and can_run(name, sample)],
         "Backend of auto": f"{chosen.backend} ({chosen.reason})",
     }
 
 
-def can_run(backend: str, device: torch.device) -> bool:
-    """Whether a backend runs on a device."""
+def can_run(backend: str, sample: torch.Tensor) -> bool:
+    """Whether a backend runs on tensors like the sample."""
     try:
-        choose_backend(backend, device)
-    except (ValueError, RuntimeError):
+        choose_backend(backend, sample)
+    except BackendUnavailable:
         return False
     return True
 

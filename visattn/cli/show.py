@@ -8,7 +8,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from visattn.attention import block_sizes
+from visattn.execute import block_sizes
 from visattn.layout import Grid, TokenLayout
 from visattn.patterns import PATTERNS, parse_pattern
 from visattn.patterns.parse import signature_of

@@ -17,7 +17,7 @@ from visattn.patterns.pattern import Pattern
 from visattn.predicates import Places, Predicate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AxisOrder(Pattern):
     """``pattern`` on the grid with its axes reordered: ``"hwt"`` puts height in the place of
     frames.
@@ -50,8 +50,14 @@ class AxisOrder(Pattern):
     def pairs(self, grid: Grid) -> int:
         return self.pattern.pairs(grid.permuted(axis_permutation(self.order)))
 
-    def check(self, grid: Grid) -> None:
-        self.pattern.check(grid.permuted(axis_permutation(self.order)))
+    def covered(self, grid: Grid) -> torch.Tensor | bool:
+        axes = axis_permutation(self.order)
+        inner = grid.permuted(axes)
+        covered = self.pattern.covered(inner)
+        if isinstance(covered, bool):
+            return covered
+        back = [axes.index(axis) for axis in range(3)]
+        return covered.view(inner.shape).permute(back).reshape(-1)
 
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         axes = axis_permutation(self.order)

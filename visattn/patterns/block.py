@@ -18,7 +18,7 @@ from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_to
 from visattn.predicates import AxisRule, Places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block(AxisPattern):
     """Queries see the keys of their own box; boxes at the far border may be cut.
 
@@ -56,7 +56,7 @@ class Block(AxisPattern):
         return size, shift, (1, 1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShiftedBlock(Block):
     """Swin's shifted windows: boxes begin at ``shift``; what the cyclic roll would join stays
     apart.
@@ -64,6 +64,7 @@ class ShiftedBlock(Block):
     Args:
         size: sides of a box.
         shift: tokens by which the boxes are moved, per axis, below ``size``; None is half a side.
+            An axis that one box covers is not shifted, as in Swin.
 
     Raises:
         TypeError, ValueError: a size is wrong or does not fit.
@@ -79,12 +80,17 @@ class ShiftedBlock(Block):
 
     def places(self, grid: Grid) -> tuple[Triple, Triple]:
         size = sizes_of("size", self.size, grid)
-        if self.shift is None:
-            return size, (size[0] // 2, size[1] // 2, size[2] // 2)
-        chosen = per_axis("shift", self.shift, grid, 0)
+        shift = [side // 2 for side in size]
+        if self.shift is not None:
+            chosen = per_axis("shift", self.shift, grid, 0)
+            shift = [
+                to_tokens("shift", chosen[axis], grid.shape[axis], axis, size[axis] - 1, minimum=0)
+                for axis in range(3)
+            ]
+        # where one box covers the axis there is nothing to shift
         t, h, w = (
-            to_tokens("shift", chosen[a], grid.shape[a], a, size[a] - 1, minimum=0)
-            for a in range(3)
+            0 if side >= length else step
+            for step, side, length in zip(shift, size, grid.shape, strict=True)
         )
         return size, (t, h, w)
 

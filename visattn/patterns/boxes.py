@@ -125,7 +125,7 @@ def best_boxes(
                 count = step[0] * step[1] * step[2]
                 for side, length in zip(tile, classes.shape, strict=True):
                     count *= -(-length // side)
-                if count <= 4 * -(-grid.numel // size) + 64:
+                if count <= 2 * -(-grid.numel // size) + 64:
                     boxes.append(BoxOrder(tile, unit, offset, step))
         return boxes or [BoxOrder(box_candidates(grid, unit, size)[0], unit, offset, dilation)]
 

@@ -13,7 +13,7 @@ from visattn.patterns.pattern import Pattern
 from visattn.predicates import UNBOUNDED, Band, Places, Predicate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense(Pattern):
     """Every query sees every key."""
 

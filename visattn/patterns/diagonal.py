@@ -26,7 +26,7 @@ def band_pairs(length: int, width: int) -> int:
     return length * (2 * width + 1) - width * (width + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagonal(Pattern):
     """``|p_q - p_k| <= width`` in the raster index ``p``.
 
@@ -71,7 +71,7 @@ class Diagonal(Pattern):
         return LineOrder(self.axes), LineOrder(self.axes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MultiDiagonal(Diagonal):
     """The band in ``(h, w, t)`` order, where the tokens of one place in all frames are neighbours.
 

@@ -18,7 +18,7 @@ from visattn.patterns.sizes import Sizes, check_sizes, sizes_of
 from visattn.predicates import AxisRule, Places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GridBlocks(AxisPattern):
     """Per axis, keys a multiple of ``ceil(length / size)`` away: at most ``size`` keys, spread
     evenly.

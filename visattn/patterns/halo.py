@@ -18,7 +18,7 @@ from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_to
 from visattn.predicates import AxisRule, Places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Halo(AxisPattern):
     """Per axis, keys within ``halo`` of the query's block.
 

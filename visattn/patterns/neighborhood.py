@@ -32,8 +32,7 @@ class AxisWindow:
 
     def allows(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Tokens of one residue class modulo the dilation form an axis of their own; the window
-        around
-        the query's leader is moved inward at the borders, never shrunk (causal: cut at the
+        around the query's leader is moved inward at the borders, never shrunk (causal: cut at the
         query)."""
         group = q % self.dilation
         inner, key = q // self.dilation, k // self.dilation
@@ -69,7 +68,7 @@ class AxisWindow:
         return AxisRule(torch.tensor(low), torch.tensor(high), self.dilation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Neighborhood(AxisPattern):
     """Each query sees ``window`` keys per axis around it, in NATTEN's meaning.
 
@@ -115,7 +114,7 @@ class Neighborhood(AxisPattern):
         axes = []
         for axis, length in enumerate(grid.shape):
             own = window[axis]
-            at_least = own if isinstance(own, int) else 1
+            at_least = own if isinstance(own, int) else to_tokens("window", own, length, axis)
             step = to_tokens("dilation", dilation[axis], length, axis, max(1, length // at_least))
             size = to_tokens("window", own, length, axis, length // step)
             share = to_tokens("stride", stride[axis], length, axis, size)

@@ -28,8 +28,8 @@ def parse_pattern(text: str) -> Pattern:
     Args:
         text: a call with literal arguments, ``Neighborhood((2, 7, 7), stride=(1, 2, 2))``, or a
             name alone for a pattern without arguments. Names are those of ``PATTERNS`` or of the
-            classes, in any case; arguments are literals or patterns, as in
-            ``union(diagonal(64), stripe)``.
+            classes, in any case; arguments are literals or patterns, as in ``union(diagonal(64),
+            stripe)``.
 
     Returns:
         The pattern. ``parse_pattern(repr(pattern)) == pattern`` for every static pattern.

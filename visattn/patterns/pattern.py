@@ -4,28 +4,41 @@ blocks."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from visattn.blockmap import BlockMap, PartialPolicy, build_map
-from visattn.layout import Grid, TokenLayout, check_count
-from visattn.orders import LineOrder, Order, sequence_blocks
+from visattn.layout import Grid, TokenLayout, Traceable, check_count
+from visattn.orders import GridBlocks, LineOrder, Order, sequence_blocks
 from visattn.predicates import Places, Predicate
 
 MAX_BLOCK = 4096
 
 
-class Pattern(ABC):
+class Pattern(Traceable, ABC):
     """Base of the static patterns; each is a frozen dataclass for one head.
 
     A pattern speaks of the pairs inside a grid. Everything else is kept: text and prefix keys for
     every query, text queries in full, and pairs of two different grids. With a separate key layout
     the pattern holds between the grids of the same number, which must be equal.
+
+    Patterns are equal when they are written alike: 1 counts tokens and 1.0 is a fraction.
     """
 
     name: ClassVar[str]
     outside: ClassVar[bool] = True  # whether pairs that are not inside one grid are kept
+
+    @cached_property
+    def _written(self) -> str:
+        return repr(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pattern) and self._written == other._written
+
+    def __hash__(self) -> int:
+        return hash(self._written)
 
     @abstractmethod
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
@@ -44,9 +57,39 @@ class Pattern(ABC):
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
         """The orders of queries and keys in which the pattern visits few blocks."""
 
+    def covered(self, grid: Grid) -> torch.Tensor | bool:
+        """Which queries of a grid see some key of it: one answer for all, or bool ``[n]``."""
+        return True
+
     def check(self, grid: Grid) -> None:
-        """Raise ValueError when the pattern does not fit the grid."""
+        """Raise ValueError when a size does not fit the grid, or a query would see no key of it."""
         self.predicates(grid)
+        covered = self.covered(grid)
+        if self.outside and isinstance(covered, torch.Tensor) and not bool(covered.all()):
+            raise ValueError(
+                f"{self} leaves {int((~covered).sum())} of the {grid.numel} queries of grid {grid} "
+                "without any key; add the offset (0, 0, 0), a column, or Diagonal(0)"
+            )
+
+    def _best(
+        self, grid: Grid, block_q: int, block_k: int, others: tuple[int, int]
+    ) -> tuple[Order, Order]:
+        """The pattern's own orders, or raster order where that visits fewer blocks: small boxes are
+        many, and with other queries and keys (``others`` tokens) each meets all of those."""
+        own, raster = self.orders(grid, block_q, block_k), (LineOrder(), LineOrder())
+        if own == raster:
+            return own
+        predicates = self.predicates(grid)
+
+        def visited(orders: tuple[Order, Order]) -> int:
+            q, k = orders[0].blocks(grid, block_q), orders[1].blocks(grid, block_k)
+            count = visited_blocks(predicates, q, k)
+            if self.outside:
+                count += len(q.start) * -(-others[1] // block_k)
+                count += len(k.start) * -(-others[0] // block_q)
+            return count
+
+        return min(own, raster, key=visited)
 
     def allows(
         self,
@@ -79,6 +122,7 @@ class Pattern(ABC):
                 (q - q_start).clamp(0, grid.numel - 1),
                 (k - k_start).clamp(0, grid.numel - 1),
             )
+            self.check(grid)
             rule = self.keeps(grid.coordinates(q_index), grid.coordinates(k_index), grid)
             kept = torch.where(inside, rule, kept)
         return kept
@@ -93,6 +137,8 @@ class Pattern(ABC):
         kv_layout = paired_layouts(layout, kv_layout)
         total = layout.length * kv_layout.length
         paired = [grid for (_, grid), _ in zip(layout.grids, kv_layout.grids, strict=False)]
+        for grid in paired:
+            self.check(grid)
         kept = sum(self.pairs(grid) for grid in paired)
         if self.outside:
             kept += total - sum(grid.numel**2 for grid in paired)
@@ -136,7 +182,8 @@ class Pattern(ABC):
             if order is not None:
                 q_order, k_order = order if isinstance(order, tuple) else (order, order)
             elif both:
-                q_order, k_order = self.orders(grid, block_q, block_k)
+                others = layout.length - grid.numel, kv_layout.length - grid.numel
+                q_order, k_order = self._best(grid, block_q, block_k, others)
             else:  # a grid without a partner is kept whole
                 q_order = k_order = LineOrder()
             if both:
@@ -154,6 +201,14 @@ class Pattern(ABC):
             outside=self.outside,
             description=str(self),
         )
+
+
+def visited_blocks(predicates: tuple[Predicate, ...], q: GridBlocks, k: GridBlocks) -> int:
+    """Block pairs that some predicate keeps a pair of."""
+    some = torch.zeros(len(q.start), len(k.start), dtype=torch.bool)
+    for predicate in predicates:
+        some |= predicate.classify(q, k)[0]
+    return int(some.sum())
 
 
 def paired_layouts(layout: TokenLayout, kv_layout: TokenLayout | None) -> TokenLayout:

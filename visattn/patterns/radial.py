@@ -18,7 +18,7 @@ from visattn.layout import Grid, check_count
 from visattn.orders import LineOrder, Order
 from visattn.patterns.diagonal import band_pairs
 from visattn.patterns.pattern import Pattern
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.sizes import check_flag, count_runs
 from visattn.predicates import Axis, AxisRule, CoarseTable, Places, Predicate, linear_form
 from visattn.predicates import Radial as RadialPredicate
 
@@ -27,7 +27,7 @@ SHORTEST = 128  # a diagonal shorter than this is thinned over frames instead, i
 CHUNK = 1 << 20  # elements of a temporary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Radial(Pattern):
     """Frames ``d`` apart keep ``|r_q - r_k| <= w(d)``, ``r`` the raster index inside the frame.
 
@@ -150,7 +150,7 @@ def _block_table(pattern: Radial, grid: Grid) -> torch.Tensor:
     unlike there, the diagonal stays whatever the counts.
     """
     unit, plane = pattern.block, _plane(grid)
-    blocks = -(-grid.numel // unit)
+    blocks = count_runs("block", unit, grid)
     begins = torch.cat(
         [torch.arange(0, grid.numel, unit), torch.arange(0, grid.numel, plane)]
     ).unique()

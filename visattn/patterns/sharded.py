@@ -15,11 +15,11 @@ import torch
 from visattn.layout import Grid, check_count
 from visattn.orders import LineOrder, Order
 from visattn.patterns.pattern import Pattern
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.sizes import check_flag, count_runs
 from visattn.predicates import CoarseTable, Places, Predicate, linear_form
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sharded(Pattern):
     """In runs of ``block`` raster tokens numbered ``b``: kept when ``|b_q - b_k| < local``, or when
     ``(b_k + shard + 1) mod stride == 0``.
@@ -68,7 +68,7 @@ class Sharded(Pattern):
 
     def table(self, grid: Grid) -> torch.Tensor:
         """Kept pairs of runs, bool ``[n, n]``."""
-        run = torch.arange(-(-grid.numel // self.block))
+        run = torch.arange(count_runs("block", self.block, grid))
         return ((run[:, None] - run).abs() < self.local) | (
             (run + self.shard + 1) % self.stride == 0
         )

@@ -25,8 +25,9 @@ def check_size(name: str, value: object, minimum: int = 1) -> None:
             f"{name}={value!r} must be an int (tokens) or a float (fraction of the axis)"
         )
     if isinstance(value, float):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value} as a fraction of the axis must be finite and above 0")
+        if not math.isfinite(value) or value < 0 or (value == 0 and minimum > 0):
+            least = "above 0" if minimum else "at least 0"
+            raise ValueError(f"{name}={value} as a fraction must be finite and {least}")
     elif value < minimum:
         raise ValueError(f"{name}={value} must be at least {minimum}")
 
@@ -85,3 +86,17 @@ def sizes_of(name: str, value: Sizes, grid: Grid) -> tuple[int, int, int]:
     chosen = per_axis(name, value, grid, 1)
     t, h, w = (to_tokens(name, chosen[axis], grid.shape[axis], axis) for axis in range(3))
     return t, h, w
+
+
+MAX_RUNS = 16384  # a table of their pairs then takes a quarter of a gigabyte
+
+
+def count_runs(name: str, size: int, grid: Grid) -> int:
+    """Runs of ``size`` raster tokens in a grid, few enough for a table of their pairs."""
+    runs = -(-grid.numel // size)
+    if runs > MAX_RUNS:
+        raise ValueError(
+            f"{name}={size} cuts grid {grid} into {runs} runs; at most {MAX_RUNS} are allowed, "
+            f"use {name}={-(-grid.numel // MAX_RUNS)} or more"
+        )
+    return runs

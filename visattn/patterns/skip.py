@@ -16,7 +16,7 @@ from visattn.patterns.pattern import Pattern
 from visattn.predicates import Places, Predicate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Skip(Pattern):
     """No query sees any key, text included: output 0, LSE minus infinity."""
 

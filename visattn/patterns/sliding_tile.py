@@ -17,7 +17,7 @@ from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_to
 from visattn.predicates import AxisRule, Places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlidingTile(AxisPattern):
     """Per axis, the tiles within ``window // 2`` of the query's tile, moved inward at the borders.
 

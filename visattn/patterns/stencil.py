@@ -17,7 +17,7 @@ from visattn.patterns.sizes import Sizes, check_sizes, sizes_of
 from visattn.predicates import Label, Places, Predicate, TileOffsets, linear_form
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stencil(Pattern):
     """The grid is cut into tiles; a query tile sees the tiles at given offsets from it, and fixed
     ones.
@@ -94,18 +94,16 @@ class Stencil(Pattern):
     def pairs(self, grid: Grid) -> int:
         return _count(self, grid)
 
-    def check(self, grid: Grid) -> None:
-        _, count = self.tiles(grid)
+    def covered(self, grid: Grid) -> torch.Tensor | bool:
+        tile, count = self.tiles(grid)
         if self.columns or (0, 0, 0) in self.offsets:
-            return
+            return True
         seen = torch.zeros(count.shape, dtype=torch.bool)
         for own, _ in overlaps(self.offsets, count):
             seen[own] = True
-        if not bool(seen.all()):
-            raise ValueError(
-                f"offsets={self.offsets} leave {int((~seen).sum())} of {count.numel} tiles of "
-                f"grid {grid} without any key; add the offset (0, 0, 0) or a column"
-            )
+        places = grid.coordinates(torch.arange(grid.numel))
+        t, h, w = (place // side for place, side in zip(places, tile, strict=True))
+        return seen[t, h, w]
 
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         tile, count = self.tiles(grid)
@@ -137,8 +135,8 @@ class Stencil(Pattern):
 def overlaps(
     offsets: tuple[Triple, ...], count: Grid
 ) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """For each distinct offset that stays in the grid for some tile: those query tiles, and "
-    "their key tiles."""
+    """For each distinct offset that stays in the grid for some tile: those query tiles, and
+    their key tiles."""
     out = []
     for offset in dict.fromkeys(offsets):
         if all(abs(d) < n for d, n in zip(offset, count.shape, strict=True)):

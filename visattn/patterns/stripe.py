@@ -23,7 +23,7 @@ from visattn.predicates import Label, Places, Predicate, linear_form
 Column = Size | tuple[Size, Size]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stripe(Pattern):
     """Every query sees the same keys: the first frame, chosen columns, or both.
 
@@ -49,8 +49,7 @@ class Stripe(Pattern):
             if len(places) != 1 + isinstance(column, tuple):
                 raise ValueError(f"columns holds {column}; a run is a pair (begin, end)")
             for place in places:
-                if place != 0 or isinstance(place, bool):
-                    check_size("columns", place)
+                check_size("columns", place, minimum=0)
                 if isinstance(place, float) and place > 1:
                     raise ValueError(
                         f"columns holds {place}; as a fraction of the grid's tokens it is at "
@@ -89,8 +88,8 @@ class Stripe(Pattern):
         return (Label(grid, self.kept(grid).int()),)
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
-        """Raster order; scattered columns are brought to the front of the keys when that saves "
-        "visits."""
+        """Raster order; scattered columns are brought to the front of the keys when that saves
+        visits."""
         kept = self.kept(grid)
         touched = (
             torch.nn.functional.pad(kept, (0, -grid.numel % block_k)).view(-1, block_k).any(1).sum()

@@ -10,11 +10,11 @@ import torch
 
 from visattn.layout import Grid, TokenLayout
 from visattn.orders import Order
-from visattn.patterns.pattern import Pattern
+from visattn.patterns.pattern import Pattern, visited_blocks
 from visattn.predicates import Places, Predicate
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Union(Pattern):
     """Any pair that one of ``patterns`` keeps.
 
@@ -55,17 +55,12 @@ class Union(Pattern):
     def pairs(self, grid: Grid) -> int:
         return _count(self, grid)
 
-    def check(self, grid: Grid) -> None:
-        refusals: list[ValueError] = []
-        members = [pattern for pattern in self.patterns if pattern.outside]
-        for pattern in members:
-            pattern.predicates(grid)  # the sizes of every member must fit
-            try:
-                pattern.check(grid)
-            except ValueError as error:  # leaves some query without a key
-                refusals.append(error)
-        if refusals and len(refusals) == len(members):
-            raise refusals[0]
+    def covered(self, grid: Grid) -> torch.Tensor | bool:
+        found = torch.zeros(grid.numel, dtype=torch.bool)
+        for pattern in self.patterns:
+            if pattern.outside:
+                found |= pattern.covered(grid)
+        return found
 
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         return tuple(
@@ -79,10 +74,7 @@ class Union(Pattern):
 
         def visited(orders: tuple[Order, Order]) -> int:
             q, k = orders[0].blocks(grid, block_q), orders[1].blocks(grid, block_k)
-            some = torch.zeros(len(q.start), len(k.start), dtype=torch.bool)
-            for predicate in predicates:
-                some |= predicate.classify(q, k)[0]
-            return int(some.sum())
+            return visited_blocks(predicates, q, k)
 
         return min(choices, key=visited) if len(choices) > 1 else next(iter(choices))
 

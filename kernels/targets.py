@@ -1,0 +1,123 @@
+"""The architectures that kernels are compiled for, and the launch settings on each.
+
+One table and one function; nothing is tuned at run time. ``scripts/compile_matrix.py`` compiles
+every row for its target and writes what it takes into ``assets/tables/compile_matrix.json``. The
+settings are reasoned from that table, in which no 16-bit row spills in the loop over full blocks
+on NVIDIA's targets; none has been timed on its target yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+__all__ = ["LAUNCHES", "TARGETS", "Launch", "Target", "launch_settings", "target_of"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture: Triton's backend and arch, threads of a warp, shared memory of a block in
+    bytes."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+
+
+TARGETS: dict[str, Target] = {
+    "sm_80": Target("cuda", 80, 32, 163 << 10),
+    "sm_89": Target("cuda", 89, 32, 99 << 10),
+    "sm_90": Target("cuda", 90, 32, 227 << 10),
+    "sm_100": Target("cuda", 100, 32, 227 << 10),
+    "sm_120": Target("cuda", 120, 32, 99 << 10),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Queries and keys of a block (of the map too), warps, and stages of the loops' pipeline."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# For 2-byte types the largest tiles with which no variant of the masks spills, as the compile
+# matrix shows. 8 warps: 4 of 32 threads hold too much of a 128 x 64 tile beside the masks
+# (gfx942's 4 are as many threads, of 512 registers each). 3 stages: one loads the block's number,
+# so that keys and values have two. float32 products use no matrix units on NVIDIA and take
+# registers by tile size.
+_COMMON = {
+    16: Launch(128, 64, 8, 3),
+    32: Launch(128, 64, 8, 3),
+    64: Launch(128, 64, 8, 3),
+    128: Launch(128, 64, 8, 3),
+}
+_SMALL = _COMMON | {128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 8, 2)}  # 99 KiB shared
+_FLOAT32 = {
+    16: Launch(64, 32, 8, 2),
+    32: Launch(64, 32, 8, 2),
+    64: Launch(64, 32, 8, 2),
+    128: Launch(32, 32, 8, 2),
+    256: Launch(32, 16, 8, 2),
+}
+
+# target -> bytes of an element -> padded head size -> settings
+LAUNCHES: dict[str, dict[int, dict[int, Launch]]] = {
+    "sm_80": {2: _COMMON | {256: Launch(64, 64, 8, 3)}, 4: _FLOAT32},
+    "sm_89": {2: _SMALL, 4: _FLOAT32},
+    "sm_90": {2: _COMMON | {256: Launch(128, 32, 8, 3)}, 4: _FLOAT32},
+    "sm_100": {2: _COMMON | {256: Launch(64, 64, 8, 3)}, 4: _FLOAT32},
+    "sm_120": {2: _SMALL, 4: _FLOAT32},
+    "gfx942": {
+        2: {
+            16: Launch(128, 64, 4, 2),
+            32: Launch(128, 64, 4, 2),
+            64: Launch(128, 64, 4, 2),
+            128: Launch(128, 32, 4, 2),
+            256: Launch(64, 32, 4, 2),
+        },
+        4: {
+            16: Launch(64, 32, 4, 2),
+            32: Launch(64, 32, 4, 2),
+            64: Launch(64, 32, 4, 2),
+            128: Launch(64, 32, 4, 2),
+            256: Launch(32, 16, 4, 2),
+        },
+    },
+}
+
+
+def target_of(device: torch.device) -> str:
+    """The entry of TARGETS for a device: its own, or the nearest older one of its vendor.
+
+    Raises:
+        ValueError: the device is no GPU, or older than every target.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"device={device} has no Triton target; the kernels run on CUDA and ROCm")
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    own = 10 * major + minor
+    if own == 86:
+        return "sm_89"  # of the same shared memory
+    older = [
+        (int(target.arch), name)
+        for name, target in TARGETS.items()
+        if target.backend == "cuda" and int(target.arch) <= own
+    ]
+    if not older:
+        raise
+        ValueError(f"device={device} of capability {major}.{minor} is below the least target, 8.0")
+    return max(older)[1]
+
+
+def launch_settings(target: str, dtype: torch.dtype, dim: int) -> Launch:
+    """Settings for a dtype (float16, bfloat16, float32) and head size (up to 256) on a target."""
+    return LAUNCHES[target][dtype.itemsize][max(16, triton.next_power_of_2(dim))]

@@ -1,0 +1,297 @@
+"""The kernels against the float64 oracle: interpreted without a GPU, compiled with one.
+
+A launch is within the bound when ``max|kernel - f64| <= 1.5 max|eager - f64| + 1 ulp``, eager
+being the reference in the same dtype. New tensors are filled with NaN, so that a row left
+unwritten is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from cases import LAYOUTS, draw, draw_text_lengths
+
+from visattn import Grid, TokenLayout, sparse_attention
+from visattn.devicemaps import device_maps
+from visattn.execute import lower_cached
+from visattn.layout import check_text_lengths
+from visattn.patterns import (
+    PATTERNS,
+    AxisOrder,
+    Dense,
+    Diagonal,
+    GridBlocks,
+    Neighborhood,
+    Pattern,
+    Radial,
+    Sharded,
+    Skip,
+    Stripe,
+    Union,
+)
+from visattn.triton_backend import triton_attention
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+WALKED = [  # one token, one frame, a ragged tail, odd text on both sides, two grids, prefix tokens
+    "one_token_text_1",
+    "frame_1_of_11x3",
+    "video_7x4x6",
+    "video_7x5x3_text_31",
+    "two_grids_text_between",
+    "video_6x6x7_both_texts",
+    "prefix_and_text",
+]
+SETTINGS = (16, 32, 4, 1)
+LIMIT = 15_000
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` and ``new_empty`` give NaN."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def fill(make: object, *args: object, **kwargs: object) -> torch.Tensor:
+        assert callable(make)
+        out: torch.Tensor = make(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", partial(fill, empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty, *a, **k))
+
+
+@contextmanager
+def products_of_the_interpreter() -> Iterator[None]:
+    """Float32 matrix products as Triton's interpreter takes them, by numpy: over 256 terms they are
+    1.6 times as far off as torch's, and eager must not be judged by better products."""
+    torch_product = torch.Tensor.__matmul__
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if GPU or a.dtype != torch.float32:
+            return torch_product(a, b)
+        return torch.from_numpy(np.matmul(a.numpy(), np.ascontiguousarray(b.numpy())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", product)
+        yield
+
+
+def inputs(
+    layout: TokenLayout, heads: int, key_heads: int, dim: int, dtype: torch.dtype, batch: int = 1
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, n, layout.length, dim) for n in (heads, key_heads, key_heads)]
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+
+def check(
+    qkv: list[torch.Tensor],
+    patterns: list[Pattern],
+    layout: TokenLayout,
+    lengths: torch.Tensor | None = None,
+    settings: tuple[int, int, int, int] = SETTINGS,
+    split: int | None = None,
+    scale: float | None = None,
+) -> None:
+    """Run the kernels and hold output and LSE to the bound."""
+    q, k, v = qkv
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    checked = None if lengths is None else check_text_lengths(lengths, layout, q.shape[0])
+    checked = None if checked is None else checked.to(DEVICE)
+
+    def lower(pattern: Pattern, block_q: int, block_k: int) -> object:
+        return lower_cached(pattern, layout, None, block_q, block_k)
+
+    out, lse = triton_attention(
+        q,
+        k,
+        v,
+        tuple(patterns),
+        layout,
+        None,
+        checked,
+        factor,
+        lower,  # type: ignore[arg-type]
+        settings=settings,
+        split=split,
+    )
+    run = partial(sparse_attention, pattern=patterns, layout=layout, text_lengths=lengths)
+    run = partial(run, scale=factor, backend="reference", return_lse=True)
+    exact, exact_lse = run(q.double(), k.double(), v.double())
+    with products_of_the_interpreter():
+        eager, eager_lse = run(q, k, v)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    empty = exact_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    rounding = 2 if q.dtype == torch.bfloat16 and not GPU else 1  # interpreted, bf16 is truncated
+    for name, found, plain, truth, eps in (
+        ("output", out, eager, exact, torch.finfo(q.dtype).eps),
+        ("lse", lse[~empty], eager_lse[~empty], exact_lse[~empty], torch.finfo(torch.float32).eps),
+    ):
+        if truth.numel() == 0:
+            continue
+        error = (found.double() - truth).abs().max()
+        allowed = 1.5 * (plain.double() - truth).abs().max() + rounding * eps * truth.abs().max()
+        assert error <= allowed, (name, float(error), float(allowed), patterns)
+
+
+def case(name: str, layout_name: str) -> tuple[Pattern, TokenLayout, torch.Tensor | None]:
+    layout = LAYOUTS[layout_name]
+    lengths = draw_text_lengths(layout, 1, torch.Generator().manual_seed(len(layout_name)))
+    if lengths is not None:
+        lengths = lengths // 2 + 1  # one sample, and not its capacity
+    return draw(name, layout, 1), layout, lengths
+
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout_name", WALKED)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_is_within_the_bound(name: str, layout_name: str, dtype: torch.dtype) -> None:
+    pattern, layout, lengths = case(name, layout_name)
+    check(inputs(layout, 1, 1, 16, dtype), [pattern], layout, lengths)
+
+
+def test_the_walk_stays_within_its_tile_steps() -> None:
+    """The interpreter takes up to 8 ms for each, so the suite's time is designed here."""
+    steps = 0
+    for name in PATTERNS:
+        for layout_name in WALKED:
+            pattern, layout, _ = case(name, layout_name)
+            block_map = lower_cached(pattern, layout, None, *SETTINGS[:2])
+            steps += 2 * device_maps([block_map], 1, torch.device("cpu")).tile_steps
+    assert 1_000 < steps < LIMIT
+
+
+LAYOUT = LAYOUTS["video_7x5x3_text_31"]
+MIXED: list[Pattern] = [Radial(rule="token"), Neighborhood((3, 3, 3)), Skip(), Dense()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_mixed_heads_grouped_queries_and_batch(key_heads: int, dtype: torch.dtype) -> None:
+    layout = LAYOUTS["video_3x3x3"]
+    lengths = torch.tensor([2, 0])
+    check(inputs(layout, 4, key_heads, 24, dtype, batch=2), MIXED, layout, lengths)
+
+
+@pytest.mark.parametrize("dim", [16, 24, 32, 40, 64, 72, 80, 96, 128, 160, 256])
+def test_head_sizes(dim: int) -> None:
+    layout = LAYOUTS["image_7x7"]
+    check(inputs(layout, 1, 1, dim, torch.float32), [Neighborhood(3)], layout)
+    check(inputs(layout, 1, 1, dim, torch.float16), [Diagonal(9)], layout)
+
+
+def test_bfloat16() -> None:
+    check(inputs(LAYOUT, 2, 2, 32, torch.bfloat16), [Radial(), Stripe()], LAYOUT)
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_long_rows_are_split_and_merged(split: int) -> None:
+    layout = LAYOUTS["video_6x6x7_both_texts"]
+    lengths = torch.tensor([[3, 2]])
+    patterns: list[Pattern] = [Dense(), Neighborhood((3, 3, 3)), Skip()]
+    check(inputs(layout, 3, 1, 16, torch.float32), patterns, layout, lengths, split=split)
+    maps = [lower_cached(p, layout, None, *SETTINGS[:2]) for p in patterns]
+    packed = device_maps(maps, 1, torch.device("cpu"), split)
+    assert packed.num_parts > 2 * split
+    work = packed.lists["work"]
+    visits = work[:, 11] - work[:, 7]
+    assert bool((visits.diff() <= 0).all())  # heaviest first
+    assert int(visits.max()) <= split
+    assert int(visits.sum()) == sum(m.num_visited for m in maps)
+
+
+UNIONS = {
+    "two_bands": Union(Diagonal(3), AxisOrder(Diagonal(2), "wht")),
+    "axis_and_label": Union(Neighborhood((3, 3, 1)), Stripe(False, (5, 40))),
+    "radial_and_axis": Radial(0.5, sink=True, rule="token"),
+    "strided": GridBlocks((2, 2, 2)),
+    "bits": Union(Diagonal(2), Stripe(False, (5,)), Neighborhood(3)),
+    "table": Sharded(1, 2, block=48, causal=True),
+    "other_radial": AxisOrder(Radial(rule="paper"), "hwt"),
+}
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_every_kind_of_predicate(name: str) -> None:
+    """Also beside a head that uses none of them."""
+    layout = LAYOUTS["video_5x5x5"]
+    check(inputs(layout, 2, 2, 16, torch.float32), [UNIONS[name], Diagonal(0)], layout)
+
+
+def test_kinds_that_two_slots_cannot_hold_go_to_bits() -> None:
+    layout = LAYOUTS["video_5x5x5"]
+    heads: list[Pattern] = [Diagonal(3), Neighborhood(3), Radial(rule="token"), Stripe(False, (3,))]
+    maps = [lower_cached(p, layout, None, 16, 32) for p in heads]
+    assert device_maps(maps, 4, torch.device("cpu")).kinds == (6, 0)
+    check(inputs(layout, 4, 4, 16, torch.float32), heads, layout)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(scale: float) -> None:
+    layout = LAYOUTS["video_3x3x3"]
+    check(inputs(layout, 1, 1, 16, torch.float32), [Diagonal(5)], layout, scale=scale)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    layout = LAYOUTS["video_3x3x3"]
+    q, k, v = inputs(layout, 1, 1, 16, torch.float32)
+    check([100 * q, 100 * k, v], [Neighborhood(3)], layout)
+
+
+def test_strides_other_than_contiguous() -> None:
+    """Diffusers hands over ``[B, L, H, D]``."""
+    qkv = inputs(LAYOUT, 2, 2, 16, torch.float32)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    for patterns in ([Diagonal(5), Stripe()], [Neighborhood((3, 3, 3))] * 2):
+        check(turned, patterns, LAYOUT)
+
+
+def test_offsets_beyond_31_bits() -> None:
+    """The second batch item lies 2^31 elements behind the first; untouched pages cost no memory."""
+    layout = LAYOUTS["image_7x7"]
+    tokens, dim = layout.length, 16
+    apart = 2**31 + 64
+    values = inputs(layout, 1, 1, dim, torch.float16, batch=2)
+    far = []
+    for value in values:
+        storage = torch.UntypedStorage(2 * (apart + tokens * dim), device=DEVICE)
+        view = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(
+            storage, 0, (2, 1, tokens, dim), (apart, tokens * dim, dim, 1)
+        )
+        view.copy_(value)
+        far.append(view)
+    for pattern in (Diagonal(9), Neighborhood(3)):
+        check(far, [pattern], layout)
+
+
+def test_layouts_of_text_alone_and_one_long_row() -> None:
+    from visattn import Segment
+
+    text = TokenLayout(segments=[Segment("text", 45)])
+    check(inputs(text, 1, 1, 16, torch.float32), [Dense()], text, torch.tensor([17]))
+    line = TokenLayout(Grid(1, 1, 300))
+    check(inputs(line, 1, 1, 16, torch.float32), [Stripe(False, (299,))], line)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no GPU: the walk above ran in Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_launch_settings_of_this_gpu(name: str, dtype: torch.dtype) -> None:
+    """The same bound with the launch table's own blocks, at the head sizes that models have."""
+    from visattn.triton_backend import _settings
+
+    for layout_name in ("video_8x8x8_aligned", "video_4x11x7_unaligned", "two_grids_text_between"):
+        pattern, layout, lengths = case(name, layout_name)
+        for dim in (40, 64, 128):
+            qkv = inputs(layout, 2, 1, dim, dtype)
+            check(qkv, [pattern, Dense()], layout, lengths, settings=_settings(qkv[0]))
