@@ -162,8 +162,8 @@ def sparse_attention(
     if backend == "auto":
         logger.debug("sparse_attention runs %s: %s", choice.backend, choice.reason)
     spec = Spec(patterns, layout, kv_layout, choice.backend)
-    if choice.backend == "triton" and torch.is_grad_enabled():
-        # the op has the gradients that the kernels lack
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if choice.backend == "triton" and wants_grad:  # the op has the gradients that the kernels lack
         handle = register(spec)
         out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
         return (out, lse) if return_lse else out
