@@ -68,6 +68,9 @@ CASES: list[Pattern] = [
     Union(Diagonal(0.01), Stripe()),
     Union(Neighborhood((0.3, 0.3, 0.3)), Stripe(), MultiDiagonal(0.01)),
     Union(Radial(), Stripe(False, ((100, 500),))),
+    Sharded(4, 8, block=32),  # the finest runs, of which there are most
+    Radial(block=32),
+    Union(SlidingTile((2, 8, 8), (3, 1, 1)), Sharded(4, 8, block=32)),
 ]
 
 

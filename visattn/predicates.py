@@ -36,7 +36,7 @@ Status = tuple[torch.Tensor, torch.Tensor]  # (some pair is kept, every pair is 
 Kind = Literal["axis", "band", "radial", "label", "table"]
 
 UNBOUNDED = 2**40
-CHUNK = 1 << 20  # elements of a temporary when block pairs are walked in chunks of query blocks
+CHUNK = 1 << 18  # elements of a temporary when block pairs are walked in chunks of query blocks
 
 
 class Predicate(Protocol):

@@ -24,7 +24,7 @@ from visattn.predicates import Radial as RadialPredicate
 
 RadialRule = Literal["block", "token", "paper"]
 SHORTEST = 128  # a diagonal shorter than this is thinned over frames instead, in the published form
-CHUNK = 1 << 20  # elements of a temporary
+CHUNK = 1 << 18  # elements of a temporary
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,8 @@ def _block_table(pattern: Radial, grid: Grid) -> torch.Tensor:
     first, last = begins - frame * plane, ends - 1 - frame * plane  # inside the frame
     rows = (grid.numel - owner * unit).clamp(max=unit)  # of the block
     drawn = owner - frame * plane // unit < -(-plane // unit)
-    widths = pattern.widths(grid)
+    widths = pattern.widths(grid).int()
+    frame, first, last, rows = (x.int() for x in (frame, first, last, rows))
     table = torch.zeros(blocks, blocks, dtype=torch.uint8)
     step = max(1, CHUNK // len(begins))
     for begin in range(0, len(begins), step):

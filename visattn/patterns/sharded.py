@@ -69,9 +69,9 @@ class Sharded(Pattern):
     def table(self, grid: Grid) -> torch.Tensor:
         """Kept pairs of runs, bool ``[n, n]``."""
         run = torch.arange(count_runs("block", self.block, grid))
-        return ((run[:, None] - run).abs() < self.local) | (
-            (run + self.shard + 1) % self.stride == 0
-        )
+        kept = (run + self.shard + 1) % self.stride == 0
+        small = run.to(torch.int16)  # the table of differences is the largest tensor here
+        return ((small[:, None] - small).abs_() < min(self.local, len(run))).logical_or_(kept)
 
     def pairs(self, grid: Grid) -> int:
         return _count(self, grid)
