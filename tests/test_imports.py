@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The arrow, lowest row first: a module may import modules of lower rows and of its own folder.
 # A new module of visattn/ gets a place here.
 ROWS = (
-    {"_compat"},
+    {"_compat", "_version", "files"},
     {"kernels"},
     {"layout"},
     {"orders"},
@@ -21,7 +21,7 @@ ROWS = (
     {"blockmap"},
     {"patterns", "selectors"},
     {"reference", "picture", "view"},
-    {"blockwise", "devicemaps", "draw", "flex"},
+    {"blockwise", "devicemaps", "draw", "flex", "video"},
     {"triton_backend", "checks"},
     {"execute"},
     {"op"},
@@ -29,7 +29,7 @@ ROWS = (
     {"plan"},
     {"pipelines"},
     {"inject"},
-    {"metrics"},
+    {"generation", "metrics"},
     {"search", "guidance"},
     {"report"},
     {"__init__"},

@@ -2,12 +2,26 @@
 models."""
 
 from visattn._compat import ensure_torchvision
+from visattn._version import __version__
 
 ensure_torchvision()
 
-from visattn import patterns  # noqa: E402
+from visattn import metrics, patterns  # noqa: E402
 from visattn.attention import sparse_attention  # noqa: E402
+from visattn.inject import apply_plan, remove_plan, sparse, summary  # noqa: E402
 from visattn.layout import Grid, Segment, TokenLayout  # noqa: E402
+from visattn.plan import Plan  # noqa: E402
 
-__all__ = ["Grid", "Segment", "TokenLayout", "patterns", "sparse_attention"]
-__version__ = "0.1.0"
+__all__ = [
+    "Grid",
+    "Plan",
+    "Segment",
+    "TokenLayout",
+    "apply_plan",
+    "metrics",
+    "patterns",
+    "remove_plan",
+    "sparse",
+    "sparse_attention",
+    "summary",
+]

@@ -18,9 +18,12 @@ import torch
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Grid", "Segment", "TokenLayout", "check_text_lengths", "valid_keys"]
+__all__ = ["Grid", "Segment", "TokenLayout", "Tokens", "check_text_lengths", "valid_keys"]
 
 SegmentKind = Literal["grid", "text", "prefix"]
+# A layout in plain words and numbers, in the order of the sequence: ("text", length),
+# ("prefix", length) and ("grid", frames, height, width).
+Tokens = tuple[tuple[str | int, ...], ...]
 
 
 _ALIVE: weakref.WeakValueDictionary[int, Traceable] = weakref.WeakValueDictionary()
@@ -179,6 +182,35 @@ class TokenLayout(Traceable):
         if not parts:
             raise ValueError("segments=() is empty; a layout has at least one token")
         object.__setattr__(self, "segments", tuple(parts))
+
+    @classmethod
+    def from_tokens(cls, tokens: Tokens) -> Self:
+        """The layout of ``(("text", 226), ("grid", 13, 30, 45))``.
+
+        Raises:
+            TypeError, ValueError: an item is no such segment.
+        """
+        parts: list[Segment | Grid] = []
+        for kind, *sizes in tokens:
+            numbers = [check_count(f"a size of segment {kind!r}", size, 1) for size in sizes]
+            if kind == "grid" and len(numbers) == 3:
+                parts.append(Grid(*numbers))
+            elif kind in ("text", "prefix") and len(numbers) == 1:
+                parts.append(Segment("text" if kind == "text" else "prefix", numbers[0]))
+            else:
+                raise ValueError(
+                    f"segment {(kind, *sizes)} must be ('grid', frames, height, width), "
+                    "('text', length) or ('prefix', length)"
+                )
+        return cls(segments=parts)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The segments in plain words and numbers; ``from_tokens`` reads them."""
+        return tuple(
+            (s.kind, *s.grid.shape) if s.grid is not None else (s.kind, s.length)
+            for s in self.segments
+        )
 
     @cached_property
     def length(self) -> int:

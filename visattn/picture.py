@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from visattn.files import write_whole
+
 __all__ = ["GREY", "INK", "PAPER", "Color", "cells_picture", "font", "save_png", "wrapped", "write"]
 
 Color = tuple[int, int, int]
@@ -78,11 +80,4 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"output {str(path)!r} must end in .png; no other format is written")
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data.getvalue())
-        part.replace(target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(target, data.getvalue())

@@ -1,6 +1,8 @@
 """The command ``visattn``: a table of sub-commands, which read arguments and return their output.
 
-Wrong input ends with exit code 2 and one line on stderr; nothing is printed before a command ends.
+Wrong input ends with exit code 2 and one line on stderr; nothing is printed on stdout before a
+command ends. Where parts of the work failed and the rest was done, the exit code is 1 and stderr
+has a line for each.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from visattn import __version__
-from visattn.cli import env, show
+from visattn._version import __version__
+from visattn.cli import compare, env, generate, show
+from visattn.cli.output import Output, error_line
+from visattn.execute import BackendUnavailable
+from visattn.generation import GenerationError
 
 __all__ = ["main"]
 
-FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+PARTLY_FAILED, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 
 class Command(NamedTuple):
@@ -24,10 +29,16 @@ class Command(NamedTuple):
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], str]
+    run: Callable[[argparse.Namespace], str | Output]
 
 
 COMMANDS = {
+    "generate": Command(
+        "make a video from a prompt, dense or by a plan", generate.add_arguments, generate.run
+    ),
+    "compare": Command(
+        "measure how far two outputs or two plans are apart", compare.add_arguments, compare.run
+    ),
     "show": Command("draw a pattern: mask, block map, density", show.add_arguments, show.run),
     "env": Command("print versions and devices, for bug reports", env.add_arguments, env.run),
 }
@@ -38,11 +49,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, error_line(f"{message}; see '{self.prog} --help'"))
-
-
-def error_line(message: str) -> str:
-    """One line for stderr, whatever the message holds."""
-    return f"visattn: error: {' '.join(message.split())}\n"
 
 
 def make_parser() -> Parser:
@@ -65,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         args = make_parser().parse_args(argv)
-        text = COMMANDS[args.command].run(args)
+        output = COMMANDS[args.command].run(args)
+        text, failures = output if isinstance(output, Output) else Output(output)
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        if text or not failures:
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        sys.stderr.writelines(map(error_line, failures))
     except SystemExit as stop:  # from argparse: help, version, or a usage error it has printed
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -75,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return PIPE_CLOSED
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, BackendUnavailable, GenerationError) as error:
         sys.stderr.write(error_line(str(error)))
         return FAILED
-    return 0
+    return PARTLY_FAILED if failures else 0

@@ -10,7 +10,7 @@ import platform
 
 import torch
 
-from visattn import __version__
+from visattn._version import __version__
 from visattn.attention import BACKENDS, BackendUnavailable, choose_backend
 
 PACKAGES = (

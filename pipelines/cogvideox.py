@@ -1,0 +1,31 @@
+"""CogVideoX and CogVideoX 1.5: joint attention with the text in front; guidance doubles the
+batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from visattn.layout import Tokens
+from visattn.pipelines.family import Family
+
+__all__ = ["COGVIDEOX"]
+
+
+def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
+    """``hidden_states`` is ``[B, T, C, H, W]``; 1.5 has patches of two frames as well. Padding of
+    the text is attended, so that all of its tokens are valid."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    patch, patch_t = config.patch_size, config.patch_size_t or 1
+    text = arguments["encoder_hidden_states"].shape[1]
+    grid = ("grid", (frames + patch_t - 1) // patch_t, height // patch, width // patch)
+    return (("text", text), grid)
+
+
+COGVIDEOX = Family(
+    name="CogVideoX",
+    models=("CogVideoXTransformer3DModel",),
+    layers=r"transformer_blocks\.\d+\.attn1",
+    tokens=tokens,
+    batch=("uncond", "cond"),
+)

@@ -1,0 +1,34 @@
+"""What visattn knows of a model family: where its self-attention is, and what its tokens mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from visattn.layout import Tokens
+
+__all__ = ["Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of denoisers.
+
+    Args:
+        name: as the family calls itself.
+        models: class names of its denoisers.
+        layers: regular expression that the module paths of its self-attention (joint attention
+            where text is part of the sequence) match in full, and nothing else does.
+        tokens: the attention's tokens from the model's configuration and the arguments of its
+            forward, in the order of the sequence. It is traced by ``torch.compile``: it reads
+            shapes and no values.
+        batch: the passes of a batch that guidance has doubled, in its order; empty where each pass
+            is a call of its own.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    layers: str
+    tokens: Callable[[Any, Mapping[str, Any]], Tokens]
+    batch: tuple[str, ...] = ()

@@ -1,0 +1,26 @@
+"""Wan 2.1 and 2.2: self-attention of video tokens alone; text comes in by cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from visattn.layout import Tokens
+from visattn.pipelines.family import Family
+
+__all__ = ["WAN"]
+
+
+def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
+    """``hidden_states`` is ``[B, C, T, H, W]``; a patch is a token."""
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch_t, patch_h, patch_w = config.patch_size
+    return (("grid", frames // patch_t, height // patch_h, width // patch_w),)
+
+
+WAN = Family(
+    name="Wan",
+    models=("WanTransformer3DModel",),
+    layers=r"blocks\.\d+\.attn1",
+    tokens=tokens,
+)

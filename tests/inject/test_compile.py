@@ -1,0 +1,146 @@
+"""Plans and ``torch.compile``: one graph, in whichever order they come, changed, and taken away."""
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from visattn.inject import apply_plan, remove_plan, summary
+from visattn.patterns import Dense, Diagonal, MultiDiagonal, Neighborhood
+from visattn.plan import Plan, Rule
+
+HEADS = (Diagonal(3), Neighborhood((1, 3, 3)), Dense(), MultiDiagonal(1))
+PLAN = Plan((Rule(HEADS),))
+STEPPED = Plan((Rule(HEADS, pass_="cond"), Rule(Diagonal(1), phase=1)), phases=(0.5,))
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(pipe, way):
+    """The denoiser compiled in one of the ways there are; counts its graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = pipe.transformer
+    if way == "wrapped":
+        pipe.transformer = torch.compile(model, backend=counter, fullgraph=True)
+    elif way == "in place":
+        model.compile(backend=counter, fullgraph=True)
+    elif hasattr(model, "_repeated_blocks") and model._repeated_blocks:
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    else:
+        for block in model.transformer_blocks:
+            block.compile(backend=counter, fullgraph=True)
+    return counter
+
+
+def close(x, y):
+    return (x - y).abs().max() < 2e-5
+
+
+WAYS = ("wrapped", "in place", "blocks")
+CASES = [(name, way) for name in ("wan21", "cogvideox") for way in WAYS]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+@pytest.mark.parametrize("order", ["plan first", "compiled first"])
+def test_compiled_pipeline_runs_its_plan(name, way, order):
+    pipe = tiny.PIPELINES[name]()
+    dense = tiny.generate(pipe)
+    apply_plan(pipe, PLAN)
+    sparse = tiny.generate(pipe)
+    apply_plan(pipe, STEPPED)
+    stepped = tiny.generate(pipe)
+    remove_plan(pipe)
+    assert not close(sparse, stepped)
+    # CogVideoX's first block is another graph than the rest even without a plan
+    once = 2 if (name, way) == ("cogvideox", "blocks") else 1
+    if order == "plan first":
+        apply_plan(pipe, PLAN)
+        counter = compiled(pipe, way)
+        earlier = 0
+    else:
+        counter = compiled(pipe, way)
+        assert close(tiny.generate(pipe), dense)
+        assert counter.frame_count == once
+        earlier = once
+        apply_plan(pipe, PLAN)
+    assert close(tiny.generate(pipe), sparse)
+    assert counter.frame_count == earlier + once
+    calls = 3 if name == "cogvideox" else 6
+    assert [row.sparse_calls for row in summary(pipe).layers] == [calls] * tiny.LAYERS
+    apply_plan(pipe, STEPPED)  # another plan needs no other graph
+    assert close(tiny.generate(pipe), stepped)
+    assert counter.frame_count == earlier + once
+    remove_plan(pipe)
+    assert close(tiny.generate(pipe), dense)
+    assert counter.frame_count <= 2 * once
+
+
+@pytest.mark.parametrize("name", ["wan21", "cogvideox"])
+def test_compiled_pipeline_at_a_second_resolution(name):
+    pipe = tiny.PIPELINES[name]()
+    other = {"height": 64, "width": 96, "num_frames": 17}
+    apply_plan(pipe, PLAN)
+    first, second = tiny.generate(pipe), tiny.generate(pipe, **other)
+    compiled(pipe, "wrapped")
+    assert close(tiny.generate(pipe), first)
+    assert close(tiny.generate(pipe, **other), second)
+    assert close(tiny.generate(pipe), first)
+
+
+def test_layers_with_and_without_a_plan_make_two_graphs():
+    pipe = tiny.wan21(layers=6)
+    plan = Plan(PLAN.rules, dense_layers=(0, 3))
+    apply_plan(pipe, plan)
+    expected = tiny.generate(pipe)
+    counter = compiled(pipe, "blocks")
+    assert close(tiny.generate(pipe), expected)
+    assert counter.frame_count == 2
+
+
+def test_inductor_runs_a_plan():
+    pipe = tiny.wan21(layers=1)
+    apply_plan(pipe, PLAN)
+    expected = tiny.generate(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)
+    assert close(tiny.generate(pipe), expected)
+
+
+def test_dense_plan_of_a_compiled_pipeline_changes_no_bit():
+    pipe = tiny.wan21()
+    compiled(pipe, "wrapped")
+    dense = tiny.generate(pipe)
+    apply_plan(pipe, Plan(PLAN.rules, dense_steps=(1.0, 0)))
+    assert torch.equal(tiny.generate(pipe), dense)
+    assert all(row.dense_calls == 6 for row in summary(pipe).layers)
+
+
+def gradient(model):
+    torch.manual_seed(0)
+    out = model(
+        hidden_states=torch.randn(1, 4, 3, 12, 8),
+        timestep=torch.tensor([3]),
+        encoder_hidden_states=torch.randn(1, 10, 16),
+    )
+    out.sample.sum().backward()
+    weight = next(p for name, p in model.named_parameters() if name.endswith("0.attn1.to_q.weight"))
+    own, weight.grad = weight.grad, None
+    return own
+
+
+def test_gradients_are_taken_outside_the_graph_or_refused():
+    """The op has none; where the graph may end, the layer runs as it does without a compiler."""
+    pipe = tiny.wan21(layers=1)
+    apply_plan(pipe, PLAN)
+    expected = gradient(pipe.transformer)
+    model = torch.compile(pipe.transformer, backend="eager")
+    assert close(gradient(model), expected)
+    assert [row.sparse_calls for row in summary(pipe).layers] == [2]
+    torch._dynamo.reset()
+    model = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        gradient(model)

@@ -1,0 +1,57 @@
+"""The summary of a pipeline with a plan: its numbers by hand, and its table."""
+
+import json
+
+import pytest
+import tiny
+
+from visattn import Grid, TokenLayout
+from visattn.inject import apply_plan, remove_plan, summary
+from visattn.patterns import Dense, Diagonal, Skip
+from visattn.plan import Plan, Rule
+
+HEADS = (Dense(), Diagonal(3), Skip(), Skip())
+PLAN = Plan((Rule(HEADS), Rule(Skip(), layer="blocks.2.attn1", pass_="uncond")), dense_layers=(0,))
+
+
+def test_summary_without_a_plan():
+    assert str(summary(tiny.wan21())) == "no layer has a plan: all attention is dense"
+    assert summary(tiny.wan21()).numbers()["layers"] == []
+
+
+def test_numbers_of_a_summary():
+    pipe = tiny.wan21()
+    apply_plan(pipe, PLAN)
+    before = summary(pipe)
+    assert (before.layout, before.attention_share, before.layers[0].density) == (None, None, None)
+    tiny.generate(pipe)
+    numbers = summary(pipe).numbers()
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert numbers["layout"] == "3x6x4"
+    assert numbers["dense_layers"] == 1
+    rows = {(row["layer"], row["pass"]): row for row in numbers["layers"]}
+    assert set(rows) == {(f"blocks.{n}.attn1", p) for n in (1, 2) for p in ("any", "uncond")}
+    row = rows["blocks.1.attn1", "any"]
+    kept = 72 + 2 * (71 + 70 + 69)  # |p_q - p_k| <= 3
+    assert row["density"] == pytest.approx((1 + kept / 72**2) / 4)
+    assert row["patterns"] == {"Skip()": 2, "Dense()": 1, "Diagonal(width=3)": 1}
+    assert (row["sparse_calls"], row["dense_calls"], row["reason"]) == (6, 0, None)
+    assert rows["blocks.2.attn1", "uncond"]["density"] == 0
+    share = numbers["attention_share"]
+    weights = sum(
+        m.weight.numel() for m in pipe.transformer.modules() if type(m).__name__ == "Linear"
+    )
+    attention = 3 * 2 * 72**2 * 64
+    assert share == pytest.approx(attention / (attention + 72 * weights))
+
+
+def test_table_of_a_summary():
+    pipe = tiny.wan22()
+    apply_plan(pipe, Plan((Rule(HEADS),), geometry=TokenLayout(Grid(3, 6, 4))))
+    text = str(summary(pipe))
+    assert text.startswith("plan on 6 of 6 attention layers, backend auto, tokens 3x6x4\n")
+    assert "transformer.blocks.0.attn1 and 2 more" in text
+    assert "2 p1 + 1 p2 + 1 p3" in text
+    assert "p3 = Diagonal(width=3)" in text
+    remove_plan(pipe)
+    assert summary(pipe).layers == ()

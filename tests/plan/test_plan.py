@@ -1,0 +1,254 @@
+"""Plans as data: what they say of a call, their JSON, and that wrong files are refused in one
+sentence."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from visattn import Grid, TokenLayout
+from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Union
+from visattn.plan import ANY, PLAN_FILE, Denoiser, Plan, Rule, read_plan
+from visattn.plan.source import as_plan
+
+PATTERNS = [Dense(), Skip(), Diagonal(5), Radial(0.2), Neighborhood((0.5, 3, 1.0)),
+            Union(Diagonal(1), Skip())]
+FULL = Plan(
+    rules=(
+        Rule(Radial()),
+        Rule((Dense(), Diagonal(5), Skip(), Radial(0.2)), "blocks.1.attn1", "transformer", 1,
+             "cond"),
+    ),
+    dense_layers=(0, -1),
+    dense_steps=(2, 0.25),
+    phases=(0.25, 0.5),
+    geometry=TokenLayout(Grid(3, 6, 4), text_before=10),
+    model="some/model",
+    denoisers={"transformer": Denoiser("WanTransformer3DModel", 3, 4)},
+    evidence={"psnr": [31.5, None]},
+    provenance={"seed": 1},
+)
+
+rules = st.builds(
+    Rule,
+    st.sampled_from(PATTERNS) | st.lists(st.sampled_from(PATTERNS), min_size=1).map(tuple),
+    layer=st.sampled_from([ANY, "blocks.0.attn1", "ü.1"]),
+    role=st.sampled_from([ANY, "transformer", "transformer_2", "unet"]),
+    phase=st.sampled_from([None, 0]),
+    pass_=st.sampled_from([ANY, "cond", "uncond", "perturbed"]),
+)
+counts = st.integers(0, 9) | st.floats(0, 1)
+plans = st.builds(
+    Plan,
+    rules=st.lists(rules, max_size=4).map(tuple),
+    dense_layers=st.lists(st.integers(-9, 9), max_size=3).map(tuple),
+    dense_steps=st.tuples(counts, counts),
+    phases=st.sets(st.floats(0.01, 0.99), max_size=3).map(lambda s: tuple(sorted(s))),
+    model=st.none() | st.text(),
+    evidence=st.dictionaries(st.text(), st.integers() | st.text() | st.none()),
+)
+
+
+@given(plans)
+@settings(max_examples=60, deadline=None)
+def test_json_holds_all_of_a_plan(plan):
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert Plan.from_json(text).to_json() == text
+    assert list(json.loads(text)) == sorted(json.loads(text))
+
+
+def test_json_is_readable():
+    lines = FULL.to_json().splitlines()
+    assert '  "geometry": [["text", 10], ["grid", 3, 6, 4]],' in lines
+    assert '    {"pattern": 0},' in lines
+    assert any(line.startswith('    {"heads": [1, 2, 3, 4], "layer": "blocks.1') for line in lines)
+    assert Plan.from_json(FULL.to_json()) == FULL
+
+
+def test_steps_and_phases():
+    plan = Plan(dense_steps=(2, 1), phases=(0.25, 0.5))
+    assert [plan.phase_at(n, 10) for n in range(10)] == [None, None, 0, 1, 1, 2, 2, 2, 2, None]
+    shares = Plan(dense_steps=(0.1, 0.25))
+    assert [shares.phase_at(n, 8) for n in range(8)] == [None, *[0] * 5, None, None]
+    assert [Plan().phase_at(n, 2) for n in range(2)] == [0, 0]
+    assert Plan(dense_steps=(1.0, 0)).phase_at(0, 1) is None
+
+
+def test_table_of_a_layer():
+    layers = ["blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1"]
+    assert FULL.table("transformer", 0, layers, 4) == {}
+    assert FULL.table("transformer", 2, layers, 4) == {}
+    table = FULL.table("transformer", 1, layers, 4)
+    assert set(table) == {(phase, pass_) for phase in range(3) for pass_ in (ANY, "cond")}
+    assert table[0, "cond"] == table[1, ANY] == (Radial(),) * 4
+    assert table[1, "cond"] == FULL.rules[1].patterns
+    assert FULL.table("transformer_2", 1, layers, 4)[1, "cond"] == (Radial(),) * 4
+    assert Plan().table("transformer", 1, layers, 4) == {}
+    assert Plan((Rule(Dense()),)).table("transformer", 1, layers, 4) == {}
+
+
+def test_folder_holds_a_plan(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    FULL.save_pretrained(folder)
+    assert os.listdir(folder) == [PLAN_FILE]
+    for source in (folder, str(folder), folder / PLAN_FILE, str(folder / PLAN_FILE)):
+        assert Plan.from_pretrained(source) == FULL
+        assert read_plan(source) == FULL
+    assert read_plan("auto", model_path=str(folder)) == FULL
+
+
+def test_what_users_write_for_a_plan(tmp_path):
+    assert read_plan("none") is None
+    assert read_plan("radial") == read_plan("Radial()") == Plan((Rule(Radial()),))
+    assert as_plan(Diagonal(3)) == as_plan("diagonal(3)") == Plan((Rule(Diagonal(3)),))
+    assert as_plan(FULL) is FULL
+    with pytest.raises(ValueError, match="'radiall'"):
+        read_plan("radiall(1)")
+    with pytest.raises(OSError, match="no file, no folder and no hub id"):
+        read_plan("nothing")
+    with pytest.raises(ValueError, match="plan='auto' found no"):
+        read_plan("auto", model_path=str(tmp_path))
+    with pytest.raises(ValueError, match="plan='auto' needs a model"):
+        read_plan("auto")
+    with pytest.raises(TypeError, match="must be a Plan, a pattern"):
+        as_plan(3)
+    with pytest.raises(TypeError, match="remove_plan"):
+        as_plan("none")
+    with pytest.raises(OSError, match="the hub gave none"):
+        read_plan("some/plan")  # HF_HUB_OFFLINE
+
+
+def test_hub_upload(monkeypatch):
+    """What is sent; the hub itself is not reached."""
+    import huggingface_hub
+
+    sent = []
+
+    class Api:
+        def __init__(self, token):
+            sent.append(token)
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            sent.append((repo_id, private, exist_ok))
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, commit_message):
+            sent.append((path_or_fileobj, path_in_repo, repo_id, commit_message))
+            return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert FULL.push_to_hub("me/plan", private=True) == "https://hub/commit/1"
+    assert sent[1] == ("me/plan", True, True)
+    assert sent[2] == (FULL.to_json().encode(), PLAN_FILE, "me/plan", "Upload plan")
+
+
+def changed(**values):
+    return json.dumps({**json.loads(FULL.to_json()), **values})
+
+
+BAD_FILES = {
+    "empty": ("", "is empty"),
+    "blank": (" \n", "is empty"),
+    "not json": ("{plan", "is not JSON: .* at line 1"),
+    "truncated": (FULL.to_json()[:-20], "is not JSON"),
+    "a list": ("[1]", "holds a list"),
+    "a number": ("3", "holds a int"),
+    "nested": ("[" * 100_000, "nested too deep|is not JSON"),
+    "key twice": ('{"schema": "a", "schema": "b"}', "holds the key 'schema' twice"),
+    "nan": ('{"schema": NaN}', "holds NaN"),
+    "no schema": ("{}", "has the schema None"),
+    "later schema": (changed(schema="visattn.plan/2"), "has the schema 'visattn.plan/2'"),
+    "unknown key": (changed(rule=[]), "unknown key 'rule', did you mean 'rules'"),
+    "unknown pattern": (changed(patterns=["radiall()"]), "radiall"),
+    "unknown parameter": (changed(patterns=["Radial(decoy=1)"]), "did you mean 'decay'"),
+    "refused parameter": (changed(patterns=["Radial(decay=-1)"]), "decay"),
+    "code": (changed(patterns=["__import__('os').system('x')"]), "patterns of"),
+    "pattern no text": (changed(patterns=[3]), "a pattern is a string"),
+    "rules no list": (changed(rules={}), "rules of .* must be a list"),
+    "rule no object": (changed(rules=[3]), "rule 0 of .* must be an object"),
+    "rule of nothing": (changed(rules=[{}]), "one of the keys 'heads' and 'pattern'"),
+    "rule of both": (changed(rules=[{"heads": [0], "pattern": 0}]), "one of the keys"),
+    "rule with unknown key": (changed(rules=[{"pattern": 0, "passes": 1}]), "unknown key"),
+    "pattern number": (changed(rules=[{"pattern": 9}]), "the plan has 5 patterns"),
+    "negative pattern number": (changed(rules=[{"pattern": -1}]), "names pattern -1"),
+    "pattern true": (changed(rules=[{"pattern": True}]), "must be a number"),
+    "no heads": (changed(rules=[{"heads": []}]), "must be a pattern, or a tuple"),
+    "unknown role": (changed(rules=[{"pattern": 0, "role": "vae"}]), "role='vae'"),
+    "unknown pass": (changed(rules=[{"pattern": 0, "pass": "both"}]), "pass='both'"),
+    "phase beyond": (changed(rules=[{"pattern": 0, "phase": 3}]), "below the 3 phases"),
+    "phase of words": (changed(rules=[{"pattern": 0, "phase": "a"}]), "phase='a'"),
+    "layer a number": (changed(rules=[{"pattern": 0, "layer": 3}]), "layer of rule 0 .* a string"),
+    "layers of words": (changed(dense_layers=["0"]), "dense_layers="),
+    "layers no list": (changed(dense_layers=3), "dense_layers of"),
+    "steps of three": (changed(dense_steps=[1, 2, 3]), "a list of two"),
+    "negative steps": (changed(dense_steps=[-1, 0]), "dense_steps="),
+    "share beyond 1": (changed(dense_steps=[1.5, 0]), "dense_steps="),
+    "phases falling": (changed(phases=[0.5, 0.2]), "phases="),
+    "phases of words": (changed(phases=["a"]), "phases="),
+    "geometry of words": (changed(geometry=["grid"]), "geometry of"),
+    "geometry of zero": (changed(geometry=[["grid", 0, 1, 1]]), "geometry of .*at least 1"),
+    "geometry of fractions": (changed(geometry=[["grid", 1.5, 1, 1]]), "geometry of"),
+    "unknown denoiser": (changed(denoisers={"vae": {"class": "A", "layers": 1, "heads": 1}}),
+                         "role 'vae'"),
+    "denoiser without class": (changed(denoisers={"unet": {"layers": 1, "heads": 1}}), "'class'"),
+    "denoiser of words": (changed(denoisers={"unet": {"class": "A", "layers": "1", "heads": 1}}),
+                          "layers of denoiser"),
+    "model a number": (changed(model=3), "model of"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_wrong_file_is_one_sentence(text, message, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        Plan.from_pretrained(file)
+    assert "\n" not in str(caught.value)
+    assert "plan" in str(caught.value)
+
+
+def test_files_that_are_no_text(tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="no UTF-8 text"):
+        Plan.from_pretrained(file)
+    with file.open("wb") as big:
+        big.truncate(65 << 20)
+    with pytest.raises(ValueError, match="a plan has at most"):
+        Plan.from_pretrained(file)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        Plan.from_pretrained(tmp_path / "pipe")
+    with pytest.raises(OSError, match=f"holds no {PLAN_FILE}"):
+        Plan.from_pretrained(tmp_path)
+
+
+BAD_ARGUMENTS = [
+    lambda: Plan([Rule(Dense())]),
+    lambda: Plan(("radial",)),
+    lambda: Plan(dense_layers=3),
+    lambda: Plan(dense_layers=(True,)),
+    lambda: Plan(dense_steps=3),
+    lambda: Plan(dense_steps=(float("nan"), 0)),
+    lambda: Plan(phases=(0.0,)),
+    lambda: Plan(phases=(True,)),
+    lambda: Plan(geometry=Grid(1, 2, 3)),
+    lambda: Plan(evidence={"a": float("inf")}),
+    lambda: Plan(evidence={"a": Dense()}),
+    lambda: Plan((Rule(Dense(), phase=1),)),
+    lambda: Rule("radial"),
+    lambda: Rule(()),
+    lambda: Rule(Dense(), layer=""),
+    lambda: Rule(Dense(), phase=True),
+]
+
+
+@pytest.mark.parametrize("make", BAD_ARGUMENTS)
+def test_wrong_argument_is_one_sentence(make):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        make()
+    assert len(str(caught.value)) > 20
+    assert "\n" not in str(caught.value)

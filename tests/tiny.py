@@ -1,0 +1,205 @@
+"""Tiny real pipelines: the classes of diffusers and transformers with seeded random weights, built
+from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square", "circle", "moves", "right", "left")
+LAYERS, HEADS, DIM = 3, 4, 16
+
+
+def tokenizer(length: int) -> PreTrainedTokenizerFast:
+    """One word, one token."""
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=length,
+    )
+
+
+def wan_transformer(seed: int, layers: int = LAYERS) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=HEADS,
+        attention_head_dim=DIM,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=layers,
+        rope_max_seq_len=32,
+    ).eval()
+
+
+def _wan_parts(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    config = UMT5Config(
+        vocab_size=len(WORDS),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return {
+        "vae": vae.eval(),
+        "text_encoder": UMT5EncoderModel(config).eval(),
+        "tokenizer": tokenizer(32),
+    }
+
+
+def wan21(seed: int = 0, layers: int = LAYERS) -> WanPipeline:
+    """Wan 2.1: pure self-attention, separate calls for cond and uncond."""
+    return WanPipeline(
+        **_wan_parts(seed),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=wan_transformer(seed + 1, layers),
+    )
+
+
+def wan22(seed: int = 0) -> WanPipeline:
+    """Wan 2.2: a transformer for high noise and another for low noise."""
+    return WanPipeline(
+        **_wan_parts(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=wan_transformer(seed + 1),
+        transformer_2=wan_transformer(seed + 2),
+        boundary_ratio=0.875,
+    )
+
+
+def _cogvideox(seed: int, patch_size_t: int | None) -> CogVideoXPipeline:
+    torch.manual_seed(seed)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=DIM,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=16,
+        num_layers=LAYERS,
+        sample_width=8,
+        sample_height=12,
+        sample_frames=9,
+        patch_size=2,
+        patch_size_t=patch_size_t,
+        patch_bias=patch_size_t is None,
+        temporal_compression_ratio=4,
+        max_text_seq_length=10,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    config = T5Config(
+        vocab_size=len(WORDS),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return CogVideoXPipeline(
+        tokenizer=tokenizer(10),
+        text_encoder=T5EncoderModel(config).eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+
+
+def cogvideox(seed: int = 0) -> CogVideoXPipeline:
+    """CogVideoX: text in front of the grid, cond and uncond in one batch."""
+    return _cogvideox(seed, None)
+
+
+def cogvideox15(seed: int = 0) -> CogVideoXPipeline:
+    """CogVideoX 1.5: the same with patches of two frames."""
+    return _cogvideox(seed, 2)
+
+
+PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
+    "wan21": wan21,
+    "wan22": wan22,
+    "cogvideox": cogvideox,
+    "cogvideox15": cogvideox15,
+}
+
+# what every test generates: 3 latent frames of 6 x 4 tokens (2 of them for 1.5), and text
+SHAPE = {"height": 96, "width": 64, "num_frames": 9}
+
+
+def generate(
+    pipe: DiffusionPipeline, seed: int = 0, steps: int = 3, **options: Any
+) -> torch.Tensor:
+    """Latents of a short generation, the same for the same seed."""
+    pipe.set_progress_bar_config(disable=True)
+    settings = {
+        "prompt": "a red square moves right",
+        "negative_prompt": "blue circle",
+        "num_inference_steps": steps,
+        "guidance_scale": 3.0,
+        "max_sequence_length": 10,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+        **SHAPE,
+        **options,
+    }
+    return pipe(**settings).frames

@@ -1,0 +1,179 @@
+"""``visattn compare``: how far two outputs, or the outputs of two plans, are apart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn.cli.generation_options import (
+    add_job_arguments,
+    add_model_arguments,
+    given_options,
+    job_fields,
+    read_loading,
+    read_one_plan,
+)
+from visattn.cli.progress import StepLine
+from visattn.files import write_whole
+from visattn.generation import Job, load_pipeline, run_job
+from visattn.generation.quiet import quiet
+from visattn.inject import sparse, summary
+from visattn.metrics import Comparison, compare_frames
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="A B | PROMPT",
+        help="two outputs, A the reference (mp4, PNG, or folder of PNG files); or with --model a "
+        "prompt, which --plan (A) and --plan-b (B) generate from the same noise",
+    )
+    parser.add_argument("--plan-b", metavar="PLAN", help="the plan of B, written as --plan is")
+    parser.add_argument("--per-frame", action="store_true", help="print every frame too")
+    parser.add_argument(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="FILE.json for the numbers; FILE.mp4, FILE.png or a folder for A and B side by side",
+    )
+    add_job_arguments(parser)
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run(args: argparse.Namespace) -> str:
+    if args.output is not None:
+        check_output(args.output)
+    if args.model is None and args.plan_b is None:
+        a, b, sides = read_pair(args)
+    else:
+        a, b, sides = generate_pair(args)
+    if a.shape != b.shape:
+        sizes = " and ".join(f"{t} frames of {h}x{w}" for t, h, w, _ in (a.shape, b.shape))
+        raise ValueError(f"A and B have {sizes}; only equal shapes can be compared")
+    found = compare_frames(b, a)
+    numbers: dict[str, Any] = {
+        **found.numbers(per_frame=args.per_frame),
+        **dict(zip(("frames", "height", "width"), a.shape[:3], strict=True)),
+        **sides,
+    }
+    text = json.dumps(numbers, indent=2, sort_keys=True, allow_nan=False)
+    if args.output is not None:
+        write_output(args, a, b, text)
+    return text if args.json else report(found, numbers, args.per_frame)
+
+
+def check_output(path: str) -> None:
+    """Refuse an output that could not be written, before anything is computed."""
+    from visattn.video import check_target
+
+    if Path(path).suffix.lower() != ".json":
+        check_target(path)
+    elif not Path(path).parent.is_dir() or Path(path).is_dir():
+        raise ValueError(f"--output {path!r} is a folder, or lies in one that is not there")
+
+
+def write_output(args: argparse.Namespace, a: torch.Tensor, b: torch.Tensor, text: str) -> None:
+    """The numbers, or A and B side by side."""
+    from visattn.video import write_video
+
+    if Path(args.output).suffix.lower() == ".json":
+        write_whole(args.output, f"{text}\n".encode())
+    else:
+        write_video(torch.cat([a, b], 2), args.output, fps=args.fps or 16.0)
+
+
+def read_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The frames of two outputs, and what they are."""
+    from visattn.video import read_video
+
+    unused = [flag for flag in given_options(args) if flag != "--fps"]
+    if unused:
+        raise ValueError(f"{unused[0]} is for generating: give --model, a prompt and --plan-b too")
+    if len(args.inputs) != 2:
+        raise ValueError(f"give two outputs to compare, not {len(args.inputs)}, or --model")
+    a, b = map(read_video, args.inputs)
+    return a, b, {"a": {"path": args.inputs[0]}, "b": {"path": args.inputs[1]}}
+
+
+def generate_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The frames that two plans make of a prompt, and what they took."""
+    if len(args.inputs) != 1 or args.plan_b is None:
+        raise ValueError("with --model give one prompt, and --plan-b with the plan of B")
+    job = Job(prompt=args.inputs[0], **job_fields(args))
+    loading, backend = read_loading(args), args.backend or "auto"
+    texts = {"a": args.plan or "none", "b": args.plan_b}
+    plans = {side: read_one_plan(text, loading, backend) for side, text in texts.items()}
+    pipe = load_pipeline(loading)
+    frames, sides = {}, {}
+    for side, plan in plans.items():
+        with quiet(), nullcontext() if plan is None else sparse(pipe, plan, backend=backend):
+            result = run_job(pipe, job, progress=StepLine(side.upper()))
+            numbers = None if plan is None else summary(pipe).numbers()
+        frames[side] = result.frames
+        steps = result.step_seconds
+        sides[side] = {
+            "plan": texts[side],
+            "seconds": round(result.seconds, 4),
+            "seconds_per_step": round(statistics.median(steps), 4) if steps else None,
+            "summary": numbers,
+            "notes": list(result.notes),
+        }
+    extra = {
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "model": loading.record(),
+        "settings": result.settings,
+        "backend": backend,
+    }
+    return frames["a"], frames["b"], {**sides, **extra}
+
+
+def report(found: Comparison, numbers: dict[str, Any], per_frame: bool) -> str:
+    """The comparison for a terminal."""
+    lines = [_side(name, numbers[name.lower()]) for name in "AB"]
+    for name in "ab":
+        lines += [f"note: {name.upper()}: {note}" for note in numbers[name].get("notes", ())]
+    flickers = (found.flicker.clip, found.reference_flicker.clip)
+    lines += [
+        f"{numbers['frames']} frames of {numbers['height']}x{numbers['width']}, B against A",
+        f"PSNR       {_value(found.psnr.clip, '.2f')} dB",
+        f"SSIM       {_value(found.ssim.clip, '.4f')}",
+        f"max error  {_value(found.max_error.clip, '.4f')}",
+        "flicker    {}, A {}".format(*(_value(value, ".4f") for value in flickers))
+        + f", ratio {_value(found.flicker_ratio, '.3f')}",
+    ]
+    if per_frame:
+        lines.append("frame    PSNR    SSIM  max error  flicker  flicker of A")
+        rows = zip(
+            found.psnr.frames,
+            found.ssim.frames,
+            found.max_error.frames,
+            found.flicker.frames,
+            found.reference_flicker.frames,
+            strict=True,
+        )
+        forms, widths = (".2f", ".4f", ".4f", ".4f", ".4f"), (8, 8, 11, 9, 14)
+        for t, row in enumerate(rows):
+            cells = zip(row, forms, widths, strict=True)
+            lines.append(f"{t:5d}" + "".join(f"{_value(v, f):>{w}}" for v, f, w in cells))
+    return "\n".join(lines)
+
+
+def _side(name: str, side: dict[str, Any]) -> str:
+    if "path" in side:
+        return f"{name}  {side['path']}"
+    step = side["seconds_per_step"]
+    per_step = "" if step is None else f", {step:.3f} s a step"
+    return f"{name}  {side['plan']}: {side['seconds']:.2f} s{per_step}"
+
+
+def _value(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,25 @@
+"""Pipelines loaded, run once per prompt, and what made each result written beside it."""
+
+from __future__ import annotations
+
+from visattn.generation.batch import Item, Outcome, generate_all, read_prompts
+from visattn.generation.job import GenerationError, Job, Result, run_job
+from visattn.generation.loading import Loading, Lora, default_model, load_pipeline
+from visattn.generation.record import read_record, record_path
+
+__all__ = [
+    "GenerationError",
+    "Item",
+    "Job",
+    "Loading",
+    "Lora",
+    "Outcome",
+    "Result",
+    "default_model",
+    "generate_all",
+    "load_pipeline",
+    "read_prompts",
+    "read_record",
+    "record_path",
+    "run_job",
+]

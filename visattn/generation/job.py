@@ -1,0 +1,239 @@
+"""One generation: what it is asked for, and the frames that a pipeline makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn.execute import BackendUnavailable
+from visattn.generation.loading import reason
+from visattn.generation.quiet import quiet
+
+__all__ = ["GenerationError", "Job", "Progress", "Result", "run_job"]
+
+# Called after each denoising step: how many are done, of how many, and the seconds since the start.
+Progress = Callable[[int, int, float], None]
+
+COUNTS = ("height", "width", "num_frames", "num_inference_steps")
+# Fields of a job that go into the pipeline's call under their own names, when they are given.
+CALL = ("prompt", "negative_prompt", *COUNTS, "guidance_scale", "image")
+# What pipelines raise in the midst of a call, besides the sentences of their checks.
+BROKEN = (RuntimeError, LookupError, AttributeError, ArithmeticError, MemoryError)
+MAX_SEED = 2**63 - 1
+
+
+class GenerationError(RuntimeError):
+    """A pipeline could not make its frames; the message says why in a line."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation. What is None is left to the pipeline.
+
+    Args:
+        prompt, negative_prompt: text.
+        seed: of a generator on the CPU, so that the noise is the same on every device; at least 0
+            and below 2^63.
+        height, width: in pixels; num_frames; num_inference_steps: denoising steps; each at least 1.
+        guidance_scale: finite.
+        image: file of the first frame, for image-to-video pipelines.
+        fps: frames per second of an mp4, above 0 and at most 1000.
+
+    Raises:
+        TypeError, ValueError: a field is something else.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    image: str | None = None
+    fps: float = 16.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise TypeError(f"prompt={self.prompt!r} must be text")
+        for name in ("negative_prompt", "image"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be text")
+        for name in (*COUNTS, "seed"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
+            if value is None and name != "seed":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be an integer")
+            if not least <= value <= MAX_SEED:
+                raise ValueError(f"{name}={value} must be at least {least} and below 2**63")
+        for name in ("guidance_scale", "fps"):
+            value = getattr(self, name)
+            if value is None and name == "guidance_scale":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} must be a number")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be finite")
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"fps={self.fps} must be above 0 and at most 1000")
+
+    def record(self) -> dict[str, Any]:
+        """The fields as JSON values, and the hash of the image file."""
+        out = asdict(self)
+        if self.image is not None:
+            out["image_sha256"] = hashlib.sha256(Path(self.image).read_bytes()).hexdigest()
+        return out
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline made.
+
+    Args:
+        frames: float32 ``[T, H, W, 3]`` in [0, 1] on the CPU, before any encoding.
+        seconds: of the whole call: text encoder, denoising, decoder.
+        step_seconds: of each denoising step but the first, whose beginning is not seen.
+        settings: the values that the call ran with, the pipeline's defaults among them.
+        notes: what diffusers and visattn had to say, and what differs from what was asked for.
+    """
+
+    frames: torch.Tensor
+    seconds: float
+    step_seconds: tuple[float, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
+    """Run a diffusers pipeline once.
+
+    Raises:
+        TypeError, ValueError: the pipeline refuses the job, or takes no such option; its plan does
+            not fit the grid.
+        OSError: the image cannot be read.
+        GenerationError: the pipeline broke down, ran out of memory, or made no finite frames.
+    """
+    options = _call_options(pipe, job)
+    settings = _settings(pipe, options)
+    options["generator"] = torch.Generator("cpu").manual_seed(job.seed)
+    options["output_type"] = "pt"
+    bars = getattr(pipe, "_progress_bar_config", None)
+    with quiet() as said:
+        started = time.perf_counter()
+        ends: list[float] = []
+        if "callback_on_step_end" in _parameters(pipe):
+            options["callback_on_step_end"] = _watcher(started, ends, job, progress)
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            output = pipe(**options)
+            frames = _frames(pipe, output)
+        except torch.OutOfMemoryError as error:
+            raise GenerationError(
+                f"out of memory: {reason(error)}; use --cpu-offload model, --vae-tiling, fewer "
+                f"frames or a smaller size"
+            ) from error
+        except BROKEN as error:
+            if isinstance(error, (GenerationError, BackendUnavailable)):
+                raise
+            raise GenerationError(
+                f"{type(pipe).__name__} broke down: {type(error).__name__}: {reason(error)}"
+            ) from error
+        finally:
+            pipe._progress_bar_config = bars if bars is not None else {}
+        seconds = time.perf_counter() - started
+    return Result(
+        frames=frames,
+        seconds=seconds,
+        step_seconds=tuple(b - a for a, b in itertools.pairwise(ends)),
+        settings=settings,
+        notes=(*said, *_differences(job, frames)),
+    )
+
+
+def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
+    """The arguments of the pipeline's call that the job gives."""
+    from visattn.video import read_picture
+
+    parameters, kind = _parameters(pipe), type(pipe).__name__
+    options = {name: value for name in CALL if (value := getattr(job, name)) is not None}
+    for name in options:
+        if name not in parameters:
+            remedy = "; take an image-to-video model" if name == "image" else ""
+            raise ValueError(f"{kind} takes no {name}; leave it out{remedy}")
+    if job.image is not None:
+        options["image"] = read_picture(job.image)
+    elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
+        raise ValueError(f"{kind} needs the image that it begins with; give --image FILE")
+    return options
+
+
+def _settings(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and the defaults of what was left out, as far as they are JSON values."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in _parameters(pipe).items()
+        if isinstance(parameter.default, (int, float, str, type(None)))
+    }
+    given = {name: value for name, value in options.items() if name != "image"}
+    names = (*CALL, "guidance_scale_2", "max_sequence_length", "eta", "use_dynamic_cfg")
+    values = defaults | given
+    return {name: values[name] for name in names if name in values and name != "image"}
+
+
+def _watcher(
+    started: float, ends: list[float], job: Job, progress: Progress | None
+) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    """The callback after a denoising step; it waits for the device, so that times are true."""
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        device = torch.device(getattr(pipe, "_execution_device", None) or "cpu")
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        ends.append(time.perf_counter())
+        total = getattr(pipe, "num_timesteps", None) or job.num_inference_steps or step + 1
+        if progress is not None:
+            progress(step + 1, total, ends[-1] - started)
+        return kwargs
+
+    return on_step_end
+
+
+def _frames(pipe: Any, output: Any) -> torch.Tensor:
+    """``[T, H, W, 3]`` of the first video or image of a pipeline's output."""
+    found = getattr(output, "frames", None)
+    if found is None:
+        found = getattr(output, "images", None)
+    if not isinstance(found, torch.Tensor) or found.ndim not in (4, 5):
+        raise GenerationError(f"{type(pipe).__name__} made no frames but {type(found).__name__}")
+    first = found[0] if found.ndim == 5 else found[:1]  # [T, C, H, W]
+    frames = first.permute(0, 2, 3, 1).float().cpu().contiguous()
+    if not bool(torch.isfinite(frames).all()):
+        raise GenerationError(
+            f"{type(pipe).__name__} made frames that are not finite; try --dtype float32"
+        )
+    return frames.clamp(0, 1)
+
+
+def _differences(job: Job, frames: torch.Tensor) -> list[str]:
+    """Where the pipeline rounded what it was asked for."""
+    made = dict(zip(("num_frames", "height", "width"), frames.shape[:3], strict=True))
+    return [
+        f"{name} is {value}, not the {getattr(job, name)} that was asked for"
+        for name, value in made.items()
+        if getattr(job, name) not in (None, value)
+    ]

@@ -1,0 +1,149 @@
+"""The JSON file beside each output, with everything that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn._version import __version__
+from visattn.execute import choose_backend
+from visattn.files import write_whole
+from visattn.generation.job import Job, Result
+from visattn.generation.loading import Loading
+from visattn.plan import Plan
+
+__all__ = ["SCHEMA", "make_record", "read_record", "record_path", "request_of", "write_record"]
+
+SCHEMA = "visattn.generation/1"
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "imageio-ffmpeg")
+
+
+def record_path(output: str | os.PathLike[str]) -> Path:
+    """Where the record of an output lies: ``clip.mp4.json`` beside ``clip.mp4``, ``frames.json``
+    beside the folder ``frames``."""
+    target = Path(output)
+    return target.with_name(f"{target.name}.json")
+
+
+def request_of(job: Job, loading: Loading, plan: Plan | None, backend: str) -> dict[str, Any]:
+    """What was asked for, as JSON values: two generations with the same request make the same
+    frames on the same machine. The token is not in it."""
+    return {
+        "job": job.record(),
+        "model": loading.record(),
+        "plan": None if plan is None else json.loads(plan.to_json()),
+        "backend": backend,
+    }
+
+
+def make_record(
+    request: Mapping[str, Any],
+    pipe: Any,
+    result: Result,
+    *,
+    output: str | os.PathLike[str],
+    summary: Mapping[str, Any] | None,
+    load_seconds: float,
+) -> dict[str, Any]:
+    """The record of a result, as JSON values.
+
+    Args:
+        request: of ``request_of``; pipe: the pipeline that ran; result: of ``run_job``.
+        output: where the frames were written; only its name is recorded.
+        summary: the numbers of ``visattn.inject.summary``, or None without a plan.
+        load_seconds: that loading the pipeline took.
+    """
+    device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+    return {
+        "schema": SCHEMA,
+        **request,
+        "settings": result.settings,
+        "pipeline": _describe(pipe),
+        "summary": summary,
+        "output": {
+            "name": Path(output).name,
+            "frames": result.frames.shape[0],
+            "height": result.frames.shape[1],
+            "width": result.frames.shape[2],
+            "sha256_of_float32_frames": hashlib.sha256(result.frames.numpy().tobytes()).hexdigest(),
+        },
+        "device": _device_words(device),
+        "backend_chosen": choose_backend(
+            request["backend"], torch.empty(1, 1, 1, 64, device=device)
+        )._asdict(),
+        "versions": _versions(),
+        "seconds": {
+            "load": round(load_seconds, 4),
+            "generate": round(result.seconds, 4),
+            "steps": [round(value, 4) for value in result.step_seconds],
+        },
+        "notes": list(result.notes),
+    }
+
+
+def write_record(output: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
+    """Write the record beside its output, whole or not at all; its path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = record_path(output)
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, default=str)
+    write_whole(path, f"{text}\n".encode())
+    return path
+
+
+def read_record(output: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The record beside an output, or None where there is none that can be read."""
+    try:
+        value = json.loads(record_path(output).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        return None
+    return value
+
+
+def _describe(pipe: Any) -> dict[str, Any]:
+    """Class, scheduler and parts of a pipeline."""
+    parts = {
+        name: {
+            "class": type(part).__name__,
+            "dtype": str(getattr(part, "dtype", None)).removeprefix("torch."),
+            "device": str(getattr(part, "device", None)),
+        }
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    scheduler = getattr(pipe, "scheduler", None)
+    return {
+        "class": type(pipe).__name__,
+        "parts": parts,
+        "scheduler": None
+        if scheduler is None
+        else {"class": type(scheduler).__name__, "config": dict(scheduler.config)},
+    }
+
+
+def _device_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return str(device)
+
+
+def _versions() -> dict[str, str]:
+    found = {"visattn": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

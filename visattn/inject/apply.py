@@ -1,0 +1,161 @@
+"""``apply_plan``, ``remove_plan`` and ``sparse``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from visattn.attention import Backend, choose_backend
+from visattn.execute import BACKENDS
+from visattn.inject.attachment import Attachment, attached, attention_layers, describe
+from visattn.patterns import Pattern
+from visattn.pipelines.families import FAMILIES
+from visattn.pipelines.family import Family
+from visattn.plan import ROLES, Denoiser, Plan
+from visattn.plan.source import as_plan
+
+__all__ = ["apply_plan", "denoisers", "models_of", "remove_plan", "sparse"]
+
+
+def apply_plan(
+    pipe: Any, plan: Plan | Pattern | str | os.PathLike[str], *, backend: str = "auto"
+) -> Plan:
+    """Let a pipeline compute its attention as a plan says, from its next call on.
+
+    Args:
+        pipe: a diffusers pipeline, or a denoiser of one; compiled or not. Its model family must be
+            one that visattn knows.
+        plan: a Plan; a pattern, for all heads of all layers; the path or hub id of a plan;
+            a pattern in written form; or ``"auto"``, the plan that lies beside the model's weights.
+        backend: of ``sparse_attention``.
+
+    Returns:
+        The plan. An earlier one is replaced. Dense layers, heads and steps run the attention
+        backend that the pipeline has without a plan; ``remove_plan`` takes the plan off.
+
+    Raises:
+        TypeError, ValueError, OSError: no such plan, or it is for another model; the pipeline is
+            then as it was. A plan that does not fit the grid of a generation raises ValueError in
+            its first step.
+        BackendUnavailable: an explicit backend cannot run here.
+    """
+    models = models_of(pipe)
+    known = {role: family for role, model in models.items() if (family := family_of(model))}
+    if not known:
+        kinds = ", ".join(type(model).__name__ for model in models.values())
+        raise ValueError(
+            f"pipe={type(pipe).__name__} has {kinds or 'no denoiser'}; plans can be applied to "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    own = as_plan(plan, _path_of(pipe))
+    for rule in own.rules:
+        if rule.role != "any" and rule.role not in known and not _alone(pipe):
+            raise ValueError(
+                f"plan is for another model: it has a rule for {rule.role}, and "
+                f"{type(pipe).__name__} has {', '.join(known)}"
+            )
+    made_for = set(own.denoisers) - set(known)
+    if made_for and not _alone(pipe):
+        raise ValueError(
+            f"plan is for another model: it is made for {', '.join(sorted(made_for))} too, and "
+            f"{type(pipe).__name__} has {', '.join(known)}"
+        )
+    chosen = _check_backend(backend, models)
+    new = []
+    for role, family in known.items():
+        model = models[role]
+        own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
+        whole = None if _alone(pipe) else pipe
+        new.append(Attachment(model, role, family, own, chosen, whole))
+    for attachment in new:
+        before = attached(attachment.model)
+        if before is not None:
+            before.remove()
+        attachment.install()
+    return own
+
+
+def remove_plan(pipe: Any) -> None:
+    """Take the plan off a pipeline or denoiser, which then computes what it did before, to the bit.
+    Without a plan nothing happens."""
+    for model in models_of(pipe).values():
+        attachment = attached(model)
+        if attachment is not None:
+            attachment.remove()
+
+
+@contextmanager
+def sparse(
+    pipe: Any, plan: Plan | Pattern | str | os.PathLike[str], *, backend: str = "auto"
+) -> Iterator[Plan]:
+    """A plan on a pipeline inside a ``with`` block; after it the pipeline has the plan that it had
+    before, or none. Arguments and errors as ``apply_plan``."""
+    before = {role: attached(model) for role, model in models_of(pipe).items()}
+    own = apply_plan(pipe, plan, backend=backend)
+    try:
+        yield own
+    finally:
+        remove_plan(pipe)
+        for attachment in before.values():
+            if attachment is not None:
+                attachment.install()
+
+
+def denoisers(pipe: Any) -> dict[str, Denoiser]:
+    """What the denoisers of a pipeline are, by role, as ``Plan(denoisers=...)`` records it."""
+    return {
+        role: describe(model, family)
+        for role, model in models_of(pipe).items()
+        if (family := family_of(model))
+    }
+
+
+def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The denoisers of a pipeline by role, out of what ``torch.compile`` wraps around them; a
+    module is its own transformer."""
+    if _alone(pipe):
+        return {"transformer": _inside(pipe)}
+    found = {role: getattr(pipe, role, None) for role in ROLES}
+    return {
+        role: _inside(model) for role, model in found.items() if isinstance(model, torch.nn.Module)
+    }
+
+
+def family_of(model: torch.nn.Module) -> Family | None:
+    """The family of a denoiser that visattn knows."""
+    return FAMILIES.get(type(model).__name__)
+
+
+def _alone(pipe: Any) -> bool:
+    return isinstance(pipe, torch.nn.Module)
+
+
+def _inside(model: torch.nn.Module) -> torch.nn.Module:
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, torch.nn.Module)
+    return inner
+
+
+def _path_of(pipe: Any) -> str | None:
+    """The folder or hub id that a pipeline was loaded from."""
+    config = getattr(pipe, "config", None)
+    path = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    return path if isinstance(path, str) and path else None
+
+
+def _check_backend(backend: str, models: dict[str, torch.nn.Module]) -> Backend:
+    """The backend that a word names; refused where it cannot run on the devices there are. A model
+    that is offloaded runs elsewhere than it lies."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    for model in models.values() if backend == "triton" else ():
+        parameter = next(model.parameters())
+        if torch.cuda.is_available() and parameter.device.type != "cuda":
+            continue  # it will be moved
+        dtype = parameter.dtype if parameter.dtype.itemsize > 1 else torch.float32
+        choose_backend(backend, torch.empty(1, 1, 1, 64, dtype=dtype, device=parameter.device))
+    return cast("Backend", backend)

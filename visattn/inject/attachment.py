@@ -1,0 +1,234 @@
+"""What visattn keeps on a denoiser that has a plan: the layers, and where the denoising is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from visattn.attention import Backend
+from visattn.inject.layer import Layer
+from visattn.inject.moment import Context, Guidance, PipeRef, passes_of, runs, step_of
+from visattn.layout import TokenLayout, Tokens
+from visattn.patterns import Pattern
+from visattn.pipelines.family import Family
+from visattn.plan import ANY, Denoiser, Plan
+
+__all__ = ["Attachment", "attached", "attention_layers", "describe"]
+
+ATTRIBUTE = "_visattn"
+logger = logging.getLogger("visattn")
+
+
+def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
+    """The attention modules of a denoiser that plans speak of, by path, in order."""
+    return {
+        path: module for path, module in model.named_modules() if re.fullmatch(family.layers, path)
+    }
+
+
+def describe(model: torch.nn.Module, family: Family) -> Denoiser:
+    """What a denoiser is, as plans record it."""
+    layers = attention_layers(model, family)
+    return Denoiser(type(model).__name__, len(layers), next(iter(layers.values())).heads)
+
+
+def attached(model: torch.nn.Module) -> Attachment | None:
+    """The attachment of a denoiser, if it has a plan."""
+    found = model.__dict__.get(ATTRIBUTE)
+    assert found is None or isinstance(found, Attachment)
+    return found
+
+
+def _nothing() -> None:
+    """What a weak reference gives whose object is gone."""
+
+
+class Attachment:
+    """A plan on a denoiser.
+
+    Args:
+        model: the denoiser; role: its name in its pipeline; family: what it is.
+        plan: checked to fit it; backend: of ``sparse_attention``.
+        pipe: the pipeline that it is part of, if any.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        role: str,
+        family: Family,
+        plan: Plan,
+        backend: Backend,
+        pipe: object | None,
+    ) -> None:
+        self.model, self.role, self.family = model, role, family
+        self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
+        self.paths = tuple(attention_layers(model, family))
+        self.tokens: Tokens = ()
+        # weak: code that is compiled does not come by here, and must not find that of an old call
+        self.timestep_ref: Callable[[], torch.Tensor | None] = _nothing
+        self.context: Context | None = None
+        self.guidance = Guidance()
+        self.told: set[str] = set()
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.layers: list[Layer] = []
+        for number, (path, module) in enumerate(attention_layers(model, family).items()):
+            table = plan.table(role, number, self.paths, module.heads)
+            if table:
+                self.layers.append(Layer(self, path, module, module.heads, table))
+
+    def install(self) -> None:
+        """Put the plan on the model."""
+        setattr(self.model, ATTRIBUTE, self)
+        if not self.layers:
+            return
+        for layer in self.layers:
+            layer.install()
+        self.handle = self.model.register_forward_pre_hook(_begin, with_kwargs=True)
+        if hasattr(type(self.model), "cache_context"):
+            own = types.MethodType(_cache_context, self.model)
+            self.model.cache_context = own  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        if self.layers:
+            self.handle.remove()
+            self.model.__dict__.pop("cache_context", None)
+        for layer in self.layers:
+            layer.remove()
+        self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def watch(self) -> None:
+        """Catch again what replaced processors and attention backends have let go."""
+        for layer in self.layers:  # all of them first: layers may share a processor
+            layer.let_go()
+        for layer in self.layers:
+            layer.install()
+
+    def tell(self, text: str) -> None:
+        """Log a line once."""
+        if text not in self.told:
+            self.told.add(text)
+            logger.warning("%s: %s", self.role, text)
+
+    @property
+    def timestep(self) -> torch.Tensor | None:
+        """Of the running call, where it is known."""
+        return self.timestep_ref()
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Of the running call."""
+        if not self.tokens:
+            raise RuntimeError(
+                f"an attention layer of {self.role} was called outside the forward of its model, "
+                "so that its token layout is not known; remove_plan before calling parts of a model"
+            )
+        return self._checked(self.tokens)
+
+    @functools.cached_property
+    def _layouts(self) -> dict[Tokens, TokenLayout]:
+        return {}
+
+    def _checked(self, tokens: Tokens) -> TokenLayout:
+        """The layout of tokens; at its first use every pattern of the plan is held against it."""
+        if tokens in self._layouts:
+            return self._layouts[tokens]
+        layout = TokenLayout.from_tokens(tokens)
+        for layer in self.layers:
+            for pattern in dict.fromkeys(p for heads in layer.table.values() for p in heads):
+                _check(pattern, layout, layer.path)
+        made_for = self.plan.geometry
+        if made_for is not None and made_for != layout:
+            logger.warning(
+                "%s: the plan was made at %s and runs at %s: fractions in its patterns follow the "
+                "grid, token counts stay",
+                self.role,
+                made_for,
+                layout,
+            )
+        self._layouts[tokens] = layout
+        return layout
+
+    def moments(self, batch: int) -> list[tuple[int, str]]:
+        """Phase and pass of each equal part of a batch; phase -1 is a step that stays dense.
+
+        Raises:
+            ValueError: the plan depends on a step or pass that is not known.
+        """
+        phase: int | None = 0
+        if self.plan.needs_step:
+            step, steps = step_of(self.context, self.pipe(), self.timestep)
+            if step is None or steps is None:
+                raise ValueError(
+                    f"plan depends on the denoising step, and the step of this call of {self.role} "
+                    "is not known; apply the plan to the pipeline that runs"
+                )
+            phase = self.plan.phase_at(step, steps)
+        if phase is None:
+            return [(-1, ANY)]
+        if not self.plan.passes:
+            return [(phase, ANY)]
+        pipe, order = self.pipe(), self.family.batch
+        guided = self.guidance(pipe) if order and runs(pipe, self.timestep) else None
+        passes = passes_of(self.context, guided, order)
+        if passes is None or batch % len(passes) or self.halved(batch):
+            raise ValueError(
+                f"plan tells {' and '.join(self.plan.passes)} passes apart, and the pass of this "
+                f"call of {self.role} is not known; apply the plan to the pipeline that runs"
+            )
+        return [(phase, pass_) for pass_ in passes]
+
+    def halved(self, batch: int) -> bool:
+        """Whether a cache has taken a part of the batch away since the model was called."""
+        timestep = self.timestep
+        return timestep is not None and timestep.ndim > 0 and len(timestep) not in (1, batch)
+
+
+def _check(pattern: Pattern, layout: TokenLayout, path: str) -> None:
+    for _, grid in layout.grids:
+        try:
+            pattern.check(grid)
+        except ValueError as error:
+            raise ValueError(
+                f"plan does not fit the grid {grid} of {layout} tokens at {path}: {error}"
+            ) from None
+
+
+def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The hook before a denoiser's forward; ``torch.compile`` traces it."""
+    attachment: Attachment = model._visattn
+    arguments = dict(zip(attachment.names, args, strict=False))
+    arguments.update(kwargs)
+    attachment.tokens = attachment.family.tokens(model.config, arguments)
+    if not torch.compiler.is_compiling():
+        timestep = arguments.get("timestep")
+        attachment.timestep_ref = _nothing
+        if isinstance(timestep, torch.Tensor):
+            attachment.timestep_ref = weakref.ref(timestep)
+        attachment.watch()
+
+
+@contextmanager
+def _cache_context(model: Any, name: str, **details: Any) -> Iterator[None]:
+    """``cache_context`` of a denoiser, by which a pipeline says where it is, listened to."""
+    attachment: Attachment = model._visattn
+    before = attachment.context
+    attachment.context = Context(
+        name, details.get("step_index"), details.get("num_inference_steps")
+    )
+    attachment.watch()
+    try:
+        with type(model).cache_context(model, name, **details):
+            yield
+    finally:
+        attachment.context = before

@@ -1,0 +1,226 @@
+"""One attention layer with a plan: what it runs at a call, and the call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from visattn.attention import sparse_attention
+from visattn.inject.op import Call, register_layer
+from visattn.inject.watched import (
+    ATTRIBUTE,
+    Watched,
+    catch,
+    own_backend,
+    plain_class,
+    release,
+    watched_class,
+)
+from visattn.layout import TokenLayout
+from visattn.patterns import Dense, Pattern
+from visattn.plan import ANY
+
+if TYPE_CHECKING:
+    from visattn.inject.attachment import Attachment
+
+__all__ = ["Layer", "is_dense"]
+
+Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Heads = tuple[Pattern, ...]
+DENSE = Dense()
+
+
+class Layer:
+    """An attention module that a plan has something for.
+
+    Args:
+        attachment: of its denoiser.
+        path, module: of the attention module.
+        heads: how many query heads it has.
+        table: what they run, by phase and pass.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        path: str,
+        module: Any,
+        heads: int,
+        table: dict[tuple[int, str], Heads],
+    ) -> None:
+        self.attachment, self.path, self.module = attachment, path, module
+        self.heads, self.table = heads, table
+        self.processor = module.processor
+        self.through_sdpa = False
+        self.sparse_calls = self.dense_calls = 0
+        self.reason: str | None = None  # of the last dense call that the plan did not ask for
+        self.number = register_layer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a layer is another layer."""
+        self.__dict__.update(state)
+        register_layer(self, self.number)
+
+    # ---- putting it on the module, and taking it off
+
+    def install(self) -> None:
+        """Catch the attention of the module; where that is done already, look whether it still
+        holds: processors and their backends are changed by other calls too."""
+        if not isinstance(self.module, Watched):
+            setattr(self.module, ATTRIBUTE, self)
+            kind: type[torch.nn.Module] = type(self.module)
+            self.module.__class__ = watched_class(kind)
+        self.processor = self.module.processor
+        # a processor that dispatches without a backend of its own ends in torch's attention too
+        self.through_sdpa = not hasattr(self.processor, "_attention_backend")
+        if not self.through_sdpa:
+            catch(self.processor)
+
+    def let_go(self) -> None:
+        """Leave a processor that the module no longer has as it was."""
+        if self.processor is not self.module.processor:
+            release(self.processor)
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        release(self.processor)
+        release(self.module.processor)  # another one, which modules may share
+        self.module.__class__ = plain_class(type(self.module))
+        self.module.__dict__.pop(ATTRIBUTE, None)
+
+    def tell(self, reason: str) -> None:
+        """Note why a call is dense where the plan has something sparse; say it once."""
+        self.reason = reason
+        self.attachment.tell(f"{self.path} stays dense: {reason}")
+
+    def look(self) -> None:
+        """After a call of the module: whether its attention has ever been caught."""
+        if not self.sparse_calls + self.dense_calls:
+            kind = type(self.module.processor).__name__
+            self.tell(f"{kind} calls no attention that can be caught")
+
+    # ---- running it
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        parallel: Any = None,
+    ) -> torch.Tensor:
+        """The attention of the layer, tensors as ``call.heads_first`` says, in and out."""
+        plain = self._plain(call, parallel)
+        parts = self._parts(query, key, call, parallel)
+        if parts is None:
+            self.dense_calls += 1
+            return plain(query, key, value)
+        layout = self.attachment.layout
+        if not call.heads_first:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+
+        def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            """The user's own attention, heads first."""
+            if call.heads_first:
+                return plain(q, k, v)
+            return plain(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+        chunks = (x.chunk(len(parts)) for x in (query, key, value))
+        outs = [
+            self._mixed(q, k, v, heads, layout, call.scale, own)
+            for q, k, v, heads in zip(*chunks, parts, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        self.sparse_calls += 1
+        return out if call.heads_first else out.transpose(1, 2)
+
+    def _plain(self, call: Call, parallel: Any) -> Plain:
+        """Attention as it would be without us, tensors as ``call.heads_first`` says."""
+        arguments: dict[str, Any] = {
+            "attn_mask": call.mask,
+            "dropout_p": call.dropout,
+            "is_causal": call.causal,
+            "scale": call.scale,
+            "enable_gqa": call.grouped,
+        }
+        if self.through_sdpa:
+            return functools.partial(scaled_dot_product_attention, **arguments)
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        backend = own_backend(self.module.processor)
+        return functools.partial(
+            dispatch_attention_fn, **arguments, backend=backend, parallel_config=parallel
+        )
+
+    def _parts(
+        self, query: torch.Tensor, key: torch.Tensor, call: Call, parallel: Any
+    ) -> list[Heads] | None:
+        """What the heads run in each equal part of the batch, or None where all is dense."""
+        axis = 2 if call.heads_first else 1
+        length, keys, heads = query.shape[axis], key.shape[axis], query.shape[3 - axis]
+        layout = self.attachment.layout
+        parts = [
+            self.table.get((phase, pass_)) or self.table.get((phase, ANY)) or (DENSE,) * self.heads
+            for phase, pass_ in self.attachment.moments(query.shape[0])
+        ]
+        if all(pattern == DENSE for own in parts for pattern in own):
+            return None
+        reason = None
+        if call.mask is not None:
+            reason = "it is given an attention mask"
+        elif call.causal or call.dropout:
+            reason = "it is causal or has dropout"
+        elif parallel is not None:
+            reason = "context parallelism splits its sequence"
+        elif length != layout.length or keys != layout.length:
+            reason = f"it has {length} queries and {keys} keys where {layout} is expected"
+        elif heads != self.heads:
+            reason = f"it has {heads} heads where the plan has {self.heads}"
+        if reason is not None:
+            self.tell(reason)
+            return None
+        if all(is_dense(pattern, layout) for own in parts for pattern in own):
+            return None
+        return parts[:1] if all(own == parts[0] for own in parts) else parts
+
+    def _mixed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        patterns: Heads,
+        layout: TokenLayout,
+        scale: float | None,
+        own: Plain,
+    ) -> torch.Tensor:
+        """Dense heads by the user's own attention, the others by ours; ``[B, H, L, D]``."""
+        dense = [n for n, pattern in enumerate(patterns) if is_dense(pattern, layout)]
+        if len(dense) == len(patterns):
+            return own(q, k, v)
+        run = functools.partial(
+            sparse_attention, layout=layout, scale=scale, backend=self.attachment.backend
+        )
+        if not dense or k.shape[1] != q.shape[1]:  # grouped keys are not split by query head
+            return run(q, k, v, patterns)
+        sparse = [n for n in range(len(patterns)) if n not in set(dense)]
+        out = torch.empty_like(q)
+        out[:, dense] = own(q[:, dense], k[:, dense], v[:, dense])
+        chosen = tuple(patterns[n] for n in sparse)
+        out[:, sparse] = run(q[:, sparse], k[:, sparse], v[:, sparse], chosen)
+        return out
+
+
+@functools.lru_cache(maxsize=65536)
+def is_dense(pattern: Pattern, layout: TokenLayout) -> bool:
+    """Whether a pattern keeps every pair of a layout. A few rows tell most patterns apart, so that
+    the pairs are seldom counted."""
+    if pattern == DENSE:
+        return True
+    queries = torch.linspace(0, layout.length - 1, 5).long()[:, None]
+    if not bool(pattern.allows(queries, torch.arange(layout.length), layout).all()):
+        return False
+    return pattern.density(layout) == 1.0

@@ -1,0 +1,130 @@
+"""What ``torch.compile`` sees of a layer with a plan: one opaque op. The layer travels as a number
+in a 0-d CPU tensor, so that all layers of a model share one graph; what it runs at this step is
+looked up when the op runs."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from visattn.layout import Tokens
+
+if TYPE_CHECKING:
+    from visattn.inject.layer import Layer
+
+__all__ = ["Call", "layer_attention", "register_layer"]
+
+KINDS = ("grid", "text", "prefix")
+_numbers = itertools.count(1)
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+
+class Call(NamedTuple):
+    """The arguments of an attention call besides its tensors; ``heads_first``: they are
+    ``[B, H, L, D]``, and not ``[B, L, H, D]``."""
+
+    mask: torch.Tensor | None
+    dropout: float
+    causal: bool
+    scale: float | None
+    grouped: bool
+    heads_first: bool
+
+
+def register_layer(layer: Layer, number: torch.Tensor | None = None) -> torch.Tensor:
+    """A number for a layer, int64, 0-d, on the CPU; written into ``number`` where one is given."""
+    own = next(_numbers)
+    _LAYERS[own] = layer
+    return torch.tensor(own) if number is None else number.fill_(own)
+
+
+def packed(tokens: Tokens) -> list[int]:
+    """Tokens as numbers, four to a segment: the kind and up to three sizes."""
+    out: list[int] = []
+    for kind, *sizes in tokens:
+        out += [KINDS.index(str(kind)), *(int_of(size) for size in sizes), *[0] * (3 - len(sizes))]
+    return out
+
+
+def int_of(size: int | str) -> int:
+    """A size is a number; the type of a segment's items is wider than that."""
+    assert not isinstance(size, str)
+    return size
+
+
+def unpacked(numbers: list[int]) -> Tokens:
+    """The tokens of ``packed``."""
+    out: list[tuple[str | int, ...]] = []
+    for at in range(0, len(numbers), 4):
+        kind = KINDS[numbers[at]]
+        out.append((kind, *numbers[at + 1 : at + (4 if kind == "grid" else 2)]))
+    return tuple(out)
+
+
+@torch.library.custom_op("visattn::layer_attention", mutates_args=())
+def layer_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: torch.Tensor,
+    tokens: list[int],
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+    heads_first: bool,
+) -> torch.Tensor:
+    """``Layer.attend`` by the number of the layer."""
+    own = _LAYERS[int(layer)]
+    own.attachment.tokens = unpacked(tokens)
+    call = Call(mask, dropout, causal, scale, grouped, heads_first)
+    return own.attend(query, key, value, call).contiguous()
+
+
+@layer_op.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: torch.Tensor,
+    tokens: list[int],
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+    heads_first: bool,
+) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def layer_attention(
+    layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+) -> torch.Tensor:
+    """The call as it is traced. The op has no gradient: a call that wants one is refused, which
+    ends the graph there, or the tracing where one graph is asked for."""
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        raise NotImplementedError(
+            "compiled attention with a plan has no gradient; train without torch.compile, or run "
+            "under torch.no_grad()"
+        )
+    out: torch.Tensor = layer_op(
+        query,
+        key,
+        value,
+        call.mask,
+        layer.number,
+        packed(layer.attachment.tokens),
+        call.dropout,
+        call.causal,
+        call.scale,
+        call.grouped,
+        call.heads_first,
+    )
+    return out

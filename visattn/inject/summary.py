@@ -1,0 +1,200 @@
+"""``summary``: what the layers of a pipeline with a plan run, and have run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from visattn.execute import block_sizes, lower_cached
+from visattn.inject.apply import models_of
+from visattn.inject.attachment import Attachment, attached
+from visattn.layout import TokenLayout
+from visattn.patterns import Pattern
+
+__all__ = ["LayerSummary", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer with a plan.
+
+    ``phase`` and ``pass_`` say when it runs ``patterns`` (written form, how many heads).
+    ``density`` and ``block_density`` are means over its heads at ``layout``, the last one that ran,
+    or else the plan's own; None without either. ``sparse_calls`` and ``dense_calls`` count its
+    calls so far, in all phases and passes, and ``reason`` says why calls were dense that the plan
+    wanted sparse.
+    """
+
+    role: str
+    layer: str
+    phase: int
+    pass_: str
+    patterns: dict[str, int]
+    density: float | None
+    block_density: float | None
+    sparse_calls: int
+    dense_calls: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a pipeline with a plan runs; printed, it is a table.
+
+    ``attention_share`` is the share of attention in the multiplications of a step, counted and not
+    timed (weights of linear layers times tokens, against 2 · tokens² · width per layer), and
+    ``most_speedup`` what a step could gain if every visited block cost what it does in dense
+    attention and nothing else were added: 1 / (1 − share · (1 − block density)). Both are None
+    before a layout is known.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    dense_layers: int
+    backend: str
+    layout: str | None
+    attention_share: float | None
+    most_speedup: float | None
+
+    def numbers(self) -> dict[str, Any]:
+        """The summary as JSON values."""
+        value = asdict(self)
+        value["layers"] = [
+            {("pass" if key == "pass_" else key): item for key, item in row.items()}
+            for row in value["layers"]
+        ]
+        return value
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no layer has a plan: all attention is dense"
+        planned = len({(row.role, row.layer) for row in self.layers})
+        names: dict[str, str] = {}
+        for row in self.layers:
+            for pattern in row.patterns:
+                names.setdefault(pattern, f"p{len(names) + 1}")
+        table = [("layer", "when", "density", "blocks", "sparse calls", "dense calls", "heads")]
+        for rows in _runs(self.layers):
+            row = rows[0]
+            table.append(
+                (
+                    f"{row.role}.{row.layer}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
+                    f"phase {row.phase}" + ("" if row.pass_ == "any" else f" {row.pass_}"),
+                    _share(row.density),
+                    _share(row.block_density),
+                    str(row.sparse_calls),
+                    str(row.dense_calls) + ("" if row.reason is None else f" ({row.reason})"),
+                    " + ".join(f"{count} {names[own]}" for own, count in row.patterns.items()),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            f"plan on {planned} of {planned + self.dense_layers} attention layers, backend "
+            f"{self.backend}, tokens {self.layout or 'not known before the first call'}"
+        ]
+        for line in table:
+            cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        lines += [f"{name} = {pattern}" for pattern, name in names.items()]
+        if self.attention_share is not None and self.most_speedup is not None:
+            lines.append(
+                f"attention is {self.attention_share:.0%} of the multiplications of a step; a step "
+                f"can gain {self.most_speedup:.2f}x at most"
+            )
+        return "\n".join(lines)
+
+
+def _runs(rows: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:
+    """Neighbouring rows that differ in nothing but the layer."""
+    out: list[list[LayerSummary]] = []
+    for row in rows:
+        if out and replace(row, layer="") == replace(out[-1][0], layer=""):
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
+
+
+def summary(pipe: Any) -> Summary:
+    """What the layers of a pipeline or denoiser run under its plan, and have run; without a plan
+    there are none."""
+    models = models_of(pipe)
+    found = [own for model in models.values() if (own := attached(model)) is not None]
+    if not found:
+        return Summary((), 0, "auto", None, None, None)
+    rows = [row for own in found for row in _rows(own)]
+    layouts = {str(layout) for own in found if (layout := _layout(own)) is not None}
+    share, speedup = _gain(found)
+    return Summary(
+        layers=tuple(rows),
+        dense_layers=sum(len(own.paths) - len(own.layers) for own in found),
+        backend=found[0].backend,
+        layout=", ".join(sorted(layouts)) or None,
+        attention_share=share,
+        most_speedup=speedup,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _layout(own: Attachment) -> TokenLayout | None:
+    return TokenLayout.from_tokens(own.tokens) if own.tokens else own.plan.geometry
+
+
+def _densities(heads: tuple[Pattern, ...], layout: TokenLayout) -> tuple[float, float]:
+    """Mean density and block density of the heads of a layer."""
+    sizes = block_sizes(layout.length)
+    count = Counter(heads)
+    density = sum(n * pattern.density(layout) for pattern, n in count.items())
+    blocks = sum(
+        n * lower_cached(pattern, layout, None, *sizes).block_density
+        for pattern, n in count.items()
+    )
+    return density / len(heads), min(blocks / len(heads), 1.0)
+
+
+def _rows(own: Attachment) -> list[LayerSummary]:
+    layout = _layout(own)
+    rows = []
+    for layer in own.layers:
+        for (phase, pass_), heads in layer.table.items():
+            density, blocks = (None, None) if layout is None else _densities(heads, layout)
+            rows.append(
+                LayerSummary(
+                    role=own.role,
+                    layer=layer.path,
+                    phase=phase,
+                    pass_=pass_,
+                    patterns={repr(p): n for p, n in Counter(heads).most_common()},
+                    density=density,
+                    block_density=blocks,
+                    sparse_calls=layer.sparse_calls,
+                    dense_calls=layer.dense_calls,
+                    reason=layer.reason,
+                )
+            )
+    return rows
+
+
+def _gain(found: list[Attachment]) -> tuple[float | None, float | None]:
+    """Share of attention in the multiplications of a step, and the most that a step can gain."""
+    attention = saved = linear = 0.0
+    for own in found:
+        layout = _layout(own)
+        if layout is None:
+            return None, None
+        model: Any = own.model
+        weights = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        linear += float(sum(weights)) * layout.length
+        width = int(model.config.num_attention_heads) * int(model.config.attention_head_dim)
+        one = 2.0 * layout.length**2 * width
+        attention += one * len(own.paths)
+        for layer in own.layers:
+            parts = [_densities(heads, layout)[1] for heads in layer.table.values()]
+            saved += one * (1 - sum(parts) / len(parts))
+    whole = attention + linear
+    return attention / whole, whole / (whole - saved)

@@ -1,0 +1,206 @@
+"""How the attention of a layer is caught: its module announces itself, and then either the
+attention backend of its processor is ours (processors that dispatch), or calls of torch's
+attention are caught while the module runs (processors that call it themselves).
+
+An attention module announces itself through a class of its own that goes in front of its class:
+``module.__class__`` is what ``torch.compile`` guards, so that a plan that comes or goes is seen by
+code that is compiled already, where hooks are not; and what others put on the module (hooks,
+wrapped forwards, processors) stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from visattn.inject.op import Call, layer_attention
+
+if TYPE_CHECKING:
+    from visattn.inject.layer import Layer
+
+__all__ = [
+    "ATTRIBUTE",
+    "Watched",
+    "catch",
+    "own_backend",
+    "plain_class",
+    "release",
+    "watched_class",
+]
+
+ATTRIBUTE = "_visattn_layer"
+
+
+class _Running(threading.local):
+    """The layer whose module runs in this thread, until its attention has been called."""
+
+    layer: Layer | None = None
+
+
+class _Traced:
+    """The same for code that ``torch.compile`` traces, which knows no thread locals. One graph that
+    holds module and attention sets and reads it while it is traced; where a graph ends between the
+    two, it is set by one and read by the other, which two threads must not do at once."""
+
+    layer: Layer | None = None
+
+
+_running, _traced = _Running(), _Traced()
+_classes: dict[type, type[torch.nn.Module]] = {}
+
+
+class Watched:
+    """Goes in front of the class of an attention module that has a plan."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Layer = getattr(self, ATTRIBUTE)
+        if layer.through_sdpa:
+            with _Catch(layer):
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        elif torch.compiler.is_compiling():
+            _traced.layer = layer
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        else:
+            _running.layer = _traced.layer = layer
+            try:
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            finally:  # it may have ended, by an error or a cache, before its attention was called
+                _running.layer = _traced.layer = None
+        if not torch.compiler.is_compiling():
+            layer.look()
+        return output
+
+
+def watched_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """``kind`` behind ``Watched``, under the same name; always the same class."""
+    if kind not in _classes:
+        names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _classes[kind] = type(kind.__name__, (Watched, kind), names)
+    return _classes[kind]
+
+
+def plain_class(kind: type) -> type:
+    """The class that ``watched_class`` was made of."""
+    return kind.__mro__[2] if issubclass(kind, Watched) else kind
+
+
+class _Catch(TorchFunctionMode):
+    """Takes the calls of ``scaled_dot_product_attention`` inside one module."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return _sdpa(self.layer, *args, **(kwargs or {}))
+
+
+def _sdpa(
+    layer: Layer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's attention, ``[B, H, L, D]``, of a layer."""
+    call = Call(attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=True)
+    if torch.compiler.is_compiling():
+        return layer_attention(layer, query, key, value, call)
+    return layer.attend(query, key, value, call)
+
+
+def _dispatched(
+    own: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """The attention backend, ``[B, L, H, D]``, on a processor that has the backend ``own`` without
+    us. Whose attention it is, the module has said; a call that nobody announced comes from a module
+    that shares a processor with a layer."""
+    call = Call(attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=False)
+    if torch.compiler.is_compiling():
+        layer, _traced.layer = _traced.layer, None
+        if layer is not None:
+            return layer_attention(layer, query, key, value, call)
+    else:
+        layer = _running.layer or _traced.layer
+        _running.layer = _traced.layer = None
+        if layer is not None:
+            return layer.attend(query, key, value, call, _parallel_config)
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        backend=own,
+        parallel_config=_parallel_config,
+    )
+
+
+@functools.cache
+def _member(own: Any, stays: bool) -> Any:
+    """Our member of diffusers' enumeration of attention backends for processors that have the
+    backend ``own`` without us, made and registered once. It has a value and no name there: it is
+    set on processors and is nothing to choose by name."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name = f"visattn over {getattr(own, 'value', own)}{'' if stays else ' of the class'}"
+    member = str.__new__(AttentionBackendName, name)
+    member._name_ = member._value_ = name
+    member._visattn_own = own, stays  # type: ignore[attr-defined]
+    AttentionBackendName._value2member_map_[name] = member  # for copies and pickles
+    register: Callable[..., Any] = _AttentionBackendRegistry.register(member)
+    register(functools.partial(_dispatched, own))
+    return member
+
+
+def own_backend(processor: Any) -> Any:
+    """The attention backend that a processor has without us."""
+    backend = processor._attention_backend
+    return backend._visattn_own[0] if hasattr(backend, "_visattn_own") else backend
+
+
+def catch(processor: Any) -> None:
+    """Put our backend on a processor that dispatches, in place of its own."""
+    if not hasattr(processor._attention_backend, "_visattn_own"):
+        stays = "_attention_backend" in vars(processor)
+        processor._attention_backend = _member(processor._attention_backend, stays)
+
+
+def release(processor: Any) -> None:
+    """Give a processor its own backend again."""
+    own = getattr(vars(processor).get("_attention_backend"), "_visattn_own", None)
+    if own is None:
+        return
+    backend, stays = own
+    if stays:
+        processor._attention_backend = backend
+    else:
+        del processor._attention_backend
