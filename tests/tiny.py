@@ -203,3 +203,19 @@ def generate(
         **options,
     }
     return pipe(**settings).frames
+
+
+def footprint(pipe: DiffusionPipeline) -> list[Any]:
+    """All that a plan could leave behind on a pipeline."""
+    seen: list[Any] = []
+    for role in ("transformer", "transformer_2"):
+        model = getattr(pipe, role, None)
+        for path, module in model.named_modules() if model is not None else ():
+            own = {k for k in vars(module) if k not in ("_diffusers_hook", "cache_context")}
+            hooks = len(module._forward_pre_hooks), len(module._forward_hooks)
+            processor = getattr(module, "processor", None)
+            backend = getattr(processor, "_attention_backend", None)
+            seen.append((path, type(module), own, hooks, type(processor), backend))
+            seen.append("cache_context" in vars(module))
+            seen.append(sorted(vars(processor)) if processor is not None else None)
+    return seen

@@ -48,30 +48,14 @@ def test_plan_without_effect_changes_no_bit(pipe, dense, plan):
 
 
 def test_removed_plan_changes_no_bit(pipe, dense):
-    before = footprint(pipe)
+    before = tiny.footprint(pipe)
     apply_plan(pipe, SPARSE)
     assert not torch.equal(tiny.generate(pipe), dense)
-    assert footprint(pipe) != before
+    assert tiny.footprint(pipe) != before
     remove_plan(pipe)
-    assert footprint(pipe) == before
+    assert tiny.footprint(pipe) == before
     assert torch.equal(tiny.generate(pipe), dense)
     remove_plan(pipe)  # twice is once
-
-
-def footprint(pipe):
-    """All that a plan could leave behind on a pipeline."""
-    seen = []
-    for role in ("transformer", "transformer_2"):
-        model = getattr(pipe, role, None)
-        for path, module in model.named_modules() if model is not None else ():
-            own = {k for k in vars(module) if k not in ("_diffusers_hook", "cache_context")}
-            hooks = len(module._forward_pre_hooks), len(module._forward_hooks)
-            processor = getattr(module, "processor", None)
-            backend = getattr(processor, "_attention_backend", None)
-            seen.append((path, type(module), own, hooks, type(processor), backend))
-            seen.append("cache_context" in vars(module))
-            seen.append(sorted(vars(processor)) if processor is not None else None)
-    return seen
 
 
 class Stop(Exception):
@@ -86,7 +70,7 @@ def query_of_a_layer(pipe):
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["callback", "attention"])
 def test_exception_inside_a_generation_restores_everything(pipe, dense, error, where):
-    before = footprint(pipe)
+    before = tiny.footprint(pipe)
 
     def stop(*args, **kwargs):
         raise error
@@ -100,7 +84,7 @@ def test_exception_inside_a_generation_restores_everything(pipe, dense, error, w
         tiny.generate(pipe, **options)
     if where == "attention":
         handle.remove()
-    assert footprint(pipe) == before
+    assert tiny.footprint(pipe) == before
     assert torch.equal(tiny.generate(pipe), dense)
 
 

@@ -35,7 +35,7 @@ from visattn.plan import Plan, Rule
 HEADS = (Diagonal(2), Dense(), Neighborhood((1, 3, 3)), Diagonal(7))
 PLAN = Plan((Rule(HEADS),))
 OTHER = Plan((Rule(Diagonal(1)),))
-# depends on the step, and for the last two on the pass
+# by the step, by the pass, by both
 STEPPED = Plan((Rule(HEADS, phase=0), Rule(Diagonal(1), phase=1)), phases=(0.5,))
 PASSED = Plan((Rule(HEADS, pass_="cond"),))
 VARIED = Plan((Rule(HEADS, pass_="cond"), Rule(Diagonal(1), phase=1)), phases=(0.5,))
@@ -57,7 +57,7 @@ def traces(pipe):
     for role, model in roles_of(pipe).items():
         for path, module in model.named_modules():
             own = vars(module)
-            hooks = {key: dict(value) for key, value in own.items() if key.endswith("_hooks")}
+            hooks = {key: dict(value) for key, value in own.items() if "_hooks" in key}
             seen[role, path] = type(module), list(own), hooks, own.get("forward")
             if "processor" in own:
                 its = own["processor"]
@@ -102,7 +102,7 @@ def test_no_trace_is_left(kind, plan):
     pipe = tiny.PIPELINES[kind]()
     tiny.generate(pipe)
     before = traces(pipe)
-    names = list(AttentionBackendName)
+    names, active = list(AttentionBackendName), _AttentionBackendRegistry._active_backend
     apply_plan(pipe, plan)
     remove_plan(pipe)
     assert traces(pipe) == before  # never run
@@ -113,7 +113,7 @@ def test_no_trace_is_left(kind, plan):
     with sparse(pipe, PLAN):
         tiny.generate(pipe)
     assert traces(pipe) == before
-    assert _AttentionBackendRegistry._active_backend is AttentionBackendName.NATIVE
+    assert _AttentionBackendRegistry._active_backend is active
     assert list(AttentionBackendName) == names
 
 
@@ -342,6 +342,16 @@ def test_other_scheduler_of_another_pipeline_is_not_taken_for_the_running_one():
     )
     apply_plan(fresh, STEPPED)
     assert torch.equal(to_video(new), to_video(fresh))
+
+
+def test_numbers_of_layers_lie_on_the_cpu():
+    """Whatever the default device is, or compiled layers would wait for it."""
+    pipe = tiny.wan21()
+    with torch.device("meta"):
+        apply_plan(pipe, PLAN)
+    numbers = [module._visattn_layer.number for module in attention(pipe.transformer)]
+    assert {number.device.type for number in numbers} == {"cpu"}
+    assert torch.equal(tiny.generate(pipe), usual("wan21", PLAN))
 
 
 # ---- cast, another scheduler, another size, another plan

@@ -191,3 +191,30 @@ def test_processor_without_attention_that_can_be_caught_says_so(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "transformer: blocks.1.attn1 stays dense: ByHand calls no attention that can be caught"
     ]
+
+
+def test_a_class_on_top_of_ours_stays():
+    """As some wrappers put it there; the layer is plain again all the same."""
+    pipe = tiny.wan21()
+    dense = tiny.generate(pipe)
+    apply_plan(pipe, Plan((Rule(HEADS),)))
+    sparse_latents = tiny.generate(pipe)
+    module = pipe.transformer.blocks[1].attn1
+    top = type("Top", (type(module),), {})
+    module.__class__ = top
+    assert torch.equal(tiny.generate(pipe), sparse_latents)
+    remove_plan(pipe)
+    assert type(module) is top
+    assert torch.equal(tiny.generate(pipe), dense)
+    apply_plan(pipe, Plan((Rule(HEADS),)))
+    assert torch.equal(tiny.generate(pipe), sparse_latents)
+    remove_plan(pipe)
+    assert torch.equal(tiny.generate(pipe), dense)
+
+
+def test_a_derived_denoiser_is_of_the_family():
+    pipe = tiny.wan21()
+    pipe.transformer.__class__ = type("Derived", (type(pipe.transformer),), {})
+    plan = Plan((Rule(HEADS),), denoisers={"transformer": Denoiser("WanTransformer3DModel", 3, 4)})
+    apply_plan(pipe, plan)
+    assert len(summary(pipe).layers) == tiny.LAYERS

@@ -1,6 +1,17 @@
 """Plans on diffusers pipelines: put on by one call, taken off without a trace."""
 
-from visattn.inject.apply import apply_plan, denoisers, remove_plan, sparse
+from visattn.inject.apply import apply_plan, denoisers, observe, remove_plan, sparse
+from visattn.inject.observation import Observation, Observer
 from visattn.inject.summary import Summary, summary
 
-__all__ = ["Summary", "apply_plan", "denoisers", "remove_plan", "sparse", "summary"]
+__all__ = [
+    "Observation",
+    "Observer",
+    "Summary",
+    "apply_plan",
+    "denoisers",
+    "observe",
+    "remove_plan",
+    "sparse",
+    "summary",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,13 +12,14 @@ import torch
 from visattn.attention import Backend, choose_backend
 from visattn.execute import BACKENDS
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
+from visattn.inject.observation import Observer
 from visattn.patterns import Pattern
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
 from visattn.plan import ROLES, Denoiser, Plan
 from visattn.plan.source import as_plan
 
-__all__ = ["apply_plan", "denoisers", "models_of", "remove_plan", "sparse"]
+__all__ = ["apply_plan", "denoisers", "models_of", "observe", "remove_plan", "sparse"]
 
 
 def apply_plan(
@@ -43,14 +44,7 @@ def apply_plan(
             its first step.
         BackendUnavailable: an explicit backend cannot run here.
     """
-    models = models_of(pipe)
-    known = {role: family for role, model in models.items() if (family := family_of(model))}
-    if not known:
-        kinds = ", ".join(type(model).__name__ for model in models.values())
-        raise ValueError(
-            f"pipe={type(pipe).__name__} has {kinds or 'no denoiser'}; plans can be applied to "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
+    known = _known(pipe)
     own = as_plan(plan, _path_of(pipe))
     for rule in own.rules:
         if rule.role != "any" and rule.role not in known and not _alone(pipe):
@@ -64,18 +58,13 @@ def apply_plan(
             f"plan is for another model: it is made for {', '.join(sorted(made_for))} too, and "
             f"{type(pipe).__name__} has {', '.join(known)}"
         )
-    chosen = _check_backend(backend, models)
+    chosen = _check_backend(backend, [model for model, _ in known.values()])
     new = []
-    for role, family in known.items():
-        model = models[role]
+    for role, (model, family) in known.items():
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
         whole = None if _alone(pipe) else pipe
         new.append(Attachment(model, role, family, own, chosen, whole))
-    for attachment in new:
-        before = attached(attachment.model)
-        if before is not None:
-            before.remove()
-        attachment.install()
+    _exchange([attached(attachment.model) for attachment in new], new)
     return own
 
 
@@ -105,6 +94,53 @@ def sparse(
                 attachment.install()
 
 
+@contextmanager
+def observe(
+    pipe: Any, observer: Observer, layers: Collection[str] | None = None
+) -> Iterator[None]:
+    """Show attention calls to a function inside a ``with`` block. What a pipeline computes is what
+    it computes without, by its plan if it has one.
+
+    Args:
+        pipe: a diffusers pipeline, or a denoiser of one.
+        observer: is called with an Observation before each call.
+        layers: paths of attention modules; default: all that plans speak of.
+
+    Raises:
+        ValueError: the pipeline is of no known family, or has no such layer.
+    """
+    before, new = [], []
+    known = _known(pipe)
+    paths = {path for model, family in known.values() for path in attention_layers(model, family)}
+    for path in layers or ():
+        if path not in paths:
+            raise ValueError(
+                f"layers holds {path!r}; the attention layers are {', '.join(sorted(paths)[:3])}..."
+            )
+    for role, (model, family) in known.items():
+        own = attached(model) or Attachment(model, role, family, Plan(), "auto", None)
+        whole = None if _alone(pipe) else pipe
+        observers = (*own.observers, (observer, frozenset(paths if layers is None else layers)))
+        before.append(attached(model))
+        new.append(
+            Attachment(model, role, family, own.plan, own.backend, whole, observers)
+        )
+    _exchange(before, new)
+    try:
+        yield
+    finally:
+        _exchange(new, before)
+
+
+def _exchange(out: Sequence[Attachment | None], new: Sequence[Attachment | None]) -> None:
+    for attachment in out:
+        if attachment is not None:
+            attachment.remove()
+    for attachment in new:
+        if attachment is not None:
+            attachment.install()
+
+
 def denoisers(pipe: Any) -> dict[str, Denoiser]:
     """What the denoisers of a pipeline are, by role, as ``Plan(denoisers=...)`` records it."""
     return {
@@ -112,6 +148,21 @@ def denoisers(pipe: Any) -> dict[str, Denoiser]:
         for role, model in models_of(pipe).items()
         if (family := family_of(model))
     }
+
+
+def _known(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
+    """The denoisers of known families by role, with their families; at least one."""
+    models = models_of(pipe)
+    known = {
+        role: (model, family) for role, model in models.items() if (family := family_of(model))
+    }
+    if not known:
+        kinds = ", ".join(type(model).__name__ for model in models.values())
+        raise ValueError(
+            f"pipe={type(pipe).__name__} has {kinds or 'no denoiser'}; plans can be applied to "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    return known
 
 
 def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -126,8 +177,9 @@ def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def family_of(model: torch.nn.Module) -> Family | None:
-    """The family of a denoiser that visattn knows."""
-    return FAMILIES.get(type(model).__name__)
+    """The family of a denoiser that visattn knows, by its class or one that this derives from."""
+    kinds = (kind.__name__ for kind in type(model).__mro__)
+    return next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), None)
 
 
 def _alone(pipe: Any) -> bool:
@@ -147,12 +199,12 @@ def _path_of(pipe: Any) -> str | None:
     return path if isinstance(path, str) and path else None
 
 
-def _check_backend(backend: str, models: dict[str, torch.nn.Module]) -> Backend:
+def _check_backend(backend: str, models: Sequence[torch.nn.Module]) -> Backend:
     """The backend that a word names; refused where it cannot run on the devices there are. A model
     that is offloaded runs elsewhere than it lies."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    for model in models.values() if backend == "triton" else ():
+    for model in models if backend == "triton" else ():
         parameter = next(model.parameters())
         if torch.cuda.is_available() and parameter.device.type != "cuda":
             continue  # it will be moved

@@ -17,6 +17,7 @@ import torch
 from visattn.attention import Backend
 from visattn.inject.layer import Layer
 from visattn.inject.moment import Context, Guidance, PipeRef, passes_of, runs, step_of
+from visattn.inject.observation import Observer
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import Pattern
 from visattn.pipelines.family import Family
@@ -38,7 +39,8 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
 def describe(model: torch.nn.Module, family: Family) -> Denoiser:
     """What a denoiser is, as plans record it."""
     layers = attention_layers(model, family)
-    return Denoiser(type(model).__name__, len(layers), next(iter(layers.values())).heads)
+    kind = next(k.__name__ for k in type(model).__mro__ if k.__name__ in family.models)
+    return Denoiser(kind, len(layers), next(iter(layers.values())).heads)
 
 
 def attached(model: torch.nn.Module) -> Attachment | None:
@@ -59,6 +61,7 @@ class Attachment:
         model: the denoiser; role: its name in its pipeline; family: what it is.
         plan: checked to fit it; backend: of ``sparse_attention``.
         pipe: the pipeline that it is part of, if any.
+        observers: each with the paths of the layers whose calls it is shown.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Attachment:
         plan: Plan,
         backend: Backend,
         pipe: object | None,
+        observers: tuple[tuple[Observer, frozenset[str]], ...] = (),
     ) -> None:
         self.model, self.role, self.family = model, role, family
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
@@ -79,11 +83,12 @@ class Attachment:
         self.context: Context | None = None
         self.guidance = Guidance()
         self.told: set[str] = set()
+        self.observers = observers
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.layers: list[Layer] = []
         for number, (path, module) in enumerate(attention_layers(model, family).items()):
             table = plan.table(role, number, self.paths, module.heads)
-            if table:
+            if table or any(path in shown for _, shown in observers):
                 self.layers.append(Layer(self, path, module, module.heads, table))
 
     def install(self) -> None:
@@ -167,7 +172,7 @@ class Attachment:
         """
         phase: int | None = 0
         if self.plan.needs_step:
-            step, steps = step_of(self.context, self.pipe(), self.timestep)
+            step, steps = self.step()
             if step is None or steps is None:
                 raise ValueError(
                     f"plan depends on the denoising step, and the step of this call of {self.role} "
@@ -178,15 +183,24 @@ class Attachment:
             return [(-1, ANY)]
         if not self.plan.passes:
             return [(phase, ANY)]
-        pipe, order = self.pipe(), self.family.batch
-        guided = self.guidance(pipe) if order and runs(pipe, self.timestep) else None
-        passes = passes_of(self.context, guided, order)
-        if passes is None or batch % len(passes) or self.halved(batch):
+        passes = self.passes(batch)
+        if passes is None:
             raise ValueError(
                 f"plan tells {' and '.join(self.plan.passes)} passes apart, and the pass of this "
                 f"call of {self.role} is not known; apply the plan to the pipeline that runs"
             )
         return [(phase, pass_) for pass_ in passes]
+
+    def step(self) -> tuple[int | None, int | None]:
+        """The denoising step and the number of steps, where they are known."""
+        return step_of(self.context, self.pipe(), self.timestep)
+
+    def passes(self, batch: int) -> tuple[str, ...] | None:
+        """The pass of each equal part of a batch, where it is known."""
+        pipe, order = self.pipe(), self.family.batch
+        guided = self.guidance(pipe) if order and runs(pipe, self.timestep) else None
+        passes = passes_of(self.context, guided, order)
+        return None if passes is None or batch % len(passes) or self.halved(batch) else passes
 
     def halved(self, batch: int) -> bool:
         """Whether a cache has taken a part of the batch away since the model was called."""

@@ -10,13 +10,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import sparse_attention
+from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
 from visattn.inject.watched import (
     ATTRIBUTE,
     Watched,
     catch,
     own_backend,
-    plain_class,
     release,
     watched_class,
 )
@@ -55,6 +55,8 @@ class Layer:
         self.attachment, self.path, self.module = attachment, path, module
         self.heads, self.table = heads, table
         self.processor = module.processor
+        self.kind: type[torch.nn.Module] | None = None  # the module's class, where ours replaced it
+        self.observers = [own for own, paths in attachment.observers if path in paths]
         self.through_sdpa = False
         self.sparse_calls = self.dense_calls = 0
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
@@ -70,10 +72,10 @@ class Layer:
     def install(self) -> None:
         """Catch the attention of the module; where that is done already, look whether it still
         holds: processors and their backends are changed by other calls too."""
+        setattr(self.module, ATTRIBUTE, self)
         if not isinstance(self.module, Watched):
-            setattr(self.module, ATTRIBUTE, self)
-            kind: type[torch.nn.Module] = type(self.module)
-            self.module.__class__ = watched_class(kind)
+            self.kind = type(self.module)
+            self.module.__class__ = watched_class(self.kind)
         self.processor = self.module.processor
         # a processor that dispatches without a backend of its own ends in torch's attention too
         self.through_sdpa = not hasattr(self.processor, "_attention_backend")
@@ -89,8 +91,9 @@ class Layer:
         """Leave the module as it was."""
         release(self.processor)
         release(self.module.processor)  # another one, which modules may share
-        self.module.__class__ = plain_class(type(self.module))
         self.module.__dict__.pop(ATTRIBUTE, None)
+        if self.kind is not None and type(self.module) is watched_class(self.kind):
+            self.module.__class__ = self.kind
 
     def tell(self, reason: str) -> None:
         """Note why a call is dense where the plan has something sparse; say it once."""
@@ -114,6 +117,8 @@ class Layer:
         parallel: Any = None,
     ) -> torch.Tensor:
         """The attention of the layer, tensors as ``call.heads_first`` says, in and out."""
+        for observer in self.observers:
+            observer(self._observation(query, key, value, call))
         plain = self._plain(call, parallel)
         parts = self._parts(query, key, call, parallel)
         if parts is None:
@@ -137,6 +142,27 @@ class Layer:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         self.sparse_calls += 1
         return out if call.heads_first else out.transpose(1, 2)
+
+    def _observation(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> Observation:
+        tensors = (query, key, value)
+        q, k, v = tensors if call.heads_first else (x.transpose(1, 2) for x in tensors)
+        attachment = self.attachment
+        step, steps = attachment.step()
+        return Observation(
+            role=attachment.role,
+            layer=self.path,
+            number=attachment.paths.index(self.path),
+            step=step,
+            steps=steps,
+            passes=attachment.passes(q.shape[0]),
+            q=q,
+            k=k,
+            v=v,
+            layout=attachment.layout,
+            scale=call.scale,
+        )
 
     def _plain(self, call: Call, parallel: Any) -> Plain:
         """Attention as it would be without us, tensors as ``call.heads_first`` says."""

@@ -49,29 +49,38 @@ def place(timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
     return int(offset) if 0 <= offset < len(timesteps) else None
 
 
-def runs(pipe: Any, timestep: object) -> bool:
-    """Whether a pipeline is the one that makes a call of its denoiser with this timestep: it stands
-    at it. Another pipeline may share the denoiser. None for a timestep is one that is not known."""
-    current = getattr(pipe, "_current_timestep", None)
-    if not isinstance(current, torch.Tensor):
+def schedule_of(pipe: Any) -> torch.Tensor | None:
+    """The timesteps of a pipeline's scheduler, one-dimensional."""
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
+
+
+def runs(pipe: Any, timestep: torch.Tensor | None) -> bool:
+    """Whether a pipeline is the one that makes a call of its denoiser: it stands at the timestep of
+    the call, or at one of its present schedule where that of the call is not known. Another may
+    share the denoiser, and one that was interrupted stays where it was."""
+    current, timesteps = getattr(pipe, "_current_timestep", None), schedule_of(pipe)
+    if not isinstance(current, torch.Tensor) or timesteps is None:
         return False
-    if not isinstance(timestep, torch.Tensor) or timestep.data_ptr() == current.data_ptr():
+    if timestep is None:
+        return place(current, timesteps) is not None
+    if timestep.data_ptr() == current.data_ptr():
         return True
     return bool(timestep.amax() == current.to(timestep))  # image-to-video has 0 for given frames
 
 
 def step_of(
-    context: Context | None, pipe: Any, timestep: object
+    context: Context | None, pipe: Any, timestep: torch.Tensor | None
 ) -> tuple[int | None, int | None]:
     """The step and the number of steps: as the pipeline says them, or else the place of the
     timestep in its schedule. Values are compared for a pipeline that runs alone: one that shares
     the denoiser with it may have the same value at another place."""
     if context is not None and context.step is not None and context.steps is not None:
         return context.step, context.steps
-    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-    if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
+    timesteps = schedule_of(pipe)
+    if timesteps is None:
         return None, None
-    step = place(timestep, timesteps) if isinstance(timestep, torch.Tensor) else None
+    step = None if timestep is None else place(timestep, timesteps)
     if step is None and runs(pipe, timestep):
         current = pipe._current_timestep
         step = place(current, timesteps)
@@ -94,7 +103,7 @@ class Guidance:
         scale = getattr(pipe, "_guidance_scale", None)
         if not isinstance(scale, (int, float)):
             return None
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        timesteps = schedule_of(pipe)
         if timesteps is None or timesteps is not self._timesteps:
             self._timesteps, self._on = timesteps, scale > 1
         return self._on

@@ -38,7 +38,7 @@ def register_layer(layer: Layer, number: torch.Tensor | None = None) -> torch.Te
     """A number for a layer, int64, 0-d, on the CPU; written into ``number`` where one is given."""
     own = next(_numbers)
     _LAYERS[own] = layer
-    return torch.tensor(own) if number is None else number.fill_(own)
+    return torch.tensor(own, device="cpu") if number is None else number.fill_(own)
 
 
 def packed(tokens: Tokens) -> list[int]:

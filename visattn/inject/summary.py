@@ -129,7 +129,9 @@ def summary(pipe: Any) -> Summary:
     share, speedup = _gain(found)
     return Summary(
         layers=tuple(rows),
-        dense_layers=sum(len(own.paths) - len(own.layers) for own in found),
+        dense_layers=sum(
+            len(own.paths) - sum(bool(layer.table) for layer in own.layers) for own in found
+        ),
         backend=found[0].backend,
         layout=", ".join(sorted(layouts)) or None,
         attention_share=share,

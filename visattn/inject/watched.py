@@ -29,7 +29,6 @@ __all__ = [
     "Watched",
     "catch",
     "own_backend",
-    "plain_class",
     "release",
     "watched_class",
 ]
@@ -59,7 +58,9 @@ class Watched:
     """Goes in front of the class of an attention module that has a plan."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer: Layer = getattr(self, ATTRIBUTE)
+        layer: Layer | None = self.__dict__.get(ATTRIBUTE)
+        if layer is None:  # taken off, under a class that somebody else put in front of ours
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if layer.through_sdpa:
             with _Catch(layer):
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -83,11 +84,6 @@ def watched_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
         names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         _classes[kind] = type(kind.__name__, (Watched, kind), names)
     return _classes[kind]
-
-
-def plain_class(kind: type) -> type:
-    """The class that ``watched_class`` was made of."""
-    return kind.__mro__[2] if issubclass(kind, Watched) else kind
 
 
 class _Catch(TorchFunctionMode):

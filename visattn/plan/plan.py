@@ -98,7 +98,8 @@ class Plan:
         dense_layers: layers that stay dense, by their number in the denoiser from 0, or from -1
             backwards.
         dense_steps: denoising steps that stay dense, ``(first, last)``: how many at either end, an
-            int, or a float as a share of all steps, rounded up.
+            int, or a float as a share of all steps, rounded up. Steps are places in the scheduler's
+            schedule, of which video-to-video with a strength below 1 runs only the end.
         phases: where one phase ends and the next begins, as shares of all steps, increasing:
             ``()`` is one phase, ``(0.4,)`` two.
         geometry: the token layout that the plan was made at; None: it was made for none.
