@@ -2,7 +2,7 @@
 models."""
 
 from visattn._compat import ensure_torchvision
-from visattn._version import __version__
+from visattn._version import __version__ as __version__
 
 ensure_torchvision()
 
