@@ -16,12 +16,14 @@ import statistics
 import time
 from pathlib import Path
 
+import visattn
+from visattn.patterns import Neighborhood
+
+# visattn mends a torchvision that does not fit, which diffusers would import
+# isort: split
 import torch
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-import visattn
-from visattn.patterns import Neighborhood
 
 FRAMES, HEIGHT, WIDTH = 16, 32, 32  # tokens: 16,384
 WHOLE = Neighborhood((1.0, 1.0, 1.0))

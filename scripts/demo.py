@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from visattn.cli import main as visattn_command  # noqa: E402, I001  (before diffusers: it mends a
-# torchvision that does not fit)
+from visattn.cli import main as visattn_command  # noqa: E402
 
+# visattn mends a torchvision that does not fit, which diffusers would import
+# isort: split
 import torch  # noqa: E402
 from tiny_wan import parts  # noqa: E402
 from tiny_wan.presets import PRESETS  # noqa: E402
@@ -25,7 +26,7 @@ from tiny_wan.presets import PRESETS  # noqa: E402
 OUT = Path("out/demo")
 MODEL = OUT / "random-wan"
 SIZE = "--height 128 --width 128 --num-frames 33 --num-inference-steps 6 --seed 1"  # 9x16x16 tokens
-PLAN = "sliding_tile((3, 4, 4), (3, 3, 3))"
+PLAN = "neighborhood((3, 1.0, 1.0))"  # the frame before, the own and the next
 PROMPT = "a red square moves right"
 
 
