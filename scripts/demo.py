@@ -15,11 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import visattn  # noqa: E402
 from visattn.cli import main as visattn_command  # noqa: E402
 
 # visattn mends a torchvision that does not fit, which diffusers would import
 # isort: split
 import torch  # noqa: E402
+from diffusers import WanPipeline  # noqa: E402
 from tiny_wan import parts  # noqa: E402
 from tiny_wan.presets import PRESETS  # noqa: E402
 
@@ -28,6 +30,10 @@ MODEL = OUT / "random-wan"
 SIZE = "--height 128 --width 128 --num-frames 33 --num-inference-steps 6 --seed 1"  # 9x16x16 tokens
 PLAN = "neighborhood((3, 1.0, 1.0))"  # the frame before, the own and the next
 PROMPT = "a red square moves right"
+PYTHON = f"""\
+>>> visattn.apply_plan(pipe, {PLAN!r})
+>>> video = pipe({PROMPT!r}).frames[0]
+>>> print(visattn.summary(pipe))"""
 
 
 def build_model() -> None:
@@ -62,6 +68,12 @@ def main() -> int:
         if code:
             return code
         print(flush=True)
+    print(f"In Python, one step of the same:\n\n{PYTHON}")
+    pipe = WanPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    visattn.apply_plan(pipe, PLAN)
+    pipe(PROMPT, height=128, width=128, num_frames=33, num_inference_steps=1, output_type="latent")
+    print(visattn.summary(pipe))
     return 0
 
 

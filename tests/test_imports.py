@@ -29,7 +29,7 @@ ROWS = (
     {"plan"},
     {"pipelines"},
     {"inject"},
-    {"generation", "metrics"},
+    {"generation", "metrics", "readout"},
     {"search", "guidance"},
     {"report"},
     {"__init__"},

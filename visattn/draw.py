@@ -14,7 +14,7 @@ from visattn.orders import SequenceBlocks
 from visattn.picture import GAP_FROM, GREY, PAPER, Color, cells_picture, wrapped, write
 from visattn.view import CLASSES, PatternView
 
-__all__ = ["draw_view", "frames_picture", "mask_picture"]
+__all__ = ["arranged", "draw_view", "frames_picture", "mask_picture"]
 
 Strip = list[tuple[float, float, Color]]  # begin and end as shares of an axis
 EMPTY: Color = (234, 238, 242)
@@ -44,7 +44,7 @@ def mask_picture(view: PatternView, side: int = SIDE, samples: int = SAMPLES) ->
     return _fitted(view.mask(min(samples, side)).byte(), (EMPTY, KEPT), side)
 
 
-def _arranged(shape: tuple[int, int, int], width: int, height: int, gap: int) -> tuple[int, int]:
+def arranged(shape: tuple[int, int, int], width: int, height: int, gap: int) -> tuple[int, int]:
     """Pixels of a token, 0 when the frames do not fit, and how many frames stand side by side."""
     count, rows, columns = shape
     best = (0, 1)
@@ -67,7 +67,7 @@ def frames_picture(
     while scale < 1:  # show fewer tokens until the frames fit
         factor += 1
         shape = (min(grid.frames, MOST_FRAMES), -(-grid.height // factor), -(-grid.width // factor))
-        scale, across = _arranged(shape, width, height, gap)
+        scale, across = arranged(shape, width, height, gap)
     own = view.grid_view(number, *shape)
     count, rows, columns = shape
     step_x = max(columns * scale, LABEL_WIDTH if count > 1 else 0) + gap

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
-from visattn.cli import compare, env, generate, show
+from visattn.cli import compare, env, generate, inspect, show
 from visattn.cli.output import Output, error_line
 from visattn.execute import BackendUnavailable
 from visattn.generation import GenerationError
@@ -38,6 +38,9 @@ COMMANDS = {
     ),
     "compare": Command(
         "measure how far two outputs or two plans are apart", compare.add_arguments, compare.run
+    ),
+    "inspect": Command(
+        "show what the attention heads of a model look at", inspect.add_arguments, inspect.run
     ),
     "show": Command("draw a pattern: mask, block map, density", show.add_arguments, show.run),
     "env": Command("print versions and devices, for bug reports", env.add_arguments, env.run),

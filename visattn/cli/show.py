@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> str:
     return view_text(view) if args.output is None else f"wrote {args.output}"
 
 
-def _integers(text: str, separator: str, option: str, form: str) -> tuple[int, ...]:
+def read_integers(text: str, separator: str, option: str, form: str) -> tuple[int, ...]:
+    """Numbers between separators; ``form`` says what is wanted, where it is something else."""
     if not re.fullmatch(rf"\d{{1,9}}({separator}\d{{1,9}})*", text, re.ASCII | re.IGNORECASE):
         raise ValueError(f"{option} {text!r} must be {form}")
     return tuple(int(number) for number in re.split(separator, text, flags=re.IGNORECASE))
@@ -90,7 +91,7 @@ def _integers(text: str, separator: str, option: str, form: str) -> tuple[int, .
 def read_grid(text: str) -> tuple[int, int, int]:
     """``"8x16x16"`` or, of one frame, ``"16x16"``."""
     form = "frames, rows and columns as in 8x16x16, or rows and columns as in 16x16"
-    sizes = _integers(text, "x", "--grid", form)
+    sizes = read_integers(text, "x", "--grid", form)
     if len(sizes) not in (2, 3):
         raise ValueError(f"--grid {text!r} must be {form}")
     frames, height, width = sizes if len(sizes) == 3 else (1, *sizes)
@@ -100,7 +101,7 @@ def read_grid(text: str) -> tuple[int, int, int]:
 def read_block(text: str) -> tuple[int, int]:
     """``"64"`` or ``"128x64"``."""
     form = "a number of tokens as in 64, or queries and keys as in 128x64"
-    sizes = _integers(text, "x", "--block", form)
+    sizes = read_integers(text, "x", "--block", form)
     if len(sizes) > 2:
         raise ValueError(f"--block {text!r} must be {form}")
     return sizes[0], sizes[-1]
@@ -109,7 +110,7 @@ def read_block(text: str) -> tuple[int, int]:
 def read_query(text: str) -> tuple[int, int, int]:
     """``"4,8,8"``."""
     form = "a place in the grid, frame, row and column as in 4,8,8"
-    place = _integers(text, ",", "--query", form)
+    place = read_integers(text, ",", "--query", form)
     if len(place) != 3:
         raise ValueError(f"--query {text!r} must be {form}")
     return place[0], place[1], place[2]

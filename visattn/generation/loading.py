@@ -27,6 +27,7 @@ DTYPES = {
 OFFLOADS = ("model", "group", "sequential")
 DENOISERS = ("transformer", "transformer_2", "unet")
 INDEX = "model_index.json"
+SMALL_MODEL = Path(__file__).resolve().parents[2] / "assets" / "models" / "tiny-wan"
 # By its authors' advice this VAE decodes in float32 whatever the denoiser runs in.
 FLOAT32_VAE = "AutoencoderKLWan"
 # What loading raises on files that are missing, cut short or not what they say, besides
@@ -43,12 +44,18 @@ UNLOADABLE = (
 
 
 def default_model() -> str:
-    """The model of those who name none.
+    """The model of those who name none: the small one that lies in a checkout of visattn.
 
     Raises:
-        ValueError: there is none yet.
+        ValueError: this is no checkout, or one without it.
     """
-    raise ValueError("give a model: --model with the folder or the hub id of a diffusers pipeline")
+    if not (SMALL_MODEL / INDEX).is_file():
+        raise ValueError(
+            "no --model is given, and this installation has no small model of its own: give the "
+            "folder or the hub id of a diffusers pipeline, or run from a checkout that has "
+            "assets/models/tiny-wan"
+        )
+    return str(SMALL_MODEL)
 
 
 @dataclass(frozen=True)

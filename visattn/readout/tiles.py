@@ -1,0 +1,90 @@
+"""How a grid is cut into tiles, for measures that speak of them: boxes, or runs in raster order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from visattn.layout import Grid, TokenLayout, check_count
+from visattn.orders import BoxOrder, LineOrder, SequenceBlocks, Triple, sequence_blocks
+
+__all__ = ["MOST_TOKENS", "Tiling", "default_tilings", "fitted"]
+
+MOST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of a grid. Other segments of a layout are cut into runs of as many tokens.
+
+    Args:
+        tile: the sides of a box ``(frames, height, width)``, boxes at the far borders may be cut;
+            or the tokens of a run in raster order.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+
+    tile: Triple | int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tile, tuple):
+            if len(self.tile) != 3:
+                raise TypeError(f"tile={self.tile!r} must be three integers, or one for a run")
+            for side in self.tile:
+                check_count("tile", side, 1)
+        else:
+            check_count("tile", self.tile, 1)
+
+    @property
+    def size(self) -> int:
+        """Most tokens of a tile."""
+        if isinstance(self.tile, int):
+            return self.tile
+        return self.tile[0] * self.tile[1] * self.tile[2]
+
+    @property
+    def name(self) -> str:
+        """``"1x8x8"``, or ``"run 64"``."""
+        return f"run {self.tile}" if isinstance(self.tile, int) else "x".join(map(str, self.tile))
+
+    def blocks(self, layout: TokenLayout) -> SequenceBlocks:
+        """The tiles of a whole sequence, those of a grid in raster order of tiles."""
+        order = LineOrder() if isinstance(self.tile, int) else BoxOrder(self.tile)
+        return sequence_blocks(layout, (order,) * len(layout.grids), self.size)
+
+    def count(self, grid: Grid) -> Grid:
+        """The grid of tiles; runs count as a line of them."""
+        if isinstance(self.tile, int):
+            return Grid(1, 1, -(-grid.numel // self.tile))
+        t, h, w = (-(-length // side) for length, side in zip(grid.shape, self.tile, strict=True))
+        return Grid(t, h, w)
+
+
+def fitted(tile: Triple, grid: Grid, most: int = MOST_TOKENS) -> Triple:
+    """A box near ``tile`` that cuts a grid evenly: no side longer than the grid's, sides doubled
+    (width, height, frames, by turns) while at most ``most`` tokens are in the box, and each then as
+    short as the same number of boxes allows. Sides of 8 on an axis of 9 become 5, not 8 and 1."""
+    sides = [min(side, length) for side, length in zip(tile, grid.shape, strict=True)]
+    grown = True
+    while grown:
+        grown = False
+        for axis in (2, 1, 0):
+            longer = [*sides]
+            longer[axis] = min(2 * sides[axis], grid.shape[axis])
+            if longer != sides and longer[0] * longer[1] * longer[2] <= most:
+                sides, grown = longer, True
+    t, h, w = (-(-n // -(-n // side)) for n, side in zip(grid.shape, sides, strict=True))
+    return t, h, w
+
+
+def default_tilings(grid: Grid, most: int = MOST_TOKENS) -> tuple[Tiling, ...]:
+    """The tilings that measures are taken over when none are named: boxes of ``most`` tokens or
+    little less, from flat to long in time (of 64: 1x8x8, 2x4x8, 4x4x4, 8x2x4, 16x2x2, ...), each
+    fitted to the grid, and runs of ``most`` tokens in raster order; none twice."""
+    check_count("most", most, 1)
+    boxes, frames = [], 1
+    while frames <= most and frames < 2 * grid.frames:
+        height = 1 << (((most // frames).bit_length() - 1) // 2)
+        boxes.append(Tiling(fitted((frames, height, most // frames // height), grid, most)))
+        frames *= 2
+    return tuple(dict.fromkeys([*boxes, Tiling(min(most, grid.numel))]))
