@@ -67,10 +67,12 @@ LONGEST = (17, 16, 16)
 CPU = Preset(
     name="cpu",
     batches={SMALL: 32, SHORT: 12, MEDIUM: 4, LONG: 2},
+    # Large grids from the first step on: the fastest rotary frequency has a period of 6.3 tokens,
+    # and on grids that are no wider heads look by it alone, which on wider ones makes combs.
     phases=(
-        Phase(0.3, {SMALL: 0.8, SHORT: 0.2}),
-        Phase(0.65, {SMALL: 0.2, SHORT: 0.65, MEDIUM: 0.15}),
-        Phase(1.0, {SHORT: 0.45, MEDIUM: 0.47, LONG: 0.08}),
+        Phase(0.3, {SMALL: 0.2, SHORT: 0.55, MEDIUM: 0.25}),
+        Phase(0.75, {SHORT: 0.5, MEDIUM: 0.44, LONG: 0.06}),
+        Phase(1.0, {SHORT: 0.2, MEDIUM: 0.6, LONG: 0.2}),
     ),
 )
 GPU = Preset(
