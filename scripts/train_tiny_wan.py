@@ -40,6 +40,8 @@ from tiny_wan.presets import PRESETS, Preset, clip_size  # noqa: E402
 from tiny_wan.stages import Clock, Stage, random_numbers, say, train  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from visattn.generation.checksums import write_checksums  # noqa: E402
+
 # Parameters that are no hidden matrices: Adam steps them.
 ADAM_WORDS = ("patch_embedding", "proj_out", "scale_shift_table", "time", "text_encoder")
 AVERAGE = 0.998  # of the denoiser's weights, kept from step to step
@@ -244,6 +246,7 @@ def export(preset: Preset, folder: Path, target: Path, note: str) -> None:
     figures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     text = card.model_card(preset, steps, figures, note)
     (target / "README.md").write_text(text, encoding="utf-8")
+    write_checksums(target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     say(f"{target}: {size / 1e6:.1f} MB after {steps} steps of the denoiser")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from visattn.generation.checksums import check_checksums
 from visattn.generation.quiet import quiet
 
 __all__ = ["DTYPES", "OFFLOADS", "Loading", "Lora", "default_model", "load_pipeline", "pick_device"]
@@ -213,6 +214,7 @@ def _check_model(model: str) -> None:
     if Path(model).is_dir():
         if not (Path(model) / INDEX).is_file():
             raise ValueError(f"model {model!r} has no {INDEX}; name the folder of a whole pipeline")
+        check_checksums(model)
     elif Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ValueError(f"model {model!r} is no folder, and no hub id such as 'user/model'")
 

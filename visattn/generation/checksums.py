@@ -1,0 +1,52 @@
+"""Checksums of a model's files: a folder that brings them is held to them when it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from visattn.files import write_whole
+
+__all__ = ["check_checksums", "write_checksums"]
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: str | os.PathLike[str]) -> None:
+    """Write ``checksums.json``: the SHA-256 of every other file of a folder but its card."""
+    root = Path(folder)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    sums = {
+        path.relative_to(root).as_posix(): _sha256(path)
+        for path in files
+        if path.name not in (CHECKSUMS, "README.md")
+    }
+    write_whole(root / CHECKSUMS, (json.dumps(sums, indent=2, sort_keys=True) + "\n").encode())
+
+
+def check_checksums(folder: str | os.PathLike[str]) -> None:
+    """Hold the files of a folder to its checksums, where it has some.
+
+    Raises:
+        ValueError: a file is missing or is not what it was.
+    """
+    root = Path(folder)
+    if not (root / CHECKSUMS).is_file():
+        return
+    remedy = "take the folder anew from where it came"
+    try:
+        sums = json.loads((root / CHECKSUMS).read_bytes())
+    except ValueError:
+        raise ValueError(f"model {str(folder)!r} has a broken {CHECKSUMS}; {remedy}") from None
+    for name, value in sums.items() if isinstance(sums, dict) else ():
+        path = root / name
+        if not path.is_file():
+            raise ValueError(f"model {str(folder)!r} lacks the file {name}; {remedy}")
+        if _sha256(path) != value:
+            raise ValueError(f"model {str(folder)!r} is damaged or changed: {name}; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
