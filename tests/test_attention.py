@@ -8,7 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
 from visattn.attention import choose_backend, merge_attention
-from visattn.orders import BoxOrder
+from visattn.execute import MAPS
+from visattn.orders import BoxOrder, sequence_blocks
 from visattn.patterns import (
     Block,
     Dense,
@@ -26,6 +27,8 @@ from visattn.patterns import (
     Stripe,
     Union,
 )
+from visattn.patterns.examples import EXAMPLES
+from visattn.triton_backend import DEVICE_MAPS
 
 LAYOUT = TokenLayout(Grid(3, 5, 6), text_after=11)
 PLAIN = ["blockwise", "reference"]  # the kernels have tests of their own
@@ -387,3 +390,27 @@ def test_bad_parameters_get_one_sentence(sentence: str) -> None:
     with pytest.raises((TypeError, ValueError), match=sentence) as caught:
         BAD_PATTERNS[sentence]()
     assert "\n" not in str(caught.value)
+
+
+SMALL = [Diagonal(7), Neighborhood((1, 3, 3)), Radial(0.2, rule="token"), Stripe()]
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
+def test_default_device_of_the_user_is_no_matter(backend):
+    """Geometry is made on the CPU; on the default device it would be read back, value by value."""
+    whole = backend != "triton"  # which is slow in the interpreter
+    grid, patterns = (Grid(6, 8, 8), EXAMPLES.values()) if whole else (Grid(1, 5, 6), SMALL)
+    layout = TokenLayout(grid, text_after=5)
+    q, k, v = qkv(1, 1, layout.length)
+    lengths = torch.tensor([3])
+    for pattern in patterns:
+        expected = sparse_attention(q, k, v, pattern, layout, backend=backend, text_lengths=lengths)
+        density = pattern.density(layout)
+        MAPS.clear()
+        DEVICE_MAPS.clear()
+        sequence_blocks.cache_clear()
+        with torch.device("meta"):
+            out = sparse_attention(q, k, v, pattern, layout, backend=backend, text_lengths=lengths)
+            assert pattern.density(layout) == density
+            assert isinstance(pattern.lower(layout, 16, 16).pairs(), int)
+        assert torch.equal(out, expected), pattern

@@ -22,7 +22,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import SequenceBlocks
 from visattn.predicates import Predicate
 
@@ -109,6 +109,7 @@ class BlockMap:
         tensors += list(self.__dict__.get("tiles", ()))
         return sum(x.numel() * x.element_size() for x in tensors)
 
+    @on_cpu
     def status(self) -> torch.Tensor:
         """The class of every block pair, uint8 ``[Nq, Nk]``: NONE, FULL, TEXT, SHORT or PARTIAL."""
         out = torch.zeros(len(self.q_blocks), len(self.k_blocks), dtype=torch.uint8)
@@ -119,6 +120,7 @@ class BlockMap:
         return out
 
     @cached_property
+    @on_cpu
     def partial_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(query block, key block) of the partial blocks, row by row, int64 ``[partial]`` each."""
         counts = (self.bounds[:, 4] - self.bounds[:, 3]).long()
@@ -129,6 +131,7 @@ class BlockMap:
         return rows, self.columns[self.bounds[rows, 3].long() + within].long()
 
     @cached_property
+    @on_cpu
     def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks of the partial blocks: distinct tiles bool ``[U, block_q, block_k]``, and each
         partial block's tile, int64 ``[partial]``. Pairs outside a short block are False.
@@ -165,6 +168,7 @@ class BlockMap:
             out[mine] &= kept
         return out
 
+    @on_cpu
     def pairs(self) -> int:
         """Kept (query, key) pairs, counted."""
         areas = self.q_blocks.length[:, None] * self.k_blocks.length

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.blockmap import BlockMap
-from visattn.layout import valid_keys
+from visattn.layout import on_cpu, valid_keys
 from visattn.reference import masked_softmax
 
 __all__ = ["blockwise_attention", "blockwise_backward"]
@@ -52,6 +52,7 @@ def _jobs(block_map: BlockMap) -> tuple[list[Run], list[Gather]]:
     return _JOBS[block_map]
 
 
+@on_cpu
 def _make_jobs(block_map: BlockMap) -> tuple[list[Run], list[Gather]]:
     bounds, q_blocks, k_blocks = block_map.bounds.long(), block_map.q_blocks, block_map.k_blocks
     _, tile_of = block_map.tiles
@@ -139,9 +140,9 @@ def pieces(
         step = len(tokens) if fused and valid is None else CHUNK // (rows * (run.end - run.begin))
         for part in tokens.split(max(1, step)):
             yield Piece(part[None], torch.ones_like(part[None], dtype=torch.bool), keys, mask)
-    whole = torch.ones(1, block_map.block_q, block_map.block_k, dtype=torch.bool)
+    whole = torch.ones(1, block_map.block_q, block_map.block_k, dtype=torch.bool, device="cpu")
     all_tiles = torch.cat([whole, block_map.tiles[0]])
-    offset = torch.arange(block_map.block_k)
+    offset = torch.arange(block_map.block_k, device="cpu")
     for job in gathers:
         width = job.blocks.shape[1] * block_map.block_k
         step = max(1, CHUNK // (rows * max(dim, block_map.block_q) * width))

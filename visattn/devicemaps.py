@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from visattn.blockmap import BlockMap, MapBank
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import SequenceBlocks, Triple
 from visattn.predicates import Axis, Band, Label, Predicate, Radial
 
@@ -257,6 +257,7 @@ def _grid_numbers(layout: TokenLayout) -> torch.Tensor:
     return torch.tensor(numbers)
 
 
+@on_cpu
 def device_maps(
     heads: list[BlockMap], key_heads: int, device: torch.device, split: int | None = None
 ) -> DeviceMaps:

@@ -21,7 +21,7 @@ from visattn.blockmap import (
     distinct_tiles,
     pack_rows,
 )
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import LineOrder, SequenceBlocks, sequence_blocks
 
 __all__ = ["from_block_mask", "to_block_mask"]
@@ -37,6 +37,7 @@ def _check_aligned(name: str, blocks: SequenceBlocks) -> None:
         )
 
 
+@on_cpu
 def to_block_mask(block_map: BlockMap, device: torch.device | str = "cpu") -> BlockMask:
     """The map as a BlockMask for one batch and head, ``[1, 1, Lq, Lk]``.
 
@@ -77,6 +78,7 @@ def to_block_mask(block_map: BlockMap, device: torch.device | str = "cpu") -> Bl
     )
 
 
+@on_cpu
 def from_block_mask(
     block_mask: BlockMask,
     layout: TokenLayout,

@@ -7,18 +7,19 @@ grid is ``(frames, height, width)`` in latent tokens, row-major: token ``(t, h, 
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Grid", "Segment", "TokenLayout", "Tokens", "check_text_lengths", "valid_keys"]
+__all__ = ["Grid", "Segment", "TokenLayout", "Tokens", "check_text_lengths", "on_cpu", "valid_keys"]
 
 SegmentKind = Literal["grid", "text", "prefix"]
 # A layout in plain words and numbers, in the order of the sequence: ("text", length),
@@ -27,6 +28,21 @@ Tokens = tuple[tuple[str | int, ...], ...]
 
 
 _ALIVE: weakref.WeakValueDictionary[int, Traceable] = weakref.WeakValueDictionary()
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_cpu(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function compute geometry on the CPU, whatever default device a user has set."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Traceable:

@@ -28,7 +28,7 @@ def register(spec: Spec) -> torch.Tensor:
     digest = hashlib.sha256(repr(spec).encode()).digest()
     handle = int.from_bytes(digest[:8], "little") >> 1
     _SPECS[handle] = spec
-    return torch.tensor(handle)
+    return torch.tensor(handle, device="cpu")
 
 
 def handle_of(

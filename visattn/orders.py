@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from visattn.layout import Grid, TokenLayout, check_count
+from visattn.layout import Grid, TokenLayout, check_count, on_cpu
 
 __all__ = [
     "AXES",
@@ -327,6 +327,7 @@ class SequenceBlocks:
     def __len__(self) -> int:
         return len(self.start)
 
+    @on_cpu
     def tokens(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of blocks ``[n]``: indices ``[n, size]`` and which of them exist."""
         offset = torch.arange(self.size)
@@ -336,6 +337,7 @@ class SequenceBlocks:
 
 
 @lru_cache(maxsize=64)
+@on_cpu
 def sequence_blocks(layout: TokenLayout, orders: tuple[Order, ...], size: int) -> SequenceBlocks:
     """Cut a layout into blocks of at most ``size`` tokens, each grid in its own order."""
     index, start, length, segment, grids, first = [], [], [], [], [], []

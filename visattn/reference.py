@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from visattn.blockmap import NONE, PARTIAL, BlockMap
-from visattn.layout import TokenLayout, valid_keys
+from visattn.layout import TokenLayout, on_cpu, valid_keys
 from visattn.patterns import Pattern
 
 __all__ = ["map_mask", "masked_softmax", "pattern_mask", "reference_attention"]
@@ -29,6 +29,7 @@ def pattern_mask(
     return pattern.allows(q[:, None], k[None, :], layout, kv_layout)
 
 
+@on_cpu
 def map_mask(block_map: BlockMap) -> torch.Tensor:
     """What a block map computes, as a mask in token order, bool ``[Lq, Lk]``."""
     status = block_map.status()

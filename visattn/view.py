@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from visattn.blockmap import NONE, BlockMap, PartialPolicy
-from visattn.layout import Grid, TokenLayout, check_count
+from visattn.layout import Grid, TokenLayout, check_count, on_cpu
 from visattn.orders import BoxOrder, ExplicitOrder, HilbertOrder, LineOrder, Order
 from visattn.patterns import Pattern
 
@@ -178,6 +178,7 @@ class PatternView:
         return words
 
 
+@on_cpu
 def view_pattern(
     pattern: Pattern,
     layout: TokenLayout,

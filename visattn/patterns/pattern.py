@@ -10,12 +10,11 @@ from typing import ClassVar
 import torch
 
 from visattn.blockmap import BlockMap, PartialPolicy, build_map
-from visattn.layout import Grid, TokenLayout, Traceable, check_count
+from visattn.layout import Grid, TokenLayout, Traceable, check_count, on_cpu
 from visattn.orders import GridBlocks, LineOrder, Order, sequence_blocks
 from visattn.predicates import Places, Predicate
 
 MAX_BLOCK = 4096
-
 
 class Pattern(Traceable, ABC):
     """Base of the static patterns; each is a frozen dataclass for one head.
@@ -61,6 +60,7 @@ class Pattern(Traceable, ABC):
         """Which queries of a grid see some key of it: one answer for all, or bool ``[n]``."""
         return True
 
+    @on_cpu
     def check(self, grid: Grid) -> None:
         """Raise ValueError when a size does not fit the grid, or a query would see no key of it."""
         self.predicates(grid)
@@ -91,6 +91,7 @@ class Pattern(Traceable, ABC):
 
         return min(own, raster, key=visited)
 
+    @on_cpu
     def allows(
         self,
         q: torch.Tensor,
@@ -127,6 +128,7 @@ class Pattern(Traceable, ABC):
             kept = torch.where(inside, rule, kept)
         return kept
 
+    @on_cpu
     def density(self, layout: TokenLayout, kv_layout: TokenLayout | None = None) -> float:
         """Kept share of all (query, key) pairs of the sequence, text at its capacity, by exact
         count.
@@ -144,6 +146,7 @@ class Pattern(Traceable, ABC):
             kept += total - sum(grid.numel**2 for grid in paired)
         return kept / total
 
+    @on_cpu
     def lower(
         self,
         layout: TokenLayout,
