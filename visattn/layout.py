@@ -199,6 +199,13 @@ class TokenLayout(Traceable):
             raise ValueError("segments=() is empty; a layout has at least one token")
         object.__setattr__(self, "segments", tuple(parts))
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.segments)
+
     @classmethod
     def from_tokens(cls, tokens: Tokens) -> Self:
         """The layout of ``(("text", 226), ("grid", 13, 30, 45))``.

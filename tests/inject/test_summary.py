@@ -50,8 +50,22 @@ def test_table_of_a_summary():
     apply_plan(pipe, Plan((Rule(HEADS),), geometry=TokenLayout(Grid(3, 6, 4))))
     text = str(summary(pipe))
     assert text.startswith("plan on 6 of 6 attention layers, backend auto, tokens 3x6x4\n")
+    assert "  always  " in text
     assert "transformer.blocks.0.attn1 and 2 more" in text
     assert "2 p1 + 1 p2 + 1 p3" in text
     assert "p3 = Diagonal(width=3)" in text
     remove_plan(pipe)
     assert summary(pipe).layers == ()
+
+
+def test_table_of_phases_passes_and_the_backend_that_ran():
+    pipe = tiny.wan21()
+    apply_plan(pipe, Plan((Rule(HEADS, phase=1), Rule(Skip(), pass_="uncond")), phases=(0.5,)))
+    assert summary(pipe).ran == ()
+    tiny.generate(pipe)
+    assert summary(pipe).ran == ("blockwise",)
+    text = str(summary(pipe))
+    assert text.startswith("plan on 3 of 3 attention layers, backend auto (blockwise ran), ")
+    for words in ("  phase 1  ", "  phase 0 uncond  ", "  phase 1 uncond  "):
+        assert words in text
+    assert "always" not in text

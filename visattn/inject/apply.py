@@ -28,8 +28,8 @@ def apply_plan(
     """Let a pipeline compute its attention as a plan says, from its next call on.
 
     Args:
-        pipe: a diffusers pipeline, or a denoiser of one; compiled or not. Its model family must be
-            one that visattn knows.
+        pipe: a diffusers pipeline, or a denoiser of one, which is then its ``transformer``;
+            compiled or not. Its model family must be one that visattn knows.
         plan: a Plan; a pattern, for all heads of all layers; the path or hub id of a plan;
             a pattern in written form; or ``"auto"``, the plan that lies beside the model's weights.
         backend: of ``sparse_attention``.
@@ -47,13 +47,13 @@ def apply_plan(
     known = _known(pipe)
     own = as_plan(plan, _path_of(pipe))
     for rule in own.rules:
-        if rule.role != "any" and rule.role not in known and not _alone(pipe):
+        if rule.role != "any" and rule.role not in known:
             raise ValueError(
                 f"plan is for another model: it has a rule for {rule.role}, and "
                 f"{type(pipe).__name__} has {', '.join(known)}"
             )
     made_for = set(own.denoisers) - set(known)
-    if made_for and not _alone(pipe):
+    if made_for:
         raise ValueError(
             f"plan is for another model: it is made for {', '.join(sorted(made_for))} too, and "
             f"{type(pipe).__name__} has {', '.join(known)}"

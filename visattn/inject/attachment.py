@@ -76,7 +76,8 @@ class Attachment:
     ) -> None:
         self.model, self.role, self.family = model, role, family
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
-        self.paths = tuple(attention_layers(model, family))
+        modules = attention_layers(model, family)
+        self.paths = tuple(modules)
         self.tokens: Tokens = ()
         # weak: code that is compiled does not come by here, and must not find that of an old call
         self.timestep_ref: Callable[[], torch.Tensor | None] = _nothing
@@ -86,7 +87,7 @@ class Attachment:
         self.observers = observers
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.layers: list[Layer] = []
-        for number, (path, module) in enumerate(attention_layers(model, family).items()):
+        for number, (path, module) in enumerate(modules.items()):
             table = plan.table(role, number, self.paths, module.heads)
             if table or any(path in shown for _, shown in observers):
                 self.layers.append(Layer(self, path, module, module.heads, table))
@@ -164,7 +165,7 @@ class Attachment:
         self._layouts[tokens] = layout
         return layout
 
-    def moments(self, batch: int) -> list[tuple[int, str]]:
+    def moments(self, batch: int) -> tuple[tuple[int, str], ...]:
         """Phase and pass of each equal part of a batch; phase -1 is a step that stays dense.
 
         Raises:
@@ -180,16 +181,16 @@ class Attachment:
                 )
             phase = self.plan.phase_at(step, steps)
         if phase is None:
-            return [(-1, ANY)]
+            return ((-1, ANY),)
         if not self.plan.passes:
-            return [(phase, ANY)]
+            return ((phase, ANY),)
         passes = self.passes(batch)
         if passes is None:
             raise ValueError(
                 f"plan tells {' and '.join(self.plan.passes)} passes apart, and the pass of this "
                 f"call of {self.role} is not known; apply the plan to the pipeline that runs"
             )
-        return [(phase, pass_) for pass_ in passes]
+        return tuple((phase, pass_) for pass_ in passes)
 
     def step(self) -> tuple[int | None, int | None]:
         """The denoising step and the number of steps, where they are known."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.attention import sparse_attention
+from visattn.attention import choose_backend, sparse_attention
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
 from visattn.inject.watched import (
@@ -31,7 +31,29 @@ __all__ = ["Layer", "is_dense"]
 
 Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Heads = tuple[Pattern, ...]
+Moments = tuple[tuple[int, str], ...]
 DENSE = Dense()
+
+
+class Part:
+    """What the heads of a layer run in a part of the batch: numbers of the dense ones, and of the
+    others with their patterns."""
+
+    def __init__(self, heads: Heads, layout: TokenLayout) -> None:
+        self.heads = heads
+        self.dense = [n for n, pattern in enumerate(heads) if is_dense(pattern, layout)]
+        self.sparse = [n for n in range(len(heads)) if n not in set(self.dense)]
+        self.patterns = tuple(heads[n] for n in self.sparse)
+        self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense and the other heads as indices on a device, which they are copied to once."""
+        if device not in self._indices:
+            dense, sparse = (torch.tensor(x, device=device) for x in (self.dense, self.sparse))
+            if torch.compiler.is_compiling():
+                return dense, sparse
+            self._indices[device] = dense, sparse
+        return self._indices[device]
 
 
 class Layer:
@@ -59,7 +81,9 @@ class Layer:
         self.observers = [own for own, paths in attachment.observers if path in paths]
         self.through_sdpa = False
         self.sparse_calls = self.dense_calls = 0
+        self.ran: str | None = None  # the backend of its last sparse call
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
+        self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
         self.number = register_layer(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,11 +160,12 @@ class Layer:
 
         chunks = (x.chunk(len(parts)) for x in (query, key, value))
         outs = [
-            self._mixed(q, k, v, heads, layout, call.scale, own)
-            for q, k, v, heads in zip(*chunks, parts, strict=True)
+            self._mixed(q, k, v, part, layout, call.scale, own)
+            for q, k, v, part in zip(*chunks, parts, strict=True)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         self.sparse_calls += 1
+        self.ran = choose_backend(self.attachment.backend, query).backend
         return out if call.heads_first else out.transpose(1, 2)
 
     def _observation(
@@ -184,16 +209,13 @@ class Layer:
 
     def _parts(
         self, query: torch.Tensor, key: torch.Tensor, call: Call, parallel: Any
-    ) -> list[Heads] | None:
+    ) -> tuple[Part, ...] | None:
         """What the heads run in each equal part of the batch, or None where all is dense."""
         axis = 2 if call.heads_first else 1
         length, keys, heads = query.shape[axis], key.shape[axis], query.shape[3 - axis]
         layout = self.attachment.layout
-        parts = [
-            self.table.get((phase, pass_)) or self.table.get((phase, ANY)) or (DENSE,) * self.heads
-            for phase, pass_ in self.attachment.moments(query.shape[0])
-        ]
-        if all(pattern == DENSE for own in parts for pattern in own):
+        parts = self._at(self.attachment.moments(query.shape[0]), layout)
+        if parts is None:
             return None
         reason = None
         if call.mask is not None:
@@ -209,34 +231,44 @@ class Layer:
         if reason is not None:
             self.tell(reason)
             return None
-        if all(is_dense(pattern, layout) for own in parts for pattern in own):
-            return None
-        return parts[:1] if all(own == parts[0] for own in parts) else parts
+        return parts
+
+    def _at(self, moments: Moments, layout: TokenLayout) -> tuple[Part, ...] | None:
+        """The parts of a batch at the moments of its parts, one where they are alike; None where
+        the plan has nothing but dense heads. Worked out once."""
+        if (moments, layout) not in self._split:
+            all_dense = (DENSE,) * self.heads
+            chosen = [
+                self.table.get((phase, pass_)) or self.table.get((phase, ANY)) or all_dense
+                for phase, pass_ in moments
+            ]
+            own = {heads: Part(heads, layout) for heads in chosen}
+            parts = tuple(own[heads] for heads in (chosen[:1] if len(own) == 1 else chosen))
+            self._split[moments, layout] = parts if any(p.sparse for p in parts) else None
+        return self._split[moments, layout]
 
     def _mixed(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        patterns: Heads,
+        part: Part,
         layout: TokenLayout,
         scale: float | None,
         own: Plain,
     ) -> torch.Tensor:
         """Dense heads by the user's own attention, the others by ours; ``[B, H, L, D]``."""
-        dense = [n for n, pattern in enumerate(patterns) if is_dense(pattern, layout)]
-        if len(dense) == len(patterns):
+        if not part.sparse:
             return own(q, k, v)
         run = functools.partial(
             sparse_attention, layout=layout, scale=scale, backend=self.attachment.backend
         )
-        if not dense or k.shape[1] != q.shape[1]:  # grouped keys are not split by query head
-            return run(q, k, v, patterns)
-        sparse = [n for n in range(len(patterns)) if n not in set(dense)]
+        if not part.dense or k.shape[1] != q.shape[1]:  # grouped keys are not split by query head
+            return run(q, k, v, part.heads)
+        dense, sparse = part.indices(q.device)
         out = torch.empty_like(q)
         out[:, dense] = own(q[:, dense], k[:, dense], v[:, dense])
-        chosen = tuple(patterns[n] for n in sparse)
-        out[:, sparse] = run(q[:, sparse], k[:, sparse], v[:, sparse], chosen)
+        out[:, sparse] = run(q[:, sparse], k[:, sparse], v[:, sparse], part.patterns)
         return out
 
 

@@ -13,6 +13,7 @@ from visattn.inject.apply import models_of
 from visattn.inject.attachment import Attachment, attached
 from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
+from visattn.plan import ANY
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -48,12 +49,13 @@ class Summary:
     timed (weights of linear layers times tokens, against 2 · tokens² · width per layer), and
     ``most_speedup`` what a step could gain if every visited block cost what it does in dense
     attention and nothing else were added: 1 / (1 − share · (1 − block density)). Both are None
-    before a layout is known.
+    before a layout is known. ``backend`` is the one asked for, ``ran`` those that ran.
     """
 
     layers: tuple[LayerSummary, ...]
     dense_layers: int
     backend: str
+    ran: tuple[str, ...]
     layout: str | None
     attention_share: float | None
     most_speedup: float | None
@@ -61,6 +63,7 @@ class Summary:
     def numbers(self) -> dict[str, Any]:
         """The summary as JSON values."""
         value = asdict(self)
+        value["ran"] = list(self.ran)
         value["layers"] = [
             {("pass" if key == "pass_" else key): item for key, item in row.items()}
             for row in value["layers"]
@@ -71,6 +74,8 @@ class Summary:
         if not self.layers:
             return "no layer has a plan: all attention is dense"
         planned = len({(row.role, row.layer) for row in self.layers})
+        single = {row.phase for row in self.layers} == {0}
+        ran = f" ({', '.join(self.ran)} ran)" if self.ran else ""
         names: dict[str, str] = {}
         for row in self.layers:
             for pattern in row.patterns:
@@ -81,7 +86,7 @@ class Summary:
             table.append(
                 (
                     f"{row.role}.{row.layer}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
-                    f"phase {row.phase}" + ("" if row.pass_ == "any" else f" {row.pass_}"),
+                    _when(row, single),
                     _share(row.density),
                     _share(row.block_density),
                     str(row.sparse_calls),
@@ -92,7 +97,7 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             f"plan on {planned} of {planned + self.dense_layers} attention layers, backend "
-            f"{self.backend}, tokens {self.layout or 'not known before the first call'}"
+            f"{self.backend}{ran}, tokens {self.layout or 'not known before the first call'}"
         ]
         for line in table:
             cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
@@ -104,6 +109,12 @@ class Summary:
                 f"can gain {self.most_speedup:.2f}x at most"
             )
         return "\n".join(lines)
+
+
+def _when(row: LayerSummary, single: bool) -> str:
+    """Phase and pass in words; ``single``: the plan has one phase."""
+    words = ([] if single else [f"phase {row.phase}"]) + ([] if row.pass_ == ANY else [row.pass_])
+    return " ".join(words) or "always"
 
 
 def _runs(rows: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:
@@ -123,7 +134,7 @@ def summary(pipe: Any) -> Summary:
     models = models_of(pipe)
     found = [own for model in models.values() if (own := attached(model)) is not None]
     if not found:
-        return Summary((), 0, "auto", None, None, None)
+        return Summary((), 0, "auto", (), None, None, None)
     rows = [row for own in found for row in _rows(own)]
     layouts = {str(layout) for own in found if (layout := _layout(own)) is not None}
     share, speedup = _gain(found)
@@ -133,6 +144,7 @@ def summary(pipe: Any) -> Summary:
             len(own.paths) - sum(bool(layer.table) for layer in own.layers) for own in found
         ),
         backend=found[0].backend,
+        ran=tuple(sorted({layer.ran for own in found for layer in own.layers if layer.ran})),
         layout=", ".join(sorted(layouts)) or None,
         attention_share=share,
         most_speedup=speedup,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -155,12 +156,12 @@ class Plan:
     def __hash__(self) -> int:
         return hash((self.rules, self.dense_layers, self.dense_steps, self.phases))
 
-    @property
+    @functools.cached_property
     def needs_step(self) -> bool:
         """Whether what runs depends on the denoising step."""
         return self.dense_steps != (0, 0) or any(rule.phase is not None for rule in self.rules)
 
-    @property
+    @functools.cached_property
     def passes(self) -> tuple[str, ...]:
         """The passes that rules tell apart."""
         return tuple(p for p in PASSES if any(rule.pass_ == p for rule in self.rules))
