@@ -36,11 +36,12 @@ from tiny_wan.parts import (  # noqa: E402
     in_half_precision,
     save_pipeline,
 )
-from tiny_wan.presets import PRESETS, Preset, clip_size  # noqa: E402
+from tiny_wan.presets import PRESETS, Grid, Preset, clip_size  # noqa: E402
 from tiny_wan.stages import Clock, Stage, random_numbers, say, train  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from visattn.generation.checksums import write_checksums  # noqa: E402
+from visattn.generation.shapes import SHAPES_FILE  # noqa: E402
 
 # Parameters that are no hidden matrices: Adam steps them.
 ADAM_WORDS = ("patch_embedding", "proj_out", "scale_shift_table", "time", "text_encoder")
@@ -238,6 +239,12 @@ def evaluate(preset: Preset, folder: Path, pairs: int, default_pairs: int) -> di
     return found
 
 
+def shape(preset: Preset, grid: Grid, steps: int) -> dict[str, Any]:
+    """Return the arguments of a pipeline for a latent grid."""
+    sizes = dict(zip(("num_frames", "height", "width"), clip_size(grid), strict=True))
+    return {**sizes, "num_inference_steps": steps, "guidance_scale": preset.guidance}
+
+
 def export(preset: Preset, folder: Path, target: Path, note: str) -> None:
     """Write the pipeline in half precision and its card to ``target``."""
     pipeline, steps = load_pipeline(preset, folder)
@@ -246,6 +253,11 @@ def export(preset: Preset, folder: Path, target: Path, note: str) -> None:
     figures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     text = card.model_card(preset, steps, figures, note)
     (target / "README.md").write_text(text, encoding="utf-8")
+    shapes = {
+        "default": shape(preset, preset.default_grid, DEFAULT_STEPS),
+        "evaluation": shape(preset, preset.evaluation_grid, preset.evaluation_steps),
+    }
+    (target / SHAPES_FILE).write_text(json.dumps(shapes, indent=2) + "\n", encoding="utf-8")
     write_checksums(target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     say(f"{target}: {size / 1e6:.1f} MB after {steps} steps of the denoiser")

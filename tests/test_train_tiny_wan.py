@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for _needed in ("diffusers", "sklearn", "skimage"):
-    if importlib.util.find_spec(_needed) is None:
-        pytest.skip(f"needs {_needed}", allow_module_level=True)
+from visattn.generation import shape_of
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -121,6 +119,14 @@ def test_evaluation_and_export(script, toy, run, tmp_path, monkeypatch):
     suffixes = {path.suffix for path in target.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".md", ".safetensors"}
     assert "A toy." in (target / "README.md").read_text()
+    assert shape_of(target) == {
+        "num_frames": 9,
+        "height": 48,
+        "width": 48,
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0,
+    }
+    assert shape_of(target, "evaluation")["num_frames"] == 5
 
     # The exported pipeline makes nearly the video of the trained one, with its own defaults.
     pipelines = (script.load_pipeline(toy, folder)[0], WanPipeline.from_pretrained(target))

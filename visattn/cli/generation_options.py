@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from visattn.execute import BACKENDS, choose_backend
-from visattn.generation import Loading, Lora, default_model
+from visattn.generation import Loading, Lora, default_model, shape_of
 from visattn.generation.loading import pick_device
 from visattn.plan import Plan, read_plan
 
@@ -25,11 +25,11 @@ __all__ = [
 JOB_OPTIONS = {
     "negative_prompt": (str, "TEXT", "what should not be seen"),
     "seed": (int, "N", "seed of the noise (default 0)"),
-    "height": (int, "N", "pixels (default: the pipeline's)"),
-    "width": (int, "N", "pixels (default: the pipeline's)"),
-    "num_frames": (int, "N", "frames (default: the pipeline's)"),
-    "num_inference_steps": (int, "N", "denoising steps (default: the pipeline's)"),
-    "guidance_scale": (float, "X", "guidance scale (default: the pipeline's)"),
+    "height": (int, "N", "pixels (default: the model's)"),
+    "width": (int, "N", "pixels (default: the model's)"),
+    "num_frames": (int, "N", "frames (default: the model's)"),
+    "num_inference_steps": (int, "N", "denoising steps (default: the model's)"),
+    "guidance_scale": (float, "X", "guidance scale (default: the model's)"),
     "fps": (float, "X", "frames per second of an mp4 (default 16)"),
     "image": (str, "FILE", "the first frame, for image-to-video pipelines"),
 }
@@ -53,6 +53,12 @@ MODEL_OPTIONS = {
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """What is generated."""
     group = parser.add_argument_group("what is generated")
+    group.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="sizes, steps and guidance by a name that the model's folder has in "
+        "visattn_shapes.json (default: its 'default', where it has one)",
+    )
     for name, (kind, metavar, text) in JOB_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
 
@@ -95,6 +101,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def given_options(args: argparse.Namespace) -> list[str]:
     """Flags of the groups above that the command line holds."""
     names = (
+        "shape",
         *JOB_OPTIONS,
         *MODEL_OPTIONS,
         *("lora", "trust_remote_code", "vae_tiling", "vae_slicing", "compile", "plan", "backend"),
@@ -103,8 +110,17 @@ def given_options(args: argparse.Namespace) -> list[str]:
 
 
 def job_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Job that the command line gives."""
-    return {name: value for name in JOB_OPTIONS if (value := getattr(args, name)) is not None}
+    """The fields of a Job that the command line gives, over those of the model's shape.
+
+    Raises:
+        ValueError: the model has no such shape.
+    """
+    given = {name: value for name in JOB_OPTIONS if (value := getattr(args, name)) is not None}
+    return {**shape_of(_model(args), args.shape), **given}
+
+
+def _model(args: argparse.Namespace) -> str:
+    return default_model() if args.model is None else str(args.model)
 
 
 def read_loading(args: argparse.Namespace) -> Loading:
@@ -118,7 +134,7 @@ def read_loading(args: argparse.Namespace) -> Loading:
     if args.device_map is not None and args.device_map.lstrip().startswith("{"):
         raise ValueError("--device-map takes 'balanced' or a device; diffusers takes no more")
     return Loading(
-        model=default_model() if args.model is None else args.model,
+        model=_model(args),
         dtype=args.dtype or "auto",
         device=args.device or args.device_map,
         cpu_offload=args.cpu_offload,

@@ -6,6 +6,7 @@ from visattn.generation.batch import Item, Outcome, generate_all, read_prompts
 from visattn.generation.job import GenerationError, Job, Result, run_job
 from visattn.generation.loading import Loading, Lora, default_model, load_pipeline
 from visattn.generation.record import read_record, record_path
+from visattn.generation.shapes import read_shapes, shape_of
 
 __all__ = [
     "GenerationError",
@@ -20,6 +21,8 @@ __all__ = [
     "load_pipeline",
     "read_prompts",
     "read_record",
+    "read_shapes",
     "record_path",
     "run_job",
+    "shape_of",
 ]
