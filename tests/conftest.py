@@ -1,7 +1,9 @@
-"""What holds for every test: one torch thread, and interpreted kernels where there is no GPU."""
+"""What holds for every test: one torch thread, and interpreted kernels where there is no GPU; and
+folders with models for the tests of commands."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():  # true for HIP as well
@@ -11,3 +13,29 @@ from visattn._compat import ensure_torchvision
 
 ensure_torchvision()
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("cli")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Tiny pipelines saved by name; ``wan`` is ``wan21``."""
+    import tiny  # here, as most tests need no diffusers
+
+    from visattn.generation.quiet import quiet
+
+    folder = tmp_path_factory.mktemp("models")
+    with quiet():
+        for name, make in (*tiny.PIPELINES.items(), ("i2v", tiny.image_to_video)):
+            make().save_pretrained(folder / name)
+    (folder / "wan").symlink_to("wan21")
+    return folder
+
+
+@pytest.fixture
+def folder(models, tmp_path, monkeypatch):
+    """An empty folder to work in, with the models beside; nothing is fetched from a hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path

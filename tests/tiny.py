@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
@@ -173,6 +174,15 @@ def cogvideox(seed: int = 0) -> CogVideoXPipeline:
 def cogvideox15(seed: int = 0) -> CogVideoXPipeline:
     """CogVideoX 1.5: the same with patches of two frames."""
     return _cogvideox(seed, 2)
+
+
+def image_to_video() -> CogVideoXImageToVideoPipeline:
+    """CogVideoX that begins with an image: its latents are stacked on the noise."""
+    parts = cogvideox().components
+    config = {**parts["transformer"].config, "in_channels": 8}
+    torch.manual_seed(5)
+    parts["transformer"] = CogVideoXTransformer3DModel.from_config(config).eval()
+    return CogVideoXImageToVideoPipeline(**parts)
 
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {

@@ -116,6 +116,21 @@ class Grid:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+def check_query(query: tuple[int, int, int] | None, grid: Grid) -> tuple[int, int, int]:
+    """Return the place ``(t, h, w)`` of a query, for None the middle of the grid, or raise a
+    sentence that names it."""
+    if query is None:
+        return grid.frames // 2, grid.height // 2, grid.width // 2
+    if not isinstance(query, tuple) or len(query) != 3:
+        raise TypeError(f"query={query!r} must be three integers (t, h, w)")
+    for value in query:
+        check_count("query", value, 0)
+    if any(x >= n for x, n in zip(query, grid.shape, strict=True)):
+        last = tuple(n - 1 for n in grid.shape)
+        raise ValueError(f"query={query} is outside grid {grid}; its last place is {last}")
+    return query
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of tokens of one kind.

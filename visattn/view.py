@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from visattn.blockmap import NONE, BlockMap, PartialPolicy
-from visattn.layout import Grid, TokenLayout, check_count, on_cpu
+from visattn.layout import Grid, TokenLayout, check_count, check_query, on_cpu
 from visattn.orders import BoxOrder, ExplicitOrder, HilbertOrder, LineOrder, Order
 from visattn.patterns import Pattern
 
@@ -234,16 +234,8 @@ def _query(
             raise ValueError(f"query={query} is a place in a grid, but layout {layout} has no grid")
         return 0, None
     start, grid = layout.grids[0]
-    if query is None:
-        query = (grid.frames // 2, grid.height // 2, grid.width // 2)
-    if not isinstance(query, tuple) or len(query) != 3:
-        raise TypeError(f"query={query!r} must be three integers (t, h, w)")
-    for value in query:
-        check_count("query", value, 0)
-    if any(x >= n for x, n in zip(query, grid.shape, strict=True)):
-        last = tuple(n - 1 for n in grid.shape)
-        raise ValueError(f"query={query} is outside grid {grid}; its last place is {last}")
-    return start + sum(x * s for x, s in zip(query, grid.strides, strict=True)), query
+    place = check_query(query, grid)
+    return start + sum(x * s for x, s in zip(place, grid.strides, strict=True)), place
 
 
 def view_text(view: PatternView) -> str:

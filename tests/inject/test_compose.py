@@ -65,7 +65,6 @@ def each(method, **options):
 
 
 def lora(pipe):
-    pytest.importorskip("peft")
     for number, model in enumerate(denoisers(pipe)):
         torch.manual_seed(7 + number)
         weights = {}

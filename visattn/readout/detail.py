@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from visattn.draw import INDENT, LABEL, MARGIN, OWN, WIDTH, arranged
 from visattn.picture import GREY, PAPER, font, wrapped, write
 from visattn.readout.heat import heat_picture, legend, top_of
-from visattn.readout.overview import bars, by_distance, percent, seen_around
+from visattn.readout.overview import bars, by_distance, percent, seen_around, titled
 from visattn.readout.sampler import HeadReadout, Key, Sampler
 
 __all__ = ["draw_detail"]
@@ -83,16 +83,7 @@ def draw_detail(
 def _header(sampler: Sampler, head: HeadReadout, title: str, notes: Sequence[str]) -> Image.Image:
     """Whose attention it is, and its measures beside those of uniform attention."""
     shares, chance = head.shares.numbers(), sampler.chance.numbers()
-    lines = wrapped(title, 46, ROOM, 2)
-    small = [line for note in notes for line in wrapped(note, 26, ROOM, 2)]
-    out = Image.new("RGB", (ROOM, 60 * len(lines) + 36 * len(small) + 250), PAPER)
-    y = 0
-    for line in lines:
-        write(out, 0, y, line, 46)
-        y += 60
-    for line in small:
-        write(out, 0, y, line, 26, GREY)
-        y += 36
+    out, y = titled(title, notes, ROOM, 250)
     x, y = 0, y + 24
     for name, label in NAMES.items():
         if name == "text" and not sampler.measures.sample.layout.texts:

@@ -14,7 +14,7 @@ from visattn.readout.heat import heat_picture, legend, top_of
 from visattn.readout.measures import FEW_TILES
 from visattn.readout.sampler import HeadReadout, Key, Sampler
 
-__all__ = ["bars", "by_distance", "draw_overview", "percent", "seen_around"]
+__all__ = ["bars", "by_distance", "draw_overview", "percent", "seen_around", "titled"]
 
 MARGIN, GAP = 72, 12
 MOST_WIDTH = 4000  # of the picture, before a token is drawn smaller
@@ -138,6 +138,19 @@ def _section(key: Key) -> str:
     return f"{key.role}, pass {key.pass_}"
 
 
+def titled(title: str, notes: Sequence[str], width: int, below: int) -> tuple[Image.Image, int]:
+    """The head of a picture: a title and notes, with ``below`` pixels of paper under them; and the
+    height at which they end."""
+    lines = [(line, 46, INK, 60) for line in wrapped(title, 46, width, 2)]
+    lines += [(line, 26, GREY, 36) for note in notes for line in wrapped(note, 26, width, 2)]
+    out = Image.new("RGB", (width, sum(step for *_, step in lines) + below), PAPER)
+    y = 0
+    for line, size, ink, step in lines:
+        write(out, 0, y, line, size, ink)
+        y += step
+    return out, y
+
+
 def _header(
     sampler: Sampler,
     table: Sequence[HeadReadout],
@@ -155,8 +168,6 @@ def _header(
         "of the tiles, the median head": percent(shares[len(shares) // 2]),
         "of the tiles, uniform attention": percent(sampler.chance.tile_share),
     }
-    lines = [*wrapped(title, 46, width, 2)]
-    small = [line for note in notes for line in wrapped(note, 26, width, 2)]
     frames = sampler.measures.around[0]
     where = f"the {frames} frames about its own" if frames > 1 else "the frame"
     how = (
@@ -167,15 +178,7 @@ def _header(
     )
     how += "; the mass by frame distance, own frame red." if frames > 1 else "."
     explained = wrapped(how, 22, width - 540, 5)
-    height = 60 * len(lines) + 36 * len(small) + 150 + max(30 * len(explained), 70) + 34
-    out = Image.new("RGB", (width, height), PAPER)
-    y = 0
-    for line in lines:
-        write(out, 0, y, line, 46)
-        y += 60
-    for line in small:
-        write(out, 0, y, line, 26, GREY)
-        y += 36
+    out, y = titled(title, notes, width, 150 + max(30 * len(explained), 70) + 34)
     x, y = 0, y + 24
     for name, value in facts.items():
         wide = write(out, x, y, value, 50)

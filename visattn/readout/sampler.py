@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.inject import Observation
-from visattn.layout import Grid, TokenLayout, check_count
+from visattn.layout import TokenLayout, check_count, check_query
 from visattn.orders import Triple
 from visattn.readout.measures import AROUND, WINDOW, Measures, Tally, check_window, column_mass
 from visattn.readout.rows import MAX_BYTES, RowSample, attention_rows, draw_rows
@@ -223,9 +223,7 @@ class Sampler:
         if not layout.grids:
             raise ValueError(f"layout {layout} has no grid, so that there are no places to measure")
         grid = layout.grids[0][1]
-        if self.query is None:
-            self.query = grid.frames // 2, grid.height // 2, grid.width // 2
-        _check_query(self.query, grid)
+        self.query = check_query(self.query, grid)
         return draw_rows(
             layout,
             default_tilings(grid, self.tile_size) if self.tilings is None else self.tilings,
@@ -347,16 +345,6 @@ def _whole(name: str, values: Collection[int]) -> tuple[int, ...]:
     if not values:
         raise ValueError(f"{name} is empty; leave it out to read all")
     return tuple(sorted({check_count(name, value, 0) for value in values}))
-
-
-def _check_query(query: Triple, grid: Grid) -> None:
-    if not isinstance(query, tuple) or len(query) != 3:
-        raise TypeError(f"query={query!r} must be three integers (t, h, w)")
-    for value in query:
-        check_count("query", value, 0)
-    if any(x >= n for x, n in zip(query, grid.shape, strict=True)):
-        last = tuple(n - 1 for n in grid.shape)
-        raise ValueError(f"query={query} is outside grid {grid}; its last place is {last}")
 
 
 def _columns_of(tally: Tally) -> torch.Tensor:
