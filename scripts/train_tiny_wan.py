@@ -49,6 +49,7 @@ AVERAGE = 0.998  # of the denoiser's weights, kept from step to step
 SAMPLES = 16  # in the contact sheets
 DEFAULT_STEPS = 20  # of a video at the default shape
 DEFAULT_PAIRS = 20  # evaluated at the default shape
+STRUCTURE_PAIRS = 2  # whose attention is measured
 
 
 def train_autoencoder(preset: Preset, folder: Path, clock: Clock) -> bool:
@@ -172,7 +173,13 @@ def train_denoiser(preset: Preset, folder: Path, clock: Clock) -> bool:
         numbers = random_numbers(preset, 2, step)
         with torch.autocast(preset.device, torch.bfloat16, enabled=preset.bfloat16):
             loss = dn.flow_matching_loss(
-                model, tokenizer, latents, batch.captions, batch.text_length, numbers
+                model,
+                tokenizer,
+                latents,
+                batch.weights.to(latents),
+                batch.captions,
+                batch.text_length,
+                numbers,
             )
         grid = "x".join(str(size) for size in latents.shape[2:])
         return loss, {f"loss at {grid}:": float(loss.detach())}
@@ -207,9 +214,11 @@ def load_pipeline(preset: Preset, folder: Path) -> tuple[Any, int]:
 def evaluate(preset: Preset, folder: Path, pairs: int, default_pairs: int) -> dict[str, Any]:
     """Return the figures of the newest checkpoints on held-out clips and captions, and save them.
 
-    The sheet of the evaluation shape's first pairs is written beside them.
+    Weights are judged as they are exported. The sheet of the evaluation shape's first pairs is
+    written beside them.
     """
     pipeline, steps = load_pipeline(preset, folder)
+    pipeline = in_half_precision(pipeline).to(torch.float32)
     found: dict[str, Any] = {"denoiser_steps": steps, "autoencoder_db": {}}
     for grid in preset.batches:
         size = clip_size(grid)
@@ -233,6 +242,14 @@ def evaluate(preset: Preset, folder: Path, pairs: int, default_pairs: int) -> di
         shares = {kind: round(value, 4) for kind, value in evaluation.shares(samples).items()}
         found[name] = {"pairs": count, "grid": list(grid), "steps": sampling_steps, **shares}
         say(f"{name} shape, {count} pairs: {shares}")
+        found[name]["structure"] = evaluation.structure(
+            pipeline,
+            evaluation.held_out_pairs(STRUCTURE_PAIRS),
+            grid=grid,
+            steps=sampling_steps,
+            guidance=preset.guidance,
+        )
+        say(f"heads with few tiles: {found[name]['structure']}")
         evaluation.save_sheet(samples[:SAMPLES], folder / f"sheet-{name}.png")
     file = folder / "evaluation.json"
     file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

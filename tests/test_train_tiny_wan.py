@@ -110,6 +110,8 @@ def test_evaluation_and_export(script, toy, run, tmp_path, monkeypatch):
     found = script.evaluate(toy, folder, 2, 1)
     assert json.loads((folder / "evaluation.json").read_text())["evaluation"]["pairs"] == 2
     assert set(found["evaluation"]) >= {"colour", "object", "direction", "background"}
+    structure = found["evaluation"]["structure"]
+    assert structure["heads"] == 4 and set(structure["few"]) == {"64", "32", "16"}
     assert (folder / "sheet-evaluation.png").read_bytes().startswith(b"\x89PNG")
 
     target = tmp_path / "tiny-wan"
@@ -118,7 +120,9 @@ def test_evaluation_and_export(script, toy, run, tmp_path, monkeypatch):
     assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
     suffixes = {path.suffix for path in target.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".md", ".safetensors"}
-    assert "A toy." in (target / "README.md").read_text()
+    card = (target / "README.md").read_text()
+    assert "A toy." in card
+    assert f"| evaluation | {structure['few']['64']} of 4 |" in card
     assert shape_of(target) == {
         "num_frames": 9,
         "height": 48,

@@ -67,6 +67,8 @@ background, and one in five of the digits' instances{held_out_photographs}.
 By `python scripts/train_tiny_wan.py --preset {preset} --evaluate 100`. The scorer is
 `visattn.metrics.prompt`; pairs are held-out captions with fixed seeds.
 
+## Attention
+{structure}
 ## What it can't do
 It knows the {words} words of its grammar and nothing else: other words are read as one unknown
 word. {limits}
@@ -101,6 +103,27 @@ def _figures(found: dict[str, Any]) -> str:
                 f"{row[kind]:.0%}" for kind in ("colour", "object", "direction", "background")
             )
             lines.append(f"| {name} | {row['pairs']} | {row['steps']} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def _structure(found: dict[str, Any]) -> str:
+    """Return the table of heads with structure, or that there is none."""
+    rows = [
+        (name, found[name]["structure"]) for name in ("evaluation", "default") if name in found
+    ]
+    if not rows:
+        return "Not measured.\n"
+    sizes = list(rows[0][1]["few"])
+    lines = [
+        "Heads, of all, that keep 90 % of their mass in 30 % of the tiles, with the shape of tiles "
+        "that suits the head, by the most tokens of a tile (`visattn inspect` shows each):",
+        "",
+        "| shape | " + " | ".join(f"{size} tokens" for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for name, own in rows:
+        counts = " | ".join(f"{own['few'][size]} of {own['heads']}" for size in sizes)
+        lines.append(f"| {name} | {counts} |")
     return "\n".join(lines) + "\n"
 
 
@@ -139,6 +162,7 @@ def model_card(preset: Preset, steps: int, figures: dict[str, Any], note: str) -
         precision="bfloat16" if preset.bfloat16 else "float32",
         note=note,
         figures=_figures(figures),
+        structure=_structure(figures),
         words=len(WORDS),
         limits="" if preset.rich else CPU_LIMITS,
     )

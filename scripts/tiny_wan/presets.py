@@ -46,7 +46,7 @@ class Preset:
     heads: int = 4
     head_size: int = 32
     feed_forward: int = 512
-    denoiser_steps: int = 4000
+    denoiser_steps: int = 7000
     batches: dict[Grid, int] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
     text_lengths: dict[int, float] = field(default_factory=lambda: {16: 0.6, 64: 0.2, 512: 0.2})
@@ -70,8 +70,8 @@ CPU = Preset(
     # Large grids from the first step on: the fastest rotary frequency has a period of 6.3 tokens,
     # and on grids that are no wider heads look by it alone, which on wider ones makes combs.
     phases=(
-        Phase(0.3, {SMALL: 0.2, SHORT: 0.55, MEDIUM: 0.25}),
-        Phase(0.75, {SHORT: 0.5, MEDIUM: 0.44, LONG: 0.06}),
+        Phase(0.15, {SMALL: 0.2, SHORT: 0.55, MEDIUM: 0.25}),
+        Phase(0.75, {SHORT: 0.45, MEDIUM: 0.48, LONG: 0.07}),
         Phase(1.0, {SHORT: 0.2, MEDIUM: 0.6, LONG: 0.2}),
     ),
 )

@@ -38,10 +38,12 @@ SLOW, QUICK = (0.45, 0.65), (0.75, 1.0)  # share of the free way that an object 
 class Clip:
     """Frames ``[frames, 3, height, width]`` in [0, 1] and what they show.
 
-    ``centres`` are the objects' in pixels, ``[things, frames, 2]`` (x, y).
+    ``covered`` is the opacity of the objects, ``[frames, height, width]``; ``centres`` are theirs
+    in pixels, ``[things, frames, 2]`` (x, y).
     """
 
     frames: Tensor
+    covered: Tensor
     centres: Tensor
     scene: Scene
     caption: str
@@ -64,7 +66,7 @@ class Settings:
 
 def diameter(side: int) -> float:
     """Return the mean object's size in pixels for frames with this shorter side."""
-    return 14 + 0.28 * side
+    return 10 + 0.42 * side
 
 
 def _soft_background(name: str, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
@@ -141,6 +143,7 @@ def render(
         frames = photographs.moving_background(settings.size, held_out, rng)
     else:
         frames = _soft_background(background, size, rng)[None].expand(num_frames, -1, -1, -1)
+    covered = torch.zeros(num_frames, height, width)
     speeds, bounces, tracks = [], [], []
     for thing in scene.things:
         speed = str(rng.choice(("slowly", "quickly")))
@@ -161,6 +164,7 @@ def render(
             layer = _place(torch.cat((inside * opening, opening)), centres, size, pixels)
             frames = frames * (1 - layer[:, 3:]) + layer[:, :3]
         frames = frames + alpha * (colour - frames)
+        covered = torch.maximum(covered, alpha[:, 0])
         speeds.append(speed)
         bounces.append(bounce)
         tracks.append(centres)
@@ -168,7 +172,7 @@ def render(
         caption = plain_caption(scene)
     else:
         caption = varied_caption(scene, tuple(speeds), tuple(bounces), rng)
-    return Clip(frames.clamp(0, 1), torch.stack(tracks), scene, caption)
+    return Clip(frames.clamp(0, 1), covered, torch.stack(tracks), scene, caption)
 
 
 @functools.cache
