@@ -14,6 +14,7 @@ from PIL import Image
 import visattn
 from visattn.cli import COMMANDS, env, main
 from visattn.patterns import PATTERNS, Radial, parse_pattern
+from visattn.selectors import SELECTORS
 
 
 def test_version(capsys):
@@ -67,12 +68,18 @@ def test_show_writes_a_picture(capsys, tmp_path):
 def test_show_lists_every_pattern(capsys):
     code, out, _ = run(capsys, "show", "--list")
     assert code == 0
-    for name in PATTERNS:
+    names = [*PATTERNS, *SELECTORS, "agent"]
+    for name in names:
         assert f"\n{name}(" in f"\n{out}"
     assert "radial(decay=1.0, sink=False, rule='block', block=128)" in out
     rows = json.loads(run(capsys, "show", "--list", "--json")[1])
-    assert [row["name"] for row in rows] == list(PATTERNS)
+    assert [row["name"] for row in rows] == names
     assert all(row["summary"] for row in rows)
+
+
+def test_show_says_that_a_dynamic_pattern_has_no_mask(capsys):
+    [line] = refused(capsys, "show", "vsa()")
+    assert "chooses its blocks from the queries and keys of a call" in line
 
 
 def test_env_names_versions_and_no_secrets(capsys, monkeypatch):

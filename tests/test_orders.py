@@ -15,6 +15,7 @@ from visattn.orders import (
     Order,
     axis_cells,
     axis_permutation,
+    fitted,
     sequence_blocks,
 )
 
@@ -119,3 +120,10 @@ def test_bad_orders_get_one_sentence(make: object, sentence: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_fitted_cuts_evenly_and_grows_into_short_axes() -> None:
+    assert fitted((8, 4, 2), Grid(9, 16, 16), 64) == (5, 4, 2)
+    assert fitted((4, 4, 4), Grid(9, 16, 16), 64) == (3, 4, 4)
+    assert fitted((1, 8, 8), Grid(9, 16, 16), 64) == (1, 8, 8)
+    assert fitted((16, 2, 2), Grid(1, 32, 32), 64) == (1, 8, 8)

@@ -20,8 +20,9 @@ from visattn.execute import (
 )
 from visattn.layout import TokenLayout
 from visattn.op import attention_op, handle_of, register
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern, Pattern
 from visattn.patterns.pattern import paired_layouts
+from visattn.selectors import Memory
 
 __all__ = [
     "BACKENDS",
@@ -78,7 +79,7 @@ def sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: Pattern | Sequence[Pattern],
+    pattern: HeadPattern | Sequence[HeadPattern],
     layout: TokenLayout,
     *,
     kv_layout: TokenLayout | None = ...,
@@ -94,7 +95,7 @@ def sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: Pattern | Sequence[Pattern],
+    pattern: HeadPattern | Sequence[HeadPattern],
     layout: TokenLayout,
     *,
     kv_layout: TokenLayout | None = ...,
@@ -109,7 +110,7 @@ def sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: Pattern | Sequence[Pattern],
+    pattern: HeadPattern | Sequence[HeadPattern],
     layout: TokenLayout,
     *,
     kv_layout: TokenLayout | None = None,
@@ -153,6 +154,25 @@ def sparse_attention(
         return _compiled(
             q, k, v, pattern, layout, kv_layout, text_lengths, scale, backend, return_lse
         )
+    return attention_by(
+        q, k, v, pattern, layout, kv_layout, text_lengths, scale, backend, return_lse, Memory()
+    )
+
+
+def attention_by(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: HeadPattern | Sequence[HeadPattern],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+    scale: float | None,
+    backend: Backend,
+    return_lse: bool,
+    memory: Memory,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``sparse_attention`` with the choices of earlier steps that dynamic patterns may keep."""
     check_tensors(q, k, v)
     patterns = check_patterns(pattern, q.shape[1])
     paired_layouts(layout, kv_layout)
@@ -161,13 +181,17 @@ def sparse_attention(
     choice = choose_backend(backend, q)
     if backend == "auto":
         logger.debug("sparse_attention runs %s: %s", choice.backend, choice.reason)
-    spec = Spec(patterns, layout, kv_layout, choice.backend)
+    spec = Spec(patterns, layout, kv_layout, backend)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if choice.backend == "triton" and wants_grad:  # the op has the gradients that the kernels lack
-        handle = register(spec)
-        out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
-        return (out, lse) if return_lse else out
-    out, row_lse = execute(spec, choice.backend, q, k, v, text_lengths, factor, return_lse)
+    if choice.backend == "triton" and wants_grad:
+        if all(isinstance(item, Pattern) for item in patterns):
+            handle = register(spec)  # the op has the gradients that the kernels lack
+            out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
+            return (out, lse) if return_lse else out
+        choice = Choice("blockwise", "dynamic patterns have gradients there")
+    out, row_lse = execute(
+        spec, choice.backend, q, k, v, text_lengths, factor, return_lse, memory
+    )
     if return_lse:
         assert row_lse is not None
         return out, row_lse
@@ -178,7 +202,7 @@ def _compiled(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: Pattern | Sequence[Pattern],
+    pattern: HeadPattern | Sequence[HeadPattern],
     layout: TokenLayout,
     kv_layout: TokenLayout | None,
     text_lengths: torch.Tensor | None,
@@ -189,7 +213,7 @@ def _compiled(
     """The call as ``torch.compile`` traces it: one opaque op, its objects named by identity, so
     that another pattern is another graph. Objects must be made outside the compiled function.
     """
-    heads = [pattern] * q.shape[1] if isinstance(pattern, Pattern) else list(pattern)
+    heads = [pattern] * q.shape[1] if isinstance(pattern, HeadPattern) else list(pattern)
     keys = None if kv_layout is None else id(kv_layout)
     handle = handle_of(tuple([id(item) for item in heads]), id(layout), keys, backend)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from visattn.layout import TokenLayout, check_text_lengths
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern
 
 __all__ = ["check_lengths", "check_patterns", "check_scale", "check_tensors"]
 
@@ -47,13 +47,15 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def check_patterns(pattern: Pattern | Sequence[Pattern], heads: int) -> tuple[Pattern, ...]:
-    if isinstance(pattern, Pattern):
+def check_patterns(
+    pattern: HeadPattern | Sequence[HeadPattern], heads: int
+) -> tuple[HeadPattern, ...]:
+    if isinstance(pattern, HeadPattern):
         return (pattern,) * heads
     if not isinstance(pattern, Sequence) or isinstance(pattern, str):
         raise TypeError(f"pattern={pattern!r} must be a pattern, or a sequence of one per head")
     for item in pattern:
-        if not isinstance(item, Pattern):
+        if not isinstance(item, HeadPattern):
             raise TypeError(f"pattern holds {item!r}; it takes patterns, for example Radial()")
     if len(pattern) != heads:
         raise ValueError(

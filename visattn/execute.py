@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,12 @@ import torch
 from visattn.blockmap import BlockMap, MapCache, PartialPolicy
 from visattn.blockwise import blockwise_attention
 from visattn.layout import TokenLayout
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern, Pattern
 from visattn.reference import reference_attention
+from visattn.selectors import Agent, Selector
+from visattn.selectors.attend import attend
+from visattn.selectors.reference import reference_attend
+from visattn.selectors.reuse import Memory
 from visattn.triton_backend import triton_attention, why_unavailable
 
 __all__ = [
@@ -44,7 +49,7 @@ class Choice(NamedTuple):
 class Spec:
     """One pattern per query head, the layouts, and the backend asked for."""
 
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[HeadPattern, ...]
     layout: TokenLayout
     kv_layout: TokenLayout | None
     backend: str
@@ -105,23 +110,122 @@ def execute(
     text_lengths: torch.Tensor | None,
     scale: float,
     with_lse: bool,
+    memory: Memory | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run checked tensors on a resolved backend; output, and the LSE when it is asked for."""
+    """Run checked tensors on a resolved backend; output, and the LSE when it is asked for.
+
+    Heads with static patterns run together; those with a dynamic one run beside them, all heads
+    that share one in one go.
+    """
+    groups: dict[HeadPattern | None, list[int]] = {}
+    for head, pattern in enumerate(spec.patterns):
+        groups.setdefault(None if isinstance(pattern, Pattern) else pattern, []).append(head)
+    if list(groups) == [None]:
+        return _static(spec, backend, q, k, v, text_lengths, scale, with_lse)
+    if spec.kv_layout is not None and spec.kv_layout != spec.layout:
+        raise ValueError(
+            f"kv_layout={spec.kv_layout} differs from layout={spec.layout}; dynamic patterns "
+            "choose among the keys of one layout, so give a static pattern, or leave kv_layout out"
+        )
+    check_kernels(spec.backend, spec.patterns)
+    out = torch.empty_like(q)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(q.shape[:3], dtype=wide) if with_lse else None
+    share = q.shape[1] // k.shape[1]
+    for dynamic, heads in groups.items():
+        own = replace(spec, patterns=tuple(spec.patterns[head] for head in heads))
+        if len(heads) == q.shape[1]:
+            parts = (q, k, v)
+        else:
+            at = torch.tensor(heads, device=q.device)
+            parts = (q[:, at], k[:, at // share], v[:, at // share])
+        if dynamic is None:
+            own_out, own_lse = _static(own, backend, *parts, text_lengths, scale, with_lse)
+        else:
+            own_out, own_lse = _dynamic(
+                dynamic, own, backend, *parts, text_lengths, scale, memory or Memory()
+            )
+        out[:, heads] = own_out
+        if lse is not None:
+            if own_lse is None:
+                raise ValueError(f"{dynamic} has no LSE; leave return_lse out")
+            lse[:, heads] = own_lse
+    return out, lse
+
+
+def check_kernels(backend: str, patterns: Iterable[HeadPattern]) -> None:
+    """Refuse an explicit backend that cannot run a pattern.
+
+    Raises:
+        BackendUnavailable: the kernels were asked for, and a pattern has none.
+    """
+    other = next((item for item in patterns if not isinstance(item, Pattern)), None)
+    if backend == "triton" and other is not None:
+        raise BackendUnavailable(
+            f"backend='triton' has no kernel for the dynamic pattern {other} yet; use "
+            "backend='blockwise' or 'auto'"
+        )
+
+
+def _dynamic(
+    pattern: HeadPattern,
+    spec: Spec,
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    memory: Memory,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Heads that share a dynamic pattern."""
+    layout = spec.layout
+    if isinstance(pattern, Agent):
+        return pattern.run(q, k, v, layout, text_lengths, scale), None
+    assert isinstance(pattern, Selector)
+    with torch.no_grad():
+        selection = memory.choose(pattern, q, k, v, layout, scale)
+    run = reference_attend if backend == "reference" else attend
+    return run(q, k, v, selection, layout, text_lengths, scale)
+
+
+def _static(
+    spec: Spec,
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Heads with static patterns."""
     layout, kv_layout = spec.layout, spec.kv_layout
+    patterns = static_patterns(spec)
     if backend == "reference":
-        return reference_attention(q, k, v, spec.patterns, layout, kv_layout, text_lengths, scale)
+        return reference_attention(q, k, v, patterns, layout, kv_layout, text_lengths, scale)
 
     def lower(pattern: Pattern, block_q: int, block_k: int) -> BlockMap:
         return lower_cached(pattern, layout, kv_layout, block_q, block_k)
 
     if backend == "triton":
-        return triton_attention(
-            q, k, v, spec.patterns, layout, kv_layout, text_lengths, scale, lower
-        )
+        return triton_attention(q, k, v, patterns, layout, kv_layout, text_lengths, scale, lower)
     return blockwise_attention(q, k, v, blockwise_maps(spec), text_lengths, scale, with_lse)
+
+
+def static_patterns(spec: Spec) -> tuple[Pattern, ...]:
+    """The patterns of a Spec that has no dynamic one."""
+    out = tuple(item for item in spec.patterns if isinstance(item, Pattern))
+    if len(out) < len(spec.patterns):
+        raise NotImplementedError(
+            "gradients of dynamic patterns are computed without torch.compile and on the backends "
+            "blockwise and reference only"
+        )
+    return out
 
 
 def blockwise_maps(spec: Spec) -> list[BlockMap]:
     """The map of each head at the blocks of ``blockwise``."""
     sizes = block_sizes(max(spec.layout.length, (spec.kv_layout or spec.layout).length))
-    return [lower_cached(item, spec.layout, spec.kv_layout, *sizes) for item in spec.patterns]
+    patterns = static_patterns(spec)
+    return [lower_cached(item, spec.layout, spec.kv_layout, *sizes) for item in patterns]

@@ -15,7 +15,7 @@ from visattn.blockwise import blockwise_backward
 from visattn.checks import check_lengths, check_patterns, check_tensors
 from visattn.execute import Spec, blockwise_maps, choose_backend, execute
 from visattn.layout import TokenLayout, alive
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern
 from visattn.patterns.pattern import paired_layouts
 
 __all__ = ["attention_op", "handle_of", "register"]
@@ -35,10 +35,10 @@ def handle_of(
     patterns: tuple[int, ...], layout: int, kv_layout: int | None, backend: str
 ) -> torch.Tensor:
     """``register`` for objects named by their ``id()``, as a constant of the compiled graph."""
-    heads: list[Pattern] = []
+    heads: list[HeadPattern] = []
     for identity in patterns:
         pattern = alive(identity)
-        assert isinstance(pattern, Pattern)
+        assert isinstance(pattern, HeadPattern)
         heads.append(pattern)
     own, keys = alive(layout), None if kv_layout is None else alive(kv_layout)
     assert isinstance(own, TokenLayout)

@@ -28,6 +28,7 @@ __all__ = [
     "SequenceBlocks",
     "axis_cells",
     "axis_permutation",
+    "fitted",
 ]
 
 AXES = "thw"
@@ -216,6 +217,23 @@ class BoxOrder:
     def permuted(self, axes: Triple, grid: Grid) -> BoxOrder:
         fields = (self.tile, self.unit, self.offset, self.dilation)
         return BoxOrder(*(_unpermute_triple(values, axes) for values in fields))
+
+
+def fitted(tile: Triple, grid: Grid, most: int) -> Triple:
+    """A box near ``tile`` that cuts a grid evenly: no side longer than the grid's, sides doubled
+    (width, height, frames, by turns) while at most ``most`` tokens are in the box, and each then as
+    short as the same number of boxes allows. Sides of 8 on an axis of 9 become 5, not 8 and 1."""
+    sides = [min(side, length) for side, length in zip(tile, grid.shape, strict=True)]
+    grown = True
+    while grown:
+        grown = False
+        for axis in (2, 1, 0):
+            longer = [*sides]
+            longer[axis] = min(2 * sides[axis], grid.shape[axis])
+            if longer != sides and longer[0] * longer[1] * longer[2] <= most:
+                sides, grown = longer, True
+    t, h, w = (-(-n // -(-n // side)) for n, side in zip(grid.shape, sides, strict=True))
+    return t, h, w
 
 
 def _cut(order: Order, grid: Grid, size: int) -> GridBlocks:

@@ -16,7 +16,6 @@ from visattn.readout import (
     default_tilings,
     draw_rows,
 )
-from visattn.readout.tiles import fitted
 
 GRIDS = [
     Grid(1, 1, 1),
@@ -58,13 +57,6 @@ def test_default_tilings_fit_the_grid(grid):
         assert int((blocks.segment == 0).sum()) == count.numel
         if isinstance(tiling.tile, tuple) and grid.numel > 2000:
             assert grid.numel >= 0.7 * count.numel * tiling.size  # tiles are about equally full
-
-
-def test_fitted_cuts_evenly_and_grows_into_short_axes():
-    assert fitted((8, 4, 2), Grid(9, 16, 16)) == (5, 4, 2)
-    assert fitted((4, 4, 4), Grid(9, 16, 16)) == (3, 4, 4)
-    assert fitted((1, 8, 8), Grid(9, 16, 16)) == (1, 8, 8)
-    assert fitted((16, 2, 2), Grid(1, 32, 32)) == (1, 8, 8)
 
 
 @pytest.mark.parametrize("tile", [(1, 2), (0, 1, 1), 0, -3, "1x8x8", 2.0, True, (1, 2, True)])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from visattn.execute import block_sizes
 from visattn.layout import Grid, TokenLayout
-from visattn.patterns import PATTERNS, parse_pattern
-from visattn.patterns.parse import signature_of
+from visattn.patterns import Pattern, parse_pattern
+from visattn.patterns.parse import known_kinds, signature_of
 from visattn.view import view_pattern, view_text
 
 EXAMPLE = "for example 'radial(decay=0.2, sink=True)'"
@@ -64,8 +64,14 @@ def run(args: argparse.Namespace) -> str:
     layout = TokenLayout(
         Grid(*read_grid(args.grid)), text_before=args.text_before, text_after=args.text_after
     )
+    pattern = parse_pattern(args.pattern)
+    if not isinstance(pattern, Pattern):
+        raise ValueError(
+            f"{args.pattern} chooses its blocks from the queries and keys of a call, so there is "
+            "no mask to show; visattn inspect shows what heads attend to"
+        )
     view = view_pattern(
-        parse_pattern(args.pattern),
+        pattern,
         layout,
         *(block_sizes(layout.length) if args.block is None else read_block(args.block)),
         partial=args.partial,
@@ -124,7 +130,7 @@ def pattern_table() -> list[dict[str, str]]:
             "parameters": signature_of(kind),
             "summary": " ".join((kind.__doc__ or "").split("\n\n")[0].split()).replace("``", ""),
         }
-        for name, kind in PATTERNS.items()
+        for name, kind in known_kinds().items()
     ]
 
 

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 
 from visattn.attention import Backend, choose_backend
-from visattn.execute import BACKENDS
+from visattn.execute import BACKENDS, check_kernels
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
 from visattn.inject.observation import Observer
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
 from visattn.plan import ROLES, Denoiser, Plan
@@ -23,7 +23,7 @@ __all__ = ["apply_plan", "denoisers", "models_of", "observe", "remove_plan", "sp
 
 
 def apply_plan(
-    pipe: Any, plan: Plan | Pattern | str | os.PathLike[str], *, backend: str = "auto"
+    pipe: Any, plan: Plan | HeadPattern | str | os.PathLike[str], *, backend: str = "auto"
 ) -> Plan:
     """Let a pipeline compute its attention as a plan says, from its next call on.
 
@@ -59,6 +59,7 @@ def apply_plan(
             f"{type(pipe).__name__} has {', '.join(known)}"
         )
     chosen = _check_backend(backend, [model for model, _ in known.values()])
+    check_kernels(backend, (head for rule in own.rules for head in rule.heads))
     new = []
     for role, (model, family) in known.items():
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
@@ -79,7 +80,7 @@ def remove_plan(pipe: Any) -> None:
 
 @contextmanager
 def sparse(
-    pipe: Any, plan: Plan | Pattern | str | os.PathLike[str], *, backend: str = "auto"
+    pipe: Any, plan: Plan | HeadPattern | str | os.PathLike[str], *, backend: str = "auto"
 ) -> Iterator[Plan]:
     """A plan on a pipeline inside a ``with`` block; after it the pipeline has the plan that it had
     before, or none. Arguments and errors as ``apply_plan``."""

@@ -19,7 +19,7 @@ from visattn.inject.layer import Layer
 from visattn.inject.moment import Context, Guidance, PipeRef, passes_of, runs, step_of
 from visattn.inject.observation import Observer
 from visattn.layout import TokenLayout, Tokens
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern
 from visattn.pipelines.family import Family
 from visattn.plan import ANY, Denoiser, Plan
 
@@ -209,7 +209,7 @@ class Attachment:
         return timestep is not None and timestep.ndim > 0 and len(timestep) not in (1, batch)
 
 
-def _check(pattern: Pattern, layout: TokenLayout, path: str) -> None:
+def _check(pattern: HeadPattern, layout: TokenLayout, path: str) -> None:
     for _, grid in layout.grids:
         try:
             pattern.check(grid)

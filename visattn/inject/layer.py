@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.attention import choose_backend, sparse_attention
+from visattn.attention import attention_by, choose_backend, sparse_attention
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
 from visattn.inject.watched import (
@@ -21,8 +21,9 @@ from visattn.inject.watched import (
     watched_class,
 )
 from visattn.layout import TokenLayout
-from visattn.patterns import Dense, Pattern
+from visattn.patterns import Dense, HeadPattern, Pattern
 from visattn.plan import ANY
+from visattn.selectors import Memory, Selector
 
 if TYPE_CHECKING:
     from visattn.inject.attachment import Attachment
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Layer", "is_dense"]
 
 Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Heads = tuple[Pattern, ...]
+Heads = tuple[HeadPattern, ...]
 Moments = tuple[tuple[int, str], ...]
 DENSE = Dense()
 
@@ -44,6 +45,7 @@ class Part:
         self.dense = [n for n, pattern in enumerate(heads) if is_dense(pattern, layout)]
         self.sparse = [n for n in range(len(heads)) if n not in set(self.dense)]
         self.patterns = tuple(heads[n] for n in self.sparse)
+        self.dynamic = any(not isinstance(pattern, Pattern) for pattern in heads)
         self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,12 +85,14 @@ class Layer:
         self.sparse_calls = self.dense_calls = 0
         self.ran: str | None = None  # the backend of its last sparse call
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
+        self.memories: dict[tuple[object, ...], Memory] = {}
         self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
         self.number = register_layer(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a layer is another layer."""
         self.__dict__.update(state)
+        self.memories = {}
         register_layer(self, self.number)
 
     # ---- putting it on the module, and taking it off
@@ -123,6 +127,16 @@ class Layer:
         """Note why a call is dense where the plan has something sparse; say it once."""
         self.reason = reason
         self.attachment.tell(f"{self.path} stays dense: {reason}")
+
+    def executed(self, pattern: HeadPattern) -> float | None:
+        """Share of the keys that a dynamic pattern has had computed, the mean of its last choices;
+        None before the first."""
+        found = [
+            memory.density[pattern]
+            for memory in self.memories.values()
+            if isinstance(pattern, Selector) and pattern in memory.density
+        ]
+        return float(torch.stack(found).mean()) if found else None
 
     def look(self) -> None:
         """After a call of the module: whether its attention has ever been caught."""
@@ -159,9 +173,10 @@ class Layer:
             return plain(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
         chunks = (x.chunk(len(parts)) for x in (query, key, value))
+        memories = self._memories(parts, query.shape[0])
         outs = [
-            self._mixed(q, k, v, part, layout, call.scale, own)
-            for q, k, v, part in zip(*chunks, parts, strict=True)
+            self._mixed(q, k, v, part, layout, call.scale, own, memory)
+            for q, k, v, part, memory in zip(*chunks, parts, memories, strict=True)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         self.sparse_calls += 1
@@ -247,6 +262,22 @@ class Layer:
             self._split[moments, layout] = parts if any(p.sparse for p in parts) else None
         return self._split[moments, layout]
 
+    def _memories(self, parts: tuple[Part, ...], batch: int) -> list[Memory]:
+        """What the dynamic patterns of each part of a batch remember: by pass and size, as far as
+        these are known."""
+        if not any(part.dynamic for part in parts):
+            return [Memory() for _ in parts]
+        attachment = self.attachment
+        step, steps = attachment.step()
+        passes = attachment.passes(batch)
+        found = []
+        for number in range(len(parts)):
+            key = (passes, number, len(parts), batch, attachment.layout)
+            memory = self.memories.setdefault(key, Memory())
+            memory.begin(None if passes is None else step, steps)
+            found.append(memory)
+        return found
+
     def _mixed(
         self,
         q: torch.Tensor,
@@ -256,13 +287,22 @@ class Layer:
         layout: TokenLayout,
         scale: float | None,
         own: Plain,
+        memory: Memory,
     ) -> torch.Tensor:
         """Dense heads by the user's own attention, the others by ours; ``[B, H, L, D]``."""
         if not part.sparse:
             return own(q, k, v)
-        run = functools.partial(
-            sparse_attention, layout=layout, scale=scale, backend=self.attachment.backend
-        )
+        backend = self.attachment.backend
+
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads) -> torch.Tensor:
+            if torch.compiler.is_compiling():  # after a graph break
+                return sparse_attention(q, k, v, heads, layout, scale=scale, backend=backend)
+            out = attention_by(
+                q, k, v, heads, layout, None, None, scale, backend, False, memory
+            )
+            assert isinstance(out, torch.Tensor)
+            return out
+
         if not part.dense or k.shape[1] != q.shape[1]:  # grouped keys are not split by query head
             return run(q, k, v, part.heads)
         dense, sparse = part.indices(q.device)
@@ -273,11 +313,13 @@ class Layer:
 
 
 @functools.lru_cache(maxsize=65536)
-def is_dense(pattern: Pattern, layout: TokenLayout) -> bool:
+def is_dense(pattern: HeadPattern, layout: TokenLayout) -> bool:
     """Whether a pattern keeps every pair of a layout. A few rows tell most patterns apart, so that
     the pairs are seldom counted."""
     if pattern == DENSE:
         return True
+    if not isinstance(pattern, Pattern):
+        return False  # it is known at a call only
     queries = torch.linspace(0, layout.length - 1, 5).long()[:, None]
     if not bool(pattern.allows(queries, torch.arange(layout.length), layout).all()):
         return False

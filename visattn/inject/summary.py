@@ -11,8 +11,9 @@ import torch
 from visattn.execute import block_sizes, lower_cached
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import Attachment, attached
+from visattn.inject.layer import Layer
 from visattn.layout import TokenLayout
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern, Pattern
 from visattn.plan import ANY
 
 __all__ = ["LayerSummary", "Summary", "summary"]
@@ -159,15 +160,22 @@ def _layout(own: Attachment) -> TokenLayout | None:
     return TokenLayout.from_tokens(own.tokens) if own.tokens else own.plan.geometry
 
 
-def _densities(heads: tuple[Pattern, ...], layout: TokenLayout) -> tuple[float, float]:
-    """Mean density and block density of the heads of a layer."""
+def _densities(
+    layer: Layer, heads: tuple[HeadPattern, ...], layout: TokenLayout
+) -> tuple[float | None, float | None]:
+    """Mean density and block density of the heads of a layer. Those of a dynamic pattern are what
+    it had computed; None before that."""
     sizes = block_sizes(layout.length)
-    count = Counter(heads)
-    density = sum(n * pattern.density(layout) for pattern, n in count.items())
-    blocks = sum(
-        n * lower_cached(pattern, layout, None, *sizes).block_density
-        for pattern, n in count.items()
-    )
+    density = blocks = 0.0
+    for pattern, count in Counter(heads).items():
+        if isinstance(pattern, Pattern):
+            density += count * pattern.density(layout)
+            blocks += count * lower_cached(pattern, layout, None, *sizes).block_density
+            continue
+        executed = layer.executed(pattern)
+        if executed is None:
+            return None, None
+        density, blocks = density + count * executed, blocks + count * executed
     return density / len(heads), min(blocks / len(heads), 1.0)
 
 
@@ -176,7 +184,7 @@ def _rows(own: Attachment) -> list[LayerSummary]:
     rows = []
     for layer in own.layers:
         for (phase, pass_), heads in layer.table.items():
-            density, blocks = (None, None) if layout is None else _densities(heads, layout)
+            density, blocks = (None, None) if layout is None else _densities(layer, heads, layout)
             rows.append(
                 LayerSummary(
                     role=own.role,
@@ -208,7 +216,10 @@ def _gain(found: list[Attachment]) -> tuple[float | None, float | None]:
         one = 2.0 * layout.length**2 * width
         attention += one * len(own.paths)
         for layer in own.layers:
-            parts = [_densities(heads, layout)[1] for heads in layer.table.values()]
-            saved += one * (1 - sum(parts) / len(parts))
+            parts = [_densities(layer, heads, layout)[1] for heads in layer.table.values()]
+            known = [part for part in parts if part is not None]
+            if len(known) < len(parts):
+                return None, None
+            saved += one * (1 - sum(known) / len(known))
     whole = attention + linear
     return attention / whole, whole / (whole - saved)

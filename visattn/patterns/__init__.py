@@ -13,7 +13,7 @@ from visattn.patterns.grid_blocks import GridBlocks
 from visattn.patterns.halo import Halo
 from visattn.patterns.neighborhood import Neighborhood
 from visattn.patterns.parse import parse_pattern
-from visattn.patterns.pattern import Pattern
+from visattn.patterns.pattern import HeadPattern, Pattern
 from visattn.patterns.radial import Radial
 from visattn.patterns.sharded import Sharded
 from visattn.patterns.skip import Skip
@@ -30,6 +30,7 @@ __all__ = [
     "Diagonal",
     "GridBlocks",
     "Halo",
+    "HeadPattern",
     "MultiDiagonal",
     "Neighborhood",
     "Pattern",

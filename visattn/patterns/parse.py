@@ -8,7 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 
-from visattn.patterns.pattern import Pattern
+from visattn.patterns.pattern import HeadPattern
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 32
@@ -19,11 +19,15 @@ LITERALS = (
     "for example diagonal(64)"
 )
 
-Value = int | float | bool | str | Pattern | tuple["Value", ...] | None
+Value = int | float | bool | str | HeadPattern | tuple["Value", ...] | None
 
 
-def parse_pattern(text: str) -> Pattern:
-    """The pattern that ``text`` writes.
+# the dynamic patterns by name, which visattn.selectors puts here: this module knows none of them
+DYNAMIC: dict[str, type[HeadPattern]] = {}
+
+
+def parse_pattern(text: str) -> HeadPattern:
+    """The pattern that ``text`` writes, static or dynamic.
 
     Args:
         text: a call with literal arguments, ``Neighborhood((2, 7, 7), stride=(1, 2, 2))``, or a
@@ -32,7 +36,7 @@ def parse_pattern(text: str) -> Pattern:
             stripe)``.
 
     Returns:
-        The pattern. ``parse_pattern(repr(pattern)) == pattern`` for every static pattern.
+        The pattern. ``parse_pattern(repr(pattern)) == pattern`` for every pattern.
 
     Raises:
         TypeError, ValueError: the text is no such form, names no pattern or parameter, or holds a
@@ -64,7 +68,7 @@ def parse_pattern(text: str) -> Pattern:
     )
 
 
-def signature_of(kind: type[Pattern]) -> str:
+def signature_of(kind: type[HeadPattern]) -> str:
     """The parameters of a pattern as they are written: ``"width"``, ``"decay=1.0, sink=False"``."""
     parts = []
     for name, parameter in inspect.signature(kind).parameters.items():
@@ -82,28 +86,34 @@ def shortened(text: str, limit: int = 60) -> str:
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
-def kind_of(name: str) -> type[Pattern] | None:
-    """The pattern class of a name, in any case; None for an unknown one."""
+def known_kinds() -> dict[str, type[HeadPattern]]:
+    """All patterns by name, static and dynamic."""
     from visattn.patterns import PATTERNS  # it imports this module
 
-    by_class = {kind.__name__.lower(): kind for kind in PATTERNS.values()}
-    return PATTERNS.get(name.lower()) or by_class.get(name.lower())
+    return {**PATTERNS, **DYNAMIC}
 
 
-def _known_kind(name: str) -> type[Pattern]:
-    from visattn.patterns import PATTERNS
+def kind_of(name: str) -> type[HeadPattern] | None:
+    """The pattern class of a name, in any case; None for an unknown one."""
+    kinds = known_kinds()
+    by_class = {kind.__name__.lower(): kind for kind in kinds.values()}
+    return kinds.get(name.lower()) or by_class.get(name.lower())
 
+
+def _known_kind(name: str) -> type[HeadPattern]:
     kind = kind_of(name)
     if kind is not None:
         return kind
-    close = difflib.get_close_matches(name.lower(), PATTERNS, n=1)
-    guess = f", did you mean {close[0]!r}?" if close else ";"
+    kinds = known_kinds()
+    close = difflib.get_close_matches(name.lower(), kinds, n=1)
+    if close:
+        raise ValueError(f"unknown pattern {shortened(name)}, did you mean {close[0]!r}?")
     raise ValueError(
-        f"unknown pattern {shortened(name)}{guess} choices are {', '.join(sorted(PATTERNS))}"
+        f"unknown pattern {shortened(name)}; choices are {', '.join(sorted(kinds))}"
     )
 
 
-def _pattern(node: ast.Name | ast.Call, depth: int) -> Pattern:
+def _pattern(node: ast.Name | ast.Call, depth: int) -> HeadPattern:
     if depth > MAX_DEPTH:
         raise ValueError(f"the pattern is nested deeper than the {MAX_DEPTH} levels allowed")
     name = node if isinstance(node, ast.Name) else node.func
@@ -125,11 +135,13 @@ def _pattern(node: ast.Name | ast.Call, depth: int) -> Pattern:
                 raise TypeError(f"{name.id} is given {keyword.arg} twice")
             named[keyword.arg] = _value(keyword.value, f"{keyword.arg} of {name.id}", depth + 1)
     _check_parameters(name.id, kind, len(positional), named)
-    make: Callable[..., Pattern] = kind
+    make: Callable[..., HeadPattern] = kind
     return make(*positional, **named)
 
 
-def _check_parameters(name: str, kind: type[Pattern], given: int, named: dict[str, Value]) -> None:
+def _check_parameters(
+    name: str, kind: type[HeadPattern], given: int, named: dict[str, Value]
+) -> None:
     """Raise TypeError unless the arguments fit the parameters of the pattern."""
     parameters = inspect.signature(kind).parameters
     choices = f"its parameters are {signature_of(kind)}" if parameters else "it has no parameters"

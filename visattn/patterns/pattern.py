@@ -16,28 +16,38 @@ from visattn.predicates import Places, Predicate
 
 MAX_BLOCK = 4096
 
-class Pattern(Traceable, ABC):
-    """Base of the static patterns; each is a frozen dataclass for one head.
 
-    A pattern speaks of the pairs inside a grid. Everything else is kept: text and prefix keys for
-    every query, text queries in full, and pairs of two different grids. With a separate key layout
-    the pattern holds between the grids of the same number, which must be equal.
+class HeadPattern(Traceable, ABC):
+    """What a head may run, static or dynamic; each is a frozen dataclass.
 
     Patterns are equal when they are written alike: 1 counts tokens and 1.0 is a fraction.
     """
 
     name: ClassVar[str]
-    outside: ClassVar[bool] = True  # whether pairs that are not inside one grid are kept
 
     @cached_property
     def _written(self) -> str:
         return repr(self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self._written == other._written
+        return isinstance(other, HeadPattern) and self._written == other._written
 
     def __hash__(self) -> int:
         return hash(self._written)
+
+    def check(self, grid: Grid) -> None:
+        """Raise ValueError when a size does not fit the grid."""
+
+
+class Pattern(HeadPattern):
+    """Base of the static patterns; each is for one head.
+
+    A pattern speaks of the pairs inside a grid. Everything else is kept: text and prefix keys for
+    every query, text queries in full, and pairs of two different grids. With a separate key layout
+    the pattern holds between the grids of the same number, which must be equal.
+    """
+
+    outside: ClassVar[bool] = True  # whether pairs that are not inside one grid are kept
 
     @abstractmethod
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:

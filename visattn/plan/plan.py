@@ -13,7 +13,7 @@ from typing import Any
 
 from visattn._version import __version__
 from visattn.layout import TokenLayout
-from visattn.patterns import Dense, Pattern, parse_pattern
+from visattn.patterns import Dense, HeadPattern, parse_pattern
 from visattn.plan import store
 from visattn.plan.reading import Json, Record, parse_json, shown
 
@@ -38,7 +38,7 @@ KEYS = (
     "provenance",
 )
 # what the heads of a layer run, by (phase, pass); the pass may be "any"
-Table = dict[tuple[int, str], tuple[Pattern, ...]]
+Table = dict[tuple[int, str], tuple[HeadPattern, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,14 @@ class Rule:
         TypeError, ValueError: an argument is something else.
     """
 
-    patterns: Pattern | tuple[Pattern, ...]
+    patterns: HeadPattern | tuple[HeadPattern, ...]
     layer: str = ANY
     role: str = ANY
     phase: int | None = None
     pass_: str = ANY
 
     def __post_init__(self) -> None:
-        heads = self.patterns if isinstance(self.patterns, tuple) else (self.patterns,)
-        if not heads or not all(isinstance(item, Pattern) for item in heads):
+        if not self.heads or not all(isinstance(item, HeadPattern) for item in self.heads):
             raise TypeError(
                 f"patterns={shown(self.patterns)} of a rule must be a pattern, or a tuple of one "
                 "per head"
@@ -79,6 +78,11 @@ class Rule:
             isinstance(self.phase, bool) or not isinstance(self.phase, int) or self.phase < 0
         ):
             raise ValueError(f"phase={self.phase!r} of a rule must be None or at least 0")
+
+    @property
+    def heads(self) -> tuple[HeadPattern, ...]:
+        """The pattern of all heads, or that of each."""
+        return self.patterns if isinstance(self.patterns, tuple) else (self.patterns,)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class Plan:
         """
         if any(number == dense % len(layers) for dense in self.dense_layers):
             return {}
-        dense: tuple[Pattern, ...] = (Dense(),) * heads
+        dense: tuple[HeadPattern, ...] = (Dense(),) * heads
         out: Table = {}
         for phase in range(len(self.phases) + 1):
             for pass_ in (ANY, *self.passes):
@@ -238,7 +242,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as a file holds it: sorted keys, a rule on a line."""
-        patterns = list(dict.fromkeys(p for rule in self.rules for p in _heads(rule)))
+        patterns = list(dict.fromkeys(p for rule in self.rules for p in rule.heads))
         number = {pattern: index for index, pattern in enumerate(patterns)}
         rules: list[Json] = []
         for rule in self.rules:
@@ -365,10 +369,6 @@ class Plan:
         )
 
 
-def _heads(rule: Rule) -> tuple[Pattern, ...]:
-    return rule.patterns if isinstance(rule.patterns, tuple) else (rule.patterns,)
-
-
 def _words(denoiser: Denoiser) -> str:
     return f"{denoiser.kind} with {denoiser.layers} layers of {denoiser.heads} heads"
 
@@ -392,7 +392,7 @@ def _is_count(value: object) -> bool:
     return 0 <= value <= 1 if isinstance(value, float) else value >= 0
 
 
-def _pattern(text: object, where: str) -> Pattern:
+def _pattern(text: object, where: str) -> HeadPattern:
     if not isinstance(text, str):
         raise ValueError(f"{where} hold {shown(text)}; a pattern is a string")
     try:
@@ -401,10 +401,10 @@ def _pattern(text: object, where: str) -> Pattern:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _rule(value: object, what: str, patterns: Sequence[Pattern]) -> Rule:
+def _rule(value: object, what: str, patterns: Sequence[HeadPattern]) -> Rule:
     record = Record(value, what, ("layer", "role", "pass", "phase", "heads", "pattern"))
 
-    def pattern(number: object) -> Pattern:
+    def pattern(number: object) -> HeadPattern:
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"{what} names the pattern {shown(number)}; it must be a number")
         if not 0 <= number < len(patterns):
@@ -415,7 +415,7 @@ def _rule(value: object, what: str, patterns: Sequence[Pattern]) -> Rule:
 
     if ("heads" in record.value) == ("pattern" in record.value):
         raise ValueError(f"{what} must have one of the keys 'heads' and 'pattern'")
-    own: Pattern | tuple[Pattern, ...]
+    own: HeadPattern | tuple[HeadPattern, ...]
     if "pattern" in record.value:
         own = pattern(record.value["pattern"])
     else:

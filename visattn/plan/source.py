@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from visattn.patterns import Pattern, parse_pattern
+from visattn.patterns import HeadPattern, parse_pattern
 from visattn.patterns.parse import kind_of
 from visattn.plan.plan import Plan, Rule
 from visattn.plan.store import PLAN_FILE
@@ -23,7 +23,7 @@ def as_plan(value: object, model_path: str | None = None) -> Plan:
     """
     if isinstance(value, Plan):
         return value
-    if isinstance(value, Pattern):
+    if isinstance(value, HeadPattern):
         return Plan((Rule(value),))
     if isinstance(value, (str, os.PathLike)):
         plan = read_plan(value, model_path=model_path)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from visattn.layout import Grid, TokenLayout, check_count
-from visattn.orders import BoxOrder, LineOrder, SequenceBlocks, Triple, sequence_blocks
+from visattn.orders import (
+    BoxOrder,
+    LineOrder,
+    SequenceBlocks,
+    Triple,
+    fitted,
+    sequence_blocks,
+)
 
-__all__ = ["MOST_TOKENS", "Tiling", "default_tilings", "fitted"]
+__all__ = ["MOST_TOKENS", "Tiling", "default_tilings"]
 
 MOST_TOKENS = 64
 
@@ -58,23 +65,6 @@ class Tiling:
             return Grid(1, 1, -(-grid.numel // self.tile))
         t, h, w = (-(-length // side) for length, side in zip(grid.shape, self.tile, strict=True))
         return Grid(t, h, w)
-
-
-def fitted(tile: Triple, grid: Grid, most: int = MOST_TOKENS) -> Triple:
-    """A box near ``tile`` that cuts a grid evenly: no side longer than the grid's, sides doubled
-    (width, height, frames, by turns) while at most ``most`` tokens are in the box, and each then as
-    short as the same number of boxes allows. Sides of 8 on an axis of 9 become 5, not 8 and 1."""
-    sides = [min(side, length) for side, length in zip(tile, grid.shape, strict=True)]
-    grown = True
-    while grown:
-        grown = False
-        for axis in (2, 1, 0):
-            longer = [*sides]
-            longer[axis] = min(2 * sides[axis], grid.shape[axis])
-            if longer != sides and longer[0] * longer[1] * longer[2] <= most:
-                sides, grown = longer, True
-    t, h, w = (-(-n // -(-n // side)) for n, side in zip(grid.shape, sides, strict=True))
-    return t, h, w
 
 
 def default_tilings(grid: Grid, most: int = MOST_TOKENS) -> tuple[Tiling, ...]:

@@ -1,0 +1,574 @@
+"""Named patterns that do more than mask, each against its own slow form: means with weights, orders
+of each head, samples, corrections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from selectors_oracle import (
+    LAYOUTS,
+    SCALE,
+    count,
+    cut,
+    descending,
+    heads_of,
+    lengths,
+    mean,
+    overlapping,
+    softmax,
+    tensors,
+    touching,
+    until,
+)
+
+from visattn import TokenLayout
+from visattn.layout import valid_keys
+from visattn.orders import BoxOrder, LineOrder
+from visattn.patterns import MultiDiagonal, Neighborhood, Stripe, Union
+from visattn.reference import map_mask
+from visattn.selectors import (
+    PISA,
+    Agent,
+    ClusterBlocks,
+    CoreContext,
+    Hashing,
+    KeyOrder,
+    OnlineChoice,
+    ProxyHeads,
+    Pyramid,
+    Rectified,
+    Selector,
+    TopBlocks,
+)
+from visattn.selectors.attend import attend, sample_tokens
+from visattn.selectors.reference import reference_attend
+from visattn.selectors.selection import SampledRest
+
+Output = Callable[..., torch.Tensor]
+
+
+def combined(
+    query: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """One softmax over (logit, value) pairs of a query."""
+    logits = torch.stack([logit for logit, _ in parts])
+    return logits.softmax(0) @ torch.stack([value for _, value in parts])
+
+
+def tokens_of(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block: list[int],
+    pool: int,
+    valid: list[bool],
+    variance: bool = False,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What a query sees of a block: its valid tokens, or means of ``pool`` of them."""
+    out = []
+    block = [token for token in block if valid[token]]
+    for n in range(0, len(block), pool):
+        part = block[n : n + pool]
+        logit = query @ mean(keys, part) * SCALE + math.log(len(part))
+        if variance and len(part) > 1:
+            spread = keys[part].var(0, correction=0)
+            logit = logit + (query * SCALE).square() @ spread / 2
+        out.append((logit, mean(values, part)))
+    return out
+
+
+def whole(layout: TokenLayout, q: torch.Tensor, b: int) -> list[bool]:
+    text = lengths(layout)
+    if text is None:
+        return [True] * layout.length
+    own: list[bool] = valid_keys(text, layout)[b].tolist()
+    return own
+
+
+def leveled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    order: str,
+    size: int,
+    levels: Callable[[torch.Tensor, torch.Tensor, int, list[int], list[int]], dict[int, int]],
+    variance: bool = False,
+) -> torch.Tensor:
+    """``levels(q, k, query block, grid blocks)`` gives the pool of each grid block that is seen."""
+    blocks, kinds = cut(layout, order, size)
+    grid = [n for n, kind in enumerate(kinds) if kind]
+    out = torch.zeros_like(q)
+    for b, h, own_q, own_k, own_v in heads_of(q, k, v):
+        valid = whole(layout, q, b)
+        for i, q_block in enumerate(blocks):
+            pools = {j: 1 for j, kind in enumerate(kinds) if not kind}
+            pools |= levels(own_q, own_k, i, q_block, grid) if kinds[i] else dict.fromkeys(grid, 1)
+            for token in q_block:
+                parts = []
+                for j, pool in pools.items():
+                    parts += tokens_of(own_q[token], own_k, own_v, blocks[j], pool, valid, variance)
+                out[b, h, token] = combined(own_q[token], parts)
+    return out
+
+
+def top_with_rest(p: TopBlocks | PISA, order: str, variance: bool, sized: bool) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        blocks, _ = cut(layout, order, p.block)
+
+        def levels(own_q, own_k, i, q_block, grid):  # type: ignore[no-untyped-def]
+            scores = {
+                j: float(mean(own_q, q_block) @ mean(own_k, blocks[j])) * SCALE
+                + (math.log(len(blocks[j])) if sized else 0)
+                for j in grid
+            }
+            others = {j: x for j, x in scores.items() if j != i}
+            kept = {i, *descending(others)[: count(p.keep, len(grid)) - 1]}
+            return {j: 1 if j in kept else p.block for j in grid}
+
+        return leveled(q, k, v, layout, order, p.block, levels, variance)
+
+    return run
+
+
+def pyramid(p: Pyramid) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        blocks, _ = cut(layout, p.order, p.block)
+
+        def cap(own_k: torch.Tensor, block: list[int]) -> int:
+            if p.similar is None:
+                return 8
+            keys = own_k[block] / own_k[block].norm(dim=1, keepdim=True)
+            best = 1
+            for pool, least in zip((2, 4, 8), p.similar, strict=True):
+                pairs = [float(a @ b) for a, b in zip(keys, keys[pool - 1 :], strict=False)]
+                if pairs and sum(pairs) / len(pairs) <= least:
+                    break
+                best = pool
+            return best
+
+        def levels(own_q, own_k, i, q_block, grid):  # type: ignore[no-untyped-def]
+            query = mean(own_q, q_block)
+            scores = {
+                j: float(torch.logsumexp(own_k[blocks[j]] @ query * SCALE, 0)) for j in grid
+            }
+            if p.by == "mass":
+                sets = [until(softmax(scores), end) for end in p.ends]
+            else:
+                sets = [
+                    set(descending(scores)[: math.ceil(end * len(grid) - 1e-6)]) for end in p.ends
+                ]
+            sets[0] |= set(descending(scores)[: count(p.least, len(grid))])
+            out = {}
+            for j in grid:
+                level = next((x for x, own in zip((1, 2, 4, 8), sets, strict=True) if j in own), 0)
+                if j == i:
+                    level = 1
+                if level:
+                    out[j] = min(level, cap(own_k, blocks[j]))
+                elif p.pooled:
+                    out[j] = p.block
+            return out
+
+        return leveled(q, k, v, layout, p.order, p.block, levels)
+
+    return run
+
+
+def proxy_heads(p: ProxyHeads) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        blocks, kinds = cut(layout, p.order, p.block)
+        grid = [n for n, kind in enumerate(kinds) if kind]
+        keys = k.repeat_interleave(2, 1)
+        each = 4 // p.groups
+        sampled = {j: blocks[j][:: p.stride] for j in range(len(blocks))}
+        all_keys = [t for j in grid for t in sampled[j]]
+        plan: dict[tuple[int, int], dict[int, int]] = {}
+        for b in range(q.shape[0]):
+            for h in range(4):
+                own = slice(h // each * each, h // each * each + each)
+                group_q, group_k = q[b, own].mean(0), keys[b, own].mean(0)
+                counts, ranks = [], {}
+                for i in grid:
+                    scores = {
+                        j: float(mean(q[b, h], blocks[i]) @ mean(keys[b, h], blocks[j])) * SCALE
+                        for j in grid
+                    }
+                    counts.append(len(until(softmax(scores), p.mass)))
+                    found = dict.fromkeys(grid, 0.0)
+                    for t in sampled[i]:
+                        logits = {u: float(group_q[t] @ group_k[u]) * SCALE for u in all_keys}
+                        probability = softmax(logits)
+                        for j in grid:
+                            found[j] = max(found[j], *(probability[u] for u in sampled[j]))
+                    ranks[i] = found
+                budget = max(1, math.ceil(sum(counts) / len(counts) - 1e-9))
+                for i in grid:
+                    plan[b, h, i] = dict.fromkeys({i, *descending(ranks[i])[:budget]}, 1)
+        at = iter([(b, h) for b in range(q.shape[0]) for h in range(4)])
+        state: dict[str, tuple[int, int]] = {}
+
+        def levels(own_q, own_k, i, q_block, grid_):  # type: ignore[no-untyped-def]
+            if i == grid_[0]:
+                state["at"] = next(at)
+            return plan[(*state["at"], i)]
+
+        return leveled(q, k, v, layout, p.order, p.block, levels)
+
+    return run
+
+
+def core_context(p: CoreContext) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        blocks, kinds = cut(layout, p.order, p.block)
+        grid = [n for n, kind in enumerate(kinds) if kind]
+        out = torch.zeros_like(q)
+        for b, h, own_q, own_k, own_v in heads_of(q, k, v):
+            valid = whole(layout, q, b)
+            core = {}
+            for j in grid:
+                weight = (own_k[blocks[j]] @ mean(own_q, blocks[j]) * SCALE).softmax(0)
+                entropy = -float((weight * weight.log()).sum())
+                core[j] = (weight @ own_k[blocks[j]], weight @ own_v[blocks[j]], entropy)
+            for i, q_block in enumerate(blocks):
+                if not kinds[i]:
+                    near = set(range(len(blocks)))
+                else:
+                    scores = {
+                        j: float(mean(own_q, q_block) @ mean(own_k, blocks[j])) * SCALE
+                        + math.log(len(blocks[j]))
+                        for j in grid
+                    }
+                    near = touching(layout, q_block, blocks, kinds)
+                    free = {j: x for j, x in scores.items() if j not in near}
+                    near |= set(descending(free)[: max(0, count(p.keep, len(grid)) - len(near))])
+                    near |= {j for j, kind in enumerate(kinds) if not kind}
+                for token in q_block:
+                    parts = []
+                    for j in range(len(blocks)):
+                        if j in near:
+                            parts += tokens_of(own_q[token], own_k, own_v, blocks[j], 1, valid)
+                        else:
+                            key, value, entropy = core[j]
+                            parts.append((own_q[token] @ key * SCALE + entropy, value))
+                    out[b, h, token] = combined(own_q[token], parts)
+        return out
+
+    return run
+
+
+def rectified(p: Rectified) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        blocks, kinds = cut(layout, "hilbert", p.block)
+        grid = [n for n, kind in enumerate(kinds) if kind]
+        out = torch.zeros_like(q)
+        for b, h, own_q, own_k, own_v in heads_of(q, k, v):
+            valid = whole(layout, q, b)
+            for i, q_block in enumerate(blocks):
+                factor, extra = 1.0, torch.zeros_like(own_v[0])
+                kept = set(range(len(blocks)))
+                if kinds[i]:
+                    query = mean(own_q, q_block)
+                    scores = {j: float(query @ mean(own_k, blocks[j])) * SCALE for j in grid}
+                    probability = softmax(scores)
+                    kept = until(probability, p.mass) | touching(layout, q_block, blocks, kinds)
+                    kept |= set(descending(scores)[: count(p.keep, len(grid))])
+                    trusted = set(kept)
+                    for j in grid:
+                        key = mean(own_k, blocks[j])
+                        q_apart = (own_q[q_block] - query).abs().mean(0)
+                        k_apart = (own_k[blocks[j]] - key).abs().mean(0)
+                        gain = abs(float(query @ key))
+                        if gain <= abs(float(q_apart @ key)) + abs(float(query @ k_apart)):
+                            trusted.add(j)
+                    factor = sum(probability[j] for j in grid if j in trusted)
+                    for j in set(grid) - trusted:
+                        extra = extra + probability[j] * mean(own_v, blocks[j])
+                    kept |= {j for j, kind in enumerate(kinds) if not kind}
+                for token in q_block:
+                    parts = []
+                    for j in sorted(kept):
+                        parts += tokens_of(own_q[token], own_k, own_v, blocks[j], 1, valid)
+                    out[b, h, token] = combined(own_q[token], parts) * factor + extra
+        return out
+
+    return run
+
+
+def by_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    seen: Callable[[torch.Tensor, torch.Tensor, list[int]], dict[int, set[int]]],
+    rest: SampledRest | None = None,
+) -> torch.Tensor:
+    """``seen(q, k, grid tokens)`` gives the grid keys that each grid query sees."""
+    begin, grid = layout.grids[0]
+    own = list(range(begin, begin + grid.numel))
+    others = [t for t in range(layout.length) if t not in own]
+    drawn = set() if rest is None else set(sample_tokens(rest, layout).tolist())
+    out = torch.zeros_like(q)
+    for b, h, own_q, own_k, own_v in heads_of(q, k, v):
+        valid = whole(layout, q, b)
+        keys = seen(own_q, own_k, own)
+        for token in range(layout.length):
+            visible = keys.get(token, set(own)) | {t for t in others if valid[t]}
+            parts = [(own_q[token] @ own_k[t] * SCALE, own_v[t]) for t in sorted(visible)]
+            missing = [t for t in own if t not in visible]
+            stand = [t for t in missing if t in drawn]
+            for t in stand:
+                weight = math.log(len(missing) / len(stand))
+                parts.append((own_q[token] @ own_k[t] * SCALE + weight, own_v[t]))
+            out[b, h, token] = combined(own_q[token], parts)
+    return out
+
+
+def key_order(p: KeyOrder) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        blocks, kinds = cut(layout, p.order, p.block)
+
+        def seen(own_q, own_k, own):  # type: ignore[no-untyped-def]
+            rows = [own[n * len(own) // p.queries] for n in range(p.queries)]
+            mass = dict.fromkeys(own, 0.0)
+            for row in rows:
+                weights = softmax({t: float(own_q[row] @ own_k[t]) * SCALE for t in own})
+                for t in own:
+                    mass[t] += weights[t]
+            order = descending({t: round(x, 12) for t, x in mass.items()})
+            runs = [order[n : n + p.block] for n in range(0, len(order), p.block)]
+            out = {}
+            for i, q_block in enumerate(blocks):
+                if kinds[i]:
+                    scores = {
+                        j: float(mean(own_q, q_block) @ mean(own_k, run_)) * SCALE
+                        for j, run_ in enumerate(runs)
+                    }
+                    kept = until(softmax(scores), p.mass)
+                    for token in q_block:
+                        out[token] = {t for j in kept for t in runs[j]}
+            return out
+
+        return by_keys(q, k, v, layout, seen)
+
+    return run
+
+
+def lloyd(points: torch.Tensor, clusters: int, iterations: int) -> list[int]:
+    centres = [points[n * len(points) // clusters] for n in range(clusters)]
+    owner: list[int] = []
+    for turn in range(iterations):
+        if turn:
+            for c in range(clusters):
+                mine = [n for n, own in enumerate(owner) if own == c]
+                if mine:
+                    centres[c] = points[mine].mean(0)
+        distances = torch.stack([((points - centre) ** 2).sum(1) for centre in centres], 1)
+        owner = distances.argmin(1).tolist()
+    return owner
+
+
+def cluster_blocks(p: ClusterBlocks) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        def seen(own_q, own_k, own):  # type: ignore[no-untyped-def]
+            points_q, points_k = own_q[own], own_k[own]
+            if p.metric == "interaction":
+                roots = []
+                for other in (points_k, points_q):
+                    values, vectors = torch.linalg.eigh(other.T @ other / len(other))
+                    roots.append(vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T)
+                seen_q, seen_k = points_q @ roots[0], points_k @ roots[1]
+            else:
+                seen_q, seen_k = points_q, points_k
+            owner_q = lloyd(seen_q, min(p.q_clusters, len(own)), p.iterations)
+            owner_k = lloyd(seen_k, min(p.k_clusters, len(own)), p.iterations)
+            groups_q = {c: [n for n, x in enumerate(owner_q) if x == c] for c in set(owner_q)}
+            groups_k = {c: [n for n, x in enumerate(owner_k) if x == c] for c in set(owner_k)}
+            out = {}
+            for mine in groups_q.values():
+                scores = {
+                    c: float(points_q[mine].mean(0) @ points_k[group].mean(0)) * SCALE
+                    + math.log(len(group))
+                    for c, group in groups_k.items()
+                }
+                kept = until(softmax(scores), p.mass)
+                kept |= set(descending(scores)[: count(p.least, len(scores))])
+                keys = {own[n] for c in kept for n in groups_k[c]}
+                out |= {own[n]: keys for n in mine}
+            return out
+
+        return by_keys(q, k, v, layout, seen)
+
+    return run
+
+
+def hashing(p: Hashing) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        generator = torch.Generator().manual_seed(p.seed)
+        planes = torch.randn(q.shape[3], p.projections, generator=generator).double()
+        gray = [n ^ (n >> 1) for n in range(1 << p.projections)]
+
+        def place(x: torch.Tensor) -> int:
+            signs = ((x @ planes) > 0).tolist()
+            return gray.index(sum(1 << n for n, sign in enumerate(signs) if sign))
+
+        def seen(own_q, own_k, own):  # type: ignore[no-untyped-def]
+            q_order = sorted(own, key=lambda t: (place(own_q[t]), t))
+            k_order = sorted(own, key=lambda t: (place(own_k[t]), t))
+            out = {}
+            for n in range(0, len(own), p.block):
+                keys = set(k_order[n : n + p.block])
+                out |= dict.fromkeys(q_order[n:n + p.block], keys)
+            return out
+
+        return by_keys(q, k, v, layout, seen, SampledRest(p.samples, p.seed))
+
+    return run
+
+
+def online_choice(p: OnlineChoice) -> Output:
+    def run(q, k, v, layout):  # type: ignore[no-untyped-def]
+        begin, grid = layout.grids[0]
+        every = torch.arange(layout.length)
+        rows = [begin + n * grid.numel // min(p.rows, grid.numel) for n in range(
+            min(p.rows, grid.numel))]
+
+        def mask_of(pattern):  # type: ignore[no-untyped-def]
+            """What the pattern visits in runs of its own order, or of raster order."""
+            orders = pattern.orders(grid, p.block, p.block)
+            if any(not isinstance(order, LineOrder) for order in orders):
+                orders = LineOrder(), LineOrder()
+            return map_mask(
+                pattern.lower(layout, p.block, p.block, partial="promote", order=orders)
+            )
+
+        def seen(own_q, own_k, own):  # type: ignore[no-untyped-def]
+            errors = []
+            logits = own_q[rows] @ own_k.T * SCALE
+            values = state["v"][state["at"]]
+            state["at"] += 1
+            full = logits.softmax(1) @ values
+            for pattern in p.patterns:
+                mask = pattern.allows(torch.tensor(rows)[:, None], every, layout)
+                part = logits.masked_fill(~mask, -torch.inf).softmax(1) @ values
+                errors.append(float((part - full).square().mean()))
+            pattern = p.patterns[errors.index(min(errors))]
+            mask = mask_of(pattern)
+            return {t: {u for u in own if mask[t, u]} for t in own}
+
+        state = {"v": [x[4] for x in heads_of(q, k, v)], "at": 0}
+        return by_keys(q, k, v, layout, seen)
+
+    return run
+
+
+PATTERNS: list[tuple[Selector, Output]] = []
+for _rest in ("pooled", "variance"):
+    _own = TopBlocks(0.3, rest=_rest, block=7, order="hilbert")
+    PATTERNS.append((_own, top_with_rest(_own, "hilbert", _rest == "variance", True)))
+for _make, _oracle in (
+    (PISA(0.3, 8, first_order=False), lambda p: top_with_rest(p, "tiles", False, False)),
+    (Pyramid((0.2, 0.4, 0.6, 0.8), block=8), pyramid),
+    (Pyramid((0.1, 0.3, 0.6, 0.9), "count", 6, "raster", pooled=True), pyramid),
+    (Pyramid((0.2, 0.4, 0.6, 0.8), block=9, similar=(0.1, 0.0, -0.1)), pyramid),
+    (ProxyHeads(0.7, 2, 3, 8), proxy_heads),
+    (CoreContext(3, 8), core_context),
+    (Rectified(0.3, 0.1, 8), rectified),
+    (KeyOrder(0.6, 7, 8), key_order),
+    (ClusterBlocks(0.5, 2, 5, 7, 4, 8), cluster_blocks),
+    (ClusterBlocks(0.5, 0.2, 4, 6, 3, 5, "interaction"), cluster_blocks),
+    (Hashing(8, 9, 4), hashing),
+    (
+        OnlineChoice((Neighborhood((0.5, 0.5, 0.5)), Union(MultiDiagonal(1), Stripe())), 9, 8),
+        online_choice,
+    ),
+):
+    PATTERNS.append((_make, _oracle(_make)))
+
+
+@pytest.mark.parametrize("layout", ["video", "odd", "image"])
+@pytest.mark.parametrize(
+    ("selector", "oracle"), PATTERNS, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(PATTERNS)]
+)
+def test_output_is_that_of_the_definition(selector, oracle, layout):  # type: ignore[no-untyped-def]
+    own = LAYOUTS[layout]
+    q, k, v = tensors(own)
+    expected = oracle(q, k, v, own)
+    selection = selector.select(q, k, v, own, SCALE)
+    for run in (attend, reference_attend):
+        out, _ = run(q, k, v, selection, own, lengths(own), SCALE)
+        # the pooled softmax of the correction is in float32
+        atol = 1e-6 if isinstance(selector, Rectified) else 1e-9
+        torch.testing.assert_close(out, expected, rtol=0, atol=atol)
+
+
+def test_the_first_order_of_pisa() -> None:
+    layout = LAYOUTS["video"]
+    q, k, v = tensors(layout)
+    plain, first = PISA(0.3, 8, first_order=False), PISA(0.3, 8)
+    zeroth, _ = attend(q, k, v, plain.select(q, k, v, layout, SCALE), layout, None, SCALE)
+    selection = first.select(q, k, v, layout, SCALE)
+    blocks, kinds = cut(layout, "tiles", 8)
+    grid = layout.grids[0][1]
+    expected = zeroth.clone()
+    for b, h, own_q, own_k, own_v in heads_of(q, k, v):
+        slope = torch.zeros(8, 8, dtype=torch.float64)
+        for block, kind in zip(blocks, kinds, strict=True):
+            for token in block if kind else ():
+                slope += torch.outer(own_k[token] - mean(own_k, block), own_v[token])
+        for i, q_block in enumerate(blocks):
+            if not kinds[i]:
+                continue
+            seen = selection.levels[b, h, i].tolist()
+            for token in q_block:
+                total, rest = 0.0, 0.0
+                for block, level in zip(blocks, seen, strict=True):
+                    if level == 1:
+                        total += float((own_k[block] @ own_q[token] * SCALE).exp().sum())
+                    else:
+                        logit = float(own_q[token] @ mean(own_k, block)) * SCALE
+                        own = len(block) * math.exp(logit)
+                        total, rest = total + own, rest + own
+                expected[b, h, token] += rest / total * SCALE / grid.numel * (own_q[token] @ slope)
+    for run in (attend, reference_attend):
+        out, _ = run(q, k, v, selection, layout, None, SCALE)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_agents_stand_between(layout: TokenLayout) -> None:
+    q, k, v = tensors(layout)
+    box = (1, 2, 2)
+    out = Agent(box, 0.7, 0.1).run(q, k, v, layout, lengths(layout), SCALE)
+    blocks, kinds = cut(layout, BoxOrder(box), 4)
+    for b, h, own_q, own_k, own_v in heads_of(q, k, v):
+        valid = whole(layout, q, b)
+        agents = [mean(own_q, block) for block, kind in zip(blocks, kinds, strict=True) if kind]
+        agents += [
+            own_q[t]
+            for block, kind in zip(blocks, kinds, strict=True)
+            if not kind
+            for t in block
+            if valid[t]
+        ]
+        keys = [t for t in range(layout.length) if valid[t]]
+        values = [(agent @ own_k[keys].T * SCALE).softmax(0) @ own_v[keys] for agent in agents]
+        for token in range(layout.length):
+            weights = (torch.stack(agents) @ own_q[token] * SCALE * 0.7).softmax(0)
+            expected = weights @ torch.stack(values) + 0.1 * own_v[token]
+            torch.testing.assert_close(out[b, h, token], expected, rtol=0, atol=1e-9)
+
+
+def test_own_blocks_are_seen_by_every_query() -> None:
+    for selector, _ in PATTERNS:
+        if selector.name in ("key_order", "cluster_blocks", "hashing", "online_choice"):
+            continue
+        layout = LAYOUTS["video"]
+        selection = selector.select(*tensors(layout), layout, SCALE)
+        q_blocks = [selection.q_side.tokens[0, 0, n].tolist() for n in range(len(selection.q_side))]
+        for n, block in enumerate(q_blocks):
+            for j in overlapping(block, q_blocks):
+                assert bool((selection.levels[:, :, n, j] == 1).all())

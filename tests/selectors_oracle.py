@@ -1,0 +1,179 @@
+"""Slow forms of the named patterns, written from their definitions: loops, sorts and dense masks in
+float64. Only the token orders come from the package, which tests them by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from visattn.layout import Grid, TokenLayout
+from visattn.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
+
+Blocks = list[list[int]]
+
+LAYOUTS = {
+    "video": TokenLayout(Grid(3, 5, 6), text_after=7),
+    "odd": TokenLayout(Grid(2, 7, 3), text_before=5),
+    "image": TokenLayout(Grid(1, 9, 7), text_before=3, text_after=2),
+    "line": TokenLayout(Grid(5, 1, 3)),
+}
+SCALE = 0.3
+
+
+def tensors(layout: TokenLayout, batch: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(layout.length)
+    q = torch.randn(batch, 4, layout.length, 8, generator=generator, dtype=torch.float64) * 2
+    k, v = (
+        torch.randn(batch, 2, layout.length, 8, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
+    return q, k, v
+
+
+def lengths(layout: TokenLayout, batch: int = 2) -> torch.Tensor | None:
+    if not layout.texts:
+        return None
+    columns = [[max(0, n - 2 * b) for b in range(batch)] for _, n in layout.texts]
+    return torch.tensor(columns).T.contiguous()
+
+
+def cut(layout: TokenLayout, order: Order | str, size: int) -> tuple[Blocks, list[bool]]:
+    """The tokens of each block in the sequence's order, and which blocks are of a grid."""
+    blocks: Blocks = []
+    kinds: list[bool] = []
+    for begin, segment in zip(layout.starts, layout.segments, strict=True):
+        if segment.grid is None:
+            tokens = list(range(begin, begin + segment.length))
+            parts = [tokens[n : n + size] for n in range(0, len(tokens), size)]
+        else:
+            own = named(order, segment.grid, size)
+            index = [begin + n for n in own.index(segment.grid).tolist()]
+            cuts = own.blocks(segment.grid, size)
+            runs = zip(cuts.start.tolist(), cuts.length.tolist(), strict=True)
+            parts = [index[a : a + n] for a, n in runs]
+        blocks += parts
+        kinds += [segment.grid is not None] * len(parts)
+    return blocks, kinds
+
+
+def named(order: Order | str, grid: Any, size: int) -> Order:
+    if not isinstance(order, str):
+        return order
+    if order == "tiles":
+        side = 2 ** int(math.log2(size) / 3 + 1e-9)
+        return BoxOrder(fitted((side,) * 3, grid, size))
+    return HilbertOrder() if order == "hilbert" else LineOrder()
+
+
+def heads_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """(b, h, q [L, D], k [L, D], v [L, D]) of every batch item and query head."""
+    share = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            yield b, h, q[b, h], k[b, h // share], v[b, h // share]
+
+
+def mean(x: torch.Tensor, block: list[int]) -> torch.Tensor:
+    return x[block].sum(0) / len(block)
+
+
+def descending(values: dict[int, float]) -> list[int]:
+    """Keys by value descending, equal ones ascending."""
+    return sorted(values, key=lambda n: (-values[n], n))
+
+
+def softmax(values: dict[int, float]) -> dict[int, float]:
+    best = max(values.values())
+    weights = {n: math.exp(value - best) for n, value in values.items()}
+    total = sum(weights.values())
+    return {n: weight / total for n, weight in weights.items()}
+
+
+def until(probability: dict[int, float], share: float) -> set[int]:
+    """The smallest set of the most probable that holds a share."""
+    out: set[int] = set()
+    held = 0.0
+    for n in descending(probability):
+        if held >= share * sum(probability.values()) - 1e-9:
+            break
+        out.add(n)
+        held += probability[n]
+    return out
+
+
+def count(keep: float, total: int) -> int:
+    return keep if isinstance(keep, int) else max(1, math.ceil(keep * total - 1e-6))
+
+
+def overlapping(block: list[int], blocks: Blocks) -> set[int]:
+    return {n for n, other in enumerate(blocks) if set(block) & set(other)}
+
+
+def touching(layout: TokenLayout, block: list[int], blocks: Blocks, kinds: list[bool]) -> set[int]:
+    """Grid blocks whose boxes of coordinates touch that of a block."""
+    begin, grid = layout.grids[0]
+
+    def box(tokens: list[int]) -> list[tuple[int, int]]:
+        index = torch.tensor(tokens) - begin
+        places = zip(*(axis.tolist() for axis in grid.coordinates(index)), strict=True)
+        return [(min(axis), max(axis)) for axis in zip(*places, strict=True)]
+
+    own = box(block)
+    return {
+        n
+        for n, other in enumerate(blocks)
+        if kinds[n]
+        and all(a <= d + 1 and c <= b + 1 for (a, b), (c, d) in zip(own, box(other), strict=True))
+    }
+
+
+Row = Callable[[int, dict[int, float]], set[int]]
+
+
+def mask_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    q_cut: tuple[Blocks, list[bool]],
+    k_cut: tuple[Blocks, list[bool]],
+    score: Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], float],
+    row: Row,
+) -> torch.Tensor:
+    """Token mask ``[B, H, L, L]``: ``row`` chooses grid key blocks of a grid query block from their
+    scores; everything outside the grid is kept."""
+    (q_blocks, q_kinds), (k_blocks, k_kinds) = q_cut, k_cut
+    out = torch.ones(*q.shape[:3], layout.length, dtype=torch.bool)
+    for b, h, own_q, own_k, _ in heads_of(q, k, v):
+        for i, q_block in enumerate(q_blocks):
+            if not q_kinds[i]:
+                continue
+            scores = {
+                j: score(own_q, own_k, q_block, k_block)
+                for j, k_block in enumerate(k_blocks)
+                if k_kinds[j]
+            }
+            kept = row(i, scores)
+            for j in scores:
+                if j not in kept:
+                    out[b, h, torch.tensor(q_block)[:, None], torch.tensor(k_blocks[j])] = False
+    return out
+
+
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    share = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(share, 1) for x in (k, v))
+    if valid is not None:
+        mask = mask & valid[:, None, None]
+    logits = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    return logits.softmax(-1) @ v

@@ -1,0 +1,83 @@
+"""Agent attention: a few mean queries stand between the queries and the keys.
+
+Source: Han et al. 2023, agent attention (ECCV 2024, arXiv 2312.08874), equation 4 and AgentSD:
+``softmax(q A^T s2) [softmax(A k^T s) v] + c v`` with agents A pooled from the queries. Low-rank and
+not block-sparse, so it is an operator of its own.
+
+Differences: agents are the means of boxes of queries, on any grid, where AgentSD merges like tokens
+of an image; text tokens are agents themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import TokenLayout, valid_keys
+from visattn.orders import BoxOrder
+from visattn.patterns.pattern import HeadPattern
+from visattn.selectors.inputs import block_means
+from visattn.selectors.sides import ordered_side
+
+__all__ = ["Agent"]
+
+
+@dataclass(frozen=True, eq=False)
+class Agent(HeadPattern):
+    """Attention through agents; two softmaxes of ``tokens x agents``.
+
+    Args:
+        box: sides of the box of queries whose mean is an agent, (frames, height, width).
+        second: factor of the scale of the first softmax (queries to agents).
+        shortcut: share of the values that is added.
+    """
+
+    box: tuple[int, int, int] = (1, 4, 4)
+    second: float = 1.0
+    shortcut: float = 0.0
+    name: ClassVar[str] = "agent"
+
+    def __post_init__(self) -> None:
+        BoxOrder(self.box)
+        for name in ("second", "shortcut"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} must be a number")
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        text_lengths: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Output ``[B, H, L, D]``; arguments as ``sparse_attention``. Text tokens beyond their
+        length are no agents and no keys."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        orders = tuple(BoxOrder(self.box) for _ in layout.grids)
+        size = self.box[0] * self.box[1] * self.box[2]
+        boxes = ordered_side(layout, orders, size, q.device)
+        own = boxes.grid.nonzero()[:, 0]
+        agents = block_means(boxes.take(q), boxes.exists)[:, :, own]
+        text = [
+            torch.arange(begin, begin + segment.length, device=q.device)
+            for begin, segment in zip(layout.starts, layout.segments, strict=True)
+            if segment.grid is None
+        ]
+        agents = torch.cat([agents, *(q.index_select(2, at).to(wide) for at in text)], 2)
+        share = q.shape[1] // k.shape[1]
+        keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
+        first = q.to(wide) @ agents.mT * (scale * self.second)
+        last = agents @ keys.mT * scale
+        if text_lengths is not None:
+            valid = valid_keys(text_lengths, layout)[:, None, None]
+            last = last.masked_fill(~valid, -torch.inf)
+            there = [valid[..., at] for at in text]
+            ones = valid.new_ones(*valid.shape[:3], len(own))
+            first = first.masked_fill(~torch.cat([ones, *there], 3), -torch.inf)
+        out = first.softmax(-1) @ (last.softmax(-1) @ values)
+        return (out + self.shortcut * values).to(q.dtype)

@@ -1,0 +1,125 @@
+"""Selectors with an order of their own for each batch item and head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+
+from visattn.layout import TokenLayout
+from visattn.orders import Order
+from visattn.selectors.inputs import Inputs
+from visattn.selectors.selection import Selection
+from visattn.selectors.selector import Selector, only_grid
+from visattn.selectors.sides import Side, arranged_side
+
+__all__ = ["ArrangedSelector", "Runs", "even_runs", "grid_tokens", "order_runs", "uneven_runs"]
+
+
+class Runs(NamedTuple):
+    """The runs of an order that are blocks, int64 ``[B, H, M]`` each; ``group``: what they are a
+    part of."""
+
+    start: torch.Tensor
+    length: torch.Tensor
+    group: torch.Tensor
+
+
+def even_runs(like: torch.Tensor, size: int) -> Runs:
+    """Runs of ``size`` tokens of an order ``[B, H, n]``, the last one shorter."""
+    count = like.shape[2]
+    start = torch.arange(0, count, size, device=like.device)
+    length = (count - start).clamp(max=size)
+    number = torch.arange(len(start), device=like.device)
+    shape = (*like.shape[:2], -1)
+    return Runs(start.expand(shape), length.expand(shape), number.expand(shape))
+
+
+def order_runs(layout: TokenLayout, order: Order, size: int, like: torch.Tensor) -> Runs:
+    """The blocks that an order cuts the one grid into, for all heads of ``[B, H, ...]``."""
+    with torch.device("cpu"):
+        blocks = order.blocks(layout.grids[0][1], size)
+    shape = (*like.shape[:2], -1)
+    start, length = (x.to(like.device).expand(shape) for x in (blocks.start, blocks.length))
+    return Runs(start, length, torch.arange(len(blocks.start), device=like.device).expand(shape))
+
+
+def uneven_runs(counts: torch.Tensor, tokens: int, size: int) -> Runs:
+    """Runs of at most ``size`` tokens of groups that stand one after the other in an order.
+
+    Args:
+        counts: int64 ``[B, H, C]``, tokens of the groups, ``tokens`` in all.
+
+    Returns:
+        ``C + tokens // size`` runs, enough for any counts, so that nothing is read back; those that
+        are not needed are empty.
+    """
+    groups = counts.shape[2]
+    pieces = -(-counts // size)
+    ends = pieces.cumsum(2)
+    number = torch.arange(groups + tokens // size, device=counts.device)
+    number = number.expand(*counts.shape[:2], -1).contiguous()
+    group = torch.searchsorted(ends, number, right=True)
+    used = group < groups
+    group = group.clamp(max=groups - 1)
+    piece = number - (ends - pieces).gather(2, group)
+    first = (counts.cumsum(2) - counts).gather(2, group)
+    length = (counts.gather(2, group) - piece * size).clamp(0, size) * used
+    start = torch.where(used, first + piece * size, 0)
+    return Runs(start, length, group)
+
+
+class ArrangedSelector(Selector):
+    """Base: ``arrange`` gives the orders and blocks, ``levels`` the levels of grid block pairs."""
+
+    @abstractmethod
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        """Order of the queries ``[B, H, n]``, its runs and their most tokens, and those of the
+        keys; grid tokens counted from the first."""
+
+    @abstractmethod
+    def choose(
+        self, inputs: Inputs, q_runs: Runs, k_runs: Runs
+    ) -> torch.Tensor:
+        """Kept pairs of grid blocks, bool ``[B, H, Mq, Mk]``."""
+
+    def finished(self, selection: Selection) -> Selection:
+        """The selection, with what goes beyond its levels."""
+        return selection
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Selection:
+        only_grid(layout, self)
+        q_order, q_runs, q_size, k_order, k_runs, k_size = self.arrange(q, k, layout, scale)
+        q_side = arranged_side(layout, q_order, q_runs.start, q_runs.length, q_size)
+        k_side = arranged_side(layout, k_order, k_runs.start, k_runs.length, k_size)
+        inputs = Inputs(q, k, v, layout, scale, q_side, k_side)
+        own = self.choose(inputs, q_runs, k_runs)
+        return self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side)))
+
+
+def _levels(own: torch.Tensor, q_side: Side, k_side: Side) -> torch.Tensor:
+    """Levels of all blocks from the kept pairs of grid blocks; the others are seen, and see all."""
+    levels = torch.ones(
+        *own.shape[:2], len(q_side), len(k_side), dtype=torch.uint8, device=own.device
+    )
+    q_grid = q_side.grid.nonzero()[:, 0]
+    k_grid = k_side.grid.nonzero()[:, 0]
+    levels[:, :, q_grid[:, None], k_grid] = own.to(torch.uint8)
+    there = (q_side.length > 0)[..., :, None] & (k_side.length > 0)[..., None, :]
+    return levels * there
+
+
+def grid_tokens(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """``[B, H, L, D]`` at the tokens of the one grid."""
+    begin, grid = layout.grids[0]
+    return x[:, :, begin : begin + grid.numel]

@@ -1,0 +1,72 @@
+"""What is near in full, what is far as one core token of each block.
+
+Source: Core Context Aware attention (Chen et al. 2024, arXiv 2412.12465): a group of tokens is
+pooled into a core token by the softmax of its tokens' products with a query of the group; all core
+tokens and the local tokens are attended to.
+
+Differences: the weights are those of the block's mean query (not its last one, as nothing is
+causal); the logit of a core token has + the entropy of the weights, with which the mean query finds
+the exact mass of the block; no fine-tuning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import TokenLayout
+from visattn.selectors.force import Force
+from visattn.selectors.inputs import Inputs
+from visattn.selectors.scores import Pooled
+from visattn.selectors.selection import PooledRest, Selection
+from visattn.selectors.selector import (
+    ORDERS,
+    BlockSelector,
+    Stages,
+    check_block,
+    check_keep,
+    check_word,
+)
+from visattn.selectors.selects import TopK
+
+__all__ = ["CoreContext"]
+
+
+@dataclass(frozen=True, eq=False)
+class CoreContext(BlockSelector):
+    """Neighbouring blocks token by token, the others by a weighted mean.
+
+    Args:
+        keep: blocks of a row at least, or the share of them: those of highest pooled score beyond
+            the neighbours.
+        block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+    """
+
+    keep: int | float = 1
+    block: int = 64
+    order: str = "tiles"
+    name: ClassVar[str] = "core_context"
+
+    def __post_init__(self) -> None:
+        check_keep("keep", self.keep)
+        check_block("block", self.block)
+        check_word("order", self.order, ORDERS)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=Pooled(),
+            choose=TopK(self.keep),
+            force=Force(neighbours=True),
+            rest=PooledRest(),
+            orders=(self.order, self.order),
+            blocks=(self.block, self.block),
+        )
+
+    def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
+        keys = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
+        # queries and keys have the same blocks
+        logits = torch.einsum("bhnd,bhnsd->bhns", inputs.q_mean, keys) * inputs.scale
+        weights = logits.masked_fill(~inputs.k_side.exists, -torch.inf).softmax(-1)
+        return replace(selection, weights=weights.nan_to_num(0))

@@ -1,0 +1,78 @@
+"""Queries and keys sorted by a hash of their direction: blocks of like ones, and a sample of the
+rest.
+
+Source: HyperAttention (Han et al. 2023, arXiv 2310.05869): the signs of some projections, in Gray
+order, sort queries and keys; each block of sorted queries sees the block of sorted keys at its
+place, and uniformly sampled keys beyond it with + ln(n / m).
+
+Differences: sampled keys of the block itself are left out (the published GPU code counts them
+twice); the sample is the same for all heads and rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import TokenLayout, check_count
+from visattn.selectors.arranged import ArrangedSelector, Runs, even_runs, grid_tokens
+from visattn.selectors.inputs import Inputs
+from visattn.selectors.selection import SampledRest, Selection
+from visattn.selectors.selector import check_block
+
+__all__ = ["Hashing"]
+
+MOST_BITS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Hashing(ArrangedSelector):
+    """The block of keys with like hashes, and a sample of the others.
+
+    Args:
+        block: tokens of a block; samples: keys that are drawn.
+        projections: signs in a hash, 1 to 16; seed: of projections and sample.
+    """
+
+    block: int = 256
+    samples: int = 256
+    projections: int = 7
+    seed: int = 0
+    name: ClassVar[str] = "hashing"
+
+    def __post_init__(self) -> None:
+        check_block("block", self.block)
+        check_block("samples", self.samples)
+        if check_count("projections", self.projections, 1) > MOST_BITS:
+            raise ValueError(f"projections={self.projections} must be at most {MOST_BITS}")
+        check_count("seed", self.seed, 0)
+
+    def hashes(self, x: torch.Tensor) -> torch.Tensor:
+        """Place of each vector's signs in Gray order, int64 ``[B, H, n]``: neighbours differ in one
+        sign."""
+        generator = torch.Generator().manual_seed(self.seed)
+        planes = torch.randn(x.shape[3], self.projections, generator=generator, device="cpu")
+        signs = (x @ planes.to(x)) > 0
+        powers = 1 << torch.arange(self.projections, device=x.device)
+        code = (signs * powers).sum(-1)
+        for shift in (1, 2, 4, 8):  # the inverse of n ^ (n >> 1), for up to 16 bits
+            code = code ^ (code >> shift)
+        return code
+
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        q_order, k_order = (self.hashes(x).argsort(dim=-1, stable=True) for x in (queries, keys))
+        runs = even_runs(q_order, self.block)
+        return q_order, runs, self.block, k_order, runs, self.block
+
+    def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
+        return q_runs.group[..., :, None] == k_runs.group[..., None, :]
+
+    def finished(self, selection: Selection) -> Selection:
+        return replace(selection, rest=SampledRest(self.samples, self.seed))

@@ -1,0 +1,85 @@
+"""Keys sorted by what all queries give them, so that hot keys share blocks.
+
+Source: PBS-Attn (arXiv 2510.21270), permuted block-sparse attention: keys are ordered by the mean
+softmax mass that some queries leave on them, and blocks of the sorted keys are chosen by pooled
+scores. Attention does not depend on the order of keys, so that nothing is put back.
+
+Differences: nothing is causal, so that keys are sorted over the whole grid and not within segments;
+the queries that sort are spread over the grid, where the published ones are the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import TokenLayout, on_cpu
+from visattn.orders import Order
+from visattn.selectors.arranged import (
+    ArrangedSelector,
+    Runs,
+    even_runs,
+    grid_tokens,
+    order_runs,
+)
+from visattn.selectors.inputs import Inputs
+from visattn.selectors.select import top_mass
+from visattn.selectors.selector import ORDERS, check_block, check_share, check_word, order_of
+
+__all__ = ["KeyOrder"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyOrder(ArrangedSelector):
+    """The smallest set of blocks of sorted keys with a share of the pooled softmax.
+
+    Args:
+        mass: the share; queries: how many sort the keys; block: tokens of a block.
+        order: of the queries: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+    """
+
+    mass: float = 0.9
+    queries: int = 64
+    block: int = 64
+    order: str = "tiles"
+    name: ClassVar[str] = "key_order"
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        check_block("queries", self.queries)
+        check_block("block", self.block)
+        check_word("order", self.order, ORDERS)
+
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        count = keys.shape[2]
+        at = torch.arange(min(self.queries, count), device=q.device) * count
+        rows = queries.index_select(2, at // min(self.queries, count))
+        mass = (rows @ keys.mT * scale).softmax(-1).mean(2)
+        order = mass.argsort(dim=-1, descending=True, stable=True)
+        own = order_of(self.order, layout.grids[0][1], self.block)
+        q_order = _index(layout, own).to(q.device).expand(*q.shape[:2], -1)
+        return (
+            q_order,
+            order_runs(layout, own, self.block, q),
+            self.block,
+            order,
+            even_runs(order, self.block),
+            self.block,
+        )
+
+    def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
+        q_mean = inputs.q_mean[:, :, inputs.q_side.grid]
+        k_mean = inputs.k_mean[:, :, inputs.k_side.grid]
+        return top_mass((q_mean @ k_mean.mT * inputs.scale).float(), self.mass)
+
+
+@on_cpu
+def _index(layout: TokenLayout, order: Order) -> torch.Tensor:
+    return order.index(layout.grids[0][1])

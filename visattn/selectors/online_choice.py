@@ -1,0 +1,129 @@
+"""For each head the static pattern that does best on a few queries of the call.
+
+Source: Sparse VideoGen (Xi et al. 2025, ICML, arXiv 2502.01776), section 4.1: some query rows are
+computed in full, once under a spatial and once under a temporal mask, and the head takes the mask
+with the smaller mean squared error.
+
+Differences: any static patterns can be given; partly kept blocks are kept whole; rows are evenly
+spread and not drawn.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.blockmap import NONE
+from visattn.layout import TokenLayout, on_cpu
+from visattn.orders import LineOrder, Order
+from visattn.patterns.diagonal import Diagonal, MultiDiagonal
+from visattn.patterns.pattern import Pattern
+from visattn.patterns.stripe import Stripe
+from visattn.patterns.union import Union
+from visattn.selectors.arranged import even_runs
+from visattn.selectors.selection import Selection
+from visattn.selectors.selector import Selector, check_block, only_grid
+from visattn.selectors.sides import arranged_side
+
+__all__ = ["OnlineChoice"]
+
+SPATIAL = Union(Diagonal(0.2), Stripe())
+TEMPORAL = Union(MultiDiagonal(0.2), Stripe())
+
+
+@dataclass(frozen=True, eq=False)
+class OnlineChoice(Selector):
+    """One of some static patterns, chosen anew for each batch item and head.
+
+    Args:
+        patterns: two or more; of equally good ones the first is taken.
+        rows: queries that decide; block: tokens of a block.
+    """
+
+    patterns: tuple[Pattern, ...] = (SPATIAL, TEMPORAL)
+    rows: int = 64
+    block: int = 64
+    name: ClassVar[str] = "online_choice"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.patterns, tuple) or len(self.patterns) < 2:
+            raise ValueError(f"patterns={self.patterns!r} must be a tuple of two or more patterns")
+        for pattern in self.patterns:
+            if not isinstance(pattern, Pattern):
+                raise TypeError(f"patterns holds {pattern!r}; it takes static patterns")
+        check_block("rows", self.rows)
+        check_block("block", self.block)
+
+    def best(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float
+    ) -> torch.Tensor:
+        """Number of the pattern with the smallest mean squared error on some rows, int64
+        ``[B, H]``."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        begin, grid = layout.grids[0]
+        count = min(self.rows, grid.numel)
+        at = begin + torch.arange(count, device=q.device) * grid.numel // count
+        share = q.shape[1] // k.shape[1]
+        keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
+        logits = q.index_select(2, at).to(wide) @ keys.mT * scale
+        full = logits.softmax(-1) @ values
+        errors = []
+        for pattern in self.patterns:
+            mask = _rows_of(pattern, layout, count).to(q.device)
+            out = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+            errors.append((out - full).square().mean((-1, -2)))
+        return torch.stack(errors, -1).argmin(-1)
+
+    def select(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float
+    ) -> Selection:
+        grid = only_grid(layout, self)
+        best = self.best(q, k, v, layout, scale)
+        orders = [_line_orders(pattern, layout, self.block) for pattern in self.patterns]
+        runs = even_runs(torch.empty(*best.shape, grid.numel, device=q.device), self.block)
+        sides = []
+        for place in range(2):  # queries, keys
+            index = torch.stack([_index(own[place], layout) for own in orders]).to(q.device)
+            sides.append(
+                arranged_side(layout, index[best], runs.start, runs.length, self.block)
+            )
+        status = [
+            _visited(pattern, layout, own, self.block)
+            for pattern, own in zip(self.patterns, orders, strict=True)
+        ]
+        levels = torch.stack(status).to(q.device)[best].to(torch.uint8)
+        return Selection.of(sides[0], sides[1], levels)
+
+
+def _line_orders(pattern: Pattern, layout: TokenLayout, block: int) -> tuple[Order, Order]:
+    """The pattern's own orders where these are raster orders, in which blocks are even runs; raster
+    order else."""
+    own = pattern.orders(layout.grids[0][1], block, block)
+    plain = all(isinstance(order, LineOrder) for order in own)
+    return own if plain else (LineOrder(), LineOrder())
+
+
+@on_cpu
+def _index(order: Order, layout: TokenLayout) -> torch.Tensor:
+    return order.index(layout.grids[0][1])
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _visited(
+    pattern: Pattern, layout: TokenLayout, orders: tuple[Order, Order], block: int
+) -> torch.Tensor:
+    """Blocks that a pattern visits, bool ``[Nq, Nk]``."""
+    return pattern.lower(layout, block, block, partial="promote", order=orders).status() != NONE
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _rows_of(pattern: Pattern, layout: TokenLayout, count: int) -> torch.Tensor:
+    """The token rule of a pattern at evenly spread queries, bool ``[count, L]``."""
+    begin, grid = layout.grids[0]
+    at = begin + torch.arange(count) * grid.numel // count
+    return pattern.allows(at[:, None], torch.arange(layout.length), layout)

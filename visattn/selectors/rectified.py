@@ -1,0 +1,74 @@
+"""Rectified sparse attention: the pooled softmax corrects what the sparse one leaves out.
+
+Source: Rectified SpaAttn (arXiv 2511.19835), as its two parts: the sparse output is scaled by the
+mass that the pooled softmax gives to what was kept, and the others' mean values are added with
+their pooled probabilities, where a block's gain by that is above the error of its mean.
+
+Differences: the first frame is not forced to see itself; text is no part of the pooled softmax (its
+keys are kept, and weigh by the sparse output alone). Trusting the pooled softmax as absolute mass
+can be worse than dropping; ``TopBlocks(rest="pooled")`` keeps one softmax instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import TokenLayout
+from visattn.selectors.force import Force
+from visattn.selectors.inputs import Inputs, block_means
+from visattn.selectors.scores import Pooled
+from visattn.selectors.selection import Selection
+from visattn.selectors.selector import BlockSelector, Stages, check_block, check_keep, check_share
+from visattn.selectors.selects import TopP
+
+__all__ = ["Rectified"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rectified(BlockSelector):
+    """The smallest set with a share of the pooled softmax, at least ``keep``, rectified.
+
+    Args:
+        mass, keep, block: as in Jenga.
+    """
+
+    mass: float = 0.3
+    keep: int | float = 0.2
+    block: int = 128
+    name: ClassVar[str] = "rectified"
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        check_keep("keep", self.keep)
+        check_block("block", self.block)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=Pooled(log_size=False),
+            choose=TopP(self.mass, least=self.keep),
+            force=Force(neighbours=True),
+            orders=("hilbert", "hilbert"),
+            blocks=(self.block, self.block),
+        )
+
+    def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
+        chooses = inputs.pairs.any(-1)  # text queries have no score
+        share = scores.softmax(-1).masked_fill(~chooses[..., None], 0)
+        seen = (selection.levels > 0) | self._gated(inputs)
+        values = inputs.for_heads(block_means(inputs.v_blocks, inputs.k_side.exists))
+        factor = torch.where(chooses, (share * seen).sum(-1), 1)
+        extra = (share * ~seen).to(values) @ values
+        return replace(selection, correction=(factor, extra))
+
+    def _gated(self, inputs: Inputs) -> torch.Tensor:
+        """Blocks whose mean is too coarse: gain <= error."""
+        q_mean, k_mean = inputs.q_mean, inputs.k_mean
+        q_apart = (inputs.q_blocks - q_mean[..., None, :]).abs()
+        k_apart = (inputs.for_heads(inputs.k_blocks) - k_mean[..., None, :]).abs()
+        q_spread = block_means(q_apart, inputs.q_side.exists)
+        k_spread = block_means(k_apart, inputs.k_side.exists)
+        gain = (q_mean @ k_mean.mT).abs()
+        return gain <= (q_spread @ k_mean.mT).abs() + (q_mean @ k_spread.mT).abs()

@@ -1,0 +1,248 @@
+"""The score stage: how much each key block is worth to each query block.
+
+A score takes the Inputs of a call and gives float32 ``[B, H, Nq, Nk]``, logarithms of masses up to
+a constant of each row; what is not chosen among is set to minus infinity afterwards. Each is a
+frozen dataclass, so that it can be written, compared and cached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from visattn.selectors.inputs import Inputs, block_parts
+
+__all__ = [
+    "Antidiagonal",
+    "Bounds",
+    "ExactMass",
+    "Pooled",
+    "Representative",
+    "Sampled",
+    "Score",
+    "SubTiles",
+]
+
+CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a row of it
+
+
+class Score:
+    """Base of the scores."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def _rows(count: int, elements: int) -> Iterator[slice]:
+    """Parts of ``count`` rows of ``elements`` each, of at most CHUNK elements or one row."""
+    step = max(1, CHUNK // max(1, elements))
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
+
+
+@dataclass(frozen=True)
+class Pooled(Score):
+    """Mean query times mean key.
+
+    Args:
+        scaled: times the scale of the logits, so that a softmax over it means something.
+        log_size: plus the logarithm of the block's length, as ``n`` equal keys weigh ``n`` times
+            one of them.
+    """
+
+    scaled: bool = True
+    log_size: bool = True
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        out = inputs.q_mean @ inputs.k_mean.mT
+        if self.scaled:
+            out = out * inputs.scale
+        if self.log_size:
+            out = out + inputs.k_side.length.clamp(min=1).log()[..., None, :]
+        return out.float()
+
+
+@dataclass(frozen=True)
+class Bounds(Score):
+    """The largest logit that a key within the block's bounds can have with the mean query:
+    ``relu(q) . max k - relu(-q) . min k`` (Tang et al. 2024, Quest, arXiv 2406.10774)."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        blocks, gone = inputs.k_blocks, ~inputs.k_side.exists[..., None]
+        high = inputs.for_heads(blocks.masked_fill(gone, -torch.inf).amax(-2)).to(inputs.q_mean)
+        low = inputs.for_heads(blocks.masked_fill(gone, torch.inf).amin(-2)).to(inputs.q_mean)
+        empty = (inputs.k_side.length == 0)[..., None]
+        high, low = high.masked_fill(empty, 0), low.masked_fill(empty, 0)
+        mean = inputs.q_mean
+        return ((mean.relu() @ high.mT - (-mean).relu() @ low.mT) * inputs.scale).float()
+
+
+@dataclass(frozen=True)
+class SubTiles(Score):
+    """Softmax among smaller tiles, added up: each block is cut into runs of ``size`` tokens, each
+    run's mean query attends to the mean keys of all runs, and the mass in a block is what all runs
+    of the query block leave there (the hierarchical score of DFSAttn, ICML 2026).
+
+    Args:
+        size: tokens of a run; log_size: as in Pooled.
+    """
+
+    size: int = 16
+    log_size: bool = True
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        q, q_count = block_parts(inputs.q_blocks, inputs.q_side.exists, self.size)
+        k, k_count = block_parts(inputs.k_blocks, inputs.k_side.exists, self.size)
+        k = inputs.for_heads(k)
+        batch, heads, num_k, parts = k.shape[:4]
+        bias = k_count.clamp(min=1).log() if self.log_size else torch.zeros_like(k_count).float()
+        chosen = inputs.k_side.grid[:, None] & (k_count > 0)
+        bias = bias.masked_fill(~chosen, -torch.inf).flatten(-2)[..., None, None, :]
+        flat = k.flatten(2, 3).mT[:, :, None]  # [B, H, 1, D, Nk * parts]
+        out = []
+        for rows in _rows(q.shape[2], batch * heads * parts * num_k * q.shape[3]):
+            logits = q[:, :, rows] @ flat * inputs.scale + bias  # [B, H, r, own parts, Nk * parts]
+            mass = logits.softmax(-1).unflatten(-1, (num_k, parts)).sum(-1)
+            own = (q_count[..., rows, :] > 0)[..., None]
+            out.append((mass * own).sum(-2).log())
+        return torch.cat(out, 2).float()
+
+
+@dataclass(frozen=True)
+class Representative(Score):
+    """The mean query against every raw key: the logarithm of the mass that it leaves in each block.
+    The best recall of the cheap scores, for 1 / block_q of the products of dense attention."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        k = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
+        batch, heads, num_k, size = k.shape[:4]
+        flat = k.flatten(2, 3).mT
+        gone = ~inputs.k_side.exists.flatten(-2)[..., None, :]
+        out = []
+        for rows in _rows(inputs.q_mean.shape[2], batch * heads * num_k * size):
+            logits = inputs.q_mean[:, :, rows] @ flat * inputs.scale
+            logits = logits.masked_fill(gone, -torch.inf).unflatten(-1, (num_k, size))
+            out.append(logits.logsumexp(-1))
+        return torch.cat(out, 2).float()
+
+
+@dataclass(frozen=True)
+class ExactMass(Score):
+    """The mass that the queries of a block really leave in each block, over all keys of the grid:
+    the calibration's oracle, at half the cost of dense attention (Xia et al. 2025, AdaSpa,
+    arXiv 2502.21079: measured block mass)."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        k = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
+        batch, heads, num_k, size = k.shape[:4]
+        flat = k.flatten(2, 3).mT[:, :, None]
+        chosen = inputs.k_side.exists & inputs.k_side.grid[:, None]
+        gone = ~chosen.flatten(-2)[..., None, None, :]
+        out = []
+        per_row = batch * heads * num_k * size * inputs.q_side.size
+        for rows in _rows(inputs.q_mean.shape[2], per_row):
+            q = inputs.q_blocks[:, :, rows].to(inputs.q_mean)
+            logits = (q @ flat * inputs.scale).masked_fill(gone, -torch.inf)
+            mass = logits.softmax(-1).unflatten(-1, (num_k, size)).sum(-1)
+            own = inputs.q_side.exists[..., rows, :, None]
+            out.append((mass * own).sum(-2).log())
+        return torch.cat(out, 2).float()
+
+
+@dataclass(frozen=True)
+class Sampled(Score):
+    """A few tokens of each block, at the same drawn places in all of them.
+
+    Args:
+        q_tokens, k_tokens: how many of a block.
+        reduce: ``"softmax"``: a sampled query's softmax over all sampled keys, of which the largest
+            in a block counts, over all its queries (Gu et al. 2025, BLADE's adaptive block-sparse
+            attention, arXiv 2508.10774); ``"max"``: the largest ratio of a logit's exponential to
+            that of its query's largest (Li et al. 2025, pyramid sparse attention,
+            arXiv 2512.04025).
+        seed: of the places.
+    """
+
+    q_tokens: int = 16
+    k_tokens: int = 16
+    reduce: Literal["softmax", "max"] = "softmax"
+    seed: int = 0
+
+    def places(self, size: int, count: int, salt: int) -> list[int]:
+        """Places within a block, ascending."""
+        generator = torch.Generator().manual_seed(self.seed * 2 + salt)
+        chosen = torch.randperm(size, generator=generator, device="cpu")[: min(count, size)]
+        return sorted(chosen.tolist())
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        q_at = self.places(inputs.q_side.size, self.q_tokens, 0)
+        k_at = self.places(inputs.k_side.size, self.k_tokens, 1)
+        # places beyond a short block repeat its first token, which changes no maximum of a block
+        q = _at(inputs.q_blocks, inputs.q_side.exists, q_at).to(inputs.q_mean)
+        k = _at(inputs.k_blocks, inputs.k_side.exists, k_at).to(inputs.q_mean)
+        k = inputs.for_heads(k)
+        batch, heads, num_k, width = k.shape[:4]
+        flat = k.flatten(2, 3).mT[:, :, None]
+        real = inputs.k_side.exists[..., k_at] & inputs.k_side.grid[:, None]
+        gone = ~real.flatten(-2)[..., None, None, :]
+        out = []
+        for rows in _rows(q.shape[2], batch * heads * num_k * width * len(q_at)):
+            logits = (q[:, :, rows] @ flat * inputs.scale).masked_fill(gone, -torch.inf)
+            if self.reduce == "max":
+                logits = logits - logits.amax(-1, keepdim=True)
+            else:
+                logits = logits.log_softmax(-1)
+            out.append(logits.unflatten(-1, (num_k, width)).amax((-1, -3)))
+        return torch.cat(out, 2).float()
+
+
+def _at(blocks: torch.Tensor, exists: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Tokens at places of each block, its first one where there is none."""
+    there = exists[..., places, None]
+    return torch.where(there, blocks[..., places, :], blocks[..., :1, :])
+
+
+@dataclass(frozen=True)
+class Antidiagonal(Score):
+    """Sums of antidiagonals of the logits, of which there is one in every ``stride`` x ``stride``
+    cell of tokens, then a softmax over a row of cells, added up in the block (Xu et al. 2025,
+    XAttention, arXiv 2503.16428, section 2.1).
+
+    Args:
+        stride: side of a cell; blocks are cut into runs of so many tokens.
+    """
+
+    stride: int = 16
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        q = _cells(inputs.q_blocks, inputs.q_side.exists, self.stride).flip(-2)
+        k = inputs.for_heads(_cells(inputs.k_blocks, inputs.k_side.exists, self.stride))
+        q, k = q.flatten(-2).to(inputs.q_mean), k.flatten(-2).to(inputs.q_mean)
+        batch, heads, num_k, parts = k.shape[:4]
+        offset = torch.arange(parts, device=k.device) * self.stride
+        real = (offset < inputs.k_side.length[..., None]) & inputs.k_side.grid[:, None]
+        gone = ~real.flatten(-2)[..., None, None, :]
+        own = torch.arange(q.shape[3], device=k.device) * self.stride
+        flat = k.flatten(2, 3).mT[:, :, None]
+        out = []
+        for rows in _rows(q.shape[2], batch * heads * num_k * parts * q.shape[3]):
+            logits = q[:, :, rows] @ flat * (inputs.scale / self.stride)
+            mass = logits.masked_fill(gone, -torch.inf).softmax(-1)
+            mass = mass.unflatten(-1, (num_k, parts)).sum(-1)
+            there = own < inputs.q_side.length[..., rows, None]
+            out.append((mass * there[..., None]).sum(-2).log())
+        return torch.cat(out, 2).float()
+
+
+def _cells(blocks: torch.Tensor, exists: torch.Tensor, stride: int) -> torch.Tensor:
+    """``[..., N, parts, stride, D]``, 0 where no token is."""
+    size = blocks.shape[-2]
+    parts = math.ceil(size / stride)
+    blocks = blocks * exists[..., None]
+    blocks = torch.nn.functional.pad(blocks, (0, 0, 0, parts * stride - size))
+    cells: torch.Tensor = blocks.unflatten(-2, (parts, stride))
+    return cells

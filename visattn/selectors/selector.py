@@ -1,0 +1,186 @@
+"""Dynamic patterns: a rule by which a head's blocks are chosen from the queries and keys of a call.
+
+A selector is a frozen dataclass like a static pattern, with a written form; it names, or brings,
+the stages layout -> summary -> score -> select -> rest.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from visattn.layout import Grid, TokenLayout, check_count
+from visattn.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
+from visattn.patterns.pattern import HeadPattern
+from visattn.selectors.force import Force, forced_blocks
+from visattn.selectors.inputs import Inputs
+from visattn.selectors.scores import Score
+from visattn.selectors.selection import PooledRest, SampledRest, Selection
+from visattn.selectors.selects import Select
+from visattn.selectors.sides import Side, ordered_side
+
+__all__ = ["ORDERS", "BlockSelector", "Selector", "Stages", "only_grid", "order_of"]
+
+ORDERS = ("raster", "tiles", "hilbert")
+MAX_BLOCK = 1 << 16
+
+
+def order_of(name: str | Order, grid: Grid, size: int) -> Order:
+    """The order that a selector names, if it names one: ``"raster"``, ``"tiles"`` (boxes of about
+    ``size`` tokens, a block each) or ``"hilbert"``.
+
+    Raises:
+        ValueError: another name.
+    """
+    if not isinstance(name, str):
+        return name
+    if name == "raster":
+        return LineOrder()
+    if name == "hilbert":
+        return HilbertOrder()
+    if name == "tiles":
+        side = 1 << (size.bit_length() - 1) // 3
+        return BoxOrder(fitted((side, side, side), grid, size))
+    raise ValueError(f"order={name!r} must be one of {', '.join(ORDERS)}")
+
+
+def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
+    """The one grid of a layout.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    if len(layout.grids) != 1:
+        raise ValueError(
+            f"{selector} needs a layout with one grid, and {layout} has {len(layout.grids)}; use "
+            "top_blocks"
+        )
+    return layout.grids[0][1]
+
+
+class Selector(HeadPattern):
+    """Base of the dynamic patterns."""
+
+    @abstractmethod
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Selection:
+        """What the heads of a call see: q ``[B, H, L, D]``, k and v ``[B, Hk, L, D]``.
+
+        Raises:
+            ValueError: a size does not fit the layout.
+        """
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a selector whose blocks are the same for all heads is made of.
+
+    Args:
+        score, choose, force, rest: the stages.
+        orders: of queries and keys, by name or themselves; blocks: most tokens of their blocks.
+    """
+
+    score: Score
+    choose: Select
+    force: Force = field(default_factory=Force)
+    rest: PooledRest | SampledRest | None = None
+    orders: tuple[str | Order, str | Order] = ("tiles", "tiles")
+    blocks: tuple[int, int] = (64, 64)
+
+    def grid_orders(self, layout: TokenLayout) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
+        """The orders of queries and keys, one for each grid."""
+        (q_name, k_name), (q_size, k_size) = self.orders, self.blocks
+        return (
+            tuple(order_of(q_name, grid, q_size) for _, grid in layout.grids),
+            tuple(order_of(k_name, grid, k_size) for _, grid in layout.grids),
+        )
+
+    def sides(self, layout: TokenLayout, device: torch.device) -> tuple[Side, Side]:
+        """The blocks of queries and keys."""
+        q_orders, k_orders = self.grid_orders(layout)
+        return (
+            ordered_side(layout, q_orders, self.blocks[0], device),
+            ordered_side(layout, k_orders, self.blocks[1], device),
+        )
+
+
+class BlockSelector(Selector):
+    """A selector whose blocks are the same for all heads; subclasses give its stages."""
+
+    @abstractmethod
+    def stages(self, layout: TokenLayout) -> Stages:
+        """What it is made of on a layout."""
+
+    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
+        """Scores ``[B, H, Nq, Nk]``, minus infinity for pairs that are not chosen among."""
+        return own.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Selection:
+        own = self.stages(layout)
+        sides = own.sides(layout, q.device)
+        inputs = Inputs(q, k, v, layout, scale, *sides)
+        forced = forced_blocks(own.force, layout, own.grid_orders(layout), sides)
+        scores = self.scores(own, inputs)
+        levels = own.choose(scores, sides[1].length, self.widened(forced, inputs))
+        levels = self.adjusted(levels, inputs)
+        selection = Selection.of(*sides, levels, own.choose.levels, own.rest)
+        return self.finished(selection, scores, inputs)
+
+    def adjusted(self, levels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """The levels, with what only the call can tell."""
+        return levels
+
+    def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
+        """The selection, with what goes beyond its levels."""
+        return selection
+
+    def widened(self, forced: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """What is forced, with what only the call can tell; bool, broadcasts to the scores."""
+        return forced
+
+
+def check_block(name: str, size: object) -> None:
+    """Refuse a block size that is none."""
+    if check_count(name, size, 1) > MAX_BLOCK:
+        raise ValueError(f"{name}={size} must be at most {MAX_BLOCK}")
+
+
+def check_share(name: str, value: object, *, above: bool = False) -> None:
+    """Refuse what is no share: a number from 0 (or above it) to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number from 0 to 1")
+    if not 0 <= value <= 1 or (above and value == 0):
+        least = "above 0" if above else "at least 0"
+        raise ValueError(f"{name}={value} must be {least} and at most 1")
+
+
+def check_keep(name: str, value: object) -> None:
+    """Refuse what is no number of blocks: an int of at least 1, or a float in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be an int (blocks) or a float (share of them)")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"{name}={value} must be at least 1 block, or a float in (0, 1]")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"{name}={value} as a share of the blocks must be above 0 and at most 1")
+
+
+def check_word(name: str, value: object, words: Collection[str]) -> None:
+    """Refuse what is none of some words."""
+    if value not in words:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(words)}")

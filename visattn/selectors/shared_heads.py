@@ -1,0 +1,141 @@
+"""Choices that heads share: bi-level routing, and proxy heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.layout import TokenLayout, check_count
+from visattn.orders import BoxOrder
+from visattn.selectors.inputs import Inputs
+from visattn.selectors.scores import Pooled
+from visattn.selectors.select import top_count, top_mass
+from visattn.selectors.selector import (
+    ORDERS,
+    BlockSelector,
+    Stages,
+    check_block,
+    check_keep,
+    check_share,
+    check_word,
+)
+from visattn.selectors.selects import TopK
+
+__all__ = ["BiLevel", "ProxyHeads"]
+
+
+@dataclass(frozen=True, eq=False)
+class BiLevel(BlockSelector):
+    """Bi-level routing: regions are chosen by the mean query and key of all heads together, and all
+    heads see the same ones (Zhu et al. 2023, BiFormer, arXiv 2303.08810, section 3.2).
+
+    Args:
+        keep: regions of a row, or the share of them.
+        region: sides of a region, (frames, height, width).
+
+    Differences: regions are boxes of a given size and not a given number of windows; a region is
+    always its own; the depth-wise convolution of the values is trained, and not here. Heads that do
+    not run this pattern have no part in the choice.
+    """
+
+    keep: int | float = 0.25
+    region: tuple[int, int, int] = (1, 8, 8)
+    name: ClassVar[str] = "bi_level"
+
+    def __post_init__(self) -> None:
+        check_keep("keep", self.keep)
+        BoxOrder(self.region)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        order = BoxOrder(self.region)
+        size = self.region[0] * self.region[1] * self.region[2]
+        return Stages(
+            score=Pooled(log_size=False),
+            choose=TopK(self.keep),
+            orders=(order, order),
+            blocks=(size, size),
+        )
+
+    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
+        scores = own.score(inputs).mean(1, keepdim=True).expand(-1, inputs.heads, -1, -1)
+        return scores.masked_fill(~inputs.pairs, -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class ProxyHeads(BlockSelector):
+    """Groups of heads rank the blocks together, by the means of their queries and keys, and each
+    head takes as many as its own mass needs (ProxyAttn, ICLR 2026).
+
+    Args:
+        mass: the share of a head's own pooled softmax that its number of blocks must hold, on the
+            mean over its rows.
+        groups: of neighbouring heads; it divides the heads that run this pattern.
+        stride: tokens of a block are taken so far apart to rank by.
+        block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+
+    Differences: the published budget is that of the last query block of a causal model; here it is
+    the mean over the rows of a head.
+    """
+
+    mass: float = 0.95
+    groups: int = 1
+    stride: int = 4
+    block: int = 64
+    order: str = "tiles"
+    name: ClassVar[str] = "proxy_heads"
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        check_count("groups", self.groups, 1)
+        check_block("stride", self.stride)
+        check_block("block", self.block)
+        check_word("order", self.order, ORDERS)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=Pooled(log_size=False),
+            choose=TopK(1.0, inside=False),  # the scores hold no more than the budget
+            orders=(self.order, self.order),
+            blocks=(self.block, self.block),
+        )
+
+    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
+        ranks = self._ranks(inputs).masked_fill(~inputs.pairs, -torch.inf)
+        pooled = own.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
+        count = self._budget(pooled)
+        return torch.where(top_count(ranks, count), ranks, -torch.inf)
+
+    def _ranks(self, inputs: Inputs) -> torch.Tensor:
+        """Largest probability of a taken key in each block, over the taken queries of a row."""
+        heads = inputs.heads
+        if heads % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide the {heads} heads that run {self.name}"
+            )
+        each = heads // self.groups
+        q = _group_means(inputs.q_blocks[..., :: self.stride, :], self.groups)
+        k = _group_means(inputs.for_heads(inputs.k_blocks)[..., :: self.stride, :], self.groups)
+        there = inputs.k_side.exists[..., :: self.stride] & inputs.k_side.grid[:, None]
+        flat = k.flatten(2, 3).mT[:, :, None]
+        logits = q @ flat * inputs.scale  # [B, G, Nq, queries, Nk * keys]
+        logits = logits.masked_fill(~there.flatten(-2)[..., None, None, :], -torch.inf)
+        best = logits.softmax(-1).unflatten(-1, k.shape[2:4]).amax(-1)
+        real = inputs.q_side.exists[..., :: self.stride, None]
+        best = best.masked_fill(~real, 0).amax(-2).clamp(min=torch.finfo(torch.float32).tiny)
+        out: torch.Tensor = best.log().repeat_interleave(each, 1).float()
+        return out
+
+    def _budget(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Blocks that a row of each head takes, int64 ``[B, H, 1, 1]``."""
+        count = top_mass(pooled, self.mass).sum(-1)
+        rows = (count > 0).sum(-1).clamp(min=1)
+        return (-(-count.sum(-1) // rows)).clamp(min=1)[..., None, None]
+
+
+def _group_means(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Means over neighbouring heads, ``[B, groups, ...]`` in the width of sums."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out: torch.Tensor = x.to(wide).unflatten(1, (groups, -1)).mean(2)
+    return out
