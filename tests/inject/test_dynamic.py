@@ -116,6 +116,18 @@ def test_kernels_that_there_are_not_are_refused_before_anything_runs():
     assert tiny.footprint(pipe) == before
 
 
+def test_what_is_not_finite_is_said_once(caplog):
+    pipe = tiny.wan21()
+    layer = pipe.transformer.blocks[1].attn1
+    apply_plan(pipe, Plan((Rule(TOP, layer="blocks.1.attn1"),)))
+    with torch.no_grad():
+        layer.norm_k.weight[0] = torch.nan
+    tiny.generate(pipe)
+    lines = [record.message for record in caplog.records if "not finite" in record.message]
+    assert len(lines) == 1 and "blocks.1.attn1" in lines[0]
+    assert "not finite" in summary(pipe).layers[0].reason
+
+
 def test_summary_says_what_was_executed():
     pipe = tiny.wan21()
     apply_plan(pipe, Plan((Rule(TOP),)))

@@ -358,6 +358,22 @@ def test_what_cannot_be_is_refused() -> None:
             parse_pattern(text)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "name", ["top_blocks", "vmoba", "pyramid", "rectified", "jenga", "key_order", "cluster_blocks"]
+)
+def test_scores_that_are_not_finite_keep_everything(name: str, wrong: float) -> None:
+    layout = LAYOUTS["video"]
+    q, k, v = tensors(layout)
+    k[1, 0, 40, 3] = wrong
+    selection = small(name).select(q, k, v, layout, SCALE)
+    assert bool(selection.broken) and float(selection.block_density().min()) == 1
+    out, _ = attend(q, k, v, selection, layout, lengths(layout), SCALE)
+    expected, _ = dense(q, k, v, layout)
+    torch.testing.assert_close(out[0], expected[0], rtol=0, atol=1e-9)
+    assert not bool(small(name).select(*tensors(layout), layout, SCALE).broken)
+
+
 def test_several_grids_are_chosen_among_together() -> None:
     several = TokenLayout(segments=[Grid(1, 5, 5), Grid(2, 6, 6)])
     q = torch.randn(1, 2, several.length, 8, dtype=torch.float64)

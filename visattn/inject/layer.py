@@ -138,6 +138,11 @@ class Layer:
         ]
         return float(torch.stack(found).mean()) if found else None
 
+    def warn(self, memory: Memory) -> None:
+        """Say once that there was nothing to choose by."""
+        if memory.broken is not None and bool(memory.broken):
+            self.tell("scores of its blocks were not finite, so that all of them are kept")
+
     def look(self) -> None:
         """After a call of the module: whether its attention has ever been caught."""
         if not self.sparse_calls + self.dense_calls:
@@ -179,6 +184,9 @@ class Layer:
             for q, k, v, part, memory in zip(*chunks, parts, memories, strict=True)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        for memory in memories:
+            if memory.broken is not None and memory.broken.device.type == "cpu":
+                self.warn(memory)  # on another device reading waits: the summary does
         self.sparse_calls += 1
         self.ran = choose_backend(self.attachment.backend, query).backend
         return out if call.heads_first else out.transpose(1, 2)

@@ -183,6 +183,8 @@ def _rows(own: Attachment) -> list[LayerSummary]:
     layout = _layout(own)
     rows = []
     for layer in own.layers:
+        for memory in layer.memories.values():
+            layer.warn(memory)
         for (phase, pass_), heads in layer.table.items():
             density, blocks = (None, None) if layout is None else _densities(layer, heads, layout)
             rows.append(

@@ -104,7 +104,8 @@ class ArrangedSelector(Selector):
         k_side = arranged_side(layout, k_order, k_runs.start, k_runs.length, k_size)
         inputs = Inputs(q, k, v, layout, scale, q_side, k_side)
         own = self.choose(inputs, q_runs, k_runs)
-        return self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side)))
+        selection = self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side)))
+        return selection.guarded((inputs.q_mean.sum() + inputs.k_mean.sum()).abs())
 
 
 def _levels(own: torch.Tensor, q_side: Side, k_side: Side) -> torch.Tensor:

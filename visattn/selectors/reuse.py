@@ -82,6 +82,7 @@ class Memory:
         self._when: tuple[int, int] = (-1, 0)
         self.step: int | None = None
         self.made = self.reused = 0
+        self.broken: torch.Tensor | None = None  # whether scores were ever not finite
         self.density: dict[Selector, torch.Tensor] = {}  # executed share of each, when last chosen
 
     def begin(self, step: int | None, steps: int | None) -> None:
@@ -128,6 +129,9 @@ class Memory:
         selection = pattern.select(q, k, v, layout, scale)
         self.made += 1
         self.density[pattern] = selection.block_density().mean()
+        if selection.broken is not None:
+            own = selection.broken
+            self.broken = own if self.broken is None else self.broken | own
         return selection
 
 

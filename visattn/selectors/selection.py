@@ -3,7 +3,7 @@ rest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,6 +56,8 @@ class Selection:
         weights: of the tokens of a block in its one mean at level BLOCK, ``[B, H, Nk, block_k]``
             that add up to 1; the logit then has + their entropy in the place of ln n. None: equal
             ones.
+        broken: bool, 0-d: whether scores were not finite, so that everything is seen; None where
+            there are none. Reading it waits for the device.
         correction: ``(factor [B, H, Nq], extra [B, H, Nq, D])``: the output of a block's queries
             is multiplied by the one, and then has the other added.
     """
@@ -68,6 +70,7 @@ class Selection:
     variance: bool = False
     weights: torch.Tensor | None = None
     correction: tuple[torch.Tensor, torch.Tensor] | None = None
+    broken: torch.Tensor | None = None
 
     @staticmethod
     def of(
@@ -85,6 +88,18 @@ class Selection:
             values = tuple(sorted({*values, BLOCK}))
             variance = variance or rest.variance
         return Selection(q_side, k_side, levels, values, rest, variance)
+
+    def guarded(self, scores: torch.Tensor) -> Selection:
+        """The selection, or everything where some score is NaN or infinite: what has no order
+        cannot be chosen among."""
+        broken = (scores.isnan() | (scores == torch.inf)).any()
+        there = (self.q_side.length > 0)[..., :, None] & (self.k_side.length > 0)[..., None, :]
+        levels = torch.where(broken, there.to(torch.uint8), self.levels)
+        correction = self.correction
+        if correction is not None:
+            factor, extra = correction
+            correction = factor.masked_fill(broken, 1), extra.masked_fill(broken, 0)
+        return replace(self, levels=levels, correction=correction, broken=broken)
 
     @property
     def nbytes(self) -> int:

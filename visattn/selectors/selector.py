@@ -140,7 +140,7 @@ class BlockSelector(Selector):
         levels = own.choose(scores, sides[1].length, self.widened(forced, inputs))
         levels = self.adjusted(levels, inputs)
         selection = Selection.of(*sides, levels, own.choose.levels, own.rest)
-        return self.finished(selection, scores, inputs)
+        return self.finished(selection, scores, inputs).guarded(scores)
 
     def adjusted(self, levels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """The levels, with what only the call can tell."""
