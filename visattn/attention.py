@@ -125,9 +125,10 @@ def sparse_attention(
         q: ``[B, H, Lq, D]``, float16, bfloat16, float32 or float64, any device.
         k, v: ``[B, Hk, Lk, D]``, dtype and device of ``q``; ``Hk`` divides ``H``
             (grouped-query heads).
-        pattern: one for all heads, or one per head of ``q``.
+        pattern: one for all heads, or one per head of ``q``; static ones of ``visattn.patterns``,
+            dynamic ones of ``visattn.selectors``, which ``triton`` has no kernels for yet.
         layout: what the tokens are, ``layout.length == Lq``.
-        kv_layout: what the keys are, when that is something else.
+        kv_layout: what the keys are, when that is something else; static patterns only.
         text_lengths: valid tokens of each text segment of the keys, int32 or int64 ``[B]`` or
             ``[B, text segments]``; keys beyond are not seen. None: all are valid.
         scale: factor of the logits; default ``D ** -0.5``.
@@ -144,11 +145,12 @@ def sparse_attention(
     Raises:
         TypeError, ValueError: an argument is wrong; the sentence names it, what came and what
             is allowed.
-        BackendUnavailable: an explicit backend cannot run here.
+        BackendUnavailable: an explicit backend cannot run here, or has no kernel for a pattern.
 
     Gradients: through ``reference`` and ``blockwise`` by autograd; through ``triton`` by computing
-    the visited blocks again in plain torch. ``torch.compile(fullgraph=True)`` sees one op;
-    patterns and layouts are then made outside the compiled function.
+    the visited blocks again in plain torch; through dynamic patterns by autograd, for the blocks
+    that were chosen, and not under ``torch.compile``. ``torch.compile(fullgraph=True)`` sees one
+    op; patterns and layouts are then made outside the compiled function.
     """
     if torch.compiler.is_compiling():
         return _compiled(

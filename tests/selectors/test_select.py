@@ -158,6 +158,14 @@ def test_top_k_of_heads_lets_rows_compete() -> None:
         assert set(kept.flatten().nonzero()[:, 0].tolist()) == expected
 
 
+def test_a_number_for_a_head_counts_the_rows_that_choose() -> None:
+    scores = draws("numbers", 9)
+    scores[:, :, 3] = -torch.inf
+    kept = TopK(2, scope="head")(scores, LENGTH, torch.zeros_like(FORCED))
+    rows = (scores > -torch.inf).any(-1).sum(-1)
+    assert torch.equal(kept.long().sum((-1, -2)), 2 * rows)
+
+
 def test_top_p_bounds_and_forced() -> None:
     scores = draws("numbers", 4).nan_to_num(posinf=9.0, neginf=-float("inf"))
     none = torch.zeros_like(FORCED)

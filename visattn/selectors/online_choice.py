@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from visattn.blockmap import NONE
-from visattn.layout import TokenLayout, on_cpu
+from visattn.layout import Grid, TokenLayout, on_cpu
 from visattn.orders import LineOrder, Order
 from visattn.patterns.diagonal import Diagonal, MultiDiagonal
 from visattn.patterns.pattern import Pattern
@@ -56,6 +56,10 @@ class OnlineChoice(Selector):
                 raise TypeError(f"patterns holds {pattern!r}; it takes static patterns")
         check_block("rows", self.rows)
         check_block("block", self.block)
+
+    def check(self, grid: Grid) -> None:
+        for pattern in self.patterns:
+            pattern.check(grid)
 
     def best(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float

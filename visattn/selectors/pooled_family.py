@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import TokenLayout
+from visattn.layout import Grid, TokenLayout
 from visattn.orders import BoxOrder
 from visattn.patterns.sizes import check_flag
 from visattn.patterns.sliding_tile import SlidingTile
@@ -165,6 +165,10 @@ class NABLA(BlockSelector):
         BoxOrder(self.tile)
         if self.window is not None:
             SlidingTile(self.tile, self.window)
+
+    def check(self, grid: Grid) -> None:
+        if self.window is not None:
+            SlidingTile(self.tile, self.window).check(grid)
 
     def stages(self, layout: TokenLayout) -> Stages:
         order = BoxOrder(self.tile)

@@ -85,7 +85,8 @@ class TopK(Select):
             scores = scores.masked_fill(forced & (scores > -torch.inf), torch.inf)
         rows = as_scope(scores, self.scope)
         if isinstance(self.keep, int) and self.scope == "head":
-            count: torch.Tensor | int = self.keep * scores.shape[2]
+            choosing = (scores > -torch.inf).any(-1).sum(-1)
+            count: torch.Tensor | int = self.keep * choosing[..., None, None]
         else:
             count = count_of(self.keep, candidates(rows))
         kept = of_scope(top_count(rows, count), scores)
