@@ -21,6 +21,7 @@ from visattn.selectors import (
     Selector,
     TopBlocks,
     VMoBA,
+    register_gate,
 )
 from visattn.selectors.arranged import uneven_runs
 from visattn.selectors.attend import attend
@@ -376,6 +377,26 @@ def test_scores_that_are_not_finite_keep_everything(name: str, wrong: float) -> 
     expected, _ = dense(q, k, v, layout)
     torch.testing.assert_close(out[0], expected[0], rtol=0, atol=1e-9)
     assert not bool(small(name).select(*tensors(layout), layout, SCALE).broken)
+
+
+def test_a_trained_gate_chooses() -> None:
+    layout = LAYOUTS["video"]
+    q, k, v = tensors(layout)
+    gated = parse_pattern("top_blocks(0.3, score='gate:mine', block=8)")
+    assert isinstance(gated, TopBlocks)
+    with pytest.raises(ValueError, match="gate 'mine' is not known"):
+        gated.select(q, k, v, layout, SCALE)
+    register_gate("mine", lambda inputs: inputs.q_mean @ inputs.k_mean.mT * SCALE)
+    found = gated.select(q, k, v, layout, SCALE)
+    own = parse_pattern("moba(0.3, 8, 8, 'tiles')")
+    assert isinstance(own, Selector)
+    expected = own.select(q, k, v, layout, SCALE)
+    assert torch.equal(found.levels, expected.levels)
+    register_gate("mine", lambda inputs: inputs.q_mean)
+    with pytest.raises(ValueError, match="they must be"):
+        gated.select(q, k, v, layout, SCALE)
+    with pytest.raises(ValueError, match="name="):
+        register_gate("a b", lambda inputs: inputs.q_mean)
 
 
 def test_several_grids_are_chosen_among_together() -> None:

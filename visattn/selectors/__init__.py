@@ -26,6 +26,7 @@ from visattn.selectors.pooled_family import (
 from visattn.selectors.pyramid import Pyramid
 from visattn.selectors.rectified import Rectified
 from visattn.selectors.reuse import Memory, Reuse
+from visattn.selectors.scores import register_gate
 from visattn.selectors.selection import PooledRest, SampledRest, Selection
 from visattn.selectors.selector import BlockSelector, Selector
 from visattn.selectors.shared_heads import BiLevel, ProxyHeads
@@ -65,6 +66,7 @@ __all__ = [
     "TopBlocks",
     "VMoBA",
     "XAttention",
+    "register_gate",
 ]
 
 SELECTORS: dict[str, type[Selector]] = {

@@ -8,7 +8,8 @@ frozen dataclass, so that it can be written, compared and cached.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,14 +21,20 @@ __all__ = [
     "Antidiagonal",
     "Bounds",
     "ExactMass",
+    "Gate",
     "Pooled",
     "Representative",
     "Sampled",
     "Score",
     "SubTiles",
+    "register_gate",
 ]
 
 CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a row of it
+
+
+# the gates that were registered, by name
+_GATES: dict[str, Callable[[Inputs], torch.Tensor]] = {}
 
 
 class Score:
@@ -246,3 +253,42 @@ def _cells(blocks: torch.Tensor, exists: torch.Tensor, stride: int) -> torch.Ten
     blocks = torch.nn.functional.pad(blocks, (0, 0, 0, parts * stride - size))
     cells: torch.Tensor = blocks.unflatten(-2, (parts, stride))
     return cells
+
+
+def register_gate(name: str, gate: Callable[[Inputs], torch.Tensor]) -> None:
+    """Make a trained gate known, as a score under the name ``"gate:NAME"`` (SeerAttention, VSA and
+    others learn how much a block is worth).
+
+    Args:
+        name: in letters, digits, ``_`` and ``-``; one that is known is replaced.
+        gate: takes the Inputs of a call (``q_blocks``, ``k_mean`` and so on) and gives scores
+            ``[B, H, Nq, Nk]``, logarithms of masses up to a constant of each row.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name={name!r} must be of letters, digits, _ and -")
+    _GATES[name] = gate
+
+
+@dataclass(frozen=True)
+class Gate(Score):
+    """The score of a registered gate."""
+
+    name: str
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        if self.name not in _GATES:
+            raise ValueError(
+                f"gate {self.name!r} is not known in this process; visattn.selectors.register_gate "
+                "makes it so"
+            )
+        scores = _GATES[self.name](inputs)
+        shape = (*inputs.q_mean.shape[:3], inputs.k_mean.shape[2])
+        if tuple(scores.shape) != shape:
+            raise ValueError(
+                f"gate {self.name!r} gave scores of shape {list(scores.shape)}; they must be "
+                f"{list(shape)}"
+            )
+        return scores.float()

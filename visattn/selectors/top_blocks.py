@@ -12,6 +12,7 @@ from visattn.selectors.scores import (
     Antidiagonal,
     Bounds,
     ExactMass,
+    Gate,
     Pooled,
     Representative,
     Sampled,
@@ -41,6 +42,7 @@ SCORES: dict[str, Score] = {
     "sampled": Sampled(),
     "antidiagonal": Antidiagonal(),
 }
+GATE = "gate:"
 RESTS: dict[str, PooledRest | SampledRest | None] = {
     "drop": None,
     "pooled": PooledRest(),
@@ -58,7 +60,7 @@ class TopBlocks(BlockSelector):
         keep: an int is a number of blocks of each row, a float the share of them; the query's own
             block and what is forced count among them. With ``mass``, the least.
         mass: instead, the smallest set that holds this share of the mass.
-        score: one of ``SCORES``.
+        score: one of ``SCORES``, or ``"gate:NAME"`` of a gate that ``register_gate`` knows.
         rest: what becomes of the others: one of ``RESTS``.
         order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
         block: most tokens of a block, of queries and keys, 1 to 65536.
@@ -84,8 +86,10 @@ class TopBlocks(BlockSelector):
         check_keep("keep", self.keep)
         if self.mass is not None:
             check_share("mass", self.mass, above=True)
-        for field, words in (("score", SCORES), ("rest", RESTS), ("order", ORDERS)):
-            check_word(field, getattr(self, field), words)
+        if not (isinstance(self.score, str) and self.score.startswith(GATE)):
+            check_word("score", self.score, (*SCORES, f"{GATE}NAME"))
+        check_word("rest", self.rest, RESTS)
+        check_word("order", self.order, ORDERS)
         check_block("block", self.block)
         for field in ("first_frame", "sink", "neighbours"):
             check_flag(field, getattr(self, field))
@@ -94,8 +98,9 @@ class TopBlocks(BlockSelector):
         choose: Select = TopK(self.keep)
         if self.mass is not None:
             choose = TopP(self.mass, least=self.keep, counted=True)
+        gated = self.score.startswith(GATE)
         return Stages(
-            score=SCORES[self.score],
+            score=Gate(self.score.removeprefix(GATE)) if gated else SCORES[self.score],
             choose=choose,
             force=Force(first_frame=self.first_frame, sink=self.sink, neighbours=self.neighbours),
             rest=RESTS[self.rest],
