@@ -52,8 +52,8 @@ def error_weights(covered: Tensor) -> Tensor:
     """Return the weights of the latents' errors, ``[1, f, h, w]`` with mean 1: more where an object
     is or whose neighbour it is. What an object is shows in few latents, its colour and way in all.
     """
-    first, later = covered[:1], covered[1:]
-    frames = torch.cat([first, later.unflatten(0, (-1, 4)).amax(1)])
+    later = covered[1:].reshape(len(covered) // 4, 4, *covered.shape[1:]).amax(1)
+    frames = torch.cat([covered[:1], later])
     blocks = F.max_pool2d(frames[:, None], 8)
     near = F.max_pool2d(blocks, 3, stride=1, padding=1)[:, 0]
     weights = 1 + OBJECT_WEIGHT * near

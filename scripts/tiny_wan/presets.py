@@ -63,16 +63,18 @@ class Preset:
 
 SMALL, SHORT, MEDIUM, LONG = (3, 6, 6), (5, 8, 8), (7, 12, 12), (9, 16, 16)
 LONGEST = (17, 16, 16)
+# Single frames: what an object is shows in one, at a fraction of a clip's cost.
+STILL, WIDE_STILL = (1, 12, 12), (1, 16, 16)
 
 CPU = Preset(
     name="cpu",
-    batches={SMALL: 32, SHORT: 12, MEDIUM: 4, LONG: 2},
+    batches={SMALL: 32, SHORT: 12, MEDIUM: 4, LONG: 2, STILL: 28, WIDE_STILL: 16},
     # Large grids from the first step on: the fastest rotary frequency has a period of 6.3 tokens,
     # and on grids that are no wider heads look by it alone, which on wider ones makes combs.
     phases=(
-        Phase(0.15, {SMALL: 0.2, SHORT: 0.55, MEDIUM: 0.25}),
-        Phase(0.75, {SHORT: 0.45, MEDIUM: 0.48, LONG: 0.07}),
-        Phase(1.0, {SHORT: 0.2, MEDIUM: 0.6, LONG: 0.2}),
+        Phase(0.15, {STILL: 0.5, SMALL: 0.1, SHORT: 0.25, MEDIUM: 0.15}),
+        Phase(0.75, {STILL: 0.45, WIDE_STILL: 0.15, SHORT: 0.15, MEDIUM: 0.2, LONG: 0.05}),
+        Phase(1.0, {STILL: 0.2, WIDE_STILL: 0.1, SHORT: 0.1, MEDIUM: 0.45, LONG: 0.15}),
     ),
 )
 GPU = Preset(
@@ -114,8 +116,8 @@ TOY = Preset(
     head_size=16,
     feed_forward=64,
     denoiser_steps=24,
-    batches={(2, 4, 4): 8, (3, 6, 6): 2},
-    phases=(Phase(1.0, {(2, 4, 4): 0.75, (3, 6, 6): 0.25}),),
+    batches={(2, 4, 4): 8, (3, 6, 6): 2, (1, 6, 6): 6},
+    phases=(Phase(1.0, {(2, 4, 4): 0.6, (3, 6, 6): 0.2, (1, 6, 6): 0.2}),),
     text_lengths={16: 0.75, 32: 0.25},
     default_grid=(3, 6, 6),
     evaluation_grid=(2, 4, 4),
