@@ -11,7 +11,7 @@ from visattn.inject import apply_plan, observe, remove_plan, sparse, summary
 from visattn.inject.attachment import attached
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule
-from visattn.selectors import Jenga, Memory, Pyramid, Reuse, TopBlocks
+from visattn.selectors import Jenga, Memory, Pyramid, Rectified, Reuse, TopBlocks
 
 TOP = TopBlocks(0.3, block=8)
 HEADS = (TOP, Dense(), Diagonal(3), Pyramid((0.1, 0.3, 0.5, 0.7), block=8))
@@ -135,7 +135,8 @@ def test_summary_says_what_was_executed():
     tiny.generate(pipe)
     row = summary(pipe).layers[0]
     assert 0.2 < row.block_density < 0.7
-    assert "top_blocks" in str(summary(pipe)) or "TopBlocks" in str(summary(pipe))
+    assert "TopBlocks(keep=0.3" in str(summary(pipe))
+    assert summary(pipe).ran == ("blockwise",)
     assert summary(pipe).most_speedup > 1
 
 
@@ -204,3 +205,5 @@ def test_wrong_ways_of_keeping_are_refused(options, words):
         Reuse(TOP, **options)
     with pytest.raises(TypeError, match="selector="):
         Reuse(Diagonal(3))
+    with pytest.raises(ValueError, match="corrects its output by values of the call"):
+        Reuse(Rectified())

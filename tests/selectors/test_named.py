@@ -58,7 +58,6 @@ def pooled(scaled: bool = True) -> Callable[..., float]:
 
 
 def by_rows(
-    selector: BlockSelector,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -106,7 +105,7 @@ def jenga(p: Jenga, q, k, v, layout):  # type: ignore[no-untyped-def]
         near = touching(layout, blocks[0][i], *blocks) & set(scores)
         return near | share(p.mass, p.keep)(scores, own, i)
 
-    return by_rows(p, q, k, v, layout, "hilbert", p.block, pooled(), choose)
+    return by_rows(q, k, v, layout, "hilbert", p.block, pooled(), choose)
 
 
 def draft(p: Draft, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -123,7 +122,7 @@ def draft(p: Draft, q, k, v, layout):  # type: ignore[no-untyped-def]
                     j: pooled()(q[b, h], k[b, h // 2], blocks[i], blocks[j]) for j in grid
                 }
                 pairs |= {(i, j): x for j, x in softmax(rows).items()}
-            order_ = sorted(pairs, key=lambda pair: (pairs[pair] < math.inf, -pairs[pair], pair))
+            order_ = sorted(pairs, key=lambda pair: (-pairs[pair], pair))
             own = [(i, i) for i in grid]
             others = [pair for pair in order_ if pair[0] != pair[1]]
             number = math.ceil(p.keep * len(pairs) - 1e-9)
@@ -152,12 +151,12 @@ def dfsattn(p: DFSAttn, q, k, v, layout):  # type: ignore[no-untyped-def]
             total += sum(x for n, x in probability.items() if all_parts[n][0] in block)
         return math.log(total)
 
-    return by_rows(p, q, k, v, layout, "hilbert", p.block, score, best(p.keep))
+    return by_rows(q, k, v, layout, "hilbert", p.block, score, best(p.keep))
 
 
 def nabla(p: NABLA, q, k, v, layout):  # type: ignore[no-untyped-def]
     size = p.tile[0] * p.tile[1] * p.tile[2]
-    out = by_rows(p, q, k, v, layout, BoxOrder(p.tile), size, pooled(), share(p.mass))
+    out = by_rows(q, k, v, layout, BoxOrder(p.tile), size, pooled(), share(p.mass))
     if p.window is not None:
         from visattn.patterns import SlidingTile
 
@@ -169,7 +168,7 @@ def nabla(p: NABLA, q, k, v, layout):  # type: ignore[no-untyped-def]
 
 def vsa(p: VSA, q, k, v, layout):  # type: ignore[no-untyped-def]
     size = p.tile[0] * p.tile[1] * p.tile[2]
-    return by_rows(p, q, k, v, layout, BoxOrder(p.tile), size, pooled(), best(p.keep))
+    return by_rows(q, k, v, layout, BoxOrder(p.tile), size, pooled(), best(p.keep))
 
 
 def asa(p: ASA, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -190,7 +189,7 @@ def asa(p: ASA, q, k, v, layout):  # type: ignore[no-untyped-def]
             found = max([found, *(probability[t] for t in at(block, k_at))])
         return math.log(found) if found > 0 else -math.inf
 
-    return by_rows(p, q, k, v, layout, "hilbert", p.block, score, share(p.mass))
+    return by_rows(q, k, v, layout, "hilbert", p.block, score, share(p.mass))
 
 
 def xattention(p: XAttention, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -215,20 +214,20 @@ def xattention(p: XAttention, q, k, v, layout):  # type: ignore[no-untyped-def]
             total += sum(x for c, x in probability.items() if columns[c][0] == number)
         return math.log(total)
 
-    return by_rows(p, q, k, v, layout, "raster", p.block, score, share(p.mass))
+    return by_rows(q, k, v, layout, "raster", p.block, score, share(p.mass))
 
 
 def moba(p: MoBA, q, k, v, layout):  # type: ignore[no-untyped-def]
     order = ("raster" if p.queries == 1 else p.order, p.order)
     sizes = (p.queries, p.block)
-    return by_rows(p, q, k, v, layout, order, sizes, pooled(False), best(p.keep))
+    return by_rows(q, k, v, layout, order, sizes, pooled(False), best(p.keep))
 
 
 def top_blocks(p: TopBlocks, q, k, v, layout):  # type: ignore[no-untyped-def]
     def score(q_: torch.Tensor, k_: torch.Tensor, own: list[int], block: list[int]) -> float:
         return pooled()(q_, k_, own, block) + math.log(len(block))
 
-    return by_rows(p, q, k, v, layout, p.order, p.block, score, best(p.keep))
+    return by_rows(q, k, v, layout, p.order, p.block, score, best(p.keep))
 
 
 def sparge(p: Sparge, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -263,7 +262,7 @@ def bi_level(p: BiLevel, q, k, v, layout):  # type: ignore[no-untyped-def]
     size = p.region[0] * p.region[1] * p.region[2]
     keys = k.repeat_interleave(2, 1)
     joint_q, joint_k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, keys))
-    own = by_rows(p, joint_q, joint_k, joint_k, layout, BoxOrder(p.region), size, pooled(),
+    own = by_rows(joint_q, joint_k, joint_k, layout, BoxOrder(p.region), size, pooled(),
                   best(p.keep))
     return own.expand(-1, 4, -1, -1)
 

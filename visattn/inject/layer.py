@@ -45,7 +45,8 @@ class Part:
         self.dense = [n for n, pattern in enumerate(heads) if is_dense(pattern, layout)]
         self.sparse = [n for n in range(len(heads)) if n not in set(self.dense)]
         self.patterns = tuple(heads[n] for n in self.sparse)
-        self.dynamic = any(not isinstance(pattern, Pattern) for pattern in heads)
+        kinds = {isinstance(pattern, Pattern) for pattern in self.patterns}
+        self.static, self.dynamic = True in kinds, False in kinds
         self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +84,7 @@ class Layer:
         self.observers = [own for own, paths in attachment.observers if path in paths]
         self.through_sdpa = False
         self.sparse_calls = self.dense_calls = 0
-        self.ran: str | None = None  # the backend of its last sparse call
+        self.ran: set[str] = set()  # the backends of its sparse calls
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
         self.memories: dict[tuple[object, ...], Memory] = {}
         self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
@@ -188,7 +189,11 @@ class Layer:
             if memory.broken is not None and memory.broken.device.type == "cpu":
                 self.warn(memory)  # on another device reading waits: the summary does
         self.sparse_calls += 1
-        self.ran = choose_backend(self.attachment.backend, query).backend
+        chosen = choose_backend(self.attachment.backend, query).backend
+        if any(part.static for part in parts):
+            self.ran.add(chosen)
+        if any(part.dynamic for part in parts):  # which the kernels do not run
+            self.ran.add("blockwise" if chosen == "triton" else chosen)
         return out if call.heads_first else out.transpose(1, 2)
 
     def _observation(

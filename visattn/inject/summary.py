@@ -145,7 +145,7 @@ def summary(pipe: Any) -> Summary:
             len(own.paths) - sum(bool(layer.table) for layer in own.layers) for own in found
         ),
         backend=found[0].backend,
-        ran=tuple(sorted({layer.ran for own in found for layer in own.layers if layer.ran})),
+        ran=tuple(sorted({name for own in found for layer in own.layers for name in layer.ran})),
         layout=", ".join(sorted(layouts)) or None,
         attention_share=share,
         most_speedup=speedup,

@@ -1,6 +1,6 @@
 """Agent attention: a few mean queries stand between the queries and the keys.
 
-Source: Han et al. 2023, agent attention (ECCV 2024, arXiv 2312.08874), equation 4 and AgentSD:
+Source: Han et al. 2023, agent attention (ECCV 2024, arXiv 2312.08874) and AgentSD:
 ``softmax(q A^T s2) [softmax(A k^T s) v] + c v`` with agents A pooled from the queries. Low-rank and
 not block-sparse, so it is an operator of its own.
 

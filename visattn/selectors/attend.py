@@ -254,8 +254,7 @@ def _to_tokens(blocks: torch.Tensor, side: Side, q: torch.Tensor) -> torch.Tenso
     if side.tokens.shape[:2] == (1, 1):
         kept = side.exists.flatten().nonzero()[:, 0]
         return out.index_copy_(2, side.tokens.flatten()[kept], flat.index_select(2, kept))
-    # a token that is not there repeats the first one of its block, or of another where that is
-    # empty: it is written before those that are
+    # what is not there goes to a place beyond the last token, which is left out
     tokens, exists = side.tokens.flatten(2), side.exists.flatten(2)
     place = torch.where(exists, tokens, q.shape[2])
     wider = blocks.new_empty(batch, heads, q.shape[2] + 1, width)

@@ -1,6 +1,6 @@
 """Mixture of block attention.
 
-Source: MoBA (Lu et al. 2025, arXiv 2502.13189), section 2.2, and FlashMoBA (arXiv 2511.11571) for
+Source: MoBA (Lu et al. 2025, arXiv 2502.13189), and FlashMoBA (arXiv 2511.11571) for
 small blocks. A query token's gate is its product with the mean key of each block, not scaled; the
 blocks of highest gate are kept, the query's own among them.
 

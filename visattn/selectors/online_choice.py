@@ -1,6 +1,6 @@
 """For each head the static pattern that does best on a few queries of the call.
 
-Source: Sparse VideoGen (Xi et al. 2025, ICML, arXiv 2502.01776), section 4.1: some query rows are
+Source: Sparse VideoGen (Xi et al. 2025, ICML, arXiv 2502.01776): some query rows are
 computed in full, once under a spatial and once under a temporal mask, and the head takes the mask
 with the smaller mean squared error.
 

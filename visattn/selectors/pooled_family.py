@@ -36,7 +36,7 @@ MEANS = Pooled(log_size=False)
 class Jenga(BlockSelector):
     """Attention carving: blocks along a space-filling curve; the smallest set with a share of the
     pooled softmax, at least ``keep``, and the blocks around the query's (Zhang et al. 2025, Jenga,
-    NeurIPS 2025, arXiv 2505.16864, section 3.1).
+    NeurIPS 2025, arXiv 2505.16864).
 
     Args:
         mass: the share; keep: the least, a number of blocks or a share of them.
@@ -247,7 +247,7 @@ class PISA(BlockSelector):
 class ASA(BlockSelector):
     """Adaptive block-sparse attention: 16 drawn tokens of each block stand for it; the smallest set
     with a share of the mass by the largest probability in each block (Gu et al. 2025, BLADE,
-    arXiv 2508.10774, section 3.2).
+    arXiv 2508.10774).
 
     Args:
         mass: the share; block: tokens of a block; samples: drawn of each, from ``seed``.

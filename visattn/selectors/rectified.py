@@ -16,43 +16,24 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import TokenLayout
-from visattn.selectors.force import Force
 from visattn.selectors.inputs import Inputs, block_means
-from visattn.selectors.scores import Pooled
+from visattn.selectors.pooled_family import Jenga
 from visattn.selectors.selection import Selection
-from visattn.selectors.selector import BlockSelector, Stages, check_block, check_keep, check_share
-from visattn.selectors.selects import TopP
 
 __all__ = ["Rectified"]
 
 
 @dataclass(frozen=True, eq=False)
-class Rectified(BlockSelector):
-    """The smallest set with a share of the pooled softmax, at least ``keep``, rectified.
+class Rectified(Jenga):
+    """What Jenga keeps, rectified.
 
     Args:
         mass, keep, block: as in Jenga.
     """
 
     mass: float = 0.3
-    keep: int | float = 0.2
-    block: int = 128
     name: ClassVar[str] = "rectified"
-
-    def __post_init__(self) -> None:
-        check_share("mass", self.mass, above=True)
-        check_keep("keep", self.keep)
-        check_block("block", self.block)
-
-    def stages(self, layout: TokenLayout) -> Stages:
-        return Stages(
-            score=Pooled(log_size=False),
-            choose=TopP(self.mass, least=self.keep),
-            force=Force(neighbours=True),
-            orders=("hilbert", "hilbert"),
-            blocks=(self.block, self.block),
-        )
+    keeps: ClassVar[bool] = False  # the correction holds values of the call
 
     def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
         chooses = inputs.pairs.any(-1)  # text queries have no score

@@ -40,6 +40,11 @@ class Reuse(Selector):
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector) or isinstance(self.selector, Reuse):
             raise TypeError(f"selector={self.selector!r} must be a dynamic pattern such as jenga()")
+        if not self.selector.keeps:
+            raise ValueError(
+                f"selector={self.selector} corrects its output by values of the call, which do not "
+                "serve another one; use it without reuse"
+            )
         check_count("every", self.every, 1)
         if self.at is not None:
             if not isinstance(self.at, tuple):

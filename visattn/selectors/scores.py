@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,11 +38,12 @@ CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a 
 _GATES: dict[str, Callable[[Inputs], torch.Tensor]] = {}
 
 
-class Score:
+class Score(ABC):
     """Base of the scores."""
 
+    @abstractmethod
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        raise NotImplementedError
+        """Scores ``[B, H, Nq, Nk]``."""
 
 
 def _rows(count: int, elements: int) -> Iterator[slice]:
@@ -217,7 +219,7 @@ def _at(blocks: torch.Tensor, exists: torch.Tensor, places: list[int]) -> torch.
 class Antidiagonal(Score):
     """Sums of antidiagonals of the logits, of which there is one in every ``stride`` x ``stride``
     cell of tokens, then a softmax over a row of cells, added up in the block (Xu et al. 2025,
-    XAttention, arXiv 2503.16428, section 2.1).
+    XAttention, arXiv 2503.16428).
 
     Args:
         stride: side of a cell; blocks are cut into runs of so many tokens.

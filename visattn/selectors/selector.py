@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -62,7 +63,9 @@ def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
 
 
 class Selector(HeadPattern):
-    """Base of the dynamic patterns."""
+    """Base of the dynamic patterns. ``keeps``: whether a selection serves another call too."""
+
+    keeps: ClassVar[bool] = True
 
     @abstractmethod
     def select(

@@ -6,6 +6,7 @@ so many tokens, BLOCK by one mean of the whole block.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,13 +30,14 @@ BLOCK = 255
 Scope = Literal["row", "head"]
 
 
-class Select:
+class Select(ABC):
     """Base. ``levels`` are the values above 0 that it gives."""
 
     @property
     def levels(self) -> tuple[int, ...]:
         return (1,)
 
+    @abstractmethod
     def __call__(
         self, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
     ) -> torch.Tensor:
@@ -46,7 +48,6 @@ class Select:
             length: tokens of the key blocks, int64 ``[G, G', Nk]``.
             forced: bool, broadcasts to the scores: what is kept in any case, at level 1.
         """
-        raise NotImplementedError
 
 
 def as_scope(x: torch.Tensor, scope: Scope) -> torch.Tensor:

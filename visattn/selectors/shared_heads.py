@@ -29,7 +29,7 @@ __all__ = ["BiLevel", "ProxyHeads"]
 @dataclass(frozen=True, eq=False)
 class BiLevel(BlockSelector):
     """Bi-level routing: regions are chosen by the mean query and key of all heads together, and all
-    heads see the same ones (Zhu et al. 2023, BiFormer, arXiv 2303.08810, section 3.2).
+    heads see the same ones (Zhu et al. 2023, BiFormer, arXiv 2303.08810).
 
     Args:
         keep: regions of a row, or the share of them.

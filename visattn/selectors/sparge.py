@@ -1,6 +1,6 @@
 """SpargeAttn's first stage: means of similar tokens, and blocks that are no good mean kept.
 
-Source: SpargeAttn (Zhang et al. 2025, ICML, arXiv 2502.18137), section 3.2: keys have their mean
+Source: SpargeAttn (Zhang et al. 2025, ICML, arXiv 2502.18137): keys have their mean
 subtracted; a block's self-similarity is the mean cosine of all its pairs; the softmax is taken over
 the means of self-similar blocks, the smallest set with a share of it is kept, and what is not
 self-similar is kept whole.
