@@ -1,11 +1,13 @@
 """Compile every row of the launch table for its target, with no GPU, and write what it takes.
 
     python scripts/compile_matrix.py --jobs 2 --output assets/tables/compile_matrix.json
+    python scripts/compile_matrix.py --family selection      # the other family's rows are kept
 
-Each row of ``visattn.kernels.targets.LAUNCHES`` is compiled in every variant of the masks
-(predicate kinds, orders, text lengths, split rows). The table holds registers, shared memory,
-stack, spilled instructions inside and outside the loop over full blocks, and matrix instructions,
-and the hash of the kernel sources that it was made from. Nothing in it is a timing.
+There are two families. ``forward``: each row of ``visattn.kernels.targets.LAUNCHES`` is compiled in
+every variant of the masks (predicate kinds, orders, text lengths, split rows). ``selection``: the
+kernels of dynamic patterns, as ``compiled/selection.py`` says. The table holds registers, shared
+memory, stack, spilled instructions inside and outside the loop over full blocks, and matrix
+instructions, and the hash of the sources of each family. Nothing in it is a timing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from compiled.selection import TYPES, Row, kernel_of, rows_of, type_of
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"
@@ -43,17 +48,26 @@ VARIANTS = [
 CORE = (64, 128)  # head sizes of every variant; the others have those that take most registers
 FEWER = ["none", "strided", "radial", "bits"]
 PADDED = {40: ("float16", "sm_80"), 80: ("float16", "gfx942"), 96: ("bfloat16", "sm_90")}
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 MATRIX = re.compile(r"\b(UTC\w*MMA|HGMMA|QGMMA|HMMA|IMMA|DMMA|v_mfma_\w+)")
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
-def source_hash() -> str:
-    """Hash of everything that the compiled code depends on."""
-    digest = hashlib.sha256()
-    for path in sorted(KERNELS.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+# the files of each family, and what both launch by
+FAMILIES = {
+    "forward": ("forward", "masks", "permute", "targets"),
+    "selection": ("levels", "pooled", "queries", "select", "summary", "targets"),
+}
+
+
+def source_hashes() -> dict[str, str]:
+    """Hash of everything that the compiled code of each family depends on."""
+    found = {}
+    for family, names in FAMILIES.items():
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(name.encode() + (KERNELS / f"{name}.py").read_bytes())
+        found[family] = digest.hexdigest()[:16]
+    return found
 
 
 def _arguments(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str],
@@ -91,13 +105,9 @@ def compile_row(
 ) -> dict[str, Any]:
     """Compile one variant of the forward kernel; returns its resources."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from visattn.kernels.forward import _forward_kernel
-    from visattn.kernels.targets import TARGETS
 
-    target = TARGETS[target_name]
     block_q, block_k, warps, stages = launch
     first, _, second = variant.partition("+")
     constants = {
@@ -114,24 +124,46 @@ def compile_row(
         "IEEE": dtype == "float32",
     }
     signature, attributes = _arguments(_forward_kernel, dtype, constants)
-    source = ASTSource(_forward_kernel, signature, constexprs=constants, attrs=attributes)
+    place = {"family": "forward", "target": target_name, "dtype": dtype, "dim": dim}
+    place |= {"variant": variant, "block": [block_q, block_k], "warps": warps, "stages": stages}
+    return place | _compiled(_forward_kernel, signature, attributes, constants, place)
+
+
+def compile_selection(row: Row) -> dict[str, Any]:
+    """Compile one kernel of the dynamic patterns; returns its resources."""
+    kernel = kernel_of(row.kernel)
+    signature, attributes = {}, {}
+    for number, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in row.constants else type_of(name, row.dtype)
+        if signature[name].startswith("*") or name.startswith("stride_"):
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    place = {"family": "selection", "target": row.target, "dtype": row.dtype, "dim": row.dim}
+    place |= {"variant": row.variant, "warps": row.warps, "stages": row.stages}
+    return place | _compiled(kernel, signature, attributes, row.constants, place)
+
+
+def _compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    attributes: dict[Any, Any],
+    constants: dict[str, Any],
+    place: dict[str, Any],
+) -> dict[str, Any]:
+    """Compile a kernel for a target; what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from visattn.kernels.targets import TARGETS
+
+    target = TARGETS[place["target"]]
     compiled = triton.compile(
-        source,
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": place["warps"], "num_stages": place["stages"]},
     )
-    row: dict[str, Any] = {
-        "target": target_name,
-        "dtype": dtype,
-        "dim": dim,
-        "variant": variant,
-        "block": [block_q, block_k],
-        "warps": warps,
-        "stages": stages,
-        "shared": compiled.metadata.shared,
-        "shared_limit": target.shared_bytes,
-    }
-    return row | (_nvidia(compiled) if target.backend == "cuda" else _amd(compiled))
+    found = {"shared": compiled.metadata.shared, "shared_limit": target.shared_bytes}
+    return found | (_nvidia(compiled) if target.backend == "cuda" else _amd(compiled))
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -247,10 +279,12 @@ def _job(job: tuple[Any, ...]) -> dict[str, Any]:
     from triton.runtime.errors import PTXASError
 
     try:
-        return compile_row(*job)
+        return compile_selection(job) if isinstance(job, Row) else compile_row(*job)
     except (CompilationError, PTXASError, RuntimeError, subprocess.CalledProcessError) as error:
         names = ("target", "dtype", "dim", "launch", "variant")
-        return dict(zip(names, job, strict=False)) | {"error": str(error)[:300]}
+        place = job._asdict() if isinstance(job, Row) else dict(zip(names, job, strict=False))
+        family = "selection" if isinstance(job, Row) else "forward"
+        return place | {"family": family, "error": str(error)[:300]}
 
 
 def explore(jobs: list[tuple[Any, ...]], workers: int) -> list[dict[str, Any]]:
@@ -288,8 +322,9 @@ def broken_limits(row: dict[str, Any]) -> list[str]:
     broken = []
     if row["shared"] > row["shared_limit"]:
         broken.append(f"shared memory {row['shared']} > {row['shared_limit']}")
+    forward = row["family"] == "forward"
     if row["target"].startswith("sm_") and row["dtype"] != "float32":
-        if row["loops"] != 2:
+        if forward and row["loops"] != 2:
             broken.append(f"{row['loops']} loops with matrix products, expected 2")
         if row["spills_full_loop"]:
             broken.append(f"{row['spills_full_loop']} spills in the loop over full blocks")
@@ -319,13 +354,15 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 
 
 def _place(row: dict[str, Any]) -> str:
-    return " ".join(str(row[name]) for name in ("target", "dtype", "dim", "variant"))
+    return " ".join(str(row[name]) for name in ("family", "target", "dtype", "dim", "variant"))
 
 
-def _write(path: Path, rows: list[dict[str, Any]], version: str) -> None:
+def _write(
+    path: Path, rows: list[dict[str, Any]], version: str, hashes: dict[str, str]
+) -> None:
     head = {
         "triton": version,
-        "source_hash": source_hash(),
+        "source_hashes": hashes,
         "limits": {"stack_16_bit_nvidia": STACK_LIMIT, "spills_full_loop_16_bit_nvidia": 0},
     }
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
@@ -338,6 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--output", type=Path, default=TABLE, help="the table, JSON")
     parser.add_argument("--targets", nargs="+", metavar="TARGET", help="only these; default: all")
+    parser.add_argument("--family", choices=FAMILIES, help="only this one; default: both")
     parser.add_argument(
         "--check", action="store_true", help="compile nothing: is the table fresh and within limits"
     )
@@ -346,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     if options.check:
         table = json.loads(options.output.read_text())
-        rows, fresh = table["rows"], table["source_hash"] == source_hash()
+        rows, fresh = table["rows"], table["source_hashes"] == source_hashes()
         if not fresh:
             print("stale: the kernels changed; run python scripts/compile_matrix.py")
     else:
@@ -354,13 +392,23 @@ def main(arguments: list[str] | None = None) -> int:
 
         from visattn.kernels.targets import TARGETS
 
-        fresh = True
-        started = source_hash()
-        rows = explore(jobs_of(options.targets or list(TARGETS)), options.jobs)
-        if source_hash() != started:
+        fresh, targets = True, options.targets or list(TARGETS)
+        started = source_hashes()
+        families = [options.family] if options.family else list(FAMILIES)
+        jobs: list[Any] = jobs_of(targets) if "forward" in families else []
+        if "selection" in families:
+            jobs += [row for target in targets for row in rows_of(target)]
+        rows, hashes = explore(jobs, options.jobs), dict(started)
+        if options.family:  # the other family's rows are as they were
+            table = json.loads(options.output.read_text())
+            rows += [row for row in table["rows"] if row["family"] != options.family]
+            other = next(name for name in FAMILIES if name != options.family)
+            hashes[other] = table["source_hashes"][other]
+            rows.sort(key=lambda row: list(FAMILIES).index(row["family"]))
+        if source_hashes() != started:
             print("the kernels changed while they were compiled: nothing is written")
             return 1
-        _write(options.output, rows, triton.__version__)
+        _write(options.output, rows, triton.__version__, hashes)
     print(_summary(rows))
     failures = [f"{_place(row)}: {text}" for row in rows for text in broken_limits(row)]
     print("\n".join(failures) if failures else "all limits hold")

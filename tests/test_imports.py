@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     {"_compat", "_version", "files"},
     {"kernels"},
-    {"layout"},
+    {"launch", "layout"},
     {"orders"},
     {"predicates"},
     {"blockmap"},
@@ -27,7 +27,7 @@ ROWS = (
     {"execute"},
     {"op"},
     {"attention"},
-    {"plan"},
+    {"bench", "plan"},
     {"pipelines"},
     {"inject"},
     {"generation", "metrics", "readout"},

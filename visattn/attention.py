@@ -126,7 +126,7 @@ def sparse_attention(
         k, v: ``[B, Hk, Lk, D]``, dtype and device of ``q``; ``Hk`` divides ``H``
             (grouped-query heads).
         pattern: one for all heads, or one per head of ``q``; static ones of ``visattn.patterns``,
-            dynamic ones of ``visattn.selectors``, which ``triton`` has no kernels for yet.
+            dynamic ones of ``visattn.selectors``.
         layout: what the tokens are, ``layout.length == Lq``.
         kv_layout: what the keys are, when that is something else; static patterns only.
         text_lengths: valid tokens of each text segment of the keys, int32 or int64 ``[B]`` or

@@ -15,8 +15,9 @@ from visattn.patterns import HeadPattern, Pattern
 from visattn.reference import reference_attention
 from visattn.selectors import Agent, Selector
 from visattn.selectors.attend import attend
+from visattn.selectors.largest import largest_logits
+from visattn.selectors.memory import Memory
 from visattn.selectors.reference import reference_attend
-from visattn.selectors.reuse import Memory
 from visattn.triton_backend import triton_attention, why_unavailable
 
 __all__ = [
@@ -159,10 +160,10 @@ def check_kernels(backend: str, patterns: Iterable[HeadPattern]) -> None:
     Raises:
         BackendUnavailable: the kernels were asked for, and a pattern has none.
     """
-    other = next((item for item in patterns if not isinstance(item, Pattern)), None)
+    other = next((item for item in patterns if isinstance(item, Agent)), None)
     if backend == "triton" and other is not None:
         raise BackendUnavailable(
-            f"backend='triton' has no kernel for the dynamic pattern {other} yet; use "
+            f"backend='triton' has no kernel for {other}, which is plain products; use "
             "backend='blockwise' or 'auto'"
         )
 
@@ -183,10 +184,25 @@ def _dynamic(
     if isinstance(pattern, Agent):
         return pattern.run(q, k, v, layout, text_lengths, scale), None
     assert isinstance(pattern, Selector)
+    kernels = backend == "triton"
     with torch.no_grad():
-        selection = memory.choose(pattern, q, k, v, layout, scale)
-    run = reference_attend if backend == "reference" else attend
-    return run(q, k, v, selection, layout, text_lengths, scale)
+        selection = memory.choose(pattern, q, k, v, layout, scale, kernels=kernels)
+    reference = memory.past(pattern).lse if pattern.records else None
+    highest = None
+    if kernels:
+        from visattn.selectors.device import kernel_attend
+
+        out, lse, highest = kernel_attend(
+            q, k, v, selection, layout, text_lengths, scale, reference=reference
+        )
+    else:
+        run = reference_attend if backend == "reference" else attend
+        out, lse = run(q, k, v, selection, layout, text_lengths, scale)
+    with torch.no_grad():
+        if reference is not None and highest is None:
+            highest = largest_logits(q, k, selection, reference, scale)
+        memory.learn(pattern, q, k, v, out, lse, layout, text_lengths, scale, highest)
+    return out, lse
 
 
 def _static(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 
 from visattn.blockmap import BlockMap, MapCache
 from visattn.devicemaps import DeviceMaps, device_maps
+from visattn.launch import interpreting, launch_of
 from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
 
@@ -16,14 +16,8 @@ __all__ = ["triton_attention", "why_unavailable"]
 
 Lower = Callable[[Pattern, int, int], BlockMap]
 MAX_HEAD_SIZE = 256
-INTERPRETED = (32, 32, 4, 1)  # blocks, warps and stages where Triton's interpreter runs the kernels
 
 DEVICE_MAPS: MapCache[DeviceMaps] = MapCache(limit_bytes=1 << 30)
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET``), as tests do."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def why_unavailable(q: torch.Tensor) -> str | None:
@@ -44,16 +38,6 @@ def why_unavailable(q: torch.Tensor) -> str | None:
         if major < 8:
             return f"it needs compute capability 8.0, and {q.device} has {major}.{minor}"
     return None
-
-
-def _settings(q: torch.Tensor) -> tuple[int, int, int, int]:
-    """Blocks of queries and keys, warps and stages."""
-    if q.device.type == "cpu":
-        return INTERPRETED
-    from visattn.kernels.targets import launch_settings, target_of
-
-    launch = launch_settings(target_of(q.device), q.dtype, q.shape[3])
-    return launch.block_q, launch.block_k, launch.warps, launch.stages
 
 
 def triton_attention(
@@ -80,7 +64,7 @@ def triton_attention(
     from visattn.kernels.forward import forward
     from visattn.kernels.permute import permute
 
-    block_q, block_k, warps, stages = settings or _settings(q)
+    block_q, block_k, warps, stages = settings or launch_of(q)
     key = (patterns, layout, kv_layout, block_q, block_k, k.shape[1], q.device, split)
 
     def make() -> DeviceMaps:

@@ -19,6 +19,7 @@ WARM_UP = 60  # steps
 DECAY = 0.25  # share of the steps in which the rates fall to 0 at the end
 OBJECT_WEIGHT = 4.0  # of errors at objects, besides that of all
 NO_CAPTION = 0.1  # share of clips that are trained without their caption
+MOST_LONG_TEXTS = 32  # clips of a batch; above it texts are short, as each token costs
 LARGEST_BATCH = 1024  # clip numbers of a step begin at a multiple of it
 
 
@@ -81,6 +82,8 @@ class Batches(torch.utils.data.Dataset[Batch]):
         ]
         captions = ["" if rng.random() < NO_CAPTION else clip.caption for clip in clips]
         text_length = list(preset.text_lengths)[_draw(preset.text_lengths, rng)]
+        if len(clips) > MOST_LONG_TEXTS:
+            text_length = min(preset.text_lengths)
         frames = torch.stack([clip.frames.movedim(0, 1) for clip in clips]) * 2 - 1
         weights = torch.stack([error_weights(clip.covered) for clip in clips])
         return Batch(frames, weights, captions, text_length)
@@ -112,12 +115,14 @@ def flow_matching_loss(
 ) -> Tensor:
     """Return the weighted mean squared error of the velocity noise − latents.
 
-    Noise levels are spread evenly over the batch, on the sampler's own shifted scale.
+    Noise levels are spread over the batch, on the sampler's own shifted scale, more of them in the
+    middle, where what is seen takes shape (the logistic of evenly spread normal numbers).
     """
     batch = len(latents)
     offset = torch.rand(1, generator=generator)
     order = torch.randperm(batch, generator=generator)
-    even = ((order + offset) / batch).to(latents)
+    even = torch.special.ndtri(((order + offset) / batch).clamp(1e-4, 1 - 1e-4))
+    even = even.sigmoid().to(latents)
     sigma = FLOW_SHIFT * even / (1 + (FLOW_SHIFT - 1) * even)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     level = sigma.view(-1, 1, 1, 1, 1)

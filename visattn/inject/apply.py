@@ -13,6 +13,7 @@ from visattn.attention import Backend, choose_backend
 from visattn.execute import BACKENDS, check_kernels
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
 from visattn.inject.observation import Observer
+from visattn.layout import check_count
 from visattn.patterns import HeadPattern
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
@@ -23,7 +24,11 @@ __all__ = ["apply_plan", "denoisers", "models_of", "observe", "remove_plan", "sp
 
 
 def apply_plan(
-    pipe: Any, plan: Plan | HeadPattern | str | os.PathLike[str], *, backend: str = "auto"
+    pipe: Any,
+    plan: Plan | HeadPattern | str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    audit: int = 0,
 ) -> Plan:
     """Let a pipeline compute its attention as a plan says, from its next call on.
 
@@ -33,6 +38,8 @@ def apply_plan(
         plan: a Plan; a pattern, for all heads of all layers; the path or hub id of a plan;
             a pattern in written form; or ``"auto"``, the plan that lies beside the model's weights.
         backend: of ``sparse_attention``.
+        audit: query rows of each sparse head whose exact attention is computed beside, at
+            ``audit / tokens`` of its cost; ``summary`` then says what was missed. 0: none.
 
     Returns:
         The plan. An earlier one is replaced. Dense layers, heads and steps run the attention
@@ -58,13 +65,15 @@ def apply_plan(
             f"plan is for another model: it is made for {', '.join(sorted(made_for))} too, and "
             f"{type(pipe).__name__} has {', '.join(known)}"
         )
+    if audit:
+        check_count("audit", audit, 1)
     chosen = _check_backend(backend, [model for model, _ in known.values()])
     check_kernels(backend, (head for rule in own.rules for head in rule.heads))
     new = []
     for role, (model, family) in known.items():
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
         whole = None if _alone(pipe) else pipe
-        new.append(Attachment(model, role, family, own, chosen, whole))
+        new.append(Attachment(model, role, family, own, chosen, whole, audit=audit))
     _exchange([attached(attachment.model) for attachment in new], new)
     return own
 
@@ -80,12 +89,16 @@ def remove_plan(pipe: Any) -> None:
 
 @contextmanager
 def sparse(
-    pipe: Any, plan: Plan | HeadPattern | str | os.PathLike[str], *, backend: str = "auto"
+    pipe: Any,
+    plan: Plan | HeadPattern | str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    audit: int = 0,
 ) -> Iterator[Plan]:
     """A plan on a pipeline inside a ``with`` block; after it the pipeline has the plan that it had
     before, or none. Arguments and errors as ``apply_plan``."""
     before = {role: attached(model) for role, model in models_of(pipe).items()}
-    own = apply_plan(pipe, plan, backend=backend)
+    own = apply_plan(pipe, plan, backend=backend, audit=audit)
     try:
         yield own
     finally:
@@ -124,7 +137,7 @@ def observe(
         observers = (*own.observers, (observer, frozenset(paths if layers is None else layers)))
         before.append(attached(model))
         new.append(
-            Attachment(model, role, family, own.plan, own.backend, whole, observers)
+            Attachment(model, role, family, own.plan, own.backend, whole, observers, own.audit)
         )
     _exchange(before, new)
     try:

@@ -62,6 +62,7 @@ class Attachment:
         plan: checked to fit it; backend: of ``sparse_attention``.
         pipe: the pipeline that it is part of, if any.
         observers: each with the paths of the layers whose calls it is shown.
+        audit: query rows of a head whose exact attention is computed beside.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Attachment:
         backend: Backend,
         pipe: object | None,
         observers: tuple[tuple[Observer, frozenset[str]], ...] = (),
+        audit: int = 0,
     ) -> None:
         self.model, self.role, self.family = model, role, family
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
@@ -84,7 +86,7 @@ class Attachment:
         self.context: Context | None = None
         self.guidance = Guidance()
         self.told: set[str] = set()
-        self.observers = observers
+        self.observers, self.audit = observers, audit
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.layers: list[Layer] = []
         for number, (path, module) in enumerate(modules.items()):

@@ -23,7 +23,8 @@ from visattn.inject.watched import (
 from visattn.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, Pattern
 from visattn.plan import ANY
-from visattn.selectors import Memory, Selector
+from visattn.selectors import Agent, Memory, Selector
+from visattn.selectors.audit import audit
 
 if TYPE_CHECKING:
     from visattn.inject.attachment import Attachment
@@ -45,8 +46,9 @@ class Part:
         self.dense = [n for n, pattern in enumerate(heads) if is_dense(pattern, layout)]
         self.sparse = [n for n in range(len(heads)) if n not in set(self.dense)]
         self.patterns = tuple(heads[n] for n in self.sparse)
-        kinds = {isinstance(pattern, Pattern) for pattern in self.patterns}
-        self.static, self.dynamic = True in kinds, False in kinds
+        self.dynamic = any(not isinstance(pattern, Pattern) for pattern in self.patterns)
+        agents = {isinstance(pattern, Agent) for pattern in self.patterns}
+        self.kernels, self.products = False in agents, True in agents
         self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +141,22 @@ class Layer:
         ]
         return float(torch.stack(found).mean()) if found else None
 
+    def missed(self, patterns: Heads) -> tuple[float, float] | None:
+        """Mean dropped mass and error of the heads with some patterns in their last audited calls;
+        None before the first."""
+        found = [
+            (own.dropped[:, n].mean(), own.error[:, n].mean())
+            for memory in self.memories.values()
+            if memory.audited is not None
+            for heads, own in [memory.audited]
+            for n, pattern in enumerate(heads)
+            if pattern in patterns
+        ]
+        if not found:
+            return None
+        dropped, error = (float(torch.stack(own).mean()) for own in zip(*found, strict=True))
+        return dropped, error
+
     def warn(self, memory: Memory) -> None:
         """Say once that there was nothing to choose by."""
         if memory.broken is not None and bool(memory.broken):
@@ -190,9 +208,9 @@ class Layer:
                 self.warn(memory)  # on another device reading waits: the summary does
         self.sparse_calls += 1
         chosen = choose_backend(self.attachment.backend, query).backend
-        if any(part.static for part in parts):
+        if any(part.kernels for part in parts):
             self.ran.add(chosen)
-        if any(part.dynamic for part in parts):  # which the kernels do not run
+        if any(part.products for part in parts):  # which are plain products on every backend
             self.ran.add("blockwise" if chosen == "triton" else chosen)
         return out if call.heads_first else out.transpose(1, 2)
 
@@ -278,7 +296,7 @@ class Layer:
     def _memories(self, parts: tuple[Part, ...], batch: int) -> list[Memory]:
         """What the dynamic patterns of each part of a batch remember: by pass and size, as far as
         these are known."""
-        if not any(part.dynamic for part in parts):
+        if not any(part.dynamic for part in parts) and not self.attachment.audit:
             return [Memory() for _ in parts]
         attachment = self.attachment
         step, steps = attachment.step()
@@ -310,10 +328,17 @@ class Layer:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads) -> torch.Tensor:
             if torch.compiler.is_compiling():  # after a graph break
                 return sparse_attention(q, k, v, heads, layout, scale=scale, backend=backend)
-            out = attention_by(
-                q, k, v, heads, layout, None, None, scale, backend, False, memory
+            rows = self.attachment.audit
+            with_lse = rows > 0 and not part.products  # which have none
+            found = attention_by(
+                q, k, v, heads, layout, None, None, scale, backend, with_lse, memory
             )
-            assert isinstance(out, torch.Tensor)
+            out, lse = found if isinstance(found, tuple) else (found, None)
+            if rows:
+                factor = q.shape[3] ** -0.5 if scale is None else scale
+                with torch.no_grad():
+                    own = audit(q, k, v, out, lse, layout, None, factor, rows, memory.step or 0)
+                memory.audited = (heads, own)
             return out
 
         if not part.dense or k.shape[1] != q.shape[1]:  # grouped keys are not split by query head

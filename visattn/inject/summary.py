@@ -27,7 +27,9 @@ class LayerSummary:
     ``density`` and ``block_density`` are means over its heads at ``layout``, the last one that ran,
     or else the plan's own; None without either. ``sparse_calls`` and ``dense_calls`` count its
     calls so far, in all phases and passes, and ``reason`` says why calls were dense that the plan
-    wanted sparse.
+    wanted sparse. ``dropped`` and ``error`` are means over the audited rows of its sparse heads at
+    the last step: the mass that was left out, and the L1 norm of the output's error over that of
+    the exact output; None without an audit.
     """
 
     role: str
@@ -40,6 +42,8 @@ class LayerSummary:
     sparse_calls: int
     dense_calls: int
     reason: str | None
+    dropped: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,10 @@ class Summary:
         for row in self.layers:
             for pattern in row.patterns:
                 names.setdefault(pattern, f"p{len(names) + 1}")
-        table = [("layer", "when", "density", "blocks", "sparse calls", "dense calls", "heads")]
+        audited = any(row.error is not None for row in self.layers)
+        missed = ("dropped", "error") if audited else ()
+        calls = ("sparse calls", "dense calls")
+        table = [("layer", "when", "density", "blocks", *missed, *calls, "heads")]
         for rows in _runs(self.layers):
             row = rows[0]
             table.append(
@@ -90,6 +97,7 @@ class Summary:
                     _when(row, single),
                     _share(row.density),
                     _share(row.block_density),
+                    *((_share(row.dropped), _share(row.error)) if audited else ()),
                     str(row.sparse_calls),
                     str(row.dense_calls) + ("" if row.reason is None else f" ({row.reason})"),
                     " + ".join(f"{count} {names[own]}" for own, count in row.patterns.items()),
@@ -187,6 +195,7 @@ def _rows(own: Attachment) -> list[LayerSummary]:
             layer.warn(memory)
         for (phase, pass_), heads in layer.table.items():
             density, blocks = (None, None) if layout is None else _densities(layer, heads, layout)
+            missed = layer.missed(heads)
             rows.append(
                 LayerSummary(
                     role=own.role,
@@ -199,6 +208,8 @@ def _rows(own: Attachment) -> list[LayerSummary]:
                     sparse_calls=layer.sparse_calls,
                     dense_calls=layer.dense_calls,
                     reason=layer.reason,
+                    dropped=None if missed is None else missed[0],
+                    error=None if missed is None else missed[1],
                 )
             )
     return rows

@@ -11,6 +11,7 @@ from visattn.selectors.core_context import CoreContext
 from visattn.selectors.hashing import Hashing
 from visattn.selectors.hierarchical import Hierarchical
 from visattn.selectors.key_order import KeyOrder
+from visattn.selectors.memory import Memory
 from visattn.selectors.moba import MoBA
 from visattn.selectors.online_choice import OnlineChoice
 from visattn.selectors.pooled_family import (
@@ -25,11 +26,12 @@ from visattn.selectors.pooled_family import (
 )
 from visattn.selectors.pyramid import Pyramid
 from visattn.selectors.rectified import Rectified
-from visattn.selectors.reuse import Memory, Reuse
+from visattn.selectors.reuse import Reuse
 from visattn.selectors.scores import register_gate
 from visattn.selectors.selection import PooledRest, SampledRest, Selection
 from visattn.selectors.selector import BlockSelector, Selector
 from visattn.selectors.shared_heads import BiLevel, ProxyHeads
+from visattn.selectors.skip_list import SkipList
 from visattn.selectors.sparge import Sparge
 from visattn.selectors.top_blocks import TopBlocks
 from visattn.selectors.vmoba import VMoBA
@@ -62,6 +64,7 @@ __all__ = [
     "SampledRest",
     "Selection",
     "Selector",
+    "SkipList",
     "Sparge",
     "TopBlocks",
     "VMoBA",
@@ -92,6 +95,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "cluster_blocks": ClusterBlocks,
     "online_choice": OnlineChoice,
     "hashing": Hashing,
+    "skip_list": SkipList,
     "reuse": Reuse,
 }
 DYNAMIC.update(SELECTORS)

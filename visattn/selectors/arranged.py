@@ -10,6 +10,7 @@ import torch
 from visattn.layout import TokenLayout
 from visattn.orders import Order
 from visattn.selectors.inputs import Inputs
+from visattn.selectors.past import Past
 from visattn.selectors.selection import Selection
 from visattn.selectors.selector import Selector, only_grid
 from visattn.selectors.sides import Side, arranged_side
@@ -75,10 +76,10 @@ class ArrangedSelector(Selector):
 
     @abstractmethod
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         """Order of the queries ``[B, H, n]``, its runs and their most tokens, and those of the
-        keys; grid tokens counted from the first."""
+        keys; grid tokens counted from the first. ``past`` may be read and written."""
 
     @abstractmethod
     def choose(
@@ -97,12 +98,17 @@ class ArrangedSelector(Selector):
         v: torch.Tensor,
         layout: TokenLayout,
         scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
     ) -> Selection:
         only_grid(layout, self)
-        q_order, q_runs, q_size, k_order, k_runs, k_size = self.arrange(q, k, layout, scale)
+        q_order, q_runs, q_size, k_order, k_runs, k_size = self.arrange(
+            q, k, layout, scale, Past() if past is None else past
+        )
         q_side = arranged_side(layout, q_order, q_runs.start, q_runs.length, q_size)
         k_side = arranged_side(layout, k_order, k_runs.start, k_runs.length, k_size)
-        inputs = Inputs(q, k, v, layout, scale, q_side, k_side)
+        inputs = Inputs(q, k, v, layout, scale, q_side, k_side, kernels)
         own = self.choose(inputs, q_runs, k_runs)
         selection = self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side)))
         return selection.guarded((inputs.q_mean.sum() + inputs.k_mean.sum()).abs())

@@ -17,7 +17,16 @@ from visattn.selectors.selection import PooledRest, SampledRest, Selection
 from visattn.selectors.selects import BLOCK
 from visattn.selectors.sides import Side, take_tokens
 
-__all__ = ["attend", "sample_tokens"]
+__all__ = [
+    "attend",
+    "first_order",
+    "sample_tokens",
+    "sampled_bias",
+    "sampled_tokens",
+    "to_tokens",
+    "value_slope",
+    "weighted_means",
+]
 
 CHUNK = 1 << 22  # gathered key elements, or logits, of one product
 
@@ -79,7 +88,11 @@ def attend(
     results = _Rows(rows_q, wide)
     levels = selection.levels.reshape(-1, num_k)
     share = heads // key_heads
-    for value in selection.values:
+    alone = q_side.size == 1 and selection.values == (1,)
+    if alone:
+        bias = exists.expand(keys.shape[:4]).to(keys).log()
+        _by_columns(results, rows_q, keys, values, bias, selection.levels, scale)
+    for value in () if alone else selection.values:
         means = _means(selection, value, keys, values, exists)
         group = share if means.keys.shape[1] == key_heads else 1
         # the first key block of each row's batch item and head, in the flat list of blocks
@@ -89,8 +102,8 @@ def attend(
         flat_k, flat_v = means.keys.flatten(0, 2), means.values.flatten(0, 2)
         flat_bias = means.bias.flatten(0, 2)
         shift = None
-        if value == BLOCK and _first_order(selection):
-            shift = _value_slope(keys, values, means.keys, k_side, scale)
+        if value == BLOCK and first_order(selection):
+            shift = value_slope(keys, values, means.keys, k_side, scale)
             shift = shift.repeat_interleave(share, 1).flatten(0, 1)
         for rows, columns, seen in _gathers(levels == value, flat_k.shape[1] * dim, q_side.size):
             own_q = rows_q[rows]
@@ -110,7 +123,33 @@ def attend(
     if selection.correction is not None:
         factor, extra = selection.correction
         out = out * factor[..., None, None] + extra[..., None, :]
-    return _to_tokens(out.to(q.dtype), q_side, q), _to_tokens(lse[..., None], q_side, q)[..., 0]
+    length = q.shape[2]
+    own_lse = to_tokens(lse[..., None], q_side, length)[..., 0]
+    return to_tokens(out.to(q.dtype), q_side, length), own_lse
+
+
+def _by_columns(
+    results: _Rows,
+    rows_q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    levels: torch.Tensor,
+    scale: float,
+) -> None:
+    """Rows of one query each, key block by key block: the queries that see a block are gathered,
+    and not the keys of each query."""
+    batch, heads, num_q, num_k = levels.shape
+    share = heads // keys.shape[1]
+    for b in range(batch):
+        for h in range(heads):
+            own = h // share
+            first = (b * heads + h) * num_q
+            for column in range(num_k):
+                rows = first + levels[b, h, :, column].nonzero()[:, 0]
+                if len(rows):
+                    logits = rows_q[rows] @ keys[b, own, column].mT * scale
+                    results.add(rows, logits + bias[b, own, column], values[b, own, column], None)
 
 
 class _Means(NamedTuple):
@@ -136,14 +175,7 @@ def _means(
         count = exists.expand(keys.shape[:4]).to(keys)
         return _Means(keys, values, count.log(), None)
     if value == BLOCK and selection.weights is not None:
-        weights = selection.weights.to(keys)
-        share = weights.shape[1] // keys.shape[1]
-        own_k, own_v = (
-            torch.einsum("bhns,bhnsd->bhnd", weights, x.repeat_interleave(share, 1))
-            for x in (keys, values)
-        )
-        entropy = torch.special.entr(weights).sum(-1)
-        bias = entropy.masked_fill(selection.k_side.length == 0, -torch.inf)
+        own_k, own_v, bias = weighted_means(selection, keys, values)
         return _Means(own_k[..., None, :], own_v[..., None, :], bias[..., None], None)
     own_k, number = block_parts(keys, there, pool)
     own_v, _ = block_parts(values, there, pool)
@@ -154,7 +186,23 @@ def _means(
     return _Means(own_k, own_v, bias, (squares - own_k.square()).clamp(min=0))
 
 
-def _first_order(selection: Selection) -> bool:
+def weighted_means(
+    selection: Selection, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of blocks ``[B, Hk, Nk, size, D]`` by the selection's weights, ``[B, H, Nk, D]``, and
+    the logarithms of what they count for, ``[B, H, Nk]``."""
+    assert selection.weights is not None
+    weights = selection.weights.to(keys)
+    share = weights.shape[1] // keys.shape[1]
+    own_k, own_v = (
+        torch.einsum("bhns,bhnsd->bhnd", weights, x.repeat_interleave(share, 1))
+        for x in (keys, values)
+    )
+    entropy = torch.special.entr(weights).sum(-1)
+    return own_k, own_v, entropy.masked_fill(selection.k_side.length == 0, -torch.inf)
+
+
+def first_order(selection: Selection) -> bool:
     return isinstance(selection.rest, PooledRest) and selection.rest.first_order
 
 
@@ -187,7 +235,7 @@ def _gathers(
         begin = end
 
 
-def _value_slope(
+def value_slope(
     keys: torch.Tensor,
     values: torch.Tensor,
     means: torch.Tensor,
@@ -210,6 +258,34 @@ def sample_tokens(rest: SampledRest, layout: TokenLayout) -> torch.Tensor:
     return grid[chosen].sort().values
 
 
+def sampled_tokens(
+    rest: SampledRest, layout: TokenLayout, device: torch.device
+) -> torch.Tensor:
+    """The drawn grid tokens, ascending, int64."""
+    with torch.device("cpu"):
+        return sample_tokens(rest, layout).to(device)
+
+
+def sampled_bias(
+    selection: Selection, tokens: torch.Tensor, layout: TokenLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """The logarithm of what each row counts a sampled key for, ``[B, H, Nq, m]``; minus infinity
+    where it sees the key's block."""
+    batch, heads, num_q, num_k = selection.levels.shape
+    side = selection.k_side
+    owner = torch.zeros(
+        *side.tokens.shape[:2], layout.length, dtype=torch.int64, device=tokens.device
+    )
+    number = torch.arange(num_k, device=tokens.device)[:, None].expand_as(side.tokens)
+    owner.scatter_(2, side.tokens.flatten(2), number.flatten(2))
+    owner = owner[..., tokens].expand(batch, heads, -1)
+    gone = selection.levels == 0
+    unseen = gone.gather(3, owner[:, :, None].expand(-1, -1, num_q, -1))  # [B, H, Nq, m]
+    stands = (gone * (side.length * side.grid)[..., None, :]).sum(-1)
+    weight = (stands.to(dtype) / unseen.sum(-1).clamp(min=1)).log()
+    return weight[..., None].expand_as(unseen).masked_fill(~unseen, -torch.inf)
+
+
 def _add_sample(
     results: _Rows,
     rows_q: torch.Tensor,
@@ -220,20 +296,10 @@ def _add_sample(
     scale: float,
 ) -> None:
     assert isinstance(selection.rest, SampledRest)
-    batch, heads, num_q, num_k = selection.levels.shape
-    side, wide = selection.k_side, rows_q.dtype
-    with torch.device("cpu"):
-        tokens = sample_tokens(selection.rest, layout)
-    tokens = tokens.to(k.device)
-    owner = torch.zeros(*side.tokens.shape[:2], layout.length, dtype=torch.int64, device=k.device)
-    number = torch.arange(num_k, device=k.device)[:, None].expand_as(side.tokens)
-    owner.scatter_(2, side.tokens.flatten(2), number.flatten(2))
-    owner = owner[..., tokens].expand(batch, heads, -1)
-    gone = selection.levels == 0
-    unseen = gone.gather(3, owner[:, :, None].expand(-1, -1, num_q, -1))  # [B, H, Nq, m]
-    stands = (gone * (side.length * side.grid)[..., None, :]).sum(-1)
-    weight = (stands.to(wide) / unseen.sum(-1).clamp(min=1)).log()
-    bias = weight[..., None].expand_as(unseen).masked_fill(~unseen, -torch.inf)
+    heads, num_q = selection.levels.shape[1:3]
+    wide = rows_q.dtype
+    tokens = sampled_tokens(selection.rest, layout, k.device)
+    bias = sampled_bias(selection, tokens, layout, wide)
     share = heads // k.shape[1]
     keys, values = (
         x.index_select(2, tokens).to(wide).repeat_interleave(share, 1).flatten(0, 1) for x in (k, v)
@@ -246,17 +312,17 @@ def _add_sample(
         results.add(rows, logits, values[rows // num_q], None)
 
 
-def _to_tokens(blocks: torch.Tensor, side: Side, q: torch.Tensor) -> torch.Tensor:
-    """``[B, H, N, size, C]`` back to ``[B, H, L, C]``."""
+def to_tokens(blocks: torch.Tensor, side: Side, length: int) -> torch.Tensor:
+    """``[B, H, N, size, C]`` back to ``[B, H, length, C]``."""
     batch, heads, _, _, width = blocks.shape
-    out = blocks.new_empty(batch, heads, q.shape[2], width)
+    out = blocks.new_empty(batch, heads, length, width)
     flat = blocks.flatten(2, 3)
     if side.tokens.shape[:2] == (1, 1):
         kept = side.exists.flatten().nonzero()[:, 0]
         return out.index_copy_(2, side.tokens.flatten()[kept], flat.index_select(2, kept))
     # what is not there goes to a place beyond the last token, which is left out
     tokens, exists = side.tokens.flatten(2), side.exists.flatten(2)
-    place = torch.where(exists, tokens, q.shape[2])
-    wider = blocks.new_empty(batch, heads, q.shape[2] + 1, width)
+    place = torch.where(exists, tokens, length)
+    wider = blocks.new_empty(batch, heads, length + 1, width)
     index = place.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
     return wider.scatter_(2, index, flat)[:, :, :-1]

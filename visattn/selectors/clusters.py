@@ -21,6 +21,7 @@ import torch
 from visattn.layout import TokenLayout, check_count
 from visattn.selectors.arranged import ArrangedSelector, Runs, grid_tokens, uneven_runs
 from visattn.selectors.inputs import Inputs
+from visattn.selectors.past import Past
 from visattn.selectors.select import count_of, top_count, top_mass
 from visattn.selectors.selector import check_block, check_keep, check_share, check_word
 
@@ -36,7 +37,8 @@ class ClusterBlocks(ArrangedSelector):
     Args:
         mass: the share; least: clusters of a row at least, or the share of them.
         q_clusters, k_clusters: how many; as many as there are tokens at most.
-        iterations: of Lloyd's algorithm.
+        iterations: of Lloyd's algorithm; warm: of it at later steps of a generation, from the
+            centres of the step before.
         block: tokens that a cluster is cut into.
         metric: ``"euclid"`` or ``"interaction"``.
     """
@@ -48,32 +50,36 @@ class ClusterBlocks(ArrangedSelector):
     iterations: int = 8
     block: int = 64
     metric: str = "euclid"
+    warm: int = 2
     name: ClassVar[str] = "cluster_blocks"
 
     def __post_init__(self) -> None:
         check_share("mass", self.mass, above=True)
         check_keep("least", self.least)
-        for name in ("q_clusters", "k_clusters", "iterations"):
+        for name in ("q_clusters", "k_clusters", "iterations", "warm"):
             check_count(name, getattr(self, name), 1)
         check_block("block", self.block)
         check_word("metric", self.metric, ("euclid", "interaction"))
 
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        sides = []
-        for x, other, clusters in (
-            (queries, keys, self.q_clusters),
-            (keys, queries, self.k_clusters),
+        sides, centres = [], []
+        for place, (x, other, clusters) in enumerate(
+            ((queries, keys, self.q_clusters), (keys, queries, self.k_clusters))
         ):
             seen = _role(x, other) if self.metric == "interaction" else x
-            owner = kmeans(seen, min(clusters, x.shape[2]), self.iterations)
+            first = None if past.centres is None else past.centres[place]
+            iterations = self.iterations if first is None else self.warm
+            owner, found = kmeans(seen, min(clusters, x.shape[2]), iterations, first)
+            centres.append(found)
             count = torch.zeros(*owner.shape[:2], min(clusters, x.shape[2]), dtype=torch.int64)
             count = count.to(owner.device).scatter_add_(2, owner, torch.ones_like(owner))
             sides.append((owner.argsort(dim=-1, stable=True), count))
+        past.centres = (centres[0], centres[1])
         (q_order, q_count), (k_order, k_count) = sides
         q_runs = uneven_runs(q_count, q_order.shape[2], self.block)
         k_runs = uneven_runs(k_count, k_order.shape[2], self.block)
@@ -111,14 +117,19 @@ def _role(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return x @ root
 
 
-def kmeans(x: torch.Tensor, clusters: int, iterations: int) -> torch.Tensor:
-    """The cluster of each point, int64 ``[B, H, n]``: Lloyd's algorithm from evenly spread points.
+def kmeans(
+    x: torch.Tensor, clusters: int, iterations: int, first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cluster of each point, int64 ``[B, H, n]``, and the centres ``[B, H, clusters, D]`` that
+    they were the nearest of: Lloyd's algorithm.
 
     Args:
         x: ``[B, H, n, D]``; ties go to the lower number, an empty cluster keeps its centre.
+        first: centres to begin with; default: evenly spread points.
     """
     count = x.shape[2]
-    centres = x[:, :, torch.arange(clusters, device=x.device) * count // clusters]
+    spread = torch.arange(clusters, device=x.device) * count // clusters
+    centres = x[:, :, spread] if first is None else first
     owner = _nearest(x, centres)
     for _ in range(iterations - 1):
         total = torch.zeros_like(centres)
@@ -127,7 +138,7 @@ def kmeans(x: torch.Tensor, clusters: int, iterations: int) -> torch.Tensor:
         mean = total / number.clamp(min=1)[..., None]
         centres = torch.where((number > 0)[..., None], mean, centres)
         owner = _nearest(x, centres)
-    return owner
+    return owner, centres
 
 
 def _nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:

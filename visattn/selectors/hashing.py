@@ -19,6 +19,7 @@ import torch
 from visattn.layout import TokenLayout, check_count
 from visattn.selectors.arranged import ArrangedSelector, Runs, even_runs, grid_tokens
 from visattn.selectors.inputs import Inputs
+from visattn.selectors.past import Past
 from visattn.selectors.selection import SampledRest, Selection
 from visattn.selectors.selector import check_block
 
@@ -62,7 +63,7 @@ class Hashing(ArrangedSelector):
         return code
 
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)

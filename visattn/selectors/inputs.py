@@ -44,6 +44,8 @@ class Inputs:
         q: ``[B, H, L, D]``; k, v: ``[B, Hk, L, D]``, ``Hk`` dividing ``H``.
         layout: what the tokens are; scale: of the logits.
         q_side, k_side: their blocks.
+        kernels: whether the Triton kernels compute what they can.
+        lse: of the last call, ``[B, H, L]``, for scores that use it; None where there is none.
     """
 
     q: torch.Tensor
@@ -53,6 +55,8 @@ class Inputs:
     scale: float
     q_side: Side
     k_side: Side
+    kernels: bool = False
+    lse: torch.Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -80,12 +84,21 @@ class Inputs:
     @functools.cached_property
     def q_mean(self) -> torch.Tensor:
         """``[B, H, Nq, D]``, float32 or float64."""
+        if self.kernels:
+            return self._means(self.q, self.q_side)
         return block_means(self.q_blocks, self.q_side.exists)
 
     @functools.cached_property
     def k_mean(self) -> torch.Tensor:
         """``[B, H, Nk, D]``, float32 or float64."""
+        if self.kernels:
+            return self.for_heads(self._means(self.k, self.k_side))
         return self.for_heads(block_means(self.k_blocks, self.k_side.exists))
+
+    def _means(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        from visattn.selectors.device import summary
+
+        return summary(x, side, max(x.shape[1], side.tokens.shape[1]))
 
     @functools.cached_property
     def pairs(self) -> torch.Tensor:

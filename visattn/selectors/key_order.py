@@ -25,6 +25,7 @@ from visattn.selectors.arranged import (
     order_runs,
 )
 from visattn.selectors.inputs import Inputs
+from visattn.selectors.past import Past
 from visattn.selectors.select import top_mass
 from visattn.selectors.selector import ORDERS, check_block, check_share, check_word, order_of
 
@@ -53,7 +54,7 @@ class KeyOrder(ArrangedSelector):
         check_word("order", self.order, ORDERS)
 
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)

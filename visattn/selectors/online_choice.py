@@ -24,6 +24,7 @@ from visattn.patterns.pattern import Pattern
 from visattn.patterns.stripe import Stripe
 from visattn.patterns.union import Union
 from visattn.selectors.arranged import even_runs
+from visattn.selectors.past import Past
 from visattn.selectors.selection import Selection
 from visattn.selectors.selector import Selector, check_block, only_grid
 from visattn.selectors.sides import arranged_side
@@ -82,7 +83,15 @@ class OnlineChoice(Selector):
         return torch.stack(errors, -1).argmin(-1)
 
     def select(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
     ) -> Selection:
         grid = only_grid(layout, self)
         best = self.best(q, k, v, layout, scale)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 
 from visattn.layout import Grid, TokenLayout, check_count
+from visattn.selectors.past import Past
 from visattn.selectors.selection import Selection
-from visattn.selectors.selector import Selector, check_share
+from visattn.selectors.selector import Selector, check_block, check_share
 
-__all__ = ["Memory", "Reuse"]
+__all__ = ["Reuse", "raised"]
+
+NOTCH = 1.25  # a budget of blocks is raised by
+BUDGETS = ("keep", "mass", "share", "least", "regions", "ends")  # parameters that are budgets
+MASSES = ("mass", "share")  # of which what is left out is halved
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +32,11 @@ class Reuse(Selector):
             first call.
         drift: and wherever the block means of the keys have moved by more than this share of their
             norm since; reading it waits for the device. None: they may move.
+        guard: the relative error (L1) of a row that is all right. Some rows of each head are
+            computed exactly beside; when their 95th percentile is above twice the guard, the next
+            step chooses anew with a budget one notch higher (blocks times 1.25; of a mass half of
+            what was left out). None: no rows are.
+        rows: how many of each head.
 
     A pipeline with a plan knows its steps; where the step or the pass of a call is not known (as in
     ``sparse_attention``), each call chooses.
@@ -35,6 +46,8 @@ class Reuse(Selector):
     every: int = 4
     at: tuple[float, ...] | None = None
     drift: float | None = None
+    guard: float | None = None
+    rows: int = 64
     name: ClassVar[str] = "reuse"
 
     def __post_init__(self) -> None:
@@ -42,8 +55,8 @@ class Reuse(Selector):
             raise TypeError(f"selector={self.selector!r} must be a dynamic pattern such as jenga()")
         if not self.selector.keeps:
             raise ValueError(
-                f"selector={self.selector} corrects its output by values of the call, which do not "
-                "serve another one; use it without reuse"
+                f"selector={self.selector} corrects its output by values of the call, or learns "
+                "from each, which does not serve another one; use it without reuse"
             )
         check_count("every", self.every, 1)
         if self.at is not None:
@@ -55,14 +68,34 @@ class Reuse(Selector):
                 raise ValueError(f"at={self.at} must be increasing")
         if self.drift is not None:
             check_share("drift", self.drift, above=True)
+        if self.guard is not None:
+            check_share("guard", self.guard, above=True)
+            if raised(self.selector, 1) == self.selector:
+                raise ValueError(
+                    f"guard={self.guard} cannot raise a budget of {self.selector}, which has none "
+                    f"or all of it; use a selector with one of {', '.join(BUDGETS)}"
+                )
+        check_block("rows", self.rows)
 
     def check(self, grid: Grid) -> None:
         self.selector.check(grid)
 
+    @property
+    def learns(self) -> bool:
+        return self.selector.learns
+
     def select(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
     ) -> Selection:
-        return self.selector.select(q, k, v, layout, scale)
+        return self.selector.select(q, k, v, layout, scale, kernels=kernels, past=past)
 
     def serves(self, made: int, step: int, steps: int) -> bool:
         """Whether a choice of step ``made`` still serves at a later one."""
@@ -70,79 +103,24 @@ class Reuse(Selector):
             return step - made < self.every
         return not any(made < share * steps <= step for share in self.at)
 
-
-@dataclass
-class _Kept:
-    step: int
-    selection: Selection
-    means: torch.Tensor
+    def raised(self, notches: int) -> Selector:
+        """What chooses when the budget was raised so many times."""
+        return raised(self.selector, notches) if notches else self.selector
 
 
-class Memory:
-    """The choices of a layer in one pass, by pattern. A step that does not come after the last one
-    begins a new generation, which starts anew."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Reuse, _Kept] = {}
-        self._when: tuple[int, int] = (-1, 0)
-        self.step: int | None = None
-        self.made = self.reused = 0
-        self.broken: torch.Tensor | None = None  # whether scores were ever not finite
-        self.density: dict[Selector, torch.Tensor] = {}  # executed share of each, when last chosen
-
-    def begin(self, step: int | None, steps: int | None) -> None:
-        """A call at a step; None where it is not known."""
-        last, count = self._when
-        if step is None or steps is None or step <= last or steps != count:
-            self._kept.clear()
-        self.step = step
-        self._when = (-1, 0) if step is None or steps is None else (step, steps)
-
-    def choose(
-        self,
-        pattern: Selector,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Selection:
-        """The selection of a pattern: one that is kept where it serves, else a new one."""
-        if not isinstance(pattern, Reuse) or self.step is None:
-            return self._new(pattern, q, k, v, layout, scale)
-        kept = self._kept.get(pattern)
-        if kept is not None and pattern.serves(kept.step, self.step, self._when[1]):
-            means = _means(k) if pattern.drift is not None else kept.means
-            moved = (means - kept.means).norm() / kept.means.norm().clamp(min=1e-30)
-            if pattern.drift is None or float(moved) <= pattern.drift:
-                self.reused += 1
-                return kept.selection
-        selection = self._new(pattern, q, k, v, layout, scale)
-        means = _means(k) if pattern.drift is not None else k.new_zeros(())
-        self._kept[pattern] = _Kept(self.step, selection, means)
-        return selection
-
-    def _new(
-        self,
-        pattern: Selector,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Selection:
-        selection = pattern.select(q, k, v, layout, scale)
-        self.made += 1
-        self.density[pattern] = selection.block_density().mean()
-        if selection.broken is not None:
-            own = selection.broken
-            self.broken = own if self.broken is None else self.broken | own
-        return selection
-
-
-def _means(k: torch.Tensor) -> torch.Tensor:
-    """Means of runs of 64 keys, ``[B, Hk, ceil(L / 64), D]``."""
-    pad = -k.shape[2] % 64
-    padded = torch.nn.functional.pad(k.float(), (0, 0, 0, pad))
-    means: torch.Tensor = padded.unflatten(2, (-1, 64)).mean(3)
-    return means
+def raised(selector: Selector, notches: int) -> Selector:
+    """A selector whose budgets are so many notches higher; itself where it has none."""
+    changes = {}
+    for own in fields(selector):  # type: ignore[arg-type]
+        value = getattr(selector, own.name)
+        if own.name not in BUDGETS or value is None:
+            continue
+        if own.name in MASSES:
+            changes[own.name] = 1 - (1 - value) / 2**notches
+        elif isinstance(value, tuple):
+            changes[own.name] = tuple(min(1.0, end * NOTCH**notches) for end in value)
+        elif isinstance(value, int):
+            changes[own.name] = math.ceil(value * NOTCH**notches)
+        else:
+            changes[own.name] = min(1.0, value * NOTCH**notches)
+    return replace(selector, **changes) if changes else selector  # type: ignore[type-var]

@@ -29,6 +29,7 @@ __all__ = [
     "Score",
     "SubTiles",
     "register_gate",
+    "row_parts",
 ]
 
 CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a row of it
@@ -46,7 +47,7 @@ class Score(ABC):
         """Scores ``[B, H, Nq, Nk]``."""
 
 
-def _rows(count: int, elements: int) -> Iterator[slice]:
+def row_parts(count: int, elements: int) -> Iterator[slice]:
     """Parts of ``count`` rows of ``elements`` each, of at most CHUNK elements or one row."""
     step = max(1, CHUNK // max(1, elements))
     for begin in range(0, count, step):
@@ -67,11 +68,14 @@ class Pooled(Score):
     log_size: bool = True
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        out = inputs.q_mean @ inputs.k_mean.mT
-        if self.scaled:
-            out = out * inputs.scale
-        if self.log_size:
-            out = out + inputs.k_side.length.clamp(min=1).log()[..., None, :]
+        length = inputs.k_side.length
+        bias = length.clamp(min=1).log() if self.log_size else torch.zeros_like(length).float()
+        factor = inputs.scale if self.scaled else 1.0
+        if inputs.kernels:
+            from visattn.selectors.device import pooled
+
+            return pooled(inputs, factor, bias)
+        out = inputs.q_mean @ inputs.k_mean.mT * factor + bias[..., None, :]
         return out.float()
 
 
@@ -113,7 +117,7 @@ class SubTiles(Score):
         bias = bias.masked_fill(~chosen, -torch.inf).flatten(-2)[..., None, None, :]
         flat = k.flatten(2, 3).mT[:, :, None]  # [B, H, 1, D, Nk * parts]
         out = []
-        for rows in _rows(q.shape[2], batch * heads * parts * num_k * q.shape[3]):
+        for rows in row_parts(q.shape[2], batch * heads * parts * num_k * q.shape[3]):
             logits = q[:, :, rows] @ flat * inputs.scale + bias  # [B, H, r, own parts, Nk * parts]
             mass = logits.softmax(-1).unflatten(-1, (num_k, parts)).sum(-1)
             own = (q_count[..., rows, :] > 0)[..., None]
@@ -132,7 +136,7 @@ class Representative(Score):
         flat = k.flatten(2, 3).mT
         gone = ~inputs.k_side.exists.flatten(-2)[..., None, :]
         out = []
-        for rows in _rows(inputs.q_mean.shape[2], batch * heads * num_k * size):
+        for rows in row_parts(inputs.q_mean.shape[2], batch * heads * num_k * size):
             logits = inputs.q_mean[:, :, rows] @ flat * inputs.scale
             logits = logits.masked_fill(gone, -torch.inf).unflatten(-1, (num_k, size))
             out.append(logits.logsumexp(-1))
@@ -143,7 +147,11 @@ class Representative(Score):
 class ExactMass(Score):
     """The mass that the queries of a block really leave in each block, over all keys of the grid:
     the calibration's oracle, at half the cost of dense attention (Xia et al. 2025, AdaSpa,
-    arXiv 2502.21079: measured block mass)."""
+    arXiv 2502.21079: measured block mass).
+
+    With the LSE of the last step, which is that of the keys that were seen then, text among them,
+    masses are ``exp(logit - LSE)`` at once: no row needs all its logits before.
+    """
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         k = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
@@ -153,10 +161,17 @@ class ExactMass(Score):
         gone = ~chosen.flatten(-2)[..., None, None, :]
         out = []
         per_row = batch * heads * num_k * size * inputs.q_side.size
-        for rows in _rows(inputs.q_mean.shape[2], per_row):
+        lse = None
+        if inputs.lse is not None:
+            lse = inputs.q_side.take(inputs.lse[..., None]).to(inputs.q_mean)
+        for rows in row_parts(inputs.q_mean.shape[2], per_row):
             q = inputs.q_blocks[:, :, rows].to(inputs.q_mean)
             logits = (q @ flat * inputs.scale).masked_fill(gone, -torch.inf)
-            mass = logits.softmax(-1).unflatten(-1, (num_k, size)).sum(-1)
+            if lse is None:
+                mass = logits.softmax(-1)
+            else:
+                mass = (logits - lse[:, :, rows]).exp()
+            mass = mass.unflatten(-1, (num_k, size)).sum(-1)
             own = inputs.q_side.exists[..., rows, :, None]
             out.append((mass * own).sum(-2).log())
         return torch.cat(out, 2).float()
@@ -199,7 +214,7 @@ class Sampled(Score):
         real = inputs.k_side.exists[..., k_at] & inputs.k_side.grid[:, None]
         gone = ~real.flatten(-2)[..., None, None, :]
         out = []
-        for rows in _rows(q.shape[2], batch * heads * num_k * width * len(q_at)):
+        for rows in row_parts(q.shape[2], batch * heads * num_k * width * len(q_at)):
             logits = (q[:, :, rows] @ flat * inputs.scale).masked_fill(gone, -torch.inf)
             if self.reduce == "max":
                 logits = logits - logits.amax(-1, keepdim=True)
@@ -238,7 +253,7 @@ class Antidiagonal(Score):
         own = torch.arange(q.shape[3], device=k.device) * self.stride
         flat = k.flatten(2, 3).mT[:, :, None]
         out = []
-        for rows in _rows(q.shape[2], batch * heads * num_k * parts * q.shape[3]):
+        for rows in row_parts(q.shape[2], batch * heads * num_k * parts * q.shape[3]):
             logits = q[:, :, rows] @ flat * (inputs.scale / self.stride)
             mass = logits.masked_fill(gone, -torch.inf).softmax(-1)
             mass = mass.unflatten(-1, (num_k, parts)).sum(-1)

@@ -77,19 +77,26 @@ def smallest_prefix(
         bool ``[..., N]``.
     """
     free = keys > LOWEST
-    weights = free.long() if weights is None else weights * free
-    target = torch.minimum(target, weights.sum(-1, keepdim=True)).expand(*keys.shape[:-1], 1)
+    own = None if weights is None else weights * free
+
+    def total(mask: torch.Tensor) -> torch.Tensor:
+        return (mask if own is None else own * mask).sum(-1, keepdim=True)
+
+    target = torch.minimum(target, total(free)).expand(*keys.shape[:-1], 1)
     # the highest threshold at which the blocks at or above it reach the target
     low = torch.full_like(target, LOWEST)
     high = torch.full_like(target, 2**31 - 1)
     for _ in range(32):
         middle = low + (high - low + 1) // 2
-        reached = (weights * (keys >= middle)).sum(-1, keepdim=True) >= target
+        reached = total((keys >= middle) & free) >= target
         low = torch.where(reached, middle, low)
         high = torch.where(reached, high, middle - 1)
     above, equal = keys > low, (keys == low) & free
-    missing = target - (weights * above).sum(-1, keepdim=True)
-    before = (weights * equal).cumsum(-1) - weights * equal
+    missing = target - total(above)
+    if own is None:
+        before = equal.cumsum(-1, dtype=torch.int32) - equal.int()
+    else:
+        before = (own * equal).cumsum(-1) - own * equal
     return (above | (equal & (before < missing))) & (target > 0)
 
 

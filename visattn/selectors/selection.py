@@ -10,7 +10,7 @@ import torch
 from visattn.selectors.selects import BLOCK
 from visattn.selectors.sides import Side
 
-__all__ = ["PooledRest", "SampledRest", "Selection"]
+__all__ = ["PooledRest", "SampledRest", "Selection", "not_finite"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class SampledRest:
 
     count: int = 256
     seed: int = 0
+
+
+def not_finite(scores: torch.Tensor) -> torch.Tensor:
+    """Whether some score has no place in an order, bool 0-d; minus infinity has the last."""
+    return (scores.isnan() | (scores == torch.inf)).any()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +97,10 @@ class Selection:
     def guarded(self, scores: torch.Tensor) -> Selection:
         """The selection, or everything where some score is NaN or infinite: what has no order
         cannot be chosen among."""
-        broken = (scores.isnan() | (scores == torch.inf)).any()
+        return self.guarded_by(not_finite(scores))
+
+    def guarded_by(self, broken: torch.Tensor) -> Selection:
+        """The selection, or everything where ``broken``, bool 0-d."""
         there = (self.q_side.length > 0)[..., :, None] & (self.k_side.length > 0)[..., None, :]
         levels = torch.where(broken, there.to(torch.uint8), self.levels)
         correction = self.correction

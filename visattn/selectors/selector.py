@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -18,8 +18,9 @@ from visattn.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns.pattern import HeadPattern
 from visattn.selectors.force import Force, forced_blocks
 from visattn.selectors.inputs import Inputs
+from visattn.selectors.past import Past
 from visattn.selectors.scores import Score
-from visattn.selectors.selection import PooledRest, SampledRest, Selection
+from visattn.selectors.selection import PooledRest, SampledRest, Selection, not_finite
 from visattn.selectors.selects import Select
 from visattn.selectors.sides import Side, ordered_side
 
@@ -27,6 +28,7 @@ __all__ = ["ORDERS", "BlockSelector", "Selector", "Stages", "only_grid", "order_
 
 ORDERS = ("raster", "tiles", "hilbert")
 MAX_BLOCK = 1 << 16
+MOST_SCORES = 1 << 22  # of a call that are there at a time, where rows choose for themselves
 
 
 def order_of(name: str | Order, grid: Grid, size: int) -> Order:
@@ -67,6 +69,16 @@ class Selector(HeadPattern):
 
     keeps: ClassVar[bool] = True
 
+    @property
+    def learns(self) -> bool:
+        """Whether the LSE of a call is to be kept in ``past``."""
+        return False
+
+    @property
+    def records(self) -> bool:
+        """Whether also the largest logits of its blocks are."""
+        return False
+
     @abstractmethod
     def select(
         self,
@@ -75,8 +87,15 @@ class Selector(HeadPattern):
         v: torch.Tensor,
         layout: TokenLayout,
         scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
     ) -> Selection:
         """What the heads of a call see: q ``[B, H, L, D]``, k and v ``[B, Hk, L, D]``.
+
+        Args:
+            kernels: compute what there are kernels for by them.
+            past: what is known of the last call of the same generation; it may be written to.
 
         Raises:
             ValueError: a size does not fit the layout.
@@ -134,16 +153,53 @@ class BlockSelector(Selector):
         v: torch.Tensor,
         layout: TokenLayout,
         scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
     ) -> Selection:
         own = self.stages(layout)
         sides = own.sides(layout, q.device)
-        inputs = Inputs(q, k, v, layout, scale, *sides)
+        lse = past.lse if past is not None and self.learns else None
+        inputs = Inputs(q, k, v, layout, scale, *sides, kernels, lse)
         forced = forced_blocks(own.force, layout, own.grid_orders(layout), sides)
+        many = q.shape[0] * q.shape[1] * forced.shape[2] * forced.shape[3]
+        if many > MOST_SCORES and own.choose.by_rows and self.by_rows:
+            step = max(1, forced.shape[2] * MOST_SCORES // many)
+            return self._in_parts(own, inputs, forced, step)
         scores = self.scores(own, inputs)
-        levels = own.choose(scores, sides[1].length, self.widened(forced, inputs))
+        levels = choose(own.choose, scores, sides[1].length, self.widened(forced, inputs), kernels)
         levels = self.adjusted(levels, inputs)
         selection = Selection.of(*sides, levels, own.choose.levels, own.rest)
         return self.finished(selection, scores, inputs).guarded(scores)
+
+    def _in_parts(
+        self, own: Stages, inputs: Inputs, forced: torch.Tensor, step: int
+    ) -> Selection:
+        """The selection, ``step`` query blocks at a time, so that the scores of all of them are
+        never there together."""
+        sides, found = (inputs.q_side, inputs.k_side), []
+        broken = torch.zeros((), dtype=torch.bool, device=forced.device)
+        for begin in range(0, len(sides[0]), step):
+            rows = slice(begin, begin + step)
+            part = replace(inputs, q_side=sides[0].part(rows))
+            scores = self.scores(own, part)
+            broken |= not_finite(scores)
+            found.append(
+                choose(own.choose, scores, sides[1].length, forced[:, :, rows], inputs.kernels)
+            )
+        levels = torch.cat(found, 2)
+        return Selection.of(*sides, levels, own.choose.levels, own.rest).guarded_by(broken)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row's blocks depend on no other row's scores, and on no more than these."""
+        kind, base = type(self), BlockSelector
+        return (
+            kind.scores is base.scores
+            and kind.adjusted is base.adjusted
+            and kind.finished is base.finished
+            and kind.widened is base.widened
+        )
 
     def adjusted(self, levels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """The levels, with what only the call can tell."""
@@ -156,6 +212,23 @@ class BlockSelector(Selector):
     def widened(self, forced: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """What is forced, with what only the call can tell; bool, broadcasts to the scores."""
         return forced
+
+
+def choose(
+    select: Select,
+    scores: torch.Tensor,
+    length: torch.Tensor,
+    forced: torch.Tensor,
+    kernels: bool,
+) -> torch.Tensor:
+    """``select(scores, length, forced)``, by the kernel where it is asked for and has the rule."""
+    if kernels:
+        from visattn.selectors.device import kernel_levels
+
+        levels = kernel_levels(select, scores, length, forced)
+        if levels is not None:
+            return levels
+    return select(scores, length, forced)
 
 
 def check_block(name: str, size: object) -> None:

@@ -31,11 +31,16 @@ Scope = Literal["row", "head"]
 
 
 class Select(ABC):
-    """Base. ``levels`` are the values above 0 that it gives."""
+    """Base. ``levels`` are the values above 0 that it gives; ``by_rows``: whether rows choose for
+    themselves."""
 
     @property
     def levels(self) -> tuple[int, ...]:
         return (1,)
+
+    @property
+    def by_rows(self) -> bool:
+        return getattr(self, "scope", "row") in ("row", "query")
 
     @abstractmethod
     def __call__(
@@ -141,10 +146,16 @@ class Threshold(Select):
 
     value: float = 5e-4
 
+    @property
+    def units(self) -> int:
+        """The value in 1/2^24."""
+        return int(self.value * ONE)
+
     def __call__(
         self, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
     ) -> torch.Tensor:
-        kept = scores.softmax(-1) > self.value
+        weights = mass_weights(scores)
+        kept = weights * ONE > self.units * weights.sum(-1, keepdim=True)
         return (kept | top_count(scores, 1) | forced).to(torch.uint8)
 
 

@@ -10,7 +10,7 @@ import torch
 from visattn.layout import TokenLayout, check_count
 from visattn.orders import BoxOrder
 from visattn.selectors.inputs import Inputs
-from visattn.selectors.scores import Pooled
+from visattn.selectors.scores import Pooled, row_parts
 from visattn.selectors.select import top_count, top_mass
 from visattn.selectors.selector import (
     ORDERS,
@@ -119,13 +119,16 @@ class ProxyHeads(BlockSelector):
         k = _group_means(inputs.for_heads(inputs.k_blocks)[..., :: self.stride, :], self.groups)
         there = inputs.k_side.exists[..., :: self.stride] & inputs.k_side.grid[:, None]
         flat = k.flatten(2, 3).mT[:, :, None]
-        logits = q @ flat * inputs.scale  # [B, G, Nq, queries, Nk * keys]
-        logits = logits.masked_fill(~there.flatten(-2)[..., None, None, :], -torch.inf)
-        best = logits.softmax(-1).unflatten(-1, k.shape[2:4]).amax(-1)
+        gone = ~there.flatten(-2)[..., None, None, :]
         real = inputs.q_side.exists[..., :: self.stride, None]
-        best = best.masked_fill(~real, 0).amax(-2).clamp(min=torch.finfo(torch.float32).tiny)
-        out: torch.Tensor = best.log().repeat_interleave(each, 1).float()
-        return out
+        found = []
+        for rows in row_parts(q.shape[2], q.shape[0] * self.groups * q.shape[3] * flat.shape[-1]):
+            logits = q[:, :, rows] @ flat * inputs.scale  # [B, G, r, queries, Nk * keys]
+            logits = logits.masked_fill(gone, -torch.inf)
+            best = logits.softmax(-1).unflatten(-1, k.shape[2:4]).amax(-1)
+            best = best.masked_fill(~real[..., rows, :, :], 0).amax(-2)
+            found.append(best.clamp(min=torch.finfo(torch.float32).tiny).log())
+        return torch.cat(found, 2).repeat_interleave(each, 1).float()
 
     def _budget(self, pooled: torch.Tensor) -> torch.Tensor:
         """Blocks that a row of each head takes, int64 ``[B, H, 1, 1]``."""

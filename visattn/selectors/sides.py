@@ -44,6 +44,26 @@ class Side:
         offset = torch.arange(self.size, device=self.length.device)
         return offset < self.length[..., None]
 
+    def part(self, rows: slice) -> Side:
+        """Some of the blocks."""
+        tokens, length = self.tokens[:, :, rows], self.length[:, :, rows]
+        return Side(self.size, tokens, length, self.grid[rows])
+
+    @functools.cached_property
+    def tokens32(self) -> torch.Tensor:
+        """The tokens as the kernels read them."""
+        return self.tokens.int().contiguous()
+
+    @functools.cached_property
+    def length32(self) -> torch.Tensor:
+        """The lengths as the kernels read them."""
+        return self.length.int().contiguous()
+
+    @functools.cached_property
+    def some(self) -> torch.Tensor:
+        """Grid blocks that are not empty, uint8 ``[G, G', N]``."""
+        return ((self.length > 0) & self.grid).to(torch.uint8).contiguous()
+
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, L, D]`` in blocks, ``[B, H, N, size, D]``, 0 where no token is."""
         return take_tokens(x, self.tokens).masked_fill(~self.exists[..., None], 0)

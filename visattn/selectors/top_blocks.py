@@ -94,6 +94,10 @@ class TopBlocks(BlockSelector):
         for field in ("first_frame", "sink", "neighbours"):
             check_flag(field, getattr(self, field))
 
+    @property
+    def learns(self) -> bool:
+        return self.score == "exact"
+
     def stages(self, layout: TokenLayout) -> Stages:
         choose: Select = TopK(self.keep)
         if self.mass is not None:

@@ -1,0 +1,304 @@
+"""Attention where every query has key blocks of its own: computed key block by key block.
+
+The queries that see a key block are gathered into tiles, which attend to that block alone; each
+(query, block) pair's output and LSE go to a slot of scratch, and a second kernel merges the slots
+of a query: ``lse = log sum_i exp(lse_i)``, ``out = sum_i exp(lse_i - lse) out_i``. Nothing is added
+atomically, so the result is the same every time. A query without a key gives 0 and -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from visattn.kernels.levels import Keys, _keys, _step, _values, fitted
+from visattn.kernels.pooled import apart
+
+GROUP: tl.constexpr = tl.constexpr(64)  # columns of a group
+
+
+@triton.jit
+def _columns_kernel(
+    levels,
+    group_base,
+    row_base,
+    column_base,
+    row_of,
+    slot_of,
+    num_q,
+    num_k,
+    groups,
+    ROWS: tl.constexpr,
+):
+    """One program: GROUP key blocks of one head. Lists, for each, the queries that see it, in
+    order, and the slot of each pair.
+
+    group_base int32 ``[B H, Nq, groups]``: blocks of a query before a group; row_base int64 ``[B H,
+    Nq]`` and column_base int64 ``[B H, Nk]``: pairs before a query, and before a block.
+    """
+    i_g = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_k = i_g * GROUP + tl.arange(0, GROUP)
+    m_k = o_k < num_k
+    at = tl.load(column_base + i_bh * num_k + o_k, mask=m_k, other=0)
+    for first in range(0, num_q, ROWS):
+        o_q = first + tl.arange(0, ROWS)
+        m_q = o_q < num_q
+        p_level = levels + (i_bh * num_q + o_q)[:, None] * num_k + o_k[None, :]
+        own = tl.load(p_level, mask=m_q[:, None] & m_k[None, :], other=0) == 1
+        ones = own.to(tl.int32)
+        place = at[None, :] + tl.cumsum(ones, 0) - ones
+        before = tl.load(group_base + (i_bh * num_q + o_q) * groups + i_g, mask=m_q, other=0)
+        base = tl.load(row_base + i_bh * num_q + o_q, mask=m_q, other=0)
+        slot = (base + before)[:, None] + tl.cumsum(ones, 1) - ones
+        tl.store(row_of + place, o_q[:, None] + slot.to(tl.int32) * 0, mask=own)
+        tl.store(slot_of + place, slot, mask=own)
+        at += tl.sum(ones, 0)
+
+
+@triton.jit
+def _queries_kernel(
+    q,
+    k,
+    v,
+    bias,
+    part_out,
+    part_lse,
+    column_of,
+    first_of,
+    column_base,
+    row_of,
+    slot_of,
+    tokens,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_tb,
+    stride_th,
+    heads,
+    slots,
+    num_k,
+    rows,
+    columns,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IEEE: tl.constexpr,
+):
+    """One program: BLOCK_M pairs of one key block. column_of int32 ``[T]``: the block, of all heads
+    (``columns`` of them; a tile of that number has no pair); first_of int64 ``[T]``: its first
+    pair; k, v ``[B, S, rows, D]`` and bias ``[B, S, rows]``, WIDTH of a block; tokens int32
+    ``[G, G', Nq, 1]``."""
+    PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
+    column = tl.load(column_of + tl.program_id(0))
+    if column >= columns:
+        return
+    i_bh = column // num_k
+    i_k = column % num_k
+    i_b = (i_bh // heads).to(tl.int64)
+    i_h = i_bh % heads
+    i_s = i_h // (heads // slots)
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    pair = tl.load(first_of + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    m_m = pair < tl.load(column_base + column + 1)
+    row = tl.load(row_of + pair, mask=m_m, other=0)
+    slot = tl.load(slot_of + pair, mask=m_m, other=0)
+    p_tokens = tokens + i_b * stride_tb + i_h.to(tl.int64) * stride_th
+    token = tl.load(p_tokens + row, mask=m_m, other=0).to(tl.int64)
+    p_q = q + i_b * stride_qb + i_h.to(tl.int64) * stride_qh
+    b_q = _values(p_q, token * stride_ql, o_d, m_m, DIM, BLOCK_D, True)
+    factor = scale * 1.4426950408889634  # log2(e)
+    p_k = k + (i_b * slots + i_s) * rows * DIM
+    p_v = v + (i_b * slots + i_s) * rows * DIM
+    p_bias = bias + (i_b * slots + i_s) * rows
+    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(i_k * WIDTH, (i_k + 1) * WIDTH, BLOCK_N):
+        at = (first + o_n).to(tl.int64) * DIM
+        b_k = _keys(p_k, at, o_d, o_n, DIM, BLOCK_D, False)
+        b_v = _values(p_v, at, o_d, o_n, DIM, BLOCK_D, False)
+        b_bias = tl.load(p_bias + first + o_n)[None, :]
+        b_m, b_l, b_o, _, _, _ = _step(
+            b_q, b_k, b_v, b_bias, b_m, b_l, b_o, factor, PRECISION
+        )
+    total = tl.where(b_l == 0.0, 1.0, b_l)
+    b_o = b_o / total[:, None]
+    b_lse = tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(total))
+    m_md = m_m[:, None] & (o_d < DIM)[None, :]
+    tl.store(part_out + slot[:, None] * DIM + o_d[None, :], b_o, mask=m_md)
+    tl.store(part_lse + slot, b_lse, mask=m_m)
+
+
+@triton.jit
+def _join_kernel(
+    part_out,
+    part_lse,
+    out,
+    lse,
+    row_base,
+    tokens,
+    stride_tb,
+    stride_th,
+    length_q,
+    num_q,
+    heads,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: ROWS queries of one head, whose slots are joined."""
+    i_bh = tl.program_id(1)
+    i_b = (i_bh // heads).to(tl.int64)
+    i_h = (i_bh % heads).to(tl.int64)
+    o_q = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = o_q < num_q
+    p_base = row_base + i_bh.to(tl.int64) * num_q + o_q
+    begin = tl.load(p_base, mask=m_q, other=0)
+    many = (tl.load(p_base + 1, mask=m_q, other=0) - begin).to(tl.int32)
+    b_m = tl.full([ROWS], float("-inf"), tl.float32)
+    b_l = tl.zeros([ROWS], tl.float32)
+    b_o = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in range(0, tl.max(many, 0)):
+        here = m_q & (i < many)
+        b_x = tl.load(part_lse + begin + i, mask=here, other=float("-inf"))
+        m_new = tl.maximum(b_m, b_x)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(b_m - m_safe)
+        weight = tl.exp2(b_x - m_safe)
+        p_part = part_out + (begin + i)[:, None] * DIM + o_d[None, :]
+        b_part = tl.load(p_part, mask=here[:, None] & (o_d < DIM)[None, :], other=0.0)
+        b_o = b_o * alpha[:, None] + b_part * weight[:, None]
+        b_l = b_l * alpha + weight
+        b_m = m_new
+    empty = b_l == 0.0
+    total = tl.where(empty, 1.0, b_l)
+    b_o = b_o / total[:, None]
+    b_lse = tl.where(empty, float("-inf"), (b_m + tl.log2(total)) * 0.6931471805599453)
+    p_tokens = tokens + i_b * stride_tb + i_h * stride_th
+    token = tl.load(p_tokens + o_q, mask=m_q, other=0).to(tl.int64)
+    at = i_bh.to(tl.int64) * length_q + token
+    m_qd = m_q[:, None] & (o_d < DIM)[None, :]
+    tl.store(out + at[:, None] * DIM + o_d[None, :], b_o.to(out.dtype.element_ty), mask=m_qd)
+    tl.store(lse + at, b_lse, mask=m_q)
+
+
+def queries_forward(
+    q: torch.Tensor,
+    levels: torch.Tensor,
+    tokens: torch.Tensor,
+    keys: Keys,
+    scale: float,
+    *,
+    tile: tuple[int, int],
+    warps: int,
+    stages: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``. The number of
+    pairs is read back, as it decides how much scratch there must be.
+
+    Args:
+        q: ``[B, H, Lq, D]``, stride 1 along D; levels: uint8 ``[B, H, Nq, Nk]``, contiguous, 1
+            where a query sees a block, else 0.
+        tokens: int32 ``[G, G', Nq, 1]``: the query of each row.
+        keys: keys in block order, a multiple of ``tile[1]`` of a block.
+        tile: queries and keys of a tile.
+    """
+    batch, heads, length_q, dim = q.shape
+    num_q, num_k = levels.shape[2:]
+    device = q.device
+    flat = levels.view(batch * heads, num_q, num_k)
+    groups = triton.cdiv(num_k, GROUP.value)
+    padded = torch.nn.functional.pad(flat, (0, groups * GROUP.value - num_k))
+    in_group = padded.unflatten(-1, (groups, GROUP.value)).sum(-1, dtype=torch.int32)
+    upto = in_group.cumsum(-1, dtype=torch.int32)
+    column_count = flat.sum(1, dtype=torch.int64).flatten()
+    row_base, column_base = (
+        torch.nn.functional.pad(count.cumsum(0), (1, 0))
+        for count in (upto[..., -1].flatten().long(), column_count)
+    )
+    tile, stages = fitted(tile, stages, dim, False)
+    block_m, block_n = tile
+    tiles = -(-column_count // block_m)
+    tile_end = tiles.cumsum(0)
+    pairs, most = (int(x) for x in torch.stack([row_base[-1], tile_end[-1]]).tolist())
+    number = torch.arange(most, device=device)
+    column_of = torch.searchsorted(tile_end, number, right=True)
+    piece = number - (tile_end - tiles)[column_of]
+    first_of = column_base[column_of] + piece * block_m
+    row_of = torch.empty(pairs, dtype=torch.int32, device=device)
+    slot_of = torch.empty(pairs, dtype=torch.int64, device=device)
+    _columns_kernel[(groups, batch * heads)](
+        levels,
+        (upto - in_group).contiguous(),
+        row_base,
+        column_base,
+        row_of,
+        slot_of,
+        num_q,
+        num_k,
+        groups,
+        ROWS=64,
+        num_warps=8,
+    )
+    part_out = torch.empty(pairs, dim, device=device)
+    part_lse = torch.empty(pairs, device=device)
+    block_d = max(16, triton.next_power_of_2(dim))
+    rows = keys.k.shape[2]
+    if most:
+        _queries_kernel[(most,)](
+            q,
+            keys.k,
+            keys.v,
+            keys.bias,
+            part_out,
+            part_lse,
+            column_of.int(),
+            first_of,
+            column_base,
+            row_of,
+            slot_of,
+            tokens,
+            *q.stride()[:3],
+            *apart(tokens),
+            heads,
+            keys.k.shape[1],
+            num_k,
+            rows,
+            batch * heads * num_k,
+            scale,
+            DIM=dim,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            WIDTH=rows // num_k,
+            IEEE=q.dtype == torch.float32,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
+    join = 16
+    _join_kernel[(triton.cdiv(num_q, join), batch * heads)](
+        part_out,
+        part_lse,
+        out,
+        lse,
+        row_base,
+        tokens,
+        *apart(tokens),
+        length_q,
+        num_q,
+        heads,
+        DIM=dim,
+        BLOCK_D=block_d,
+        ROWS=join,
+        num_warps=4,
+    )
+    return out, lse

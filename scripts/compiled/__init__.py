@@ -1,0 +1,1 @@
+"""What the compile matrix is made of."""

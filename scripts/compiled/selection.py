@@ -1,0 +1,125 @@
+"""What ``compile_matrix.py`` compiles of the kernels of dynamic patterns.
+
+Of the attention kernels every row of the launch table, in the variants that take most; of the
+others one row for each target, since they are bound by memory and depend on neither dtype nor head
+size beyond the size of their tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+INTEGERS = ("levels", "forced", "q_some", "k_some", "valid")  # of 8 bits
+LONG = ("row_base", "column_base", "first_of", "slot_of", "cuts")  # of 64 bits
+NUMBERS = ("scale", "factor")
+SIZES = (
+    "heads", "slots", "length_q", "num_q", "num_k", "num_rows", "size", "rows", "pooled_rows",
+    "rest_rows", "units", "columns", "groups", "total", "blocks", "width", "begin", "share", "part",
+    "end", "least", "most",
+)
+ELEMENTS = ("q", "k", "v", "pooled_k", "pooled_v", "spread", "rest_k", "rest_v", "rest_spread",
+            "out", "x", "mean")
+FLOATS = (
+    "bias", "pooled_bias", "rest_bias", "lse", "rest_share", "reference", "highest", "scores",
+    "k_mean", "part_out", "part_lse", "high", "low",
+)
+
+# queries and keys of a tile come from the launch table
+LEVELS: dict[str, dict[str, int | bool]] = {
+    "tiles": {"WIDTH": 128, "UNIT": 0, "REST": 0, "SPREAD": False, "SHARE": False,
+              "RECORD": False},
+    "pyramid": {"WIDTH": 128, "UNIT": 16, "REST": 1, "SPREAD": False, "SHARE": False,
+                "RECORD": False},
+    "variance": {"WIDTH": 64, "UNIT": 8, "REST": 1, "SPREAD": True, "SHARE": True,
+                 "RECORD": False},
+    "sample": {"WIDTH": 64, "UNIT": 0, "REST": 2, "SPREAD": False, "SHARE": False,
+               "RECORD": False},
+    "record": {"WIDTH": 64, "UNIT": 0, "REST": 0, "SPREAD": False, "SHARE": False,
+               "RECORD": True},
+}
+SELECT = {
+    "ROWS": 2, "BLOCK_K": 1024, "NUMBERS": False, "LEAST": True, "MOST": True,
+    "LEAST_NUMBER": False, "MOST_NUMBER": False, "FIRST": True, "SOME": True, "ABOVE": False,
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "select count": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": False}),
+    "select levels": ("_select_kernel", SELECT | {"BY": 1, "ENDS": 4, "HEAD": False}),
+    "select head": ("_select_kernel", SELECT | {"BY": 1, "ENDS": 1, "HEAD": True}),
+    "masses": ("_masses_kernel", {"ROWS": 2, "BLOCK_K": 1024}),
+    "cut": ("_cut_kernel", {"BLOCK": 4096, "BY": 1, "NUMBERS": False, "FIRST": True,
+                            "SOME": False}),
+    "lists": ("_lists_kernel", {"ROWS": 2, "BLOCK_K": 1024, "FULL": True, "POOLS": 3}),
+    "columns": ("_columns_kernel", {"ROWS": 64}),
+    "join": ("_join_kernel", {"DIM": 128, "BLOCK_D": 128, "ROWS": 16}),
+    "pooled": ("_pooled_kernel", {"DIM": 128, "BLOCK_D": 128, "ROWS": 16, "BLOCK_N": 64}),
+    "summary": ("_summary_kernel", {"DIM": 128, "BLOCK_D": 128, "BLOCK_R": 16, "VALID": True,
+                                    "SPREAD": True, "BOUNDS": True, "BIAS": True}),
+}
+WARPS = {"join": 4, "pooled": 4, "summary": 4}  # the others: 8
+CORE = (64, 128)  # head sizes of every variant of the levels
+
+
+class Row(NamedTuple):
+    """A kernel by name, what it is compiled with, and what it is called in the table."""
+
+    target: str
+    dtype: str
+    dim: int
+    variant: str
+    kernel: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def rows_of(target: str) -> list[Row]:
+    """All rows of a target."""
+    from visattn.kernels.levels import fitted
+    from visattn.kernels.targets import LAUNCHES
+
+    rows = []
+    for dtype in TYPES:
+        for size, launch in LAUNCHES[target][4 if dtype == "float32" else 2].items():
+            same = {"DIM": size, "BLOCK_D": size, "IEEE": dtype == "float32"}
+            names = list(LEVELS) if size in CORE and dtype != "float32" else ["tiles", "variance"]
+            for name in (*names, "queries"):
+                constants = LEVELS.get(name, {"WIDTH": 64})
+                tile, stages = fitted(
+                    (launch.block_q, launch.block_k), launch.stages, size,
+                    bool(constants.get("SPREAD")),
+                )
+                constants = same | constants | {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
+                kernel = "_queries_kernel" if name == "queries" else "_levels_kernel"
+                rows.append(Row(target, dtype, size, name, kernel, constants, launch.warps, stages))
+    for name, (kernel, constants) in OTHERS.items():
+        rows.append(Row(target, "bfloat16", 128, name, kernel, constants, WARPS.get(name, 8), 3))
+    return rows
+
+
+def kernel_of(name: str) -> Any:
+    """A kernel by its name."""
+    from visattn.kernels import levels, pooled, queries, select, summary
+
+    return next(
+        getattr(module, name)
+        for module in (levels, pooled, queries, select, summary)
+        if hasattr(module, name)
+    )
+
+
+def type_of(name: str, dtype: str) -> str:
+    """The type of an argument."""
+    if name.startswith("stride_"):
+        return "i32"
+    if name.rstrip("0123456789") in ("end", "value", "count", "base"):
+        return "i32"
+    if name in NUMBERS:
+        return "fp32"
+    if name in SIZES:
+        return "i32"
+    if name in ELEMENTS:
+        return f"*{TYPES[dtype]}"
+    if name in FLOATS:
+        return "*fp32"
+    return "*i8" if name in INTEGERS else "*i64" if name in LONG else "*i32"
