@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from visattn.layout import Grid, TokenLayout
+from visattn.layout import Grid, TokenLayout, valid_keys
 from visattn.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns import parse_pattern
 from visattn.selectors import Selector
+from visattn.selectors.attend import attend
+from visattn.selectors.reference import reference_attend
 
 Blocks = list[list[int]]
+Output = Callable[..., torch.Tensor]
 
 LAYOUTS = {
     "video": TokenLayout(Grid(3, 5, 6), text_after=7),
@@ -212,3 +215,53 @@ def masked_attention(
         mask = mask & valid[:, None, None]
     logits = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
     return logits.softmax(-1) @ v
+
+
+def combined(
+    query: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """One softmax over (logit, value) pairs of a query."""
+    logits = torch.stack([logit for logit, _ in parts])
+    return logits.softmax(0) @ torch.stack([value for _, value in parts])
+
+
+def tokens_of(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block: list[int],
+    pool: int,
+    valid: list[bool],
+    variance: bool = False,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What a query sees of a block: its valid tokens, or means of ``pool`` of them."""
+    out = []
+    block = [token for token in block if valid[token]]
+    for n in range(0, len(block), pool):
+        part = block[n : n + pool]
+        logit = query @ mean(keys, part) * SCALE + math.log(len(part))
+        if variance and len(part) > 1:
+            spread = keys[part].var(0, correction=0)
+            logit = logit + (query * SCALE).square() @ spread / 2
+        out.append((logit, mean(values, part)))
+    return out
+
+
+def whole(layout: TokenLayout, q: torch.Tensor, b: int) -> list[bool]:
+    text = lengths(layout)
+    if text is None:
+        return [True] * layout.length
+    own: list[bool] = valid_keys(text, layout)[b].tolist()
+    return own
+
+
+def check_output(
+    selector: Selector, oracle: Output, layout: TokenLayout, atol: float = 1e-9
+) -> None:
+    """The fast form and the oracle of the levels give what the definition does."""
+    q, k, v = tensors(layout)
+    expected = oracle(q, k, v, layout)
+    selection = selector.select(q, k, v, layout, SCALE)
+    for run in (attend, reference_attend):
+        out, _ = run(q, k, v, selection, layout, lengths(layout), SCALE)
+        torch.testing.assert_close(out, expected, rtol=0, atol=atol)
