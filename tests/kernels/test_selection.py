@@ -10,8 +10,10 @@ import torch
 from selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import Grid, TokenLayout, sparse_attention
+from visattn.execute import Spec, execute
 from visattn.orders import LineOrder
 from visattn.selectors import (
+    Memory,
     MoBA,
     PooledRest,
     Pyramid,
@@ -19,6 +21,7 @@ from visattn.selectors import (
     SampledRest,
     Selection,
     Selector,
+    SkipList,
     TopBlocks,
 )
 from visattn.selectors.attend import attend
@@ -259,6 +262,28 @@ def test_selectors_on_this_gpu(name: str, dtype: torch.dtype) -> None:
     bound = (eager.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert float((found.double() - exact).abs().max()) <= 2 * float(bound)
     assert float((lse.double() - exact_lse).abs().nan_to_num(0).max()) < 0.02
+
+
+@pytest.mark.parametrize("block", [16, 20], ids=["tiles", "no tiles"])
+def test_skip_lists_by_the_kernels_are_those_of_plain_torch(block: int) -> None:
+    layout = TokenLayout(Grid(2, 6, 8), text_after=3)
+    pattern = SkipList(0.3, block=block, order="raster")
+    q, k, v = (1.5 * x.float() for x in tensors(layout, 1))
+    outputs: dict[str, list[torch.Tensor]] = {"triton": [], "blockwise": []}
+    skipped = {}
+    for backend, found in outputs.items():
+        spec, memory = Spec((pattern,) * 4, layout, None, backend), Memory()
+        device = DEVICE if backend == "triton" else torch.device("cpu")
+        for step in range(3):
+            memory.begin(step, 3)
+            own = (x.to(device) for x in (q + 0.05 * step, k, v))
+            out, _ = execute(spec, backend, *own, None, SCALE, False, memory)
+            found.append(out.cpu())
+        skipped[backend] = memory.past(pattern).skipped
+    assert 0.02 < skipped["blockwise"].float().mean() < 0.95
+    assert torch.equal(skipped["triton"].cpu(), skipped["blockwise"])
+    for own, other in zip(*outputs.values(), strict=True):
+        assert torch.allclose(own, other, atol=1e-5)
 
 
 def test_reuse_serves_the_kernels_choice() -> None:

@@ -123,7 +123,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _settings(q: torch.Tensor, size: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and stages."""
     block_q, block_k, warps, stages = launch_of(q)
-    while size > 1 and block_q >= 2 * max(16, size):
+    while block_q >= 2 * max(16, size):
         block_q //= 2
     return block_q, block_k, warps, stages
 
@@ -145,8 +145,8 @@ def kernel_attend(
 
     Args:
         settings: queries and keys of a tile, warps, stages; default: the launch table's.
-        reference: LSE ``[B, H, L]`` that the largest logits are taken from, at level 1 and where
-            blocks are read as tiles; None: they are not recorded.
+        reference: LSE ``[B, H, L]`` that the largest logits are taken from, at level 1; None, or
+            blocks that are too far from whole tiles: they are not recorded.
     """
     from visattn.kernels.levels import levels_forward
     from visattn.kernels.queries import queries_forward
@@ -164,6 +164,7 @@ def kernel_attend(
     pack = functools.partial(_keys, k, v, k_side, slots, valid)
     plain = selection.values == (1,) and selection.rest is None and selection.correction is None
     if q_side.size == 1 and plain and reference is None:
+        block_m, block_n, warps, stages = settings or launch_of(q)
         while block_n >= 2 * max(16, size):
             block_n //= 2
         return *queries_forward(
@@ -213,7 +214,7 @@ def kernel_attend(
         unit=unit,
         rest=rest,
         share=first_order(selection),
-        reference=reference,
+        reference=reference if tiled else None,
         tile=(block_m, block_n),
         warps=warps,
         stages=stages,
