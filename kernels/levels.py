@@ -417,7 +417,7 @@ def levels_forward(
     highest = None
     if reference is not None:
         shape = (batch, heads, num_q, subs, num_k, width // block_n)
-        highest = torch.full(shape, -torch.inf, device=device)
+        highest = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
     slots = next(keys.k.shape[1] for keys in (full, pooled, rest) if keys)
     nothing = Keys(q, q, lse)
     own, few, others = full or nothing, pooled or nothing, rest or nothing

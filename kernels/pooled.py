@@ -98,7 +98,7 @@ def pooled_scores(
     1 where all share them."""
     batch, heads, _, dim = q.shape
     num_q, num_k = tokens.shape[2], k_mean.shape[2]
-    scores = torch.empty(batch, heads, num_q, num_k, device=q.device)
+    scores = torch.empty(batch, heads, num_q, num_k, dtype=torch.float32, device=q.device)
     rows = 16
     _pooled_kernel[(triton.cdiv(num_q, rows), heads, batch)](
         q,
@@ -122,8 +122,9 @@ def pooled_scores(
         DIM=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         ROWS=rows,
-        BLOCK_N=64,
+        BLOCK_N=32,
         num_warps=4,
+        num_stages=2,
     )
     return scores
 

@@ -8,6 +8,8 @@ atomically, so the result is the same every time. A query without a key gives 0 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from visattn.kernels.levels import Keys, _keys, _step, _values, fitted
 from visattn.kernels.pooled import apart
 
 GROUP: tl.constexpr = tl.constexpr(64)  # columns of a group
+MOST_PAIRS = 1 << 20  # of queries and blocks, at a time: 512 MiB of scratch at head size 128
 
 
 @triton.jit
@@ -80,7 +83,6 @@ def _queries_kernel(
     slots,
     num_k,
     rows,
-    columns,
     scale,
     DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -89,14 +91,11 @@ def _queries_kernel(
     WIDTH: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """One program: BLOCK_M pairs of one key block. column_of int32 ``[T]``: the block, of all heads
-    (``columns`` of them; a tile of that number has no pair); first_of int64 ``[T]``: its first
-    pair; k, v ``[B, S, rows, D]`` and bias ``[B, S, rows]``, WIDTH of a block; tokens int32
-    ``[G, G', Nq, 1]``."""
+    """One program: BLOCK_M pairs of one key block. column_of int32 ``[T]``: the block, counted over
+    all heads; first_of int64 ``[T]``: its first pair; k, v ``[B, S, rows, D]`` and bias ``[B, S,
+    rows]``, WIDTH of a block; tokens int32 ``[G, G', Nq, 1]``."""
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     column = tl.load(column_of + tl.program_id(0))
-    if column >= columns:
-        return
     i_bh = column // num_k
     i_k = column % num_k
     i_b = (i_bh // heads).to(tl.int64)
@@ -199,9 +198,11 @@ def queries_forward(
     tile: tuple[int, int],
     warps: int,
     stages: int,
+    most: int = MOST_PAIRS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``. The number of
-    pairs is read back, as it decides how much scratch there must be.
+    """Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``.
+
+    The numbers of pairs are read back, as they decide how much scratch there must be.
 
     Args:
         q: ``[B, H, Lq, D]``, stride 1 along D; levels: uint8 ``[B, H, Nq, Nk]``, contiguous, 1
@@ -209,50 +210,96 @@ def queries_forward(
         tokens: int32 ``[G, G', Nq, 1]``: the query of each row.
         keys: keys in block order, a multiple of ``tile[1]`` of a block.
         tile: queries and keys of a tile.
+        most: pairs that are worked on at a time, but for those of a single query.
     """
+    batch, heads, length_q, dim = q.shape
+    num_q = levels.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, length_q), dtype=torch.float32, device=q.device)
+    tile, stages = fitted(tile, stages, dim, False)
+    run = functools.partial(_run, scale=scale, tile=tile, warps=warps, stages=stages)
+    widest = max(1, int(levels.sum(-1, dtype=torch.int32).amax()))
+    if widest * batch * heads * num_q <= most:
+        run(q, levels, tokens, keys, out, lse)
+        return out, lse
+    step = max(1, most // widest)  # queries of one head
+    share = heads // keys.k.shape[1]
+    for b in range(batch):
+        for h in range(heads):
+            at, slot = (slice(b, b + 1), slice(h, h + 1)), slice(h // share, h // share + 1)
+            own = tuple(
+                slice(None) if size == 1 else part
+                for size, part in zip(tokens.shape[:2], at, strict=True)
+            )
+            part = Keys(*(x[at[0], slot].contiguous() for x in (keys.k, keys.v, keys.bias)))
+            for begin in range(0, num_q, step):
+                rows = slice(begin, begin + step)
+                run(
+                    q[at],
+                    levels[at][:, :, rows].contiguous(),
+                    tokens[own][:, :, rows].contiguous(),
+                    part,
+                    out[at],
+                    lse[at],
+                )
+    return out, lse
+
+
+def _run(
+    q: torch.Tensor,
+    levels: torch.Tensor,
+    tokens: torch.Tensor,
+    keys: Keys,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    tile: tuple[int, int],
+    warps: int,
+    stages: int,
+) -> None:
+    """All pairs at once; ``out`` and ``lse`` are contiguous, written at the queries of tokens."""
     batch, heads, length_q, dim = q.shape
     num_q, num_k = levels.shape[2:]
     device = q.device
     flat = levels.view(batch * heads, num_q, num_k)
-    groups = triton.cdiv(num_k, GROUP.value)
-    padded = torch.nn.functional.pad(flat, (0, groups * GROUP.value - num_k))
-    in_group = padded.unflatten(-1, (groups, GROUP.value)).sum(-1, dtype=torch.int32)
-    upto = in_group.cumsum(-1, dtype=torch.int32)
+    starts = torch.arange(0, num_k, GROUP.value, device=device)
+    upto = flat.cumsum(-1, dtype=torch.int32)
+    row_count = upto[..., -1].flatten().long()
+    group_base = torch.nn.functional.pad(upto, (1, 0)).index_select(-1, starts).contiguous()
     column_count = flat.sum(1, dtype=torch.int64).flatten()
     row_base, column_base = (
-        torch.nn.functional.pad(count.cumsum(0), (1, 0))
-        for count in (upto[..., -1].flatten().long(), column_count)
+        torch.nn.functional.pad(count.cumsum(0), (1, 0)) for count in (row_count, column_count)
     )
-    tile, stages = fitted(tile, stages, dim, False)
     block_m, block_n = tile
     tiles = -(-column_count // block_m)
     tile_end = tiles.cumsum(0)
-    pairs, most = (int(x) for x in torch.stack([row_base[-1], tile_end[-1]]).tolist())
-    number = torch.arange(most, device=device)
+    pairs, count = (int(x) for x in torch.stack([row_base[-1], tile_end[-1]]).tolist())
+    number = torch.arange(count, device=device)
     column_of = torch.searchsorted(tile_end, number, right=True)
     piece = number - (tile_end - tiles)[column_of]
     first_of = column_base[column_of] + piece * block_m
     row_of = torch.empty(pairs, dtype=torch.int32, device=device)
     slot_of = torch.empty(pairs, dtype=torch.int64, device=device)
-    _columns_kernel[(groups, batch * heads)](
+    _columns_kernel[(len(starts), batch * heads)](
         levels,
-        (upto - in_group).contiguous(),
+        group_base,
         row_base,
         column_base,
         row_of,
         slot_of,
         num_q,
         num_k,
-        groups,
+        len(starts),
         ROWS=64,
         num_warps=8,
     )
-    part_out = torch.empty(pairs, dim, device=device)
-    part_lse = torch.empty(pairs, device=device)
+    part_out = torch.empty((pairs, dim), dtype=torch.float32, device=device)
+    part_lse = torch.empty(pairs, dtype=torch.float32, device=device)
     block_d = max(16, triton.next_power_of_2(dim))
     rows = keys.k.shape[2]
-    if most:
-        _queries_kernel[(most,)](
+    if count:
+        _queries_kernel[(count,)](
             q,
             keys.k,
             keys.v,
@@ -271,7 +318,6 @@ def queries_forward(
             keys.k.shape[1],
             num_k,
             rows,
-            batch * heads * num_k,
             scale,
             DIM=dim,
             BLOCK_M=block_m,
@@ -282,8 +328,6 @@ def queries_forward(
             num_warps=warps,
             num_stages=stages,
         )
-    out = torch.empty(q.shape, dtype=q.dtype, device=device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
     join = 16
     _join_kernel[(triton.cdiv(num_q, join), batch * heads)](
         part_out,
@@ -301,4 +345,3 @@ def queries_forward(
         ROWS=join,
         num_warps=4,
     )
-    return out, lse

@@ -161,7 +161,7 @@ def _select_kernel(
     at = (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * num_q * num_k
     at += o_q.to(tl.int64)[:, None] * num_k + o_k[None, :]
     x = tl.load(scores + at, mask=inside, other=float("-inf"))
-    p_forced = forced + i_b.to(tl.int64) * stride_fb + i_h * stride_fh
+    p_forced = forced + i_b.to(tl.int64) * stride_fb + i_h.to(tl.int64) * stride_fh
     p_forced += o_q.to(tl.int64)[:, None] * stride_fq + o_k[None, :] * stride_fk
     kept_anyway = tl.load(p_forced, mask=inside, other=0) != 0
     free = x > float("-inf")
@@ -173,7 +173,7 @@ def _select_kernel(
             total = tl.maximum(tl.sum(weights, 1), 1)[:, None]
             x = tl.where(free, ((weights * ONE) // total).to(tl.float32), float("-inf"))
     elif BY == TOKENS:
-        p_length = length + i_b.to(tl.int64) * stride_nb + i_h * stride_nh
+        p_length = length + i_b.to(tl.int64) * stride_nb + i_h.to(tl.int64) * stride_nh
         own = tl.load(p_length + o_k, mask=o_k < num_k, other=0).to(tl.int64)
         weights = tl.where(free, own[None, :], 0)
     else:
@@ -270,7 +270,7 @@ def _cut_kernel(
     i_b = tl.program_id(1)
     at = (i_b.to(tl.int64) * tl.num_programs(0) + i_h) * num_q * num_k
     items = num_q * num_k
-    p_forced = forced + i_b.to(tl.int64) * stride_fb + i_h * stride_fh
+    p_forced = forced + i_b.to(tl.int64) * stride_fb + i_h.to(tl.int64) * stride_fh
     o_i = tl.arange(0, BLOCK)
     total = tl.zeros([], tl.int64)
     for first in range(0, items, BLOCK):

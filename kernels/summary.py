@@ -1,9 +1,9 @@
 """Summaries of blocks of tokens: means of every few tokens in block order, and what goes with them.
 
 Of a block's tokens in its order, every ``part`` ones make a lane: their mean, and if asked for the
-variance of each component, the largest and the least. ``part = 1`` is a copy in block order. Lanes
-are written side by side, ``width`` of them for a block; the last ones of a short block are empty:
-0 (minus and plus infinity for the largest and the least), and a bias of minus infinity.
+variance of each component. ``part = 1`` is a copy in block order. Lanes are written side by side,
+``width`` of them for a block; the last ones of a short block are empty: 0, and a bias of minus
+infinity.
 
 x ``[B, H, L, D]`` with any strides but 1 along D. Sums are float32, in the order of the tokens.
 """
@@ -25,8 +25,6 @@ def _summary_kernel(
     valid,
     mean,
     spread,
-    high,
-    low,
     bias,
     stride_xb,
     stride_xh,
@@ -48,7 +46,6 @@ def _summary_kernel(
     BLOCK_R: tl.constexpr,
     VALID: tl.constexpr,
     SPREAD: tl.constexpr,
-    BOUNDS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     """One program: BLOCK_R lanes of one head; lane ``r`` is part ``r % width`` of block
@@ -68,8 +65,6 @@ def _summary_kernel(
     many = tl.minimum(many, part)
     total_r = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     square_r = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    high_r = tl.full([BLOCK_R, BLOCK_D], float("-inf"), tl.float32)
-    low_r = tl.full([BLOCK_R, BLOCK_D], float("inf"), tl.float32)
     count = tl.zeros([BLOCK_R], tl.int32)
     for i in range(0, part):
         here = m_r & (i < many)
@@ -89,9 +84,6 @@ def _summary_kernel(
         total_r += b_x
         if SPREAD:
             square_r += b_x * b_x
-        if BOUNDS:
-            high_r = tl.maximum(high_r, tl.where(here[:, None], b_x, float("-inf")))
-            low_r = tl.minimum(low_r, tl.where(here[:, None], b_x, float("inf")))
     number = tl.maximum(many, 1).to(tl.float32)[:, None] + tl.zeros([1, BLOCK_D], tl.float32)
     mean_r = tl.div_rn(total_r, number)
     row = (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * rows + begin + o_r
@@ -101,9 +93,6 @@ def _summary_kernel(
     if SPREAD:
         spread_r = tl.maximum(tl.div_rn(square_r, number) - mean_r * mean_r, 0.0)
         tl.store(spread + at, spread_r.to(spread.dtype.element_ty), mask=m_rd)
-    if BOUNDS:
-        tl.store(high + at, high_r, mask=m_rd)
-        tl.store(low + at, low_r, mask=m_rd)
     if BIAS:
         some = tl.log2(tl.maximum(count, 1).to(tl.float32))
         tl.store(bias + row, tl.where(count > 0, some, float("-inf")), mask=m_r)
@@ -119,7 +108,6 @@ def summarise(
     mean: torch.Tensor,
     begin: int = 0,
     spread: torch.Tensor | None = None,
-    bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
     bias: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> None:
@@ -132,13 +120,12 @@ def summarise(
         part: tokens of a lane; width: lanes of a block.
         mean: ``[B, H, rows, D]``, contiguous, of any floating type; H is a multiple of Hx.
         begin: the row of the first lane.
-        spread, bounds (largest, least; float32): as ``mean``.
+        spread: as ``mean``.
         bias: float32 ``[B, H, rows]``: log2 of the tokens that count, in all of them.
         valid: uint8 ``[B, L]``: which tokens count; all of them enter the mean.
     """
     batch, heads, rows, dim = mean.shape
     blocks, size = tokens.shape[2:]
-    high, low = bounds or (mean, mean)
     block_d = max(16, triton.next_power_of_2(dim))
     block_r = max(1, min(32, 2048 // block_d))
     _summary_kernel[(triton.cdiv(blocks * width, block_r), heads, batch)](
@@ -148,8 +135,6 @@ def summarise(
         valid=length if valid is None else valid,
         mean=mean,
         spread=mean if spread is None else spread,
-        high=high,
-        low=low,
         bias=mean if bias is None else bias,
         stride_xb=x.stride(0),
         stride_xh=x.stride(1),
@@ -171,7 +156,6 @@ def summarise(
         BLOCK_R=block_r,
         VALID=valid is not None,
         SPREAD=spread is not None,
-        BOUNDS=bounds is not None,
         BIAS=bias is not None,
         num_warps=4,
     )

@@ -187,6 +187,7 @@ def _dynamic(
     kernels = backend == "triton"
     with torch.no_grad():
         selection = memory.choose(pattern, q, k, v, layout, scale, kernels=kernels)
+    assert selection.levels.shape[:2] == q.shape[:2], "a choice of other heads"
     reference = memory.past(pattern).lse if pattern.records else None
     highest = None
     if kernels:

@@ -1,8 +1,8 @@
 """What ``compile_matrix.py`` compiles of the kernels of dynamic patterns.
 
-Of the attention kernels every row of the launch table, in the variants that take most; of the
-others one row for each target, since they are bound by memory and depend on neither dtype nor head
-size beyond the size of their tiles.
+Of the attention kernels every row of the launch table, in the variants that take most, and at the
+core head sizes with the 64 queries of a block that selectors have by default; of the others one row
+for each target and variant, since they depend on no dtype.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ LONG = ("row_base", "column_base", "first_of", "slot_of", "cuts")  # of 64 bits
 NUMBERS = ("scale", "factor")
 SIZES = (
     "heads", "slots", "length_q", "num_q", "num_k", "num_rows", "size", "rows", "pooled_rows",
-    "rest_rows", "units", "columns", "groups", "total", "blocks", "width", "begin", "share", "part",
+    "rest_rows", "units", "groups", "total", "blocks", "width", "begin", "share", "part",
     "end", "least", "most",
 )
 ELEMENTS = ("q", "k", "v", "pooled_k", "pooled_v", "spread", "rest_k", "rest_v", "rest_spread",
             "out", "x", "mean")
 FLOATS = (
     "bias", "pooled_bias", "rest_bias", "lse", "rest_share", "reference", "highest", "scores",
-    "k_mean", "part_out", "part_lse", "high", "low",
+    "k_mean", "part_out", "part_lse",
 )
 
 # queries and keys of a tile come from the launch table
@@ -46,17 +46,29 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "select count": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": False}),
     "select levels": ("_select_kernel", SELECT | {"BY": 1, "ENDS": 4, "HEAD": False}),
     "select head": ("_select_kernel", SELECT | {"BY": 1, "ENDS": 1, "HEAD": True}),
+    "select head count": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": True}),
+    "select above": ("_select_kernel", SELECT | {"BY": 1, "ENDS": 1, "HEAD": False, "ABOVE": True}),
+    "select tokens": ("_select_kernel", SELECT | {"BY": 2, "ENDS": 1, "HEAD": False}),
+    "select number": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": False,
+                                                  "NUMBERS": True}),
     "masses": ("_masses_kernel", {"ROWS": 2, "BLOCK_K": 1024}),
     "cut": ("_cut_kernel", {"BLOCK": 4096, "BY": 1, "NUMBERS": False, "FIRST": True,
                             "SOME": False}),
+    "cut count": ("_cut_kernel", {"BLOCK": 4096, "BY": 0, "NUMBERS": False, "FIRST": True,
+                                  "SOME": True}),
+    "cut number": ("_cut_kernel", {"BLOCK": 4096, "BY": 0, "NUMBERS": True, "FIRST": True,
+                                   "SOME": False}),
+    "lists of units": ("_lists_kernel", {"ROWS": 2, "BLOCK_K": 1024, "FULL": False, "POOLS": 4}),
     "lists": ("_lists_kernel", {"ROWS": 2, "BLOCK_K": 1024, "FULL": True, "POOLS": 3}),
     "columns": ("_columns_kernel", {"ROWS": 64}),
     "join": ("_join_kernel", {"DIM": 128, "BLOCK_D": 128, "ROWS": 16}),
-    "pooled": ("_pooled_kernel", {"DIM": 128, "BLOCK_D": 128, "ROWS": 16, "BLOCK_N": 64}),
+    "pooled 64": ("_pooled_kernel", {"DIM": 64, "BLOCK_D": 64, "ROWS": 16, "BLOCK_N": 32}),
+    "pooled 128": ("_pooled_kernel", {"DIM": 128, "BLOCK_D": 128, "ROWS": 16, "BLOCK_N": 32}),
+    "pooled 256": ("_pooled_kernel", {"DIM": 256, "BLOCK_D": 256, "ROWS": 16, "BLOCK_N": 32}),
     "summary": ("_summary_kernel", {"DIM": 128, "BLOCK_D": 128, "BLOCK_R": 16, "VALID": True,
-                                    "SPREAD": True, "BOUNDS": True, "BIAS": True}),
+                                    "SPREAD": True, "BIAS": True}),
 }
-WARPS = {"join": 4, "pooled": 4, "summary": 4}  # the others: 8
+FEW_WARPS = ("_join_kernel", "_pooled_kernel", "_summary_kernel")  # 4; the others: 8
 CORE = (64, 128)  # head sizes of every variant of the levels
 
 
@@ -83,17 +95,20 @@ def rows_of(target: str) -> list[Row]:
         for size, launch in LAUNCHES[target][4 if dtype == "float32" else 2].items():
             same = {"DIM": size, "BLOCK_D": size, "IEEE": dtype == "float32"}
             names = list(LEVELS) if size in CORE and dtype != "float32" else ["tiles", "variance"]
+            if size in CORE and dtype != "float32":
+                names.append("tiles of 64")
             for name in (*names, "queries"):
-                constants = LEVELS.get(name, {"WIDTH": 64})
+                constants = LEVELS.get(name.removesuffix(" of 64"), {"WIDTH": 64})
+                queries = 64 if name.endswith("of 64") else launch.block_q
                 tile, stages = fitted(
-                    (launch.block_q, launch.block_k), launch.stages, size,
-                    bool(constants.get("SPREAD")),
+                    (queries, launch.block_k), launch.stages, size, bool(constants.get("SPREAD"))
                 )
                 constants = same | constants | {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
                 kernel = "_queries_kernel" if name == "queries" else "_levels_kernel"
                 rows.append(Row(target, dtype, size, name, kernel, constants, launch.warps, stages))
     for name, (kernel, constants) in OTHERS.items():
-        rows.append(Row(target, "bfloat16", 128, name, kernel, constants, WARPS.get(name, 8), 3))
+        warps, stages = 4 if kernel in FEW_WARPS else 8, 2 if kernel == "_pooled_kernel" else 3
+        rows.append(Row(target, "bfloat16", 128, name, kernel, constants, warps, stages))
     return rows
 
 

@@ -49,7 +49,7 @@ class Preset:
     heads: int = 2
     head_size: int = 64
     feed_forward: int = 512
-    denoiser_steps: int = 8000
+    denoiser_steps: int = 6000
     batches: dict[Grid, int] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
     text_lengths: dict[int, float] = field(default_factory=lambda: {16: 0.7, 64: 0.15, 512: 0.15})

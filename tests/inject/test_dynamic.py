@@ -140,6 +140,24 @@ def test_summary_says_what_was_executed():
     assert summary(pipe).most_speedup > 1
 
 
+def test_phases_with_other_heads_choose_for_themselves():
+    """A choice of two heads is not that of two others, nor of four."""
+    kept = Reuse(TopBlocks(2, block=8), every=9)
+    phases = ((kept, kept, Dense(), Dense()), (Dense(), kept, kept, kept))
+    plan = Plan(tuple(Rule(own, phase=n) for n, own in enumerate(phases)), phases=(0.5,))
+    anew = TopBlocks(2, block=8)
+    pipe = tiny.wan21()
+    apply_plan(pipe, plan)
+    found = tiny.generate(pipe, steps=2)
+    assert all((own.made, own.reused) == (1, 0) for own in memories(pipe))
+    rules = tuple(
+        Rule(tuple(anew if head is kept else head for head in own), phase=n)
+        for n, own in enumerate(phases)
+    )
+    apply_plan(pipe, Plan(rules, phases=(0.5,)))
+    assert torch.equal(tiny.generate(pipe, steps=2), found)
+
+
 def test_audit_says_what_was_missed():
     pipe = tiny.wan21()
     heads = (TOP, Diagonal(3), Dense(), TopBlocks(1.0, block=8))

@@ -11,6 +11,9 @@ from selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.execute import Spec, execute
+from visattn.kernels.levels import Keys
+from visattn.kernels.queries import queries_forward
+from visattn.kernels.summary import summarise
 from visattn.orders import LineOrder
 from visattn.selectors import (
     Memory,
@@ -30,7 +33,6 @@ from visattn.selectors.inputs import Inputs, block_means
 from visattn.selectors.reference import reference_attend
 from visattn.selectors.scores import Pooled
 from visattn.selectors.selects import (
-    BLOCK,
     Levels,
     Select,
     Threshold,
@@ -39,6 +41,7 @@ from visattn.selectors.selects import (
     TopP,
 )
 from visattn.selectors.sides import ordered_side
+from visattn.selectors.skip_list import packed, unpacked
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -80,10 +83,10 @@ def scores(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("select", SELECTS, ids=str)
 def test_select_stage_is_bit_equal(select: Select) -> None:
     generator = torch.Generator().manual_seed(1)
-    forced = (torch.rand(1, 1, 7, 21, generator=generator) < 0.1).to(DEVICE)
-    forced[:, :, 2] = True
-    length = torch.randint(1, 65, (1, 1, 21), generator=generator).to(DEVICE)
-    for seed in range(2):
+    for seed, shape in enumerate(((1, 1), (2, 3))):  # shared by all heads, and of each
+        forced = (torch.rand(*shape, 7, 21, generator=generator) < 0.1).to(DEVICE)
+        forced[:, :, 2] = True
+        length = torch.randint(1, 65, (*shape, 21), generator=generator).to(DEVICE)
         found = kernel_levels(select, scores(seed), length, forced)
         assert found is not None
         assert torch.equal(found, select(scores(seed), length, forced))
@@ -270,16 +273,18 @@ def test_skip_lists_by_the_kernels_are_those_of_plain_torch(block: int) -> None:
     pattern = SkipList(0.3, block=block, order="raster")
     q, k, v = (1.5 * x.float() for x in tensors(layout, 1))
     outputs: dict[str, list[torch.Tensor]] = {"triton": [], "blockwise": []}
-    skipped = {}
+    skipped: dict[str, torch.Tensor] = {}
     for backend, found in outputs.items():
         spec, memory = Spec((pattern,) * 4, layout, None, backend), Memory()
         device = DEVICE if backend == "triton" else torch.device("cpu")
         for step in range(3):
-            memory.begin(step, 3)
+            memory.begin(step, 9)
             own = (x.to(device) for x in (q + 0.05 * step, k, v))
             out, _ = execute(spec, backend, *own, None, SCALE, False, memory)
             found.append(out.cpu())
-        skipped[backend] = memory.past(pattern).skipped
+        bits = memory.past(pattern).skipped
+        assert bits is not None
+        skipped[backend] = unpacked(bits, 3 * 8)
     assert 0.02 < skipped["blockwise"].float().mean() < 0.95
     assert torch.equal(skipped["triton"].cpu(), skipped["blockwise"])
     for own, other in zip(*outputs.values(), strict=True):
@@ -287,9 +292,35 @@ def test_skip_lists_by_the_kernels_are_those_of_plain_torch(block: int) -> None:
 
 
 def test_reuse_serves_the_kernels_choice() -> None:
+    layout = LAYOUTS["line"]
+    q, k, v = (x.float().to(DEVICE) for x in tensors(layout))
+    memory = Memory()
+    spec = Spec((Reuse(TopBlocks(0.4, block=4), every=2),) * 4, layout, None, "triton")
+    found = []
+    for step in range(3):
+        memory.begin(step, 9)
+        found.append(execute(spec, "triton", q, k, v, None, SCALE, True, memory)[0])
+    assert (memory.made, memory.reused) == (2, 1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_many_pairs_are_worked_on_in_parts() -> None:
     layout = LAYOUTS["odd"]
     q, k, v = (x.float().to(DEVICE) for x in tensors(layout))
-    reuse = Reuse(TopBlocks(0.3, block=8))
-    own = reuse.select(q, k, v, layout, SCALE, kernels=True)
-    assert torch.equal(own.levels, reuse.select(q, k, v, layout, SCALE).levels)
-    assert BLOCK not in own.values
+    selection = MoBA(0.4, block=8).select(q, k, v, layout, SCALE)
+    side = selection.k_side
+    lanes = (*k.shape[:2], len(side) * 16, k.shape[3])
+    keys = Keys(k.new_empty(lanes), k.new_empty(lanes), k.new_empty(lanes[:3]))
+    for x, mean, bias in ((k, keys.k, keys.bias), (v, keys.v, None)):
+        summarise(x, side.tokens32, side.length32, part=1, width=16, mean=mean, bias=bias)
+    tokens = selection.q_side.tokens32
+    settings = {"tile": (16, 16), "warps": 4, "stages": 1}
+    whole = queries_forward(q, selection.levels, tokens, keys, SCALE, **settings)
+    parts = queries_forward(q, selection.levels, tokens, keys, SCALE, most=60, **settings)
+    for own, other in zip(parts, whole, strict=True):
+        assert torch.allclose(own, other, rtol=0, atol=1e-6)
+
+
+def test_bits_of_a_mask() -> None:
+    mask = torch.rand(2, 3, 21, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert packed(mask).shape == (2, 3, 3) and torch.equal(unpacked(packed(mask), 21), mask)

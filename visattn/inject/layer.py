@@ -89,6 +89,7 @@ class Layer:
         self.ran: set[str] = set()  # the backends of its sparse calls
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
         self.memories: dict[tuple[object, ...], Memory] = {}
+        self.latest: tuple[object, ...] = ()  # what keys of the last call's memories begin with
         self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
         self.number = register_layer(self)
 
@@ -142,12 +143,12 @@ class Layer:
         return float(torch.stack(found).mean()) if found else None
 
     def missed(self, patterns: Heads) -> tuple[float, float] | None:
-        """Mean dropped mass and error of the heads with some patterns in their last audited calls;
-        None before the first."""
+        """Mean dropped mass and error of the heads with some patterns in the last audited calls of
+        the size that ran last; None before the first. The mass is NaN where it is not known."""
         found = [
             (own.dropped[:, n].mean(), own.error[:, n].mean())
-            for memory in self.memories.values()
-            if memory.audited is not None
+            for key, memory in self.memories.items()
+            if memory.audited is not None and key[:2] == self.latest
             for heads, own in [memory.audited]
             for n, pattern in enumerate(heads)
             if pattern in patterns
@@ -294,17 +295,18 @@ class Layer:
         return self._split[moments, layout]
 
     def _memories(self, parts: tuple[Part, ...], batch: int) -> list[Memory]:
-        """What the dynamic patterns of each part of a batch remember: by pass and size, as far as
-        these are known."""
+        """What the dynamic patterns of each part of a batch remember: by size, by pass as far as it
+        is known, and by the heads that have them."""
         if not any(part.dynamic for part in parts) and not self.attachment.audit:
             return [Memory() for _ in parts]
         attachment = self.attachment
         step, steps = attachment.step()
         passes = attachment.passes(batch)
         found = []
-        for number in range(len(parts)):
-            key = (passes, number, len(parts), batch, attachment.layout)
+        for number, part in enumerate(parts):
+            key = (batch, attachment.layout, passes, number, len(parts), part.heads)
             memory = self.memories.setdefault(key, Memory())
+            self.latest = key[:2]
             memory.begin(None if passes is None else step, steps)
             found.append(memory)
         return found

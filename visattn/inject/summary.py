@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,8 +29,8 @@ class LayerSummary:
     or else the plan's own; None without either. ``sparse_calls`` and ``dense_calls`` count its
     calls so far, in all phases and passes, and ``reason`` says why calls were dense that the plan
     wanted sparse. ``dropped`` and ``error`` are means over the audited rows of its sparse heads at
-    the last step: the mass that was left out, and the L1 norm of the output's error over that of
-    the exact output; None without an audit.
+    their last calls: the mass that was left out (None beside a head that has no LSE, as of Agent),
+    and the L1 norm of the output's error over that of the exact output; None without an audit.
     """
 
     role: str
@@ -208,7 +209,7 @@ def _rows(own: Attachment) -> list[LayerSummary]:
                     sparse_calls=layer.sparse_calls,
                     dense_calls=layer.dense_calls,
                     reason=layer.reason,
-                    dropped=None if missed is None else missed[0],
+                    dropped=None if missed is None or math.isnan(missed[0]) else missed[0],
                     error=None if missed is None else missed[1],
                 )
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["kernel_attend", "kernel_levels", "pooled", "rule_of", "summary"]
 
+MOST_POOLS = 4  # levels that are read as units
 WASTE = 1.25  # tokens of padded blocks over those of blocks, up to which they are read as tiles
 
 
@@ -103,10 +105,9 @@ def pooled(inputs: Inputs, factor: float, bias: torch.Tensor) -> torch.Tensor:
     from visattn.kernels.pooled import pooled_scores
 
     q_side, k_side = inputs.q_side, inputs.k_side
-    k_mean = summary(inputs.k, k_side, max(inputs.k.shape[1], k_side.tokens.shape[1]))
     return pooled_scores(
         _rows(inputs.q),
-        k_mean,
+        inputs.own_k_mean,
         bias.float().contiguous(),
         q_side.tokens32,
         q_side.length32,
@@ -187,6 +188,11 @@ def kernel_attend(
         lanes = [-(-size // part) for part in parts]
         unit = min(block_n, 1 << (min(lanes).bit_length() - 1))
         each = [-(-lane // unit) for lane in lanes]
+        if len(values) > MOST_POOLS or (selection.variance and selection.weights is not None):
+            raise ValueError(
+                f"levels {selection.values} with the rest {selection.rest} have no kernel; use "
+                "backend='blockwise'"
+            )
         pooled_keys = pack(
             tuple((part, n * unit) for part, n in zip(parts, each, strict=True)),
             selection.variance,
@@ -253,7 +259,7 @@ def _keys(
     batch, _, _, dim = k.shape
     rows = len(side) * sum(width for _, width in parts)
     keys, values = (x.new_empty(batch, slots, rows, dim) for x in (k, v))
-    bias = torch.empty(batch, slots, rows, device=k.device)
+    bias = torch.empty(batch, slots, rows, dtype=torch.float32, device=k.device)
     spread = torch.zeros_like(keys) if variance else None
     begin = 0
     for part, width in parts:
@@ -279,7 +285,7 @@ def _weighted(k: torch.Tensor, v: torch.Tensor, selection: Selection, slots: int
     keys, values, bias = weighted_means(selection, side.take(k).float(), side.take(v).float())
     share = slots // keys.shape[1]
     keys, values, bias = (x.repeat_interleave(share, 1) for x in (keys, values, bias))
-    bias = (bias / torch.log(bias.new_tensor(2.0))).contiguous()
+    bias = (bias / math.log(2)).contiguous()
     return Keys(keys.to(k.dtype).contiguous(), values.to(v.dtype).contiguous(), bias)
 
 
@@ -296,4 +302,4 @@ def _sample(
         x.index_select(2, tokens).repeat_interleave(slots // x.shape[1], 1).contiguous()
         for x in (k, v)
     )
-    return Keys(keys, values, (bias / torch.log(bias.new_tensor(2.0))).contiguous())
+    return Keys(keys, values, (bias / math.log(2)).contiguous())

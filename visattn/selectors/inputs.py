@@ -45,6 +45,7 @@ class Inputs:
         layout: what the tokens are; scale: of the logits.
         q_side, k_side: their blocks.
         kernels: whether the Triton kernels compute what they can.
+        whole: the call, where these are some of its query blocks.
         lse: of the last call, ``[B, H, L]``, for scores that use it; None where there is none.
     """
 
@@ -57,6 +58,7 @@ class Inputs:
     k_side: Side
     kernels: bool = False
     lse: torch.Tensor | None = None
+    whole: Inputs | None = None
 
     @property
     def heads(self) -> int:
@@ -74,6 +76,8 @@ class Inputs:
     @functools.cached_property
     def k_blocks(self) -> torch.Tensor:
         """``[B, Hk or H, Nk, block_k, D]``."""
+        if self.whole is not None:
+            return self.whole.k_blocks
         return self.k_side.take(self.k)
 
     @functools.cached_property
@@ -91,9 +95,16 @@ class Inputs:
     @functools.cached_property
     def k_mean(self) -> torch.Tensor:
         """``[B, H, Nk, D]``, float32 or float64."""
+        return self.for_heads(self.own_k_mean)
+
+    @functools.cached_property
+    def own_k_mean(self) -> torch.Tensor:
+        """``[B, Hk or H, Nk, D]``, float32 or float64."""
+        if self.whole is not None:
+            return self.whole.own_k_mean
         if self.kernels:
-            return self.for_heads(self._means(self.k, self.k_side))
-        return self.for_heads(block_means(self.k_blocks, self.k_side.exists))
+            return self._means(self.k, self.k_side)
+        return block_means(self.k_blocks, self.k_side.exists)
 
     def _means(self, x: torch.Tensor, side: Side) -> torch.Tensor:
         from visattn.selectors.device import summary

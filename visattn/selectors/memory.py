@@ -82,8 +82,9 @@ class Memory:
         if not isinstance(pattern, Reuse) or self.step is None:
             return self._new(pattern, pattern, q, k, v, layout, scale, kernels)
         kept = self._kept.get(pattern)
-        if kept is not None and self._too_far_off(pattern, kept):
-            self.notches[pattern] = self.notches.get(pattern, 0) + 1
+        notches = self.notches.get(pattern, 0)
+        if kept is not None and self._too_far_off(pattern, kept) and pattern.can_rise(notches):
+            self.notches[pattern] = notches + 1
             kept = None
         if kept is not None and pattern.serves(kept.step, self.step, self._when[1]):
             means = _means(k) if pattern.drift is not None else kept.means
@@ -142,12 +143,15 @@ class Memory:
         if self.step is None:
             return
         if pattern.learns:
-            past = self.past(pattern)
-            past.lse, past.highest = lse, highest
+            pattern.learn(self.past(pattern), lse.detach(), highest)
         if isinstance(pattern, Reuse) and pattern.guard is not None:
             rows, step = pattern.rows, self.step
             found = audit(q, k, v, out, lse, layout, text_lengths, scale, rows, step)
             self._kept[pattern].error = found.error.quantile(QUANTILE, dim=-1).amax()
+        if self.step == self._when[1] - 1:  # the last one
+            self._past.pop(pattern, None)
+            if isinstance(pattern, Reuse):
+                self._kept.pop(pattern, None)
 
 
 def _means(k: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,13 @@ class Past:
     """Empty at the first step of a generation.
 
     Attributes:
-        lse: of the last call, ``[B, H, L]``, and highest: the largest logit less the LSE of the
-            call before, of each block pair, ``[B, H, Nq, Nk]``; for selectors that learn.
-        skipped: block pairs that are not seen any more, bool ``[B, H, Nq, Nk]``; calls: so many
-            were made.
+        lse: of the last call, ``[B, H, L]``, for selectors that learn.
+        skipped: bits of block pairs that are not seen any more, uint8 ``[B, H, Nq, Nk / 8]``;
+            calls: so many were made.
         centres: of query and key clusters.
     """
 
     lse: torch.Tensor | None = None
-    highest: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
     calls: int = 0
     centres: tuple[torch.Tensor, torch.Tensor] | None = None

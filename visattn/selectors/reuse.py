@@ -16,6 +16,7 @@ from visattn.selectors.selector import Selector, check_block, check_share
 __all__ = ["Reuse", "raised"]
 
 NOTCH = 1.25  # a budget of blocks is raised by
+MOST_NOTCHES = 16
 BUDGETS = ("keep", "mass", "share", "least", "regions", "ends")  # parameters that are budgets
 MASSES = ("mass", "share")  # of which what is left out is halved
 
@@ -35,7 +36,7 @@ class Reuse(Selector):
         guard: the relative error (L1) of a row that is all right. Some rows of each head are
             computed exactly beside; when their 95th percentile is above twice the guard, the next
             step chooses anew with a budget one notch higher (blocks times 1.25; of a mass half of
-            what was left out). None: no rows are.
+            what was left out), up to 16 notches. None: no rows are.
         rows: how many of each head.
 
     A pipeline with a plan knows its steps; where the step or the pass of a call is not known (as in
@@ -103,6 +104,13 @@ class Reuse(Selector):
             return step - made < self.every
         return not any(made < share * steps <= step for share in self.at)
 
+    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+        self.selector.learn(past, lse, highest)
+
+    def can_rise(self, notches: int) -> bool:
+        """Whether there is another notch above so many."""
+        return notches < MOST_NOTCHES and self.raised(notches + 1) != self.raised(notches)
+
     def raised(self, notches: int) -> Selector:
         """What chooses when the budget was raised so many times."""
         return raised(self.selector, notches) if notches else self.selector
@@ -120,7 +128,7 @@ def raised(selector: Selector, notches: int) -> Selector:
         elif isinstance(value, tuple):
             changes[own.name] = tuple(min(1.0, end * NOTCH**notches) for end in value)
         elif isinstance(value, int):
-            changes[own.name] = math.ceil(value * NOTCH**notches)
+            changes[own.name] = max(value + notches, math.ceil(value * NOTCH**notches))
         else:
             changes[own.name] = min(1.0, value * NOTCH**notches)
     return replace(selector, **changes) if changes else selector  # type: ignore[type-var]

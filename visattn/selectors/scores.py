@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -32,6 +32,7 @@ __all__ = [
     "row_parts",
 ]
 
+MOST_EXPONENT = 60.0
 CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a row of it
 
 
@@ -40,7 +41,9 @@ _GATES: dict[str, Callable[[Inputs], torch.Tensor]] = {}
 
 
 class Score(ABC):
-    """Base of the scores."""
+    """Base of the scores. ``by_rows``: whether those of some query blocks need no others."""
+
+    by_rows: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, inputs: Inputs) -> torch.Tensor:
@@ -170,7 +173,8 @@ class ExactMass(Score):
             if lse is None:
                 mass = logits.softmax(-1)
             else:
-                mass = (logits - lse[:, :, rows]).exp()
+                # of a sparse call the LSE may be far below that of all keys
+                mass = (logits - lse[:, :, rows]).clamp(max=MOST_EXPONENT).exp()
             mass = mass.unflatten(-1, (num_k, size)).sum(-1)
             own = inputs.q_side.exists[..., rows, :, None]
             out.append((mass * own).sum(-2).log())
@@ -291,9 +295,10 @@ def register_gate(name: str, gate: Callable[[Inputs], torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Gate(Score):
-    """The score of a registered gate."""
+    """The score of a registered gate, which is shown the whole call."""
 
     name: str
+    by_rows: ClassVar[bool] = False
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         if self.name not in _GATES:

@@ -74,6 +74,15 @@ class Selector(HeadPattern):
         """Whether the LSE of a call is to be kept in ``past``."""
         return False
 
+    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+        """After a call: what the next one is to know.
+
+        Args:
+            lse: ``[B, H, L]``; highest: with ``records`` the largest logit less the LSE of the call
+                before, of each block pair, ``[B, H, Nq, Nk]``; None at the first call.
+        """
+        past.lse = lse
+
     @property
     def records(self) -> bool:
         """Whether also the largest logits of its blocks are."""
@@ -163,7 +172,7 @@ class BlockSelector(Selector):
         inputs = Inputs(q, k, v, layout, scale, *sides, kernels, lse)
         forced = forced_blocks(own.force, layout, own.grid_orders(layout), sides)
         many = q.shape[0] * q.shape[1] * forced.shape[2] * forced.shape[3]
-        if many > MOST_SCORES and own.choose.by_rows and self.by_rows:
+        if many > MOST_SCORES and own.choose.by_rows and own.score.by_rows and self.by_rows:
             step = max(1, forced.shape[2] * MOST_SCORES // many)
             return self._in_parts(own, inputs, forced, step)
         scores = self.scores(own, inputs)
@@ -181,7 +190,7 @@ class BlockSelector(Selector):
         broken = torch.zeros((), dtype=torch.bool, device=forced.device)
         for begin in range(0, len(sides[0]), step):
             rows = slice(begin, begin + step)
-            part = replace(inputs, q_side=sides[0].part(rows))
+            part = replace(inputs, q_side=sides[0].part(rows), whole=inputs)
             scores = self.scores(own, part)
             broken |= not_finite(scores)
             found.append(

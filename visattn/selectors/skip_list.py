@@ -32,7 +32,7 @@ from visattn.selectors.selector import (
 )
 from visattn.selectors.selects import TopK
 
-__all__ = ["SkipList"]
+__all__ = ["SkipList", "packed", "unpacked"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +85,30 @@ class SkipList(Selector):
         sides = stages.sides(layout, q.device)
         forced = forced_blocks(Force(), layout, stages.grid_orders(layout), sides)
         shape = (*q.shape[:2], len(sides[0]), len(sides[1]))
-        past = Past() if past is None else past
-        if past.calls % self.every == 0:
-            past.skipped = past.highest = None
-        if past.highest is not None:
-            quiet = (past.highest < math.log(self.least)) & ~forced
-            past.skipped = quiet if past.skipped is None else past.skipped | quiet
-        past.calls += 1
         kept = torch.ones(shape, dtype=torch.bool, device=q.device)
-        if past.skipped is not None:
-            kept = ~past.skipped
+        if past is not None:
+            if past.calls % self.every == 0:
+                past.skipped = past.lse = None
+            past.calls += 1
+            if past.skipped is not None:
+                kept = ~unpacked(past.skipped, shape[3]) | forced
         return Selection.of(*sides, kept.to(torch.uint8))
+
+    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+        past.lse = lse
+        if highest is not None:  # minus infinity where a block was skipped already
+            past.skipped = packed(highest < math.log(self.least))
+
+
+def packed(mask: torch.Tensor) -> torch.Tensor:
+    """Eight of a row in a byte: bool ``[..., N]`` to uint8 ``[..., ceil(N / 8)]``."""
+    wide = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    powers = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
+    out: torch.Tensor = (wide * powers).sum(-1, dtype=torch.uint8)
+    return out
+
+
+def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """The mask of ``packed``, bool ``[..., count]``."""
+    places = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return ((bits[..., None] >> places) & 1).flatten(-2)[..., :count].bool()
