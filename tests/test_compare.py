@@ -132,7 +132,6 @@ BAD = {
     "too small": (["compare", "small", "small"], "smaller than the window"),
     "option of generating": (["compare", "a", "b", "--seed", "1"], "--seed is for generating"),
     "plan alone": (["compare", "a", "b", "--plan", "dense"], "--plan is for generating"),
-    "no model": (["compare", "a red square", "--plan-b", "dense"], "--model"),
     "no second plan": ([*PAIR[:-2]], "--plan-b"),
     "two prompts": ([*PAIR, "b"], "unrecognized arguments|one prompt"),
     "unknown plan": ([*PAIR[:-1], "radiall(1)"], "radiall"),

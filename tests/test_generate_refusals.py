@@ -98,7 +98,6 @@ BAD = {
     "two prompts": (own("another"), "unrecognized arguments"),
     "unknown option": (own("--colour", "red"), "unrecognized arguments"),
     "shortened option": (own("--num-fr", "9"), "unrecognized arguments"),
-    "no model": (["generate", "a red square"], "--model"),
     "empty model": (model(""), "model=''"),
     "missing model": (model("no-such"), "'no-such' is no folder"),
     "missing hub model": (model("user/no-such"), "cannot be loaded"),

@@ -82,7 +82,9 @@ GPU_DATA = """\
 one or two objects that travel, slowly or quickly, and may bounce back, over soft backgrounds or
 photographs that pan and zoom; objects may be photographs in a coloured frame"""
 CPU_LIMITS = """\
-Two objects, bounces and photographs are words that it has never seen used."""
+Two objects, bounces and photographs are words that it has never seen used. It often draws its
+object twice or more, at the default shape above all, which is most of what the scorer counts
+against it."""
 
 
 def _figures(found: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ class Preset:
     heads: int = 2
     head_size: int = 64
     feed_forward: int = 512
-    denoiser_steps: int = 6000
+    denoiser_steps: int = 4600
     batches: dict[Grid, int] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
     text_lengths: dict[int, float] = field(default_factory=lambda: {16: 0.7, 64: 0.15, 512: 0.15})
@@ -75,14 +75,18 @@ CPU = Preset(
     },
     # First what objects look like, then how they move, then the sizes that are generated.
     phases=(
-        Phase(0.35, {SMALL_STILL: 0.6, STILL: 0.15, CLIP: 0.15, SHORT: 0.1}),
+        Phase(0.445, {SMALL_STILL: 0.6, STILL: 0.15, CLIP: 0.15, SHORT: 0.1}),
         Phase(
             0.7,
-            {SMALL_STILL: 0.4, STILL: 0.15, WIDE_STILL: 0.1, CLIP: 0.1, SHORT: 0.1, MEDIUM: 0.15},
+            {SMALL_STILL: 0.3, STILL: 0.15, WIDE_STILL: 0.25, CLIP: 0.05, SHORT: 0.1, MEDIUM: 0.15},
+        ),
+        Phase(
+            0.78,
+            {SMALL_STILL: 0.1, STILL: 0.1, WIDE_STILL: 0.2, SHORT: 0.1, MEDIUM: 0.4, LONG: 0.1},
         ),
         Phase(
             1.0,
-            {SMALL_STILL: 0.2, STILL: 0.1, WIDE_STILL: 0.1, SHORT: 0.15, MEDIUM: 0.35, LONG: 0.1},
+            {SMALL_STILL: 0.05, STILL: 0.05, WIDE_STILL: 0.35, SHORT: 0.05, MEDIUM: 0.4, LONG: 0.1},
         ),
     ),
 )
