@@ -1,0 +1,1 @@
+"""What ``head_errors.py`` compares and draws."""
