@@ -171,7 +171,9 @@ def _member(own: Any, stays: bool) -> Any:
     member = str.__new__(AttentionBackendName, name)
     member._name_ = member._value_ = name
     member._visattn_own = own, stays  # type: ignore[attr-defined]
-    AttentionBackendName._value2member_map_[name] = member  # for copies and pickles
+    AttentionBackendName._value2member_map_[name] = member
+    # copies and pickles go by the value; before Python 3.11.4 they would go by the name
+    vars(member)["__reduce_ex__"] = lambda _: (AttentionBackendName, (name,))
     register: Callable[..., Any] = _AttentionBackendRegistry.register(member)
     register(functools.partial(_dispatched, own))
     return member
