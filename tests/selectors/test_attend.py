@@ -292,6 +292,34 @@ def test_gradients_flow_through_what_is_seen(name: str) -> None:
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
+@pytest.mark.parametrize("rest", [None, SampledRest(3)], ids=str)
+def test_rows_that_see_nothing_of_a_set_have_finite_gradients(rest: SampledRest | None) -> None:
+    """Rows without a key, and rows that see every block that a sampled key is of."""
+    layout = LAYOUTS["video"]
+    chosen = random_selection(layout, (1,), 0)
+    levels = chosen.levels.clone()
+    levels[:, :, 2] = 1
+    selection = Selection.of(chosen.q_side, chosen.k_side, levels, (1,), rest)
+    own = [x.clone().requires_grad_() for x in tensors(layout)]
+    out, lse = attend(*own, selection, layout, None, SCALE)
+    finite = lse != -torch.inf
+    assert bool(finite.all()) == (rest is not None)
+    loss = out.square().sum() + lse.masked_fill(~finite, 0).square().sum()
+    found = torch.autograd.grad(loss, own)
+    assert all(bool(x.isfinite().all()) for x in found)
+    moved = [x.detach().clone() for x in own]
+    step, places = 1e-6, [(0, 0, 3, 1), (1, 1, 20, 0), (0, 1, 60, 5)]
+    for x, grad, place in zip(moved, found, places, strict=True):  # against differences
+        values = []
+        for sign in (1, -1):
+            x[place] += sign * step
+            out, lse = attend(*moved, selection, layout, None, SCALE)
+            finite = lse.masked_fill(lse == -torch.inf, 0)
+            values.append(float(out.square().sum() + finite.square().sum()))
+            x[place] -= sign * step
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(grad[place]), abs=1e-5)
+
+
 def test_compiled_call_is_the_same() -> None:
     layout = LAYOUTS["video"]
     q, k, v = (x.float() for x in tensors(layout))

@@ -45,13 +45,17 @@ class _Rows:
         best = logits.amax(-1, keepdim=True)
         weights = (logits - best.masked_fill(best == -torch.inf, 0)).exp()
         total = weights.sum(-1)
-        out = weights @ v / total.clamp(min=torch.finfo(total.dtype).tiny)[..., None]
+        # rows without a key of the set have gradients of 0, not of a logarithm of 0
+        nothing = total == 0
+        safe = total.masked_fill(nothing, 1)
+        out = weights @ v / safe[..., None]
         if shift is not None:
             out = out + shift
-        lse = torch.where(total > 0, best[..., 0] + total.log(), -torch.inf)
+        lse = (best[..., 0] + safe.log()).masked_fill(nothing, -torch.inf)
         before = self.lse[rows]
-        both = torch.logaddexp(before, lse)
-        finite = both.masked_fill(both == -torch.inf, 0)
+        gone = nothing & (before == -torch.inf)
+        finite = torch.logaddexp(before.masked_fill(gone, 0), lse.masked_fill(gone, 0))
+        both = finite.masked_fill(gone, -torch.inf)
         own, other = (lse - finite).exp(), (before - finite).exp()
         self.out[rows] = self.out[rows] * other[..., None] + out * own[..., None]
         self.lse[rows] = both
