@@ -244,8 +244,9 @@ def _forward_kernel(
     token, m_m = _tokens(p_work, q_index, length_q, BLOCK_M, Q_ORDERED)
     empty = b_l == 0.0
     b_o = b_o / tl.where(empty, 1.0, b_l)[:, None]
-    b_lse = tl.where(empty, float("-inf"), (b_m + tl.log2(tl.where(empty, 1.0, b_l))) *
-    0.6931471805599453)
+    b_lse = tl.where(
+        empty, float("-inf"), (b_m + tl.log2(tl.where(empty, 1.0, b_l))) * 0.6931471805599453
+    )
     if SPLIT:  # noqa: SIM102
         if i_part >= 0:
             i_row = (i_b.to(tl.int64) * parts + i_part) * BLOCK_M + o_m
@@ -304,8 +305,9 @@ def _merge_kernel(
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp(b_m - m_safe)
         weight = tl.exp(b_x - m_safe)
-        b_part = tl.load(part_out + i_row[:, None] * DIM + o_d[None, :], mask=m_d[None, :],
-        other=0.0)
+        b_part = tl.load(
+            part_out + i_row[:, None] * DIM + o_d[None, :], mask=m_d[None, :], other=0.0
+        )
         b_o = b_o * alpha[:, None] + b_part * weight[:, None]
         b_l = b_l * alpha + weight
         b_m = m_new

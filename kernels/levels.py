@@ -485,4 +485,3 @@ def levels_forward(
     if highest is not None:
         highest = highest.amax((3, 5))
     return out, lse, rest_share, highest
-

@@ -9,12 +9,17 @@ A predicate of a (map, grid) is a row of integers. ``params`` is int32 ``[M, G, 
 
 ``tables`` is one int32 buffer, and offsets point into it::
 
-    AXIS    low a, b, c, high a, b, c (offsets)                    low[x_q] <= x_k <= high[x_q],
-    each axis STRIDED the same, then modulus a, b, c                         and x_q = x_k modulo
-    that BAND    weight a, b, c, low, high                              low <= form(k) - form(q) <=
-    high RADIAL  weight a, b, c of r, of t, widths (offset)             |r_q - r_k| <= widths[|t_q
-    - t_k|] LABEL   bits of queries (offset, -1: all), of keys (offset)    q_bits & k_bits != 0, by
-    raster index BITS    none: packed bit tiles
+    AXIS      low a, b, c, high a, b, c (offsets)
+              low[x_q] <= x_k <= high[x_q] on each axis
+    STRIDED   the same, then modulus a, b, c
+              and x_q = x_k modulo that
+    BAND      weight a, b, c, low, high
+              low <= form(k) - form(q) <= high
+    RADIAL    weight a, b, c of r, of t, widths (offset)
+              |r_q - r_k| <= widths[|t_q - t_k|]
+    LABEL     bits of queries (offset, -1: all), of keys (offset)
+              q_bits & k_bits != 0, by raster index
+    BITS      none: packed bit tiles
 
 The last integer of a slot says whether the map uses it; one that is not used keeps nothing.
 Two bounds of 15 bits are compared at once: with a guard bit above each field set, a subtraction

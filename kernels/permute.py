@@ -59,8 +59,11 @@ def _permute_kernel(
 
 
 def permute(
-    k: torch.Tensor, v: torch.Tensor, head_of: torch.Tensor, order_of: torch.Tensor, index:
-    torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    head_of: torch.Tensor,
+    order_of: torch.Tensor,
+    index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values in block order, ``[B, S, L, D]``.
 
@@ -70,8 +73,9 @@ def permute(
     """
     batch, _, length, dim = k.shape
     slots = head_of.shape[0]
-    k_out, v_out = (torch.empty(batch, slots, length, dim, dtype=k.dtype, device=k.device) for _ in
-    range(2))
+    k_out, v_out = (
+        torch.empty(batch, slots, length, dim, dtype=k.dtype, device=k.device) for _ in range(2)
+    )
     block = 64
     _permute_kernel[(triton.cdiv(length, block), slots, 2 * batch)](
         k,

@@ -9,6 +9,7 @@ atomically, so the result is the same every time. A query without a key gives 0 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -123,9 +124,7 @@ def _queries_kernel(
         b_k = _keys(p_k, at, o_d, o_n, DIM, BLOCK_D, False)
         b_v = _values(p_v, at, o_d, o_n, DIM, BLOCK_D, False)
         b_bias = tl.load(p_bias + first + o_n)[None, :]
-        b_m, b_l, b_o, _, _, _ = _step(
-            b_q, b_k, b_v, b_bias, b_m, b_l, b_o, factor, PRECISION
-        )
+        b_m, b_l, b_o, _, _, _ = _step(b_q, b_k, b_v, b_bias, b_m, b_l, b_o, factor, PRECISION)
     total = tl.where(b_l == 0.0, 1.0, b_l)
     b_o = b_o / total[:, None]
     b_lse = tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(total))
@@ -188,6 +187,54 @@ def _join_kernel(
     tl.store(lse + at, b_lse, mask=m_q)
 
 
+class Pairs(NamedTuple):
+    """Pairs of a query and a key block, in the order of the blocks; their slots are in that of the
+    queries.
+
+    Attributes:
+        count: of all; row_base int64 ``[B H Nq + 1]``, column_base int64 ``[B H Nk + 1]``: pairs
+            before a query, and before a block.
+        row_of: int32 ``[count]``, the query of each pair; slot_of: int64 ``[count]``.
+    """
+
+    count: int
+    row_base: torch.Tensor
+    column_base: torch.Tensor
+    row_of: torch.Tensor
+    slot_of: torch.Tensor
+
+
+def pairs_of(levels: torch.Tensor) -> Pairs:
+    """The pairs at 1 of uint8 ``[B, H, Nq, Nk]``, contiguous, else 0. Their number is read back."""
+    batch, heads, num_q, num_k = levels.shape
+    device = levels.device
+    flat = levels.view(batch * heads, num_q, num_k)
+    starts = torch.arange(0, num_k, GROUP.value, device=device)
+    upto = flat.cumsum(-1, dtype=torch.int32)
+    group_base = torch.nn.functional.pad(upto, (1, 0)).index_select(-1, starts).contiguous()
+    row_base, column_base = (
+        torch.nn.functional.pad(count.flatten().long().cumsum(0), (1, 0))
+        for count in (upto[..., -1], flat.sum(1, dtype=torch.int64))
+    )
+    count = int(row_base[-1])
+    row_of = torch.empty(count, dtype=torch.int32, device=device)
+    slot_of = torch.empty(count, dtype=torch.int64, device=device)
+    _columns_kernel[(len(starts), batch * heads)](
+        levels,
+        group_base,
+        row_base,
+        column_base,
+        row_of,
+        slot_of,
+        num_q,
+        num_k,
+        len(starts),
+        ROWS=64,
+        num_warps=8,
+    )
+    return Pairs(count, row_base, column_base, row_of, slot_of)
+
+
 def queries_forward(
     q: torch.Tensor,
     levels: torch.Tensor,
@@ -202,7 +249,8 @@ def queries_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``.
 
-    The numbers of pairs are read back, as they decide how much scratch there must be.
+    The numbers of pairs and of their tiles are read back, as they decide how much scratch there
+    must be.
 
     Args:
         q: ``[B, H, Lq, D]``, stride 1 along D; levels: uint8 ``[B, H, Nq, Nk]``, contiguous, 1
@@ -262,40 +310,17 @@ def _run(
     batch, heads, length_q, dim = q.shape
     num_q, num_k = levels.shape[2:]
     device = q.device
-    flat = levels.view(batch * heads, num_q, num_k)
-    starts = torch.arange(0, num_k, GROUP.value, device=device)
-    upto = flat.cumsum(-1, dtype=torch.int32)
-    row_count = upto[..., -1].flatten().long()
-    group_base = torch.nn.functional.pad(upto, (1, 0)).index_select(-1, starts).contiguous()
-    column_count = flat.sum(1, dtype=torch.int64).flatten()
-    row_base, column_base = (
-        torch.nn.functional.pad(count.cumsum(0), (1, 0)) for count in (row_count, column_count)
-    )
+    pairs = pairs_of(levels)
     block_m, block_n = tile
-    tiles = -(-column_count // block_m)
+    tiles = -(-pairs.column_base.diff() // block_m)
     tile_end = tiles.cumsum(0)
-    pairs, count = (int(x) for x in torch.stack([row_base[-1], tile_end[-1]]).tolist())
+    count = int(tile_end[-1])
     number = torch.arange(count, device=device)
     column_of = torch.searchsorted(tile_end, number, right=True)
     piece = number - (tile_end - tiles)[column_of]
-    first_of = column_base[column_of] + piece * block_m
-    row_of = torch.empty(pairs, dtype=torch.int32, device=device)
-    slot_of = torch.empty(pairs, dtype=torch.int64, device=device)
-    _columns_kernel[(len(starts), batch * heads)](
-        levels,
-        group_base,
-        row_base,
-        column_base,
-        row_of,
-        slot_of,
-        num_q,
-        num_k,
-        len(starts),
-        ROWS=64,
-        num_warps=8,
-    )
-    part_out = torch.empty((pairs, dim), dtype=torch.float32, device=device)
-    part_lse = torch.empty(pairs, dtype=torch.float32, device=device)
+    first_of = pairs.column_base[column_of] + piece * block_m
+    part_out = torch.empty((pairs.count, dim), dtype=torch.float32, device=device)
+    part_lse = torch.empty(pairs.count, dtype=torch.float32, device=device)
     block_d = max(16, triton.next_power_of_2(dim))
     rows = keys.k.shape[2]
     if count:
@@ -308,9 +333,9 @@ def _run(
             part_lse,
             column_of.int(),
             first_of,
-            column_base,
-            row_of,
-            slot_of,
+            pairs.column_base,
+            pairs.row_of,
+            pairs.slot_of,
             tokens,
             *q.stride()[:3],
             *apart(tokens),
@@ -334,7 +359,7 @@ def _run(
         part_lse,
         out,
         lse,
-        row_base,
+        pairs.row_base,
         tokens,
         *apart(tokens),
         length_q,

@@ -228,8 +228,19 @@ def _masses_kernel(scores, masses, num_k, rows, ROWS: tl.constexpr, BLOCK_K: tl.
 
 
 @triton.jit
-def _head_items(scores, masses, forced, at, flat, inside, num_k, stride_fq, stride_fk,
-                BY: tl.constexpr, FIRST: tl.constexpr):
+def _head_items(
+    scores,
+    masses,
+    forced,
+    at,
+    flat,
+    inside,
+    num_k,
+    stride_fq,
+    stride_fk,
+    BY: tl.constexpr,
+    FIRST: tl.constexpr,
+):
     """Keys and weights int64 of some of a head's block pairs."""
     if BY == MASS:
         mass = tl.load(masses + at + flat, mask=inside, other=-1)
@@ -275,8 +286,9 @@ def _cut_kernel(
     total = tl.zeros([], tl.int64)
     for first in range(0, items, BLOCK):
         flat = (first + o_i).to(tl.int64)
-        _, weights = _head_items(scores, masses, p_forced, at, flat, flat < items, num_k,
-                                 stride_fq, stride_fk, BY, FIRST)
+        _, weights = _head_items(
+            scores, masses, p_forced, at, flat, flat < items, num_k, stride_fq, stride_fk, BY, FIRST
+        )
         total += tl.sum(weights, 0)
     if NUMBERS:  # so many for each row that chooses
         rows = tl.zeros([], tl.int64)
@@ -300,8 +312,19 @@ def _cut_kernel(
         reached = tl.zeros([], tl.int64)
         for first in range(0, items, BLOCK):
             flat = (first + o_i).to(tl.int64)
-            keys, weights = _head_items(scores, masses, p_forced, at, flat, flat < items, num_k,
-                                        stride_fq, stride_fk, BY, FIRST)
+            keys, weights = _head_items(
+                scores,
+                masses,
+                p_forced,
+                at,
+                flat,
+                flat < items,
+                num_k,
+                stride_fq,
+                stride_fk,
+                BY,
+                FIRST,
+            )
             reached += tl.sum(tl.where(keys >= middle, weights, 0), 0)
         enough = reached >= target
         low = tl.where(enough, middle, low)
@@ -309,15 +332,17 @@ def _cut_kernel(
     missing = target
     for first in range(0, items, BLOCK):
         flat = (first + o_i).to(tl.int64)
-        keys, weights = _head_items(scores, masses, p_forced, at, flat, flat < items, num_k,
-                                    stride_fq, stride_fk, BY, FIRST)
+        keys, weights = _head_items(
+            scores, masses, p_forced, at, flat, flat < items, num_k, stride_fq, stride_fk, BY, FIRST
+        )
         missing -= tl.sum(tl.where(keys > low, weights, 0), 0)
     cut = tl.zeros([], tl.int64)
     running = tl.zeros([], tl.int64)
     for first in range(0, items, BLOCK):
         flat = (first + o_i).to(tl.int64)
-        keys, weights = _head_items(scores, masses, p_forced, at, flat, flat < items, num_k,
-                                    stride_fq, stride_fk, BY, FIRST)
+        keys, weights = _head_items(
+            scores, masses, p_forced, at, flat, flat < items, num_k, stride_fq, stride_fk, BY, FIRST
+        )
         own = tl.where(keys == low, weights, 0)
         before = tl.cumsum(own, 0) - own + running
         taken = (keys == low) & (before < missing) & (low > LOWEST)

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
-__all__ = ["LAUNCHES", "TARGETS", "Launch", "Target", "launch_settings", "target_of"]
+__all__ = [
+    "BACKWARD",
+    "LAUNCHES",
+    "TARGETS",
+    "BackwardLaunch",
+    "Launch",
+    "Target",
+    "backward_settings",
+    "launch_settings",
+    "target_of",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,40 @@ LAUNCHES: dict[str, dict[int, dict[int, Launch]]] = {
 }
 
 
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """For the gradients: queries and keys of a block (of the map too), queries of a part of a block
+    and of a part of a masked one in dk and dv, warps, and stages."""
+
+    block_q: int
+    block_k: int
+    queries: int
+    masked: int
+    warps: int
+    stages: int
+
+
+# Parts of 64 queries use Hopper's products of 64 rows; 32 in the masked loop of dk and dv leave
+# room for the rule beside two sums of keys.
+_BACKWARD = {
+    16: BackwardLaunch(128, 64, 64, 32, 8, 2),
+    32: BackwardLaunch(128, 64, 64, 32, 8, 2),
+    64: BackwardLaunch(128, 64, 64, 32, 8, 2),
+    128: BackwardLaunch(128, 64, 64, 32, 8, 2),
+    256: BackwardLaunch(64, 32, 32, 32, 8, 1),
+}
+_BACKWARD_FLOAT32 = {
+    16: BackwardLaunch(64, 32, 32, 32, 8, 1),
+    32: BackwardLaunch(64, 32, 32, 32, 8, 1),
+    64: BackwardLaunch(64, 32, 32, 32, 8, 1),
+    128: BackwardLaunch(32, 32, 32, 32, 8, 1),
+    256: BackwardLaunch(32, 16, 16, 16, 8, 1),
+}
+BACKWARD: dict[str, dict[int, dict[int, BackwardLaunch]]] = {
+    target: {2: _BACKWARD, 4: _BACKWARD_FLOAT32} for target in TARGETS
+}
+
+
 def target_of(device: torch.device) -> str:
     """The entry of TARGETS for a device: its own, or the nearest older one of its vendor.
 
@@ -113,11 +157,17 @@ def target_of(device: torch.device) -> str:
         if target.backend == "cuda" and int(target.arch) <= own
     ]
     if not older:
-        raise
-        ValueError(f"device={device} of capability {major}.{minor} is below the least target, 8.0")
+        raise ValueError(
+            f"device={device} of capability {major}.{minor} is below the least target, 8.0"
+        )
     return max(older)[1]
 
 
 def launch_settings(target: str, dtype: torch.dtype, dim: int) -> Launch:
     """Settings for a dtype (float16, bfloat16, float32) and head size (up to 256) on a target."""
     return LAUNCHES[target][dtype.itemsize][max(16, triton.next_power_of_2(dim))]
+
+
+def backward_settings(target: str, dtype: torch.dtype, dim: int) -> BackwardLaunch:
+    """As ``launch_settings``, for the gradients."""
+    return BACKWARD[target][dtype.itemsize][max(16, triton.next_power_of_2(dim))]

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
-from cli import good, refused
+from cli import good, refused, run
 
 from visattn import Grid, TokenLayout
+from visattn.bench import Scattered, Shape, WrongResult, attention, time_attention
+from visattn.bench.attention import check
 from visattn.bench.selection import smooth_fields, time_selection
 from visattn.bench.timing import take_turns
+from visattn.patterns import Diagonal
 from visattn.selectors import TopBlocks
 
 
@@ -41,8 +44,21 @@ def test_selection_is_timed() -> None:
 
 
 def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    own = ("--pattern", "top_blocks(0.3, block=16)", "jenga(block=16)", "--grid", "2x8x8",
-           "--heads", "2", "--head-size", "16", "--repeats", "2", "--device", "cpu")
+    own = (
+        "--pattern",
+        "top_blocks(0.3, block=16)",
+        "jenga(block=16)",
+        "--grid",
+        "2x8x8",
+        "--heads",
+        "2",
+        "--head-size",
+        "16",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+    )
     text = good(capsys, "bench", "selection", *own)
     assert "TopBlocks" in text and "Jenga" in text and "of dense" in text
     numbers = json.loads(good(capsys, "bench", "selection", *own, "--json"))
@@ -64,3 +80,105 @@ def test_refusals(
     arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(capsys, "bench", "selection", *arguments)[-1]
+
+
+SMALL = Shape(TokenLayout(Grid(4, 8, 8), text_after=5), 2, 16)
+
+
+def test_scattered_blocks_are_what_they_say() -> None:
+    layout = TokenLayout(Grid(4, 8, 8))
+    pattern = Scattered(0.5, block=32, seed=3)
+    rows = torch.arange(layout.length)
+    kept = pattern.allows(rows[:, None], rows, layout)
+    assert pattern.density(layout) == pytest.approx(float(kept.float().mean())) == 0.5
+    assert pattern.lower(layout, 32, 32).num_partial == 0
+    assert bool(kept.diagonal().all())
+
+
+@pytest.mark.parametrize("pattern", [Diagonal(9), Scattered(0.4, block=32)], ids=str)
+def test_attention_is_checked_and_timed(pattern: Diagonal | Scattered) -> None:
+    found = time_attention(pattern, SMALL, repeats=3, flex=False)
+    assert found.tokens == 261 and found.density == pattern.density(SMALL.layout)
+    assert found.executed >= found.density
+    assert len(found.sparse.samples) == len(found.efficiency.samples) == 3
+    ratios = sorted(
+        a * found.density / b
+        for a, b in zip(found.dense.samples, found.sparse.samples, strict=True)
+    )
+    assert found.efficiency.median == pytest.approx(ratios[1])
+    assert found.flex is None and found.peak is None
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    q, k, v = (torch.randn(1, 2, 261, 16) for _ in range(3))
+    with pytest.raises(WrongResult, match="is off by"):
+        check(torch.zeros_like(q), q, k, v, Diagonal(9), SMALL.layout)
+    with pytest.raises(WrongResult, match="is off by nan"):
+        check(torch.full_like(q, torch.nan), q, k, v, Diagonal(9), SMALL.layout)
+
+
+def test_a_wrong_pattern_is_said_and_the_others_are_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attention.sparse_attention
+
+    def wrong(q: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        out = right(q, *rest, **more)  # type: ignore[call-overload]
+        return 2 * out if rest[2] == Diagonal(7) else out
+
+    monkeypatch.setattr(attention, "sparse_attention", wrong)
+    code, text, error = run(
+        capsys,
+        "bench",
+        "attention",
+        "--shape",
+        "tiny-wan-evaluation",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--no-flex",
+        "--pattern",
+        "diagonal(7)",
+        "diagonal(9)",
+    )
+    assert code == 1 and "Diagonal(width=9)" in text and "Diagonal(width=7)" not in text
+    assert "Diagonal(width=7)" in error and "is off by" in error
+
+
+def test_attention_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    own = (
+        "--shape",
+        "tiny-wan-evaluation",
+        "--pattern",
+        "diagonal(0.1)",
+        "scattered:0.3",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--no-flex",
+    )
+    text = good(capsys, "bench", "attention", *own)
+    assert "1008 tokens, 2 heads of 64" in text and "Scattered" in text
+    numbers = json.loads(good(capsys, "bench", "attention", *own, "--json"))
+    assert [row["pattern"] for row in numbers["times"]["tiny-wan-evaluation"]] == [
+        "Diagonal(width=0.1)",
+        "Scattered(share=0.3, block=128, seed=0)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--pattern", "jenga()"), "--pattern jenga() is dynamic"),
+        (("--pattern", "scattered:2"), "share=2.0 must be above 0"),
+        (("--shape", "hunyuan-720p", "--device", "cpu"), "on which a CPU works for minutes"),
+        (("--device", "cuda:9"), "--device cuda:9 cannot be used"),
+        (("--repeats", "0"), "--repeats 0 must be at least 1"),
+    ],
+)
+def test_attention_refusals(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, "bench", "attention", *arguments)[-1]

@@ -21,7 +21,7 @@ ROWS = (
     {"blockmap"},
     {"patterns"},
     {"selectors"},
-    {"reference", "picture", "view"},
+    {"reference", "picture", "transposed", "view"},
     {"blockwise", "devicemaps", "draw", "flex", "video"},
     {"triton_backend", "checks"},
     {"execute"},

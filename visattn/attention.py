@@ -17,10 +17,11 @@ from visattn.execute import (
     choose_backend,
     execute,
     lower_cached,
+    wants_gradients,
 )
 from visattn.layout import TokenLayout
-from visattn.op import attention_op, handle_of, register
-from visattn.patterns import HeadPattern, Pattern
+from visattn.op import attention_op, handle_of
+from visattn.patterns import HeadPattern
 from visattn.patterns.pattern import paired_layouts
 from visattn.selectors import Memory
 
@@ -147,9 +148,9 @@ def sparse_attention(
             is allowed.
         BackendUnavailable: an explicit backend cannot run here, or has no kernel for a pattern.
 
-    Gradients: through ``reference`` and ``blockwise`` by autograd; through ``triton`` by computing
-    the visited blocks again in plain torch; through dynamic patterns by autograd, for the blocks
-    that were chosen, and not under ``torch.compile``. ``torch.compile(fullgraph=True)`` sees one
+    Gradients: through ``reference`` and ``blockwise`` by autograd, through ``triton`` by kernels
+    over the transposed block lists; through dynamic patterns for the blocks that were chosen, and
+    not under ``torch.compile``. ``torch.compile(fullgraph=True)`` sees one
     op; patterns and layouts are then made outside the compiled function.
     """
     if torch.compiler.is_compiling():
@@ -184,13 +185,6 @@ def attention_by(
     if backend == "auto":
         logger.debug("sparse_attention runs %s: %s", choice.backend, choice.reason)
     spec = Spec(patterns, layout, kv_layout, backend)
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if choice.backend == "triton" and wants_grad:
-        if all(isinstance(item, Pattern) for item in patterns):
-            handle = register(spec)  # the op has the gradients that the kernels lack
-            out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
-            return (out, lse) if return_lse else out
-        choice = Choice("blockwise", "dynamic patterns have gradients there")
     out, row_lse = execute(
         spec, choice.backend, q, k, v, text_lengths, factor, return_lse, memory
     )
@@ -219,5 +213,6 @@ def _compiled(
     keys = None if kv_layout is None else id(kv_layout)
     handle = handle_of(tuple([id(item) for item in heads]), id(layout), keys, backend)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    out, lse = attention_op(q, k, v, handle, text_lengths, factor, return_lse)
+    with_lse = return_lse or wants_gradients(q, k, v)
+    out, lse = attention_op(q, k, v, handle, text_lengths, factor, with_lse)
     return (out, lse) if return_lse else out

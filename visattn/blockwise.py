@@ -274,21 +274,21 @@ def blockwise_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     maps: Sequence[BlockMap],
     text_lengths: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, from the visited blocks alone, forward computed again.
+    """Gradients of q, k, v, from the visited blocks alone; out and LSE are those of forward.
 
     With ``p = exp(s - lse)`` and ``delta = sum_d grad_out out - grad_lse``::
 
         ds = p (grad_out v^T - delta)    dq = scale ds k    dk = scale ds^T q    dv = p^T grad_out
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out, lse = blockwise_attention(q, k, v, maps, text_lengths, scale, True)
-    assert lse is not None
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
     delta = delta if grad_lse is None else delta - grad_lse.to(wide)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
@@ -305,7 +305,7 @@ def blockwise_backward(
             b_q, b_do = (take(x[:, own].to(wide), piece.tokens) for x in (q, grad_out))
             b_k, b_v = take(own_k, piece.keys), take(own_v, piece.keys)
             b_lse, b_delta = (take(x[:, own, :, None], piece.tokens) for x in (lse, delta))
-            p = (b_q @ b_k.mT * scale - b_lse).exp()
+            p = (b_q @ b_k.mT * scale - b_lse).exp()  # of a row without a key masked below
             kept = piece.exists[None, None, :, :, None].to(q.device)
             if piece.mask is not None:
                 kept = kept & piece.mask.to(q.device)[:, None]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from visattn.blockmap import BlockMap, MapBank
-from visattn.layout import TokenLayout, on_cpu
+from visattn.layout import on_cpu
 from visattn.orders import SequenceBlocks, Triple
 from visattn.predicates import Axis, Band, Label, Predicate, Radial
+from visattn.transposed import grid_numbers, key_lists
 
 __all__ = ["DeviceMaps", "device_maps"]
 
@@ -211,7 +212,7 @@ def _work(
     count = sum(len(bank.maps[int(m)].q_blocks) for m in bank.head_map)
     most = split if split is not None else max(LEAST_PART, 4 * -(-total // max(1, count)))
     parts = 0
-    grid_of_segment = _grid_numbers(bank.maps[0].layout)
+    grid_of_segment = grid_numbers(bank.maps[0].layout)
     for head in range(heads):
         number = int(bank.head_map[head])
         item = bank.maps[number]
@@ -248,24 +249,20 @@ def _work(
     return work[heaviest].int(), all_rows.int(), parts
 
 
-def _grid_numbers(layout: TokenLayout) -> torch.Tensor:
-    """Number of the grid of each segment, -1 where it is none."""
-    numbers, count = [], 0
-    for segment in layout.segments:
-        numbers.append(count if segment.grid is not None else -1)
-        count += segment.grid is not None
-    return torch.tensor(numbers)
-
-
 @on_cpu
 def device_maps(
-    heads: list[BlockMap], key_heads: int, device: torch.device, split: int | None = None
+    heads: list[BlockMap],
+    key_heads: int,
+    device: torch.device,
+    split: int | None = None,
+    backward: bool = False,
 ) -> DeviceMaps:
     """Pack one map per query head for a launch.
 
     Args:
         heads: one map per query head; key_heads: heads of the keys, which divide them.
         split: most blocks of an unsplit row; default: four times the mean, at least 16.
+        backward: for the gradients: no row is split, and the lists of ``key_lists`` are there too.
     """
     bank = MapBank.of(heads)
     kinds = _kinds(bank)
@@ -281,7 +278,7 @@ def device_maps(
         key_slots = torch.tensor(distinct, dtype=torch.int32).T.contiguous().to(device)
     params, tables = _parameters(bank, kinds)
     tile_of, bits = _bits(bank, kinds)
-    work, rows, parts = _work(bank, slots, q_rows, k_rows, split)
+    work, rows, parts = _work(bank, slots, q_rows, k_rows, LIMIT if backward else split)
     lists = {
         "work": work,
         "rows": rows,
@@ -294,6 +291,8 @@ def device_maps(
         "tile_of": tile_of,
         "bits": bits,
     }
+    if backward:
+        lists |= key_lists(bank, slots, q_rows, k_rows, tile_of)
     return DeviceMaps(
         lists={name: tensor.contiguous().to(device) for name, tensor in lists.items()},
         key_slots=key_slots,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from visattn.blockmap import BlockMap, MapCache, PartialPolicy
-from visattn.blockwise import blockwise_attention
+from visattn.blockwise import blockwise_attention, blockwise_backward
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
 from visattn.reference import reference_attention
@@ -18,7 +20,12 @@ from visattn.selectors.attend import attend
 from visattn.selectors.largest import largest_logits
 from visattn.selectors.memory import Memory
 from visattn.selectors.reference import reference_attend
-from visattn.triton_backend import triton_attention, why_unavailable
+from visattn.triton_backend import (
+    TritonAttention,
+    triton_attention,
+    triton_backward,
+    why_unavailable,
+)
 
 __all__ = [
     "BACKENDS",
@@ -27,8 +34,12 @@ __all__ = [
     "Spec",
     "choose_backend",
     "execute",
+    "execute_backward",
     "lower_cached",
+    "wants_gradients",
 ]
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 
@@ -168,6 +179,16 @@ def check_kernels(backend: str, patterns: Iterable[HeadPattern]) -> None:
         )
 
 
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed of some tensors is to be differentiated."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning(text)
+
+
 def _dynamic(
     pattern: HeadPattern,
     spec: Spec,
@@ -190,7 +211,23 @@ def _dynamic(
     assert selection.levels.shape[:2] == q.shape[:2], "a choice of other heads"
     reference = memory.past(pattern).lse if pattern.records else None
     highest = None
-    if kernels:
+    wants_grad = wants_gradients(q, k, v)
+    if kernels and wants_grad:
+        from visattn.selectors.gradients import LevelAttention, why_no_gradients
+
+        reason = why_no_gradients(pattern, selection)
+        if reason is not None:
+            if spec.backend == "triton":
+                raise BackendUnavailable(
+                    f"backend='triton' has no gradients of {pattern}: {reason}; use "
+                    "backend='blockwise' or 'auto'"
+                )
+            _say_once(f"{pattern}: plain torch computes what has gradients, as {reason}")
+            kernels = False
+    if kernels and wants_grad:
+        run_both = LevelAttention.apply
+        out, lse = run_both(q, k, v, selection, layout, text_lengths, scale)  # type: ignore[no-untyped-call]
+    elif kernels:
         from visattn.selectors.device import kernel_attend
 
         out, lse, highest = kernel_attend(
@@ -226,8 +263,36 @@ def _static(
         return lower_cached(pattern, layout, kv_layout, block_q, block_k)
 
     if backend == "triton":
-        return triton_attention(q, k, v, patterns, layout, kv_layout, text_lengths, scale, lower)
+        run = TritonAttention.apply if wants_gradients(q, k, v) else triton_attention
+        out, row_lse = run(q, k, v, patterns, layout, kv_layout, text_lengths, scale, lower)
+        return out, row_lse
     return blockwise_attention(q, k, v, blockwise_maps(spec), text_lengths, scale, with_lse)
+
+
+def execute_backward(
+    spec: Spec,
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v of heads with static patterns, from what ``execute`` gave."""
+    layout, kv_layout = spec.layout, spec.kv_layout
+
+    def lower(pattern: Pattern, block_q: int, block_k: int) -> BlockMap:
+        return lower_cached(pattern, layout, kv_layout, block_q, block_k)
+
+    given = (q, k, v, out, lse, grad_out, grad_lse)
+    if backend == "triton":
+        patterns = static_patterns(spec)
+        return triton_backward(*given, patterns, layout, kv_layout, text_lengths, scale, lower)
+    return blockwise_backward(*given, blockwise_maps(spec), text_lengths, scale)
 
 
 def static_patterns(spec: Spec) -> tuple[Pattern, ...]:
@@ -235,8 +300,7 @@ def static_patterns(spec: Spec) -> tuple[Pattern, ...]:
     out = tuple(item for item in spec.patterns if isinstance(item, Pattern))
     if len(out) < len(spec.patterns):
         raise NotImplementedError(
-            "gradients of dynamic patterns are computed without torch.compile and on the backends "
-            "blockwise and reference only"
+            "gradients of dynamic patterns are computed without torch.compile only"
         )
     return out
 

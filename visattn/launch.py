@@ -6,9 +6,11 @@ import os
 
 import torch
 
-__all__ = ["interpreting", "launch_of"]
+__all__ = ["backward_launch_of", "interpreting", "launch_of"]
 
-INTERPRETED = (32, 32, 4, 1)  # where Triton's interpreter runs the kernels
+# where Triton's interpreter runs the kernels
+INTERPRETED = (32, 32, 4, 1)
+INTERPRETED_BACKWARD = ((32, 32), (16, 8), 4, 1)
 
 
 def interpreting() -> bool:
@@ -24,3 +26,14 @@ def launch_of(q: torch.Tensor) -> tuple[int, int, int, int]:
 
     launch = launch_settings(target_of(q.device), q.dtype, q.shape[3])
     return launch.block_q, launch.block_k, launch.warps, launch.stages
+
+
+def backward_launch_of(q: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+    """Queries and keys of a block, queries of a part and of a masked part of it, warps and stages,
+    from the launch table of gradients."""
+    if q.device.type == "cpu":
+        return INTERPRETED_BACKWARD
+    from visattn.kernels.targets import backward_settings, target_of
+
+    own = backward_settings(target_of(q.device), q.dtype, q.shape[3])
+    return (own.block_q, own.block_k), (own.queries, own.masked), own.warps, own.stages

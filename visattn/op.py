@@ -11,9 +11,8 @@ import hashlib
 
 import torch
 
-from visattn.blockwise import blockwise_backward
 from visattn.checks import check_lengths, check_patterns, check_tensors
-from visattn.execute import Spec, blockwise_maps, choose_backend, execute
+from visattn.execute import Spec, choose_backend, execute, execute_backward
 from visattn.layout import TokenLayout, alive
 from visattn.patterns import HeadPattern
 from visattn.patterns.pattern import paired_layouts
@@ -92,10 +91,11 @@ def _(
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _save(ctx: object, inputs: tuple[object, ...], output: object) -> None:
+def _save(ctx: object, inputs: tuple[object, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, v, handle, text_lengths, scale, with_lse = inputs
-    ctx.save_for_backward(q, k, v, handle, text_lengths)  # type: ignore[attr-defined]
-    ctx.scale, ctx.with_lse = scale, with_lse  # type: ignore[attr-defined]
+    assert with_lse, "gradients need the LSE"
+    ctx.save_for_backward(q, k, v, handle, text_lengths, *output)  # type: ignore[attr-defined]
+    ctx.scale = scale  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("visattn::attention_backward", mutates_args=())
@@ -103,21 +103,19 @@ def backward_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
     handle: torch.Tensor,
     text_lengths: torch.Tensor | None,
     scale: float,
-    with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v. The visited blocks are computed again in plain torch, whatever ran
-    forward: the Triton backward is still to come."""
+    """Gradients of q, k, v, contiguous, by the backend that ran forward."""
     spec = _SPECS[int(handle)]
     lengths = check_lengths(q, k, spec.layout, spec.kv_layout, text_lengths)
-    maps = blockwise_maps(spec)
-    return blockwise_backward(
-        q, k, v, grad_out, grad_lse if with_lse else None, maps, lengths, scale
-    )
+    backend = choose_backend(spec.backend, q).backend
+    return execute_backward(spec, backend, q, k, v, out, lse, grad_out, grad_lse, lengths, scale)
 
 
 @backward_op.register_fake
@@ -125,12 +123,13 @@ def _(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
     handle: torch.Tensor,
     text_lengths: torch.Tensor | None,
     scale: float,
-    with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
@@ -139,9 +138,19 @@ def _(
 def _backward(
     ctx: object, grad_out: torch.Tensor, grad_lse: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, handle, text_lengths = ctx.saved_tensors  # type: ignore[attr-defined]
-    scale, with_lse = ctx.scale, ctx.with_lse  # type: ignore[attr-defined]
-    grads = backward_op(q, k, v, grad_out, grad_lse, handle, text_lengths, scale, with_lse)
+    q, k, v, handle, text_lengths, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    grads = backward_op(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        handle,
+        text_lengths,
+        ctx.scale,  # type: ignore[attr-defined]
+    )
     return (*grads, None, None, None, None)
 
 

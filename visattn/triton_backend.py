@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from visattn.blockmap import BlockMap, MapCache
 from visattn.devicemaps import DeviceMaps, device_maps
-from visattn.launch import interpreting, launch_of
+from visattn.launch import backward_launch_of, interpreting, launch_of
 from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
 
-__all__ = ["triton_attention", "why_unavailable"]
+__all__ = ["TritonAttention", "triton_attention", "triton_backward", "why_unavailable"]
 
 Lower = Callable[[Pattern, int, int], BlockMap]
 MAX_HEAD_SIZE = 256
@@ -62,19 +63,11 @@ def triton_attention(
         split: most key blocks of a row that is not split; default as ``device_maps``.
     """
     from visattn.kernels.forward import forward
-    from visattn.kernels.permute import permute
 
     block_q, block_k, warps, stages = settings or launch_of(q)
-    key = (patterns, layout, kv_layout, block_q, block_k, k.shape[1], q.device, split)
-
-    def make() -> DeviceMaps:
-        maps = {pattern: lower(pattern, block_q, block_k) for pattern in dict.fromkeys(patterns)}
-        return device_maps([maps[pattern] for pattern in patterns], k.shape[1], q.device, split)
-
-    maps = DEVICE_MAPS.get(key, make)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    if maps.key_slots is not None:
-        k, v = permute(k, v, maps.key_slots[0], maps.key_slots[1], maps.lists["k_index"])
+    blocks = (block_q, block_k)
+    maps = _maps(patterns, layout, kv_layout, blocks, k, lower, split=split)
+    q, k, v = _ready(maps, q, k, v)
     return forward(
         q,
         k,
@@ -89,3 +82,121 @@ def triton_attention(
         warps=warps,
         stages=stages,
     )
+
+
+def triton_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    lower: Lower,
+    *,
+    settings: tuple[tuple[int, int], tuple[int, int], int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, in their dtype, from what ``triton_attention`` took and gave.
+
+    Args:
+        settings: blocks of queries and keys, queries of a part and of a masked part, warps, stages;
+            default: the launch table's.
+    """
+    from visattn.kernels.backward import backward
+
+    blocks, queries, warps, stages = settings or backward_launch_of(q)
+    maps = _maps(patterns, layout, kv_layout, blocks, k, lower, backward=True)
+    keys = k.shape
+    q, k, v = _ready(maps, q, k, v)
+    dq, dk, dv = backward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_out if grad_out.stride(3) == 1 else grad_out.contiguous(),
+        None if grad_lse is None else grad_lse.float().contiguous(),
+        maps.lists,
+        None if text_lengths is None else text_lengths.int().contiguous(),
+        scale,
+        block=maps.block,
+        queries=queries,
+        kinds=maps.kinds,
+        ordered=maps.ordered,
+        shared_keys=keys[1] < q.shape[1],
+        warps=warps,
+        stages=stages,
+    )
+    if keys[1] < q.shape[1]:
+        dk, dv = (x.unflatten(1, (keys[1], -1)).sum(2).to(q.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+class TritonAttention(torch.autograd.Function):
+    """``triton_attention`` with gradients of q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        patterns: tuple[Pattern, ...],
+        layout: TokenLayout,
+        kv_layout: TokenLayout | None,
+        text_lengths: torch.Tensor | None,
+        scale: float,
+        lower: Lower,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.call = (patterns, layout, kv_layout, text_lengths, scale, lower)
+        out, lse = triton_attention(q, k, v, *ctx.call)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        given = (q, k, v, out, lse, grad_out, grad_lse)
+        patterns, layout, kv_layout, text_lengths, scale, lower = ctx.call
+        grads = triton_backward(*given, patterns, layout, kv_layout, text_lengths, scale, lower)
+        return (*grads, None, None, None, None, None, None)
+
+
+def _maps(
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    blocks: tuple[int, int],
+    k: torch.Tensor,
+    lower: Lower,
+    split: int | None = None,
+    backward: bool = False,
+) -> DeviceMaps:
+    """The lists of a launch, made once."""
+    key = (patterns, layout, kv_layout, blocks, k.shape[1], k.device, split, backward)
+
+    def make() -> DeviceMaps:
+        maps = {pattern: lower(pattern, *blocks) for pattern in dict.fromkeys(patterns)}
+        heads = [maps[pattern] for pattern in patterns]
+        return device_maps(heads, k.shape[1], k.device, split, backward)
+
+    return DEVICE_MAPS.get(key, make)
+
+
+def _ready(
+    maps: DeviceMaps, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the kernels take them: stride 1 along D, keys and values in block order."""
+    from visattn.kernels.permute import permute
+
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if maps.key_slots is not None:
+        k, v = permute(k, v, maps.key_slots[0], maps.key_slots[1], maps.lists["k_index"])
+    return q, k, v

@@ -7,40 +7,91 @@ for each target and variant, since they depend on no dtype.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+from compiled.rows import TYPES, Row, bytes_of
+
+SOURCES = ("levels", "pooled", "queries", "select", "summary")
 INTEGERS = ("levels", "forced", "q_some", "k_some", "valid")  # of 8 bits
 LONG = ("row_base", "column_base", "first_of", "slot_of", "cuts")  # of 64 bits
 NUMBERS = ("scale", "factor")
 SIZES = (
-    "heads", "slots", "length_q", "num_q", "num_k", "num_rows", "size", "rows", "pooled_rows",
-    "rest_rows", "units", "groups", "total", "blocks", "width", "begin", "share", "part",
-    "end", "least", "most",
+    "heads",
+    "slots",
+    "length_q",
+    "num_q",
+    "num_k",
+    "num_rows",
+    "size",
+    "rows",
+    "pooled_rows",
+    "rest_rows",
+    "units",
+    "groups",
+    "total",
+    "blocks",
+    "width",
+    "begin",
+    "share",
+    "part",
+    "end",
+    "least",
+    "most",
 )
-ELEMENTS = ("q", "k", "v", "pooled_k", "pooled_v", "spread", "rest_k", "rest_v", "rest_spread",
-            "out", "x", "mean")
+ELEMENTS = (
+    "q",
+    "k",
+    "v",
+    "pooled_k",
+    "pooled_v",
+    "spread",
+    "rest_k",
+    "rest_v",
+    "rest_spread",
+    "out",
+    "x",
+    "mean",
+)
 FLOATS = (
-    "bias", "pooled_bias", "rest_bias", "lse", "rest_share", "reference", "highest", "scores",
-    "k_mean", "part_out", "part_lse",
+    "bias",
+    "pooled_bias",
+    "rest_bias",
+    "lse",
+    "rest_share",
+    "reference",
+    "highest",
+    "scores",
+    "k_mean",
+    "part_out",
+    "part_lse",
 )
 
 # queries and keys of a tile come from the launch table
 LEVELS: dict[str, dict[str, int | bool]] = {
-    "tiles": {"WIDTH": 128, "UNIT": 0, "REST": 0, "SPREAD": False, "SHARE": False,
-              "RECORD": False},
-    "pyramid": {"WIDTH": 128, "UNIT": 16, "REST": 1, "SPREAD": False, "SHARE": False,
-                "RECORD": False},
-    "variance": {"WIDTH": 64, "UNIT": 8, "REST": 1, "SPREAD": True, "SHARE": True,
-                 "RECORD": False},
-    "sample": {"WIDTH": 64, "UNIT": 0, "REST": 2, "SPREAD": False, "SHARE": False,
-               "RECORD": False},
-    "record": {"WIDTH": 64, "UNIT": 0, "REST": 0, "SPREAD": False, "SHARE": False,
-               "RECORD": True},
+    "tiles": {"WIDTH": 128, "UNIT": 0, "REST": 0, "SPREAD": False, "SHARE": False, "RECORD": False},
+    "pyramid": {
+        "WIDTH": 128,
+        "UNIT": 16,
+        "REST": 1,
+        "SPREAD": False,
+        "SHARE": False,
+        "RECORD": False,
+    },
+    "variance": {"WIDTH": 64, "UNIT": 8, "REST": 1, "SPREAD": True, "SHARE": True, "RECORD": False},
+    "sample": {"WIDTH": 64, "UNIT": 0, "REST": 2, "SPREAD": False, "SHARE": False, "RECORD": False},
+    "record": {"WIDTH": 64, "UNIT": 0, "REST": 0, "SPREAD": False, "SHARE": False, "RECORD": True},
 }
 SELECT = {
-    "ROWS": 2, "BLOCK_K": 1024, "NUMBERS": False, "LEAST": True, "MOST": True,
-    "LEAST_NUMBER": False, "MOST_NUMBER": False, "FIRST": True, "SOME": True, "ABOVE": False,
+    "ROWS": 2,
+    "BLOCK_K": 1024,
+    "NUMBERS": False,
+    "LEAST": True,
+    "MOST": True,
+    "LEAST_NUMBER": False,
+    "MOST_NUMBER": False,
+    "FIRST": True,
+    "SOME": True,
+    "ABOVE": False,
 }
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "select count": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": False}),
@@ -49,15 +100,23 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "select head count": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": True}),
     "select above": ("_select_kernel", SELECT | {"BY": 1, "ENDS": 1, "HEAD": False, "ABOVE": True}),
     "select tokens": ("_select_kernel", SELECT | {"BY": 2, "ENDS": 1, "HEAD": False}),
-    "select number": ("_select_kernel", SELECT | {"BY": 0, "ENDS": 1, "HEAD": False,
-                                                  "NUMBERS": True}),
+    "select number": (
+        "_select_kernel",
+        SELECT | {"BY": 0, "ENDS": 1, "HEAD": False, "NUMBERS": True},
+    ),
     "masses": ("_masses_kernel", {"ROWS": 2, "BLOCK_K": 1024}),
-    "cut": ("_cut_kernel", {"BLOCK": 4096, "BY": 1, "NUMBERS": False, "FIRST": True,
-                            "SOME": False}),
-    "cut count": ("_cut_kernel", {"BLOCK": 4096, "BY": 0, "NUMBERS": False, "FIRST": True,
-                                  "SOME": True}),
-    "cut number": ("_cut_kernel", {"BLOCK": 4096, "BY": 0, "NUMBERS": True, "FIRST": True,
-                                   "SOME": False}),
+    "cut": (
+        "_cut_kernel",
+        {"BLOCK": 4096, "BY": 1, "NUMBERS": False, "FIRST": True, "SOME": False},
+    ),
+    "cut count": (
+        "_cut_kernel",
+        {"BLOCK": 4096, "BY": 0, "NUMBERS": False, "FIRST": True, "SOME": True},
+    ),
+    "cut number": (
+        "_cut_kernel",
+        {"BLOCK": 4096, "BY": 0, "NUMBERS": True, "FIRST": True, "SOME": False},
+    ),
     "lists of units": ("_lists_kernel", {"ROWS": 2, "BLOCK_K": 1024, "FULL": False, "POOLS": 4}),
     "lists": ("_lists_kernel", {"ROWS": 2, "BLOCK_K": 1024, "FULL": True, "POOLS": 3}),
     "columns": ("_columns_kernel", {"ROWS": 64}),
@@ -65,24 +124,13 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pooled 64": ("_pooled_kernel", {"DIM": 64, "BLOCK_D": 64, "ROWS": 16, "BLOCK_N": 32}),
     "pooled 128": ("_pooled_kernel", {"DIM": 128, "BLOCK_D": 128, "ROWS": 16, "BLOCK_N": 32}),
     "pooled 256": ("_pooled_kernel", {"DIM": 256, "BLOCK_D": 256, "ROWS": 16, "BLOCK_N": 32}),
-    "summary": ("_summary_kernel", {"DIM": 128, "BLOCK_D": 128, "BLOCK_R": 16, "VALID": True,
-                                    "SPREAD": True, "BIAS": True}),
+    "summary": (
+        "_summary_kernel",
+        {"DIM": 128, "BLOCK_D": 128, "BLOCK_R": 16, "VALID": True, "SPREAD": True, "BIAS": True},
+    ),
 }
 FEW_WARPS = ("_join_kernel", "_pooled_kernel", "_summary_kernel")  # 4; the others: 8
 CORE = (64, 128)  # head sizes of every variant of the levels
-
-
-class Row(NamedTuple):
-    """A kernel by name, what it is compiled with, and what it is called in the table."""
-
-    target: str
-    dtype: str
-    dim: int
-    variant: str
-    kernel: str
-    constants: dict[str, Any]
-    warps: int
-    stages: int
 
 
 def rows_of(target: str) -> list[Row]:
@@ -92,7 +140,7 @@ def rows_of(target: str) -> list[Row]:
 
     rows = []
     for dtype in TYPES:
-        for size, launch in LAUNCHES[target][4 if dtype == "float32" else 2].items():
+        for size, launch in LAUNCHES[target][bytes_of(dtype)].items():
             same = {"DIM": size, "BLOCK_D": size, "IEEE": dtype == "float32"}
             names = list(LEVELS) if size in CORE and dtype != "float32" else ["tiles", "variance"]
             if size in CORE and dtype != "float32":
@@ -105,10 +153,12 @@ def rows_of(target: str) -> list[Row]:
                 )
                 constants = same | constants | {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
                 kernel = "_queries_kernel" if name == "queries" else "_levels_kernel"
-                rows.append(Row(target, dtype, size, name, kernel, constants, launch.warps, stages))
+                place = ("selection", target, dtype, size, name, kernel)
+                rows.append(Row(*place, constants, launch.warps, stages))
     for name, (kernel, constants) in OTHERS.items():
         warps, stages = 4 if kernel in FEW_WARPS else 8, 2 if kernel == "_pooled_kernel" else 3
-        rows.append(Row(target, "bfloat16", 128, name, kernel, constants, warps, stages))
+        place = ("selection", target, "bfloat16", 128, name, kernel)
+        rows.append(Row(*place, constants, warps, stages))
     return rows
 
 
@@ -123,7 +173,7 @@ def kernel_of(name: str) -> Any:
     )
 
 
-def type_of(name: str, dtype: str) -> str:
+def type_of(name: str, row: Row) -> str:
     """The type of an argument."""
     if name.startswith("stride_"):
         return "i32"
@@ -134,7 +184,12 @@ def type_of(name: str, dtype: str) -> str:
     if name in SIZES:
         return "i32"
     if name in ELEMENTS:
-        return f"*{TYPES[dtype]}"
+        return f"*{TYPES[row.dtype]}"
     if name in FLOATS:
         return "*fp32"
     return "*i8" if name in INTEGERS else "*i64" if name in LONG else "*i32"
+
+
+def loops_of(variant: str) -> int | None:
+    """Loops with matrix products of a variant; None: as many as it has."""
+    return None

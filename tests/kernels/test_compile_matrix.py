@@ -15,24 +15,26 @@ import pytest
 
 pytest.importorskip("triton")
 
-from visattn.kernels.targets import LAUNCHES, TARGETS
+from visattn.kernels.targets import BACKWARD, LAUNCHES, TARGETS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
-AFRESH = [
-    ("sm_90", "bfloat16", 128, "axis"),
-    ("sm_80", "float16", 64, "none"),
-    ("gfx942", "float16", 64, "none"),
+AFRESH = [  # family, target, dtype, head size, variant
+    ("forward", "sm_90", "bfloat16", 128, "axis"),
+    ("forward", "sm_80", "float16", 64, "none"),
+    ("forward", "gfx942", "float16", 64, "none"),
+    ("backward", "sm_90", "bfloat16", 64, "dq none"),
+    ("selection", "sm_90", "bfloat16", 64, "pyramid"),
+    ("selection", "sm_90", "bfloat16", 128, "select count"),
 ]
-SELECTED = [("bfloat16", 64, "pyramid"), ("bfloat16", 128, "select count")]  # on sm_90
 COMPILE = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
-from compile_matrix import compile_row
-from compile_matrix import compile_selection, rows_of
-rows = [compile_row(*job) for job in json.loads(sys.argv[3])]
-for row in rows_of("sm_90"):
-    if list(row[1:4]) in json.loads(sys.argv[4]):
-        rows.append(compile_selection(row))
+from compile_matrix import FAMILIES, compile_row
+rows = []
+for family, *place in json.loads(sys.argv[3]):
+    for row in FAMILIES[family].rows_of(place[0]):
+        if list(row[1:5]) == place:
+            rows.append(compile_row(row, FAMILIES[family]))
 print(json.dumps(rows))
 """
 
@@ -48,19 +50,14 @@ def _script() -> ModuleType:
 
 matrix = _script()
 TABLE: dict[str, Any] = json.loads(matrix.TABLE.read_text())
-ROWS, SELECTION = (
-    {
+ROWS: dict[str, dict[tuple[str, str, int, str], dict[str, Any]]] = {
+    family: {
         (row["target"], row["dtype"], row["dim"], row["variant"]): row
         for row in TABLE["rows"]
         if row["family"] == family
     }
-    for family in ("forward", "selection")
-)
-
-
-def _settings(target: str, dtype: str, size: int) -> tuple[int, int, int, int]:
-    launch = LAUNCHES[target][4 if dtype == "float32" else 2][size]
-    return launch.block_q, launch.block_k, launch.warps, launch.stages
+    for family in matrix.FAMILIES
+}
 
 
 def test_table_is_of_these_kernels() -> None:
@@ -71,40 +68,37 @@ def test_table_is_of_these_kernels() -> None:
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-def test_limits_hold(target: str) -> None:
-    rows = {place: row for place, row in ROWS.items() if place[0] == target}
+@pytest.mark.parametrize("family", list(matrix.FAMILIES))
+def test_every_row_holds_the_limits(family: str, target: str) -> None:
+    expected = {row[1:5]: row for row in matrix.FAMILIES[family].rows_of(target)}
+    rows = {place: row for place, row in ROWS[family].items() if place[0] == target}
+    assert set(rows) == set(expected)
     broken = {place: matrix.broken_limits(row) for place, row in rows.items()}
     assert not {place: texts for place, texts in broken.items() if texts}
-    for row in rows.values():
+    for place, row in rows.items():
+        assert row.items() >= expected[place].place().items()  # launched as it was compiled
         assert row["shared"] <= TARGETS[target].shared_bytes
         assert row["spills_elsewhere"] >= 0  # reported in every row
-        if target != "gfx942" and row["dtype"] != "float32":
+        if family != "selection" and target != "gfx942" and row["dtype"] != "float32":
             assert row["stack"] <= 64
             assert row["spills_full_loop"] == 0
             assert row["matrix"]
 
 
-def test_every_launch_is_in_the_table() -> None:
-    for target, launches in LAUNCHES.items():
-        for dtype in ("float16", "bfloat16", "float32"):
+@pytest.mark.parametrize(("family", "table"), [("forward", LAUNCHES), ("backward", BACKWARD)])
+def test_every_launch_is_in_the_table(family: str, table: dict[str, Any]) -> None:
+    backward = family == "backward"
+    for target, launches in table.items():
+        for dtype in ("bfloat16", "float32") if backward else ("float16", "bfloat16", "float32"):
             for size in launches[4 if dtype == "float32" else 2]:
                 all_kinds = size in (64, 128) and dtype != "float32"
-                for variant in matrix.VARIANTS if all_kinds else matrix.FEWER:
-                    row = ROWS[target, dtype, size, variant]
-                    settings = (*row["block"], row["warps"], row["stages"])
-                    assert settings == _settings(target, dtype, size)
-    assert {dim for _, _, dim, _ in ROWS} >= {40, 80, 96}
-
-
-@pytest.mark.parametrize("target", list(TARGETS))
-def test_kernels_of_dynamic_patterns_hold_the_limits(target: str) -> None:
-    expected = {row[:4] for row in matrix.rows_of(target)}
-    rows = {place: row for place, row in SELECTION.items() if place[0] == target}
-    assert set(rows) == expected
-    broken = {place: matrix.broken_limits(row) for place, row in rows.items()}
-    assert not {place: texts for place, texts in broken.items() if texts}
-    for row in rows.values():
-        assert row["spills_elsewhere"] >= 0  # reported in every row
+                count = sum(place[:3] == (target, dtype, size) for place in ROWS[family])
+                expected = 9 if all_kinds else 4
+                if backward:
+                    of_levels = 9 if all_kinds else 0
+                    expected = 2 * (2 if dtype == "float32" else expected) + of_levels
+                assert count == expected
+    assert {dim for _, _, dim, _ in ROWS[family]} >= ({96} if backward else {40, 80, 96})
 
 
 def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
@@ -112,12 +106,11 @@ def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
 
     if triton.__version__ != TABLE["triton"]:
         pytest.skip(f"the table is of Triton {TABLE['triton']}, this is {triton.__version__}")
-    jobs = [(t, dtype, dim, _settings(t, dtype, dim), variant) for t, dtype, dim, variant in AFRESH]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     folders = [str(SCRIPT.parent), str(SCRIPT.parents[1])]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, *folders, json.dumps(jobs), json.dumps(SELECTED)],
+        [sys.executable, "-c", COMPILE, *folders, json.dumps(AFRESH)],
         env=environment,
         capture_output=True,
         text=True,
@@ -126,10 +119,10 @@ def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == len(AFRESH) + len(SELECTED)
+    assert len(found) == len(AFRESH)
     for row in found:
         place = tuple(row[name] for name in ("target", "dtype", "dim", "variant"))
-        known = (ROWS if row["family"] == "forward" else SELECTION)[place]
+        known = ROWS[row["family"]][place]
         for name in ("shared", "stack", "spills_elsewhere", "spills_full_loop"):
             assert row.get(name) == known.get(name), (place, name)
 
@@ -151,7 +144,9 @@ def test_a_wait_out_of_line_is_no_loop() -> None:
         (0xC0, "@!P0 BRA 0xb0"),
         (0xD0, "BRA 0x30"),  # back into the middle of the first loop
     ]
-    loops = matrix.natural_loops(listing)
+    from compiled.resources import natural_loops  # beside the script
+
+    loops = natural_loops(listing)
     products = [loop for loop in loops if loop & {0x30, 0x70}]
     wait = {0xB0, 0xC0, 0xD0}
     assert products == [{0x10, 0x20, 0x30, 0x40, 0x50} | wait, {0x70, 0x80}]

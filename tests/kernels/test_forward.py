@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS, draw, draw_text_lengths
+from cases import LAYOUTS
+from kernel_cases import DEVICE, DTYPES, GPU, MIXED, UNIONS, WALKED, case, inputs
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.devicemaps import device_maps
@@ -23,31 +24,16 @@ from visattn.launch import launch_of
 from visattn.layout import check_text_lengths
 from visattn.patterns import (
     PATTERNS,
-    AxisOrder,
     Dense,
     Diagonal,
-    GridBlocks,
     Neighborhood,
     Pattern,
     Radial,
-    Sharded,
     Skip,
     Stripe,
-    Union,
 )
 from visattn.triton_backend import triton_attention
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-WALKED = [  # one token, one frame, a ragged tail, odd text on both sides, two grids, prefix tokens
-    "one_token_text_1",
-    "frame_1_of_11x3",
-    "video_7x4x6",
-    "video_7x5x3_text_31",
-    "two_grids_text_between",
-    "video_6x6x7_both_texts",
-    "prefix_and_text",
-]
 SETTINGS = (16, 32, 4, 1)
 LIMIT = 15_000
 
@@ -66,14 +52,6 @@ def products_of_the_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "__matmul__", product)
         yield
-
-
-def inputs(
-    layout: TokenLayout, heads: int, key_heads: int, dim: int, dtype: torch.dtype, batch: int = 1
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, n, layout.length, dim) for n in (heads, key_heads, key_heads)]
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
 def check(
@@ -127,17 +105,6 @@ def check(
         assert error <= allowed, (name, float(error), float(allowed), patterns)
 
 
-def case(name: str, layout_name: str) -> tuple[Pattern, TokenLayout, torch.Tensor | None]:
-    layout = LAYOUTS[layout_name]
-    lengths = draw_text_lengths(layout, 1, torch.Generator().manual_seed(len(layout_name)))
-    if lengths is not None:
-        lengths = lengths // 2 + 1  # one sample, and not its capacity
-    return draw(name, layout, 1), layout, lengths
-
-
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout_name", WALKED)
 @pytest.mark.parametrize("name", PATTERNS)
@@ -158,7 +125,6 @@ def test_the_walk_stays_within_its_tile_steps() -> None:
 
 
 LAYOUT = LAYOUTS["video_7x5x3_text_31"]
-MIXED: list[Pattern] = [Radial(rule="token"), Neighborhood((3, 3, 3)), Skip(), Dense()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,17 +160,6 @@ def test_long_rows_are_split_and_merged(split: int) -> None:
     assert bool((visits.diff() <= 0).all())  # heaviest first
     assert int(visits.max()) <= split
     assert int(visits.sum()) == sum(m.num_visited for m in maps)
-
-
-UNIONS = {
-    "two_bands": Union(Diagonal(3), AxisOrder(Diagonal(2), "wht")),
-    "axis_and_label": Union(Neighborhood((3, 3, 1)), Stripe(False, (5, 40))),
-    "radial_and_axis": Radial(0.5, sink=True, rule="token"),
-    "strided": GridBlocks((2, 2, 2)),
-    "bits": Union(Diagonal(2), Stripe(False, (5,)), Neighborhood(3)),
-    "table": Sharded(1, 2, block=48, causal=True),
-    "other_radial": AxisOrder(Radial(rule="paper"), "hwt"),
-}
 
 
 @pytest.mark.parametrize("name", UNIONS)

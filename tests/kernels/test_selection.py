@@ -102,7 +102,9 @@ def test_summaries_are_means_of_blocks() -> None:
 
 
 def outputs_agree(
-    selector: Selector | None, layout: TokenLayout, selection: Selection | None = None,
+    selector: Selector | None,
+    layout: TokenLayout,
+    selection: Selection | None = None,
     tile: tuple[int, int, int, int] = TILE,
 ) -> None:
     q, k, v = (x.float() for x in tensors(layout))
@@ -113,9 +115,7 @@ def outputs_agree(
         on_device = selector.select(*(x.to(DEVICE) for x in (q, k, v)), layout, SCALE)
     else:
         on_device = selection
-    exact, exact_lse = attend(
-        q.double(), k.double(), v.double(), selection, layout, texts, SCALE
-    )
+    exact, exact_lse = attend(q.double(), k.double(), v.double(), selection, layout, texts, SCALE)
     eager, eager_lse = attend(q, k, v, selection, layout, texts, SCALE)
     found, lse, _ = kernel_attend(
         *(x.to(DEVICE) for x in (q, k, v)),
@@ -182,8 +182,11 @@ def test_integers_end_to_end_are_identical() -> None:
         torch.randint(-2, 3, (1, 2, layout.length, 16), generator=generator).float().to(DEVICE)
         for _ in range(3)
     )
-    for selector in (TopBlocks(0.4, block=8, order="raster"), MoBA(0.3, block=16),
-                     TopBlocks(0.4, mass=0.5, block=8, order="raster")):
+    for selector in (
+        TopBlocks(0.4, block=8, order="raster"),
+        MoBA(0.3, block=16),
+        TopBlocks(0.4, mass=0.5, block=8, order="raster"),
+    ):
         own = selector.select(q, k, v, layout, 0.25, kernels=True).levels
         assert torch.equal(own, selector.select(q, k, v, layout, 0.25).levels)
         assert 0 < own.float().mean() < 1
@@ -258,9 +261,7 @@ def test_selectors_on_this_gpu(name: str, dtype: torch.dtype) -> None:
     selector = small(name)
     selection = selector.select(q, k, v, layout, 0.125, kernels=True)
     found, lse, _ = kernel_attend(q, k, v, selection, layout, None, 0.125)
-    exact, exact_lse = attend(
-        q.double(), k.double(), v.double(), selection, layout, None, 0.125
-    )
+    exact, exact_lse = attend(q.double(), k.double(), v.double(), selection, layout, None, 0.125)
     eager, _ = reference_attend(q, k, v, selection, layout, None, 0.125)
     bound = (eager.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert float((found.double() - exact).abs().max()) <= 2 * float(bound)

@@ -13,11 +13,22 @@ __all__ = ["Time", "take_turns"]
 
 
 class Time(NamedTuple):
-    """Seconds: the median, and the quartiles around it."""
+    """Seconds, or a ratio of them: the median, the quartiles around it, and all."""
 
     median: float
     low: float
     high: float
+    samples: tuple[float, ...]
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Time:
+        """The statistics of one sample or more."""
+        low, median, high = (
+            statistics.quantiles(samples, n=4, method="inclusive")
+            if len(samples) > 1
+            else list(samples) * 3
+        )
+        return Time(median, low, high, tuple(samples))
 
 
 def take_turns(
@@ -37,13 +48,7 @@ def take_turns(
             function()
             _wait(device)
             own.append(time.perf_counter() - begin)
-    found = []
-    for own in seconds:
-        low, median, high = (
-            statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
-        )
-        found.append(Time(median, low, high))
-    return found
+    return [Time.of(own) for own in seconds]
 
 
 def _wait(device: torch.device) -> None:

@@ -18,12 +18,15 @@ from visattn.selectors.selects import BLOCK
 from visattn.selectors.sides import Side, take_tokens
 
 __all__ = [
+    "Means",
     "attend",
     "first_order",
+    "means_of",
     "sample_tokens",
     "sampled_bias",
     "sampled_tokens",
     "to_tokens",
+    "valid_side",
     "value_slope",
     "weighted_means",
 ]
@@ -88,7 +91,7 @@ def attend(
     rows_q = own.reshape(batch * heads * num_q, q_side.size, dim)
     keys, values = k_side.take(k).to(wide), k_side.take(v).to(wide)
     key_heads = keys.shape[1]
-    exists = _valid(k_side, layout, text_lengths)
+    exists = valid_side(k_side, layout, text_lengths)
     results = _Rows(rows_q, wide)
     levels = selection.levels.reshape(-1, num_k)
     share = heads // key_heads
@@ -97,7 +100,7 @@ def attend(
         bias = exists.expand(keys.shape[:4]).to(keys).log()
         _by_columns(results, rows_q, keys, values, bias, selection.levels, scale)
     for value in () if alone else selection.values:
-        means = _means(selection, value, keys, values, exists)
+        means = means_of(selection, value, keys, values, exists)
         group = share if means.keys.shape[1] == key_heads else 1
         # the first key block of each row's batch item and head, in the flat list of blocks
         first = torch.arange(batch * means.keys.shape[1], device=q.device) * num_k
@@ -156,7 +159,7 @@ def _by_columns(
                     results.add(rows, logits + bias[b, own, column], values[b, own, column], None)
 
 
-class _Means(NamedTuple):
+class Means(NamedTuple):
     """What the rows see of a key block at a level: keys and values ``[B, h, Nk, m, D]``, the
     logarithm of their weights ``[B, h, Nk, m]``, minus infinity where nothing is, and the variances
     of the keys, or None. ``h`` is the heads of the keys, or of the queries."""
@@ -167,27 +170,29 @@ class _Means(NamedTuple):
     spread: torch.Tensor | None
 
 
-def _means(
+def means_of(
     selection: Selection,
     value: int,
     keys: torch.Tensor,
     values: torch.Tensor,
     exists: torch.Tensor,
-) -> _Means:
+) -> Means:
+    """Of key blocks ``[B, Hk, Nk, size, D]`` at a level, tokens that ``exists`` as ``valid_side``
+    says."""
     pool, there = min(value, selection.k_side.size), selection.k_side.exists
     if value == 1:
         count = exists.expand(keys.shape[:4]).to(keys)
-        return _Means(keys, values, count.log(), None)
+        return Means(keys, values, count.log(), None)
     if value == BLOCK and selection.weights is not None:
         own_k, own_v, bias = weighted_means(selection, keys, values)
-        return _Means(own_k[..., None, :], own_v[..., None, :], bias[..., None], None)
+        return Means(own_k[..., None, :], own_v[..., None, :], bias[..., None], None)
     own_k, number = block_parts(keys, there, pool)
     own_v, _ = block_parts(values, there, pool)
     bias = number.expand(own_k.shape[:4]).to(keys).log()
     if not selection.variance:
-        return _Means(own_k, own_v, bias, None)
+        return Means(own_k, own_v, bias, None)
     squares, _ = block_parts(keys.square(), there, pool)
-    return _Means(own_k, own_v, bias, (squares - own_k.square()).clamp(min=0))
+    return Means(own_k, own_v, bias, (squares - own_k.square()).clamp(min=0))
 
 
 def weighted_means(
@@ -210,7 +215,7 @@ def first_order(selection: Selection) -> bool:
     return isinstance(selection.rest, PooledRest) and selection.rest.first_order
 
 
-def _valid(side: Side, layout: TokenLayout, text_lengths: torch.Tensor | None) -> torch.Tensor:
+def valid_side(side: Side, layout: TokenLayout, text_lengths: torch.Tensor | None) -> torch.Tensor:
     """Keys that are there, bool ``[G, G', N, size]``."""
     if text_lengths is None:
         return side.exists

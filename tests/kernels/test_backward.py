@@ -1,0 +1,148 @@
+"""Gradients by the kernels against autograd through the float64 oracle.
+
+A gradient is within the bound when ``max|kernel - f64| <= 3 max|eager - f64| + 2 ulp`` of its
+largest value, eager being autograd through the reference in the same dtype: the kernels round the
+weights and the gradient of the logits to the dtype of q before they multiply them, and the
+interpreter's products are numpy's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYOUTS, draw
+from kernel_cases import DEVICE, DTYPES, GPU, MIXED, UNIONS, WALKED, case, inputs
+
+from visattn import TokenLayout, sparse_attention
+from visattn.execute import lower_cached
+from visattn.launch import backward_launch_of
+from visattn.layout import check_text_lengths
+from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Skip
+from visattn.triton_backend import triton_attention, triton_backward
+
+Settings = tuple[tuple[int, int], tuple[int, int], int, int]
+SOME = ("frame_1_of_11x3", "video_7x5x3_text_31", "two_grids_text_between")
+SETTINGS: Settings = ((32, 32), (16, 8), 4, 1)
+
+
+def grads_of(
+    qkv: list[torch.Tensor], grad_out: torch.Tensor, grad_lse: torch.Tensor, **call: object
+) -> tuple[torch.Tensor, ...]:
+    """By autograd through the reference."""
+    own = [x.detach().requires_grad_() for x in qkv]
+    out, lse = sparse_attention(*own, backend="reference", return_lse=True, **call)  # type: ignore[call-overload]
+    loss = (out * grad_out.to(out.dtype)).sum()
+    loss = loss + (lse.masked_fill(lse == -torch.inf, 0) * grad_lse.to(lse.dtype)).sum()
+    return torch.autograd.grad(loss, own)
+
+
+def check(
+    qkv: list[torch.Tensor],
+    patterns: list[Pattern],
+    layout: TokenLayout,
+    lengths: torch.Tensor | None = None,
+    settings: Settings = SETTINGS,
+) -> None:
+    """Run forward and backward and hold the gradients to the bound."""
+    q, k, v = qkv
+    scale = q.shape[3] ** -0.5
+    checked = None if lengths is None else check_text_lengths(lengths, layout, q.shape[0])
+    checked = None if checked is None else checked.to(DEVICE)
+
+    def lower(pattern: Pattern, block_q: int, block_k: int) -> object:
+        return lower_cached(pattern, layout, None, block_q, block_k)
+
+    heads = tuple(patterns)
+    given = (layout, None, checked, scale, lower)
+    block = (*settings[0], *settings[2:])
+    out, lse = triton_attention(q, k, v, heads, *given, settings=block)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(2)
+    grad_out = torch.randn(out.shape, generator=generator).to(out)
+    grad_lse = torch.randn(lse.shape, generator=generator).to(lse)
+    grad_lse[lse == -torch.inf] = 0
+    found = triton_backward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        heads,
+        *given,
+        settings=settings,  # type: ignore[arg-type]
+    )
+    call = {"pattern": patterns, "layout": layout, "text_lengths": lengths, "scale": scale}
+    exact = grads_of([x.double() for x in qkv], grad_out, grad_lse, **call)
+    eager = grads_of(qkv, grad_out, grad_lse, **call)
+    for name, x, plain, truth in zip("qkv", found, eager, exact, strict=True):
+        assert x.dtype == q.dtype and x.shape == truth.shape
+        error = (x.double() - truth).abs().max()
+        ulp = torch.finfo(q.dtype).eps * truth.abs().max()
+        allowed = 3 * (plain.double() - truth).abs().max() + 2 * ulp
+        assert error <= allowed, (name, float(error), float(allowed), patterns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_is_within_the_bound(name: str, dtype: torch.dtype) -> None:
+    """On one frame, on a ragged video with text, and on two grids; a GPU walks them all."""
+    for layout_name in WALKED if GPU else SOME:
+        pattern, layout, lengths = case(name, layout_name)
+        check(inputs(layout, 1, 1, 16, dtype), [pattern], layout, lengths)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_mixed_heads_grouped_queries_and_batch(key_heads: int) -> None:
+    layout = LAYOUTS["video_3x3x3"]
+    lengths = torch.tensor([2, 0])
+    check(inputs(layout, 4, key_heads, 24, torch.float32, batch=2), MIXED, layout, lengths)
+
+
+@pytest.mark.parametrize("dim", [16, 40, 64, 128, 256])
+def test_head_sizes(dim: int) -> None:
+    layout = LAYOUTS["image_7x7"]
+    check(inputs(layout, 1, 1, dim, torch.float32), [Neighborhood(3)], layout)
+    check(inputs(layout, 1, 1, dim, torch.float16), [Diagonal(9)], layout)
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_every_kind_of_predicate(name: str) -> None:
+    """Also beside a head that uses none of them."""
+    layout = LAYOUTS["video_5x5x5"]
+    check(inputs(layout, 2, 2, 16, torch.float32), [UNIONS[name], Diagonal(0)], layout)
+
+
+def test_strides_other_than_contiguous() -> None:
+    layout = LAYOUTS["video_7x5x3_text_31"]
+    qkv = inputs(layout, 2, 2, 16, torch.float32)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    check(turned, [Neighborhood((3, 3, 3)), Dense()], layout)
+
+
+def test_gradients_are_the_same_every_time() -> None:
+    layout = LAYOUTS["video_5x5x5"]
+    q, k, v = inputs(layout, 2, 1, 16, torch.float32)
+    heads = (draw("neighborhood", layout, 1), Skip())
+
+    def run() -> tuple[torch.Tensor, ...]:
+        own = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = sparse_attention(*own, heads, layout, backend="triton")
+        return torch.autograd.grad(out.square().sum(), own)
+
+    for x, y in zip(run(), run(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no GPU: the walk above ran in Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_launch_settings_of_this_gpu(name: str, dtype: torch.dtype) -> None:
+    """The same bound with the launch tables' own blocks."""
+    for layout_name in ("video_8x8x8_aligned", "video_4x11x7_unaligned", "two_grids_text_between"):
+        pattern, layout, lengths = case(name, layout_name)
+        for dim in (40, 64, 128):
+            qkv = inputs(layout, 2, 1, dim, dtype)
+            settings = backward_launch_of(qkv[0])
+            check(qkv, [pattern, Dense()], layout, lengths, settings=settings)

@@ -1,0 +1,122 @@
+"""``visattn bench attention``: how long attention by patterns takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from visattn.bench import SHAPES, AttentionTime, Scattered, WrongResult, time_attention
+from visattn.cli.machine import Machine, add_machine, read_machine
+from visattn.cli.output import Output
+from visattn.patterns import Pattern, parse_pattern
+
+SCATTERED = "scattered:"
+CPU_SHAPES = ("cpu-8k",)
+GPU_SHAPES = ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-768p", "hunyuan-720p", "flux-2k")
+PATTERNS = (
+    "diagonal(0.05)",
+    "diagonal(0.1)",
+    "neighborhood((0.5, 0.5, 0.5))",
+    "radial(0.2)",
+    "scattered:0.05",
+    "scattered:0.25",
+)
+LONG = 16384  # tokens from which dense attention on a CPU takes minutes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        action="extend",
+        choices=SHAPES,
+        metavar="NAME",
+        help=f"of {', '.join(SHAPES)} (default: {' '.join(CPU_SHAPES)}; on a GPU "
+        f"{' '.join(GPU_SHAPES)})",
+    )
+    parser.add_argument(
+        "--pattern",
+        nargs="+",
+        action="extend",
+        metavar="PATTERN",
+        help="static patterns in written form, or scattered:SHARE for blocks at random (default: "
+        f"{' '.join(PATTERNS)})",
+    )
+    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    add_machine(parser, repeats=7)
+
+
+def run(args: argparse.Namespace) -> Output:
+    machine = read_machine(args)
+    patterns = [read_pattern(text) for text in args.pattern or PATTERNS]
+    names = args.shape or (GPU_SHAPES if machine.gpu else CPU_SHAPES)
+    for name in names:
+        if not machine.gpu and SHAPES[name].layout.length > LONG:
+            raise ValueError(
+                f"--shape {name} has {SHAPES[name].layout.length} tokens, on which a CPU works for "
+                f"minutes; use {', '.join(CPU_SHAPES)} or --device cuda"
+            )
+    found: dict[str, list[AttentionTime]] = {}
+    wrong: list[str] = []
+    for name in names:
+        for pattern in patterns:
+            try:
+                time = time_attention(
+                    pattern,
+                    SHAPES[name],
+                    dtype=machine.dtype,
+                    device=machine.device,
+                    repeats=machine.repeats,
+                    flex=not args.no_flex,
+                )
+            except WrongResult as error:
+                wrong.append(f"{name}: {error}")
+                continue
+            found.setdefault(name, []).append(time)
+    if args.json:
+        times = {name: [x.numbers() for x in own] for name, own in found.items()}
+        return Output(json.dumps(machine.where() | {"times": times}, indent=2), tuple(wrong))
+    return Output(table(machine, found), tuple(wrong))
+
+
+def read_pattern(text: str) -> Pattern:
+    """A static pattern.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text.startswith(SCATTERED):
+        try:
+            return Scattered(float(text.removeprefix(SCATTERED)))
+        except ValueError as error:
+            raise ValueError(f"--pattern {text}: {error}") from None
+    pattern = parse_pattern(text)
+    if not isinstance(pattern, Pattern):
+        raise ValueError(
+            f"--pattern {text} is dynamic; 'visattn bench selection' measures what choosing costs"
+        )
+    return pattern
+
+
+def table(machine: Machine, found: dict[str, list[AttentionTime]]) -> str:
+    """The numbers, shape by shape."""
+    lines = [", ".join(f"{name} {value}" for name, value in machine.where().items())]
+    for name, rows in found.items():
+        first = rows[0]
+        lines += ["", f"{name}: {first.tokens} tokens, {first.heads} heads of {first.head_size}"]
+        lines.append(
+            "density  executed   dense ms    ours ms    flex ms  speedup  efficiency (quartiles)  "
+            "TFLOP/s  pattern"
+        )
+        for row in rows:
+            flex = f"{1e3 * row.flex.median:>11.2f}" if row.flex else f"{'-':>11}"
+            lines.append(
+                f"{row.density:>7.3f}{row.executed:>10.3f}{1e3 * row.dense.median:>11.2f}"
+                f"{1e3 * row.sparse.median:>11.2f}{flex}"
+                f"{row.dense.median / row.sparse.median:>8.2f}x"
+                f"{row.efficiency.median:>7.2f} ({row.efficiency.low:.2f} to "
+                f"{row.efficiency.high:.2f})   {row.tflops:>7.2f}  {row.pattern}"
+            )
+        reasons = {key: text for row in rows for key, text in row.missing.items()}
+        lines += [f"{key} did not run: {text}" for key, text in reasons.items()]
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""Where and how often something is measured: the options that all benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from visattn._version import __version__
+from visattn.cli.env import devices, version_of
+
+__all__ = ["Machine", "add_machine", "at_least_one", "read_machine"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device, the dtype of what is computed there, and how often it is."""
+
+    device: str
+    name: str
+    repeats: int
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.name]
+
+    def where(self) -> dict[str, object]:
+        """What numbers are of."""
+        return {
+            "visattn": __version__,
+            "torch": torch.__version__,
+            "triton": version_of("triton"),
+            "device": ", ".join(devices()) if self.gpu else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "dtype": self.name,
+            "repeats": self.repeats,
+        }
+
+
+def add_machine(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Add the options."""
+    parser.add_argument("--dtype", choices=DTYPES, help="(default float32; on a GPU bfloat16)")
+    parser.add_argument("--device", help="(default: a GPU where there is one)")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, metavar="N", help="of each (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def read_machine(args: argparse.Namespace) -> Machine:
+    """The machine of the arguments.
+
+    Raises:
+        ValueError: there is no such device, or the number of repeats is below 1.
+    """
+    at_least_one(args, "repeats")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}; leave it out for "
+            "what there is"
+        ) from None
+    gpu = device.startswith("cuda")
+    return Machine(device, args.dtype or ("bfloat16" if gpu else "float32"), args.repeats)
