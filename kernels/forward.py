@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from visattn.kernels.masks import BITS, NONE, bit_tile, keeps, query_side
 
@@ -73,6 +74,8 @@ def _forward_kernel(
     q,
     k,
     v,
+    k_box,
+    v_box,
     out,
     lse,
     part_out,
@@ -118,12 +121,14 @@ def _forward_kernel(
     LENGTHS: tl.constexpr,
     SPLIT: tl.constexpr,
     IEEE: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """One program: one work item of one batch item.
 
     work int32 ``[W, 16]``: head, key slot, map, grid (-1: none), first query position, queries,
     part (-1: the whole row), the list's ends: begin, full, text, short, partial, then the rows of
-    ``q_index`` and ``k_index``, int32 ``[orders, L]``: ordered position -> token.
+    ``q_index`` and ``k_index``, int32 ``[orders, L]``: ordered position -> token. With BOXES
+    ``k_box`` and ``v_box`` are tensor descriptors of k, v, in boxes ``[1, 1, BLOCK_N, BLOCK_D]``.
     """
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     i_b = tl.program_id(1)
@@ -170,15 +175,19 @@ def _forward_kernel(
     for j in range(begin, end_plain):
         column = tl.load(columns + j).to(tl.int32)
         first = tl.load(p_k_table + column * 4)
-        p_kn = p_k + first.to(tl.int64) * stride_kl
-        p_vn = p_v + first.to(tl.int64) * stride_vl
         # [D, N], [N, D]
-        if DIM == BLOCK_D:
-            b_k = tl.load(p_kn + o_k)
-            b_v = tl.load(p_vn + o_v)
+        if BOXES:
+            b_k = tl.trans(k_box.load([i_b, i_slot, first, 0]).reshape([BLOCK_N, BLOCK_D]))
+            b_v = v_box.load([i_b, i_slot, first, 0]).reshape([BLOCK_N, BLOCK_D])
         else:
-            b_k = tl.load(p_kn + o_k, mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_vn + o_v, mask=m_d[None, :], other=0.0)
+            p_kn = p_k + first.to(tl.int64) * stride_kl
+            p_vn = p_v + first.to(tl.int64) * stride_vl
+            if DIM == BLOCK_D:
+                b_k = tl.load(p_kn + o_k)
+                b_v = tl.load(p_vn + o_v)
+            else:
+                b_k = tl.load(p_kn + o_k, mask=m_d[:, None], other=0.0)
+                b_v = tl.load(p_vn + o_v, mask=m_d[None, :], other=0.0)
         b_s = tl.dot(_wide(b_q), _wide(b_k), input_precision=PRECISION) * factor
         m_new = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - m_new[:, None])
@@ -323,6 +332,12 @@ def _merge_kernel(
     tl.store(lse + (i_b.to(tl.int64) * heads + i_h) * length_q + token, b_lse, mask=m_m)
 
 
+def describable(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can describe it: its rows begin at multiples of 16 bytes."""
+    steps = [stride * x.element_size() for stride in x.stride()[:3]]
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -337,6 +352,7 @@ def forward(
     num_parts: int,
     warps: int,
     stages: int,
+    descriptors: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, H, Lq, D]`` in the dtype of q, contiguous, and LSE float32 ``[B, H, Lq]``.
 
@@ -348,6 +364,8 @@ def forward(
         block: queries and keys of a block; kinds: the predicates of slots A and B.
         ordered: whether q_index and k_index are more than the identity.
         num_parts: parts of split rows.
+        descriptors: read keys and values of full blocks by tensor descriptors (TMA), where their
+            strides allow it.
     """
     batch, heads, length_q, dim = q.shape
     out = torch.empty((batch, heads, length_q, dim), dtype=q.dtype, device=q.device)
@@ -356,10 +374,19 @@ def forward(
     part_lse = q.new_empty((batch, num_parts, block[0]), dtype=torch.float32)
     k, v = (x if x.stride(2) < NEAR else x.contiguous() for x in (k, v))
     block_d = max(16, triton.next_power_of_2(dim))
+    boxes = descriptors and all(map(describable, (k, v)))
+    k_box, v_box = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block[1], block_d])
+        if boxes
+        else x
+        for x in (k, v)
+    )
     _forward_kernel[(lists["work"].shape[0], batch)](
         q=q,
         k=k,
         v=v,
+        k_box=k_box,
+        v_box=v_box,
         out=out,
         lse=lse,
         part_out=part_out,
@@ -405,6 +432,7 @@ def forward(
         LENGTHS=text_lengths is not None,
         SPLIT=num_parts > 0,
         IEEE=q.dtype == torch.float32,
+        BOXES=boxes,
         num_warps=warps,
         num_stages=stages,
     )

@@ -18,19 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
+from visattn.kernels.forward import _wide
 from visattn.kernels.pooled import apart
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 NO_REST, MEANS, SAMPLE = (tl.constexpr(value) for value in range(3))
 REST_LEVEL: tl.constexpr = tl.constexpr(255)
-
-
-@triton.jit
-def _wide(x):
-    """An operand of a product; Triton's interpreter would multiply bfloat16 by its bits."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        return x.to(tl.float32)
-    return x
 
 
 @triton.jit

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 
 from visattn.kernels.backward import LOG2E, _rows_of
-from visattn.kernels.levels import Keys, _lists_kernel, _values, _wide
+from visattn.kernels.forward import _wide
+from visattn.kernels.levels import Keys, _lists_kernel, _values
 from visattn.kernels.pooled import apart
 from visattn.kernels.queries import MOST_PAIRS, pairs_of
 

@@ -9,9 +9,9 @@ on NVIDIA's targets; none has been timed on its target yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
 
 __all__ = [
     "BACKWARD",
@@ -47,14 +47,15 @@ TARGETS: dict[str, Target] = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Queries and keys of a block (of the map too), warps, and stages of the loops' pipeline."""
+class Launch(NamedTuple):
+    """Queries and keys of a block (of the map too), warps, stages of the loops' pipeline, and
+    whether keys and values of full blocks are read by tensor descriptors (TMA)."""
 
     block_q: int
     block_k: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 # For 2-byte types the largest tiles with which no variant of the masks spills, as the compile
@@ -77,13 +78,19 @@ _FLOAT32 = {
     256: Launch(32, 16, 8, 2),
 }
 
+
+def _described(table: dict[int, Launch]) -> dict[int, Launch]:
+    """Where the architecture has descriptors."""
+    return {size: launch._replace(descriptors=True) for size, launch in table.items()}
+
+
 # target -> bytes of an element -> padded head size -> settings
 LAUNCHES: dict[str, dict[int, dict[int, Launch]]] = {
     "sm_80": {2: _COMMON | {256: Launch(64, 64, 8, 3)}, 4: _FLOAT32},
     "sm_89": {2: _SMALL, 4: _FLOAT32},
-    "sm_90": {2: _COMMON | {256: Launch(128, 32, 8, 3)}, 4: _FLOAT32},
-    "sm_100": {2: _COMMON | {256: Launch(64, 64, 8, 3)}, 4: _FLOAT32},
-    "sm_120": {2: _SMALL, 4: _FLOAT32},
+    "sm_90": {2: _described(_COMMON | {256: Launch(128, 32, 8, 3)}), 4: _FLOAT32},
+    "sm_100": {2: _described(_COMMON | {256: Launch(64, 64, 8, 3)}), 4: _FLOAT32},
+    "sm_120": {2: _described(_SMALL), 4: _FLOAT32},
     "gfx942": {
         2: {
             16: Launch(128, 64, 4, 2),
@@ -132,8 +139,15 @@ _BACKWARD_FLOAT32 = {
     128: BackwardLaunch(32, 32, 32, 32, 8, 1),
     256: BackwardLaunch(32, 16, 16, 16, 8, 1),
 }
+# What the compile matrix shows to spill: sm_90 in dk and dv of axis order and radial rule at 128,
+# sm_120 in dq of the radial rule and in levels at 64.
+_BACKWARD_OWN = {
+    "sm_90": {128: BackwardLaunch(128, 64, 64, 16, 8, 2)},
+    "sm_120": {64: BackwardLaunch(128, 64, 32, 32, 8, 2)},
+}
 BACKWARD: dict[str, dict[int, dict[int, BackwardLaunch]]] = {
-    target: {2: _BACKWARD, 4: _BACKWARD_FLOAT32} for target in TARGETS
+    target: {2: _BACKWARD | _BACKWARD_OWN.get(target, {}), 4: _BACKWARD_FLOAT32}
+    for target in TARGETS
 }
 
 
@@ -163,11 +177,16 @@ def target_of(device: torch.device) -> str:
     return max(older)[1]
 
 
+def _size(dim: int) -> int:
+    """The head size of the tables that holds ``dim``: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
 def launch_settings(target: str, dtype: torch.dtype, dim: int) -> Launch:
     """Settings for a dtype (float16, bfloat16, float32) and head size (up to 256) on a target."""
-    return LAUNCHES[target][dtype.itemsize][max(16, triton.next_power_of_2(dim))]
+    return LAUNCHES[target][dtype.itemsize][_size(dim)]
 
 
 def backward_settings(target: str, dtype: torch.dtype, dim: int) -> BackwardLaunch:
     """As ``launch_settings``, for the gradients."""
-    return BACKWARD[target][dtype.itemsize][max(16, triton.next_power_of_2(dim))]
+    return BACKWARD[target][dtype.itemsize][_size(dim)]

@@ -6,10 +6,12 @@ import os
 
 import torch
 
+from visattn.kernels.targets import Launch, backward_settings, launch_settings, target_of
+
 __all__ = ["backward_launch_of", "interpreting", "launch_of"]
 
 # where Triton's interpreter runs the kernels
-INTERPRETED = (32, 32, 4, 1)
+INTERPRETED = Launch(32, 32, 4, 1)
 INTERPRETED_BACKWARD = ((32, 32), (16, 8), 4, 1)
 
 
@@ -18,14 +20,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def launch_of(q: torch.Tensor) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and stages of the loops, from the launch table."""
+def launch_of(q: torch.Tensor) -> Launch:
+    """How the forward kernels are launched, from the launch table."""
     if q.device.type == "cpu":
         return INTERPRETED
-    from visattn.kernels.targets import launch_settings, target_of
-
-    launch = launch_settings(target_of(q.device), q.dtype, q.shape[3])
-    return launch.block_q, launch.block_k, launch.warps, launch.stages
+    return launch_settings(target_of(q.device), q.dtype, q.shape[3])
 
 
 def backward_launch_of(q: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], int, int]:
@@ -33,7 +32,5 @@ def backward_launch_of(q: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int
     from the launch table of gradients."""
     if q.device.type == "cpu":
         return INTERPRETED_BACKWARD
-    from visattn.kernels.targets import backward_settings, target_of
-
     own = backward_settings(target_of(q.device), q.dtype, q.shape[3])
     return (own.block_q, own.block_k), (own.queries, own.masked), own.warps, own.stages

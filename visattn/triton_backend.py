@@ -9,6 +9,7 @@ import torch
 
 from visattn.blockmap import BlockMap, MapCache
 from visattn.devicemaps import DeviceMaps, device_maps
+from visattn.kernels.targets import Launch
 from visattn.launch import backward_launch_of, interpreting, launch_of
 from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
@@ -52,20 +53,20 @@ def triton_attention(
     scale: float,
     lower: Lower,
     *,
-    settings: tuple[int, int, int, int] | None = None,
+    settings: Launch | None = None,
     split: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and results as ``reference_attention``; the LSE is float32.
 
     Args:
         lower: gives the map of a pattern at a block size.
-        settings: blocks of queries and keys, warps, stages; default: the launch table's.
+        settings: how it is launched; default: the launch table's.
         split: most key blocks of a row that is not split; default as ``device_maps``.
     """
     from visattn.kernels.forward import forward
 
-    block_q, block_k, warps, stages = settings or launch_of(q)
-    blocks = (block_q, block_k)
+    launch = settings or launch_of(q)
+    blocks = (launch.block_q, launch.block_k)
     maps = _maps(patterns, layout, kv_layout, blocks, k, lower, split=split)
     q, k, v = _ready(maps, q, k, v)
     return forward(
@@ -79,8 +80,9 @@ def triton_attention(
         kinds=maps.kinds,
         ordered=maps.ordered,
         num_parts=maps.num_parts,
-        warps=warps,
-        stages=stages,
+        warps=launch.warps,
+        stages=launch.stages,
+        descriptors=launch.descriptors,
     )
 
 

@@ -15,6 +15,7 @@ from kernel_cases import DEVICE, DTYPES, GPU, MIXED, UNIONS, WALKED, case, input
 
 from visattn import TokenLayout, sparse_attention
 from visattn.execute import lower_cached
+from visattn.kernels.targets import Launch
 from visattn.launch import backward_launch_of
 from visattn.layout import check_text_lengths
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Skip
@@ -54,7 +55,7 @@ def check(
 
     heads = tuple(patterns)
     given = (layout, None, checked, scale, lower)
-    block = (*settings[0], *settings[2:])
+    block = Launch(*settings[0], *settings[2:])
     out, lse = triton_attention(q, k, v, heads, *given, settings=block)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     grad_out = torch.randn(out.shape, generator=generator).to(out)

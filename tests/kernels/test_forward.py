@@ -20,6 +20,8 @@ from kernel_cases import DEVICE, DTYPES, GPU, MIXED, UNIONS, WALKED, case, input
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.devicemaps import device_maps
 from visattn.execute import lower_cached
+from visattn.kernels.forward import describable
+from visattn.kernels.targets import Launch
 from visattn.launch import launch_of
 from visattn.layout import check_text_lengths
 from visattn.patterns import (
@@ -34,7 +36,7 @@ from visattn.patterns import (
 )
 from visattn.triton_backend import triton_attention
 
-SETTINGS = (16, 32, 4, 1)
+SETTINGS = Launch(16, 32, 4, 1)
 LIMIT = 15_000
 
 
@@ -59,7 +61,7 @@ def check(
     patterns: list[Pattern],
     layout: TokenLayout,
     lengths: torch.Tensor | None = None,
-    settings: tuple[int, int, int, int] = SETTINGS,
+    settings: Launch = SETTINGS,
     split: int | None = None,
     scale: float | None = None,
 ) -> None:
@@ -140,6 +142,22 @@ def test_head_sizes(dim: int) -> None:
     layout = LAYOUTS["image_7x7"]
     check(inputs(layout, 1, 1, dim, torch.float32), [Neighborhood(3)], layout)
     check(inputs(layout, 1, 1, dim, torch.float16), [Diagonal(9)], layout)
+
+
+@pytest.mark.parametrize("dim", [16, 40, 96, 128])
+def test_tensor_descriptors(dim: int) -> None:
+    """Also of tokens outside heads, of padded head sizes, and of rows that none can describe."""
+    described = SETTINGS._replace(descriptors=True)
+    layout = LAYOUTS["video_5x5x5"]
+    q, k, v = inputs(layout, 4, 2, dim, torch.float16)
+    assert describable(k)
+    check([q, k, v], MIXED, layout, settings=described)
+    patterns = [Skip(), Diagonal(40), Skip(), Dense()]
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    check(turned, patterns, layout, settings=described)
+    uneven = [torch.nn.functional.pad(x, (0, 3))[..., :dim] for x in turned]
+    assert not describable(uneven[1])
+    check(uneven, [Diagonal(40)] * 4, layout, settings=described)
 
 
 def test_bfloat16() -> None:

@@ -10,8 +10,7 @@ import torch
 from visattn.layout import Grid, check_count
 from visattn.orders import LineOrder, Order
 from visattn.patterns import Pattern
-from visattn.patterns.pattern import Places
-from visattn.predicates import CoarseTable, Predicate, linear_form
+from visattn.predicates import CoarseTable, Places, Predicate, linear_form
 
 __all__ = ["Scattered"]
 

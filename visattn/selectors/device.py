@@ -123,7 +123,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _settings(q: torch.Tensor, size: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and stages."""
-    block_q, block_k, warps, stages = launch_of(q)
+    block_q, block_k, warps, stages = launch_of(q)[:4]
     while block_q >= 2 * max(16, size):
         block_q //= 2
     return block_q, block_k, warps, stages
@@ -165,7 +165,7 @@ def kernel_attend(
     pack = functools.partial(_keys, k, v, k_side, slots, valid)
     plain = selection.values == (1,) and selection.rest is None and selection.correction is None
     if q_side.size == 1 and plain and reference is None:
-        block_m, block_n, warps, stages = settings or launch_of(q)
+        block_m, block_n, warps, stages = settings or launch_of(q)[:4]
         while block_n >= 2 * max(16, size):
             block_n //= 2
         return *queries_forward(
