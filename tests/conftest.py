@@ -2,12 +2,16 @@
 folders with models for the tests of commands."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # true for HIP as well
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
+
+os.environ["VISATTN_GUARD"] = "0"  # what runs sparse does not depend on the machine
+os.environ["VISATTN_CACHE"] = tempfile.mkdtemp(prefix="visattn-")
 
 from visattn._compat import ensure_torchvision
 

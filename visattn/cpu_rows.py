@@ -7,14 +7,28 @@ masks added only where they are) were tried for narrow rows and are no faster.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.blockmap import BlockMap
-from visattn.rows import Mask, Row, keys_of, mask_of, ordered, products_of, rows_of, window_of
+from visattn.rows import (
+    Mask,
+    Row,
+    alike_masks,
+    keys_of,
+    mask_of,
+    ordered,
+    products_of,
+    rows_of,
+    window_of,
+)
 from visattn.workspace import workspace
 
 __all__ = ["rows_on_cpu"]
+
+MASKS = 1 << 21  # elements of the masks that a map keeps
 
 
 def rows_on_cpu(
@@ -28,7 +42,7 @@ def rows_on_cpu(
         for name, x in (("k", k), ("v", v))
     )
     out = torch.empty_like(q) if order is None else workspace("out", q, *q.shape)
-    masks = _Masks(block_map.tiles[0], q.dtype)
+    masks = _masks(block_map, q.dtype)
     for group in products_of(rows_of(block_map), len(q), shape[3], True):
         own = slice(group[0].begin, group[-1].end)
         if not group[0].keys:  # rows of Skip
@@ -58,19 +72,33 @@ def _keys(k: torch.Tensor, v: torch.Tensor, rows: list[Row]) -> tuple[torch.Tens
 
 
 class _Masks:
-    """Masks of rows, of which neighbours often have the same."""
+    """The masks of a map's products in a dtype. They are kept while they are few, else only the
+    last one, as neighbours often have the same."""
 
     def __init__(self, tiles: torch.Tensor, dtype: torch.dtype) -> None:
         self.tiles, self.dtype = tiles, dtype
-        self.last: tuple[list[tuple[tuple[int, int, int], ...]], Mask] | None = None
+        self.found: dict[tuple[tuple[tuple[int, int, int], ...], ...], Mask] = {}
+        self.numel = 0
 
     def of(self, rows: list[Row]) -> Mask | None:
-        own = [row.tiles for row in rows]
-        own = own[:1] if all(x == own[0] for x in own) else own
+        own = tuple(row.tiles for row in rows)
+        own = own[:1] if alike_masks(rows) else own
         if not own[0]:
             return None
-        if self.last is None or self.last[0] != own:
+        if own not in self.found:
             kept = mask_of(rows, self.tiles)
             assert kept is not None
-            self.last = own, Mask.of(kept, self.dtype)
-        return self.last[1]
+            if self.numel + kept.numel() > MASKS:
+                self.found, self.numel = {}, 0
+            self.found[own] = Mask.of(kept, self.dtype)
+            self.numel += kept.numel()
+        return self.found[own]
+
+
+_MASKS: WeakKeyDictionary[BlockMap, dict[torch.dtype, _Masks]] = WeakKeyDictionary()
+
+
+def _masks(block_map: BlockMap, dtype: torch.dtype) -> _Masks:
+    """Of a map, made once."""
+    own = _MASKS.setdefault(block_map, {})
+    return own.setdefault(dtype, _Masks(block_map.tiles[0], dtype))

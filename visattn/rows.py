@@ -21,6 +21,7 @@ from visattn.layout import on_cpu
 __all__ = [
     "Mask",
     "Row",
+    "alike_masks",
     "keys_of",
     "mask_of",
     "ordered",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 WORK = 1 << 20  # logits of a product of several rows, enough that starting it does not count
+SPAN = 1 << 24  # the same of rows that have one mask or none
 COPIED = 1 << 19  # elements of the keys that several rows copy, so few that they stay in the cache
 LISTED = 1 << 22  # positions of keys that a map keeps
 EVEN = 16  # keys are cut to multiples of it
@@ -120,22 +122,35 @@ def _make_rows(block_map: BlockMap) -> list[Row]:
 
 
 def products_of(rows: list[Row], heads: int, dim: int, several: bool) -> Iterator[list[Row]]:
-    """Rows by product: neighbours of one shape, masked or not, up to WORK and COPIED."""
+    """Rows by product: neighbours of one shape, masked or not, as many as the limits let be."""
     group: list[Row] = []
+    alike, step = True, 0  # whether they have one mask; how far their windows are apart, 0: none
     for row in rows:
-        many, alike = heads * (len(group) + 1) * row.keys, [*group, row]
-        if group and not (
-            several
-            and row.shape == group[0].shape
-            and bool(row.tiles) == bool(group[0].tiles)
-            and many * row.shape[0] <= WORK
-            and (many * dim <= COPIED or window_of(alike) is not None)
-        ):
+        if group:
+            first = group[0]
+            still_alike = alike and row.tiles == first.tiles
+            apart = window_of([group[-1], row])
+            still = apart[1] if apart and (len(group) == 1 or apart[1] == step) else 0
+            many = heads * (len(group) + 1) * row.keys
+            if (
+                several
+                and row.shape == first.shape
+                and bool(row.tiles) == bool(first.tiles)
+                and many * row.shape[0] <= (SPAN if still_alike and still else WORK)
+                and (still or many * dim <= COPIED)
+            ):
+                group.append(row)
+                alike, step = still_alike, still
+                continue
             yield group
-            group = []
-        group.append(row)
+        group, alike, step = [row], True, 0
     if group:
         yield group
+
+
+def alike_masks(rows: list[Row]) -> bool:
+    """Whether rows of one shape have one mask, or none."""
+    return all(row.tiles == rows[0].tiles for row in rows)
 
 
 def window_of(rows: list[Row]) -> tuple[int, int] | None:
@@ -212,7 +227,7 @@ def mask_of(rows: list[Row], tiles: torch.Tensor) -> torch.Tensor | None:
         ]
         return torch.cat(parts, 1)
 
-    if all(row.tiles == rows[0].tiles for row in rows):
+    if alike_masks(rows):
         return mask(rows[0])[None, None]
     return torch.stack([mask(row) for row in rows])[None]
 

@@ -4,7 +4,7 @@ import pytest
 
 from visattn.layout import Grid
 from visattn.patterns import Neighborhood, SlidingTile
-from visattn.search.bounds import end_to_end, tile_bounds
+from visattn.search.cost import end_to_end, tile_bounds
 
 VIDEO, IMAGE, WORLD = Grid(30, 48, 80), Grid(1, 256, 256), Grid(16, 44, 80)
 HUNYUAN, COSMOS, FLUX = 0.607, 0.587, 0.518  # published attention shares

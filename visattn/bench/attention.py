@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from visattn.attention import choose_backend, sparse_attention
 from visattn.bench.shapes import Shape
 from visattn.bench.timing import Time, take_turns
+from visattn.cost import Calibration, layer_cost
 from visattn.execute import block_sizes, lower_cached
 from visattn.launch import launch_of
 from visattn.layout import TokenLayout
@@ -42,7 +43,7 @@ class AttentionTime:
         density: kept share of the pairs; executed: of the blocks.
         dense: the fastest dense attention, and times of all that ran, by name; sparse: ours, with
             whatever it permutes; own_dense: ours at density 1; flex: FlexAttention with the same
-            map, or None.
+            map, or None; predicted: of ours, by the cost model, or None.
         efficiency: dense time x density / sparse time, the median over the repeats, with quartiles.
         tflops: products of the kept pairs per second of ours, in 10^12.
         peak: bytes that ours takes beside its arguments and its result, on a GPU; else None.
@@ -60,6 +61,7 @@ class AttentionTime:
     sparse: Time
     own_dense: Time
     flex: Time | None
+    predicted: float | None
     efficiency: Time
     tflops: float
     peak: int | None
@@ -79,18 +81,23 @@ def time_attention(
     device: torch.device | str = "cpu",
     repeats: int = 7,
     flex: bool = True,
+    calibration: Calibration | None = None,
 ) -> AttentionTime:
     """Check a pattern's attention on some queries, then time it, dense attention and FlexAttention
     in turn.
+
+    Args:
+        flex: whether to time FlexAttention.
+        calibration: of the device, to predict the time from; None: it is not predicted.
 
     Raises:
         WrongResult: ours is wrong.
     """
     device = torch.device(device)
     layout, heads, dim = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
-        torch.randn(1, heads, layout.length, dim, generator=generator).to(device, dtype)
+        torch.randn(1, heads, layout.length, dim, generator=generator, device=device).to(dtype)
         for _ in range(3)
     )
     sparse = functools.partial(sparse_attention, q, k, v, pattern, layout)
@@ -122,6 +129,9 @@ def time_attention(
         sparse=times["sparse"],
         own_dense=times["own dense"],
         flex=times.get("flex"),
+        predicted=(
+            layer_cost([pattern] * heads, layout, calibration).seconds if calibration else None
+        ),
         efficiency=Time.of(ratios),
         tflops=4 * density * layout.length**2 * dim * heads / times["sparse"].median / 1e12,
         peak=peak_bytes(sparse, device),
@@ -171,7 +181,8 @@ def check(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = q.to(wide) @ k.to(wide).mT * scale
     return logits.masked_fill(~kept, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 

@@ -21,6 +21,8 @@ SHAPES: dict[str, Shape] = {
     "tiny-wan-evaluation": Shape(TokenLayout(Grid(7, 12, 12)), 2, 64),
     "tiny-wan": Shape(TokenLayout(Grid(9, 16, 16)), 2, 64),
     "cpu-8k": Shape(TokenLayout(Grid(8, 32, 32)), 4, 64),
+    "cpu-8k-line": Shape(TokenLayout(Grid(1, 1, 8192)), 4, 64),
+    "cpu-8k-frames": Shape(TokenLayout(Grid(64, 16, 8)), 4, 64),
     "wan-1.3b-480p": Shape(TokenLayout(Grid(21, 30, 52)), 12, 128),
     "wan-1.3b-720p": Shape(TokenLayout(Grid(21, 45, 80)), 12, 128),
     "wan-14b-480p": Shape(TokenLayout(Grid(21, 30, 52)), 40, 128),

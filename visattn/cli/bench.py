@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from visattn.cli import bench_attention, bench_selection
+from visattn.cli import bench_attention, bench_pipeline, bench_selection
 from visattn.cli.output import Output
 
 
@@ -22,9 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         allow_abbrev=False,
     )
     bench_selection.add_arguments(selection)
+    pipeline = kinds.add_parser(
+        "pipeline",
+        help="a denoising step and a generation of published models, dense and by plans",
+        allow_abbrev=False,
+    )
+    bench_pipeline.add_arguments(pipeline)
 
 
 def run(args: argparse.Namespace) -> str | Output:
     if args.bench == "attention":
         return bench_attention.run(args)
+    if args.bench == "pipeline":
+        return bench_pipeline.run(args)
     return bench_selection.run(args)

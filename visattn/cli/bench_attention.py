@@ -8,10 +8,29 @@ import json
 from visattn.bench import SHAPES, AttentionTime, Scattered, WrongResult, time_attention
 from visattn.cli.machine import Machine, add_machine, read_machine
 from visattn.cli.output import Output
+from visattn.cost import calibration_of
 from visattn.patterns import Pattern, parse_pattern
 
 SCATTERED = "scattered:"
-CPU_SHAPES = ("cpu-8k",)
+# Bands of whole blocks and of tokens, tile-aligned boxes, radial: maps that run as they are.
+CPU_PATTERNS = {
+    "cpu-8k": (
+        "neighborhood((8, 12, 12), stride=(8, 4, 8))",
+        "neighborhood((4, 12, 16), stride=(4, 4, 8))",
+        "scattered:0.05",
+        "scattered:0.15",
+        "scattered:0.25",
+    ),
+    "cpu-8k-line": (
+        "neighborhood((1, 1, 640), stride=(1, 1, 128))",
+        "neighborhood((1, 1, 1152), stride=(1, 1, 128))",
+        "neighborhood((1, 1, 1920), stride=(1, 1, 128))",
+        "diagonal(205)",
+        "diagonal(1024)",
+    ),
+    "cpu-8k-frames": ("radial()",),
+}
+CPU_SHAPES = tuple(CPU_PATTERNS)
 GPU_SHAPES = ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-768p", "hunyuan-720p", "flux-2k")
 PATTERNS = (
     "diagonal(0.05)",
@@ -40,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="PATTERN",
         help="static patterns in written form, or scattered:SHARE for blocks at random (default: "
-        f"{' '.join(PATTERNS)})",
+        f"{' '.join(PATTERNS)}; on a CPU some of each shape)",
     )
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     add_machine(parser, repeats=7)
@@ -48,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Output:
     machine = read_machine(args)
-    patterns = [read_pattern(text) for text in args.pattern or PATTERNS]
     names = args.shape or (GPU_SHAPES if machine.gpu else CPU_SHAPES)
     for name in names:
         if not machine.gpu and SHAPES[name].layout.length > LONG:
@@ -59,7 +77,8 @@ def run(args: argparse.Namespace) -> Output:
     found: dict[str, list[AttentionTime]] = {}
     wrong: list[str] = []
     for name in names:
-        for pattern in patterns:
+        usual = PATTERNS if machine.gpu else CPU_PATTERNS.get(name, PATTERNS)
+        for pattern in [read_pattern(text) for text in args.pattern or usual]:
             try:
                 time = time_attention(
                     pattern,
@@ -68,6 +87,9 @@ def run(args: argparse.Namespace) -> Output:
                     device=machine.device,
                     repeats=machine.repeats,
                     flex=not args.no_flex,
+                    calibration=calibration_of(
+                        machine.device, machine.dtype, SHAPES[name].head_size
+                    ),
                 )
             except WrongResult as error:
                 wrong.append(f"{name}: {error}")
@@ -105,14 +127,15 @@ def table(machine: Machine, found: dict[str, list[AttentionTime]]) -> str:
         first = rows[0]
         lines += ["", f"{name}: {first.tokens} tokens, {first.heads} heads of {first.head_size}"]
         lines.append(
-            "density  executed   dense ms    ours ms    flex ms  speedup  efficiency (quartiles)  "
+            "density  executed   dense ms    ours ms  predicted    flex ms  speedup  "
+            "efficiency (quartiles)  "
             "TFLOP/s  pattern"
         )
         for row in rows:
             flex = f"{1e3 * row.flex.median:>11.2f}" if row.flex else f"{'-':>11}"
             lines.append(
                 f"{row.density:>7.3f}{row.executed:>10.3f}{1e3 * row.dense.median:>11.2f}"
-                f"{1e3 * row.sparse.median:>11.2f}{flex}"
+                f"{1e3 * row.sparse.median:>11.2f}{1e3 * (row.predicted or 0):>11.2f}{flex}"
                 f"{row.dense.median / row.sparse.median:>8.2f}x"
                 f"{row.efficiency.median:>7.2f} ({row.efficiency.low:.2f} to "
                 f"{row.efficiency.high:.2f})   {row.tflops:>7.2f}  {row.pattern}"

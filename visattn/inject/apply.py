@@ -29,6 +29,7 @@ def apply_plan(
     *,
     backend: str = "auto",
     audit: int = 0,
+    guard: bool | None = None,
 ) -> Plan:
     """Let a pipeline compute its attention as a plan says, from its next call on.
 
@@ -40,6 +41,10 @@ def apply_plan(
         backend: of ``sparse_attention``.
         audit: query rows of each sparse head whose exact attention is computed beside, at
             ``audit / tokens`` of its cost; ``summary`` then says what was missed. 0: none.
+        guard: whether heads whose static pattern is predicted to take longer than dense attention
+            run dense, which is said once; the first time on a device it is measured for about two
+            seconds (``visattn.cost``). Only with ``backend="auto"``. Default: True, unless the
+            environment has ``VISATTN_GUARD=0``.
 
     Returns:
         The plan. An earlier one is replaced. Dense layers, heads and steps run the attention
@@ -73,7 +78,7 @@ def apply_plan(
     for role, (model, family) in known.items():
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
         whole = None if _alone(pipe) else pipe
-        new.append(Attachment(model, role, family, own, chosen, whole, audit=audit))
+        new.append(Attachment(model, role, family, own, chosen, whole, audit=audit, guard=guard))
     _exchange([attached(attachment.model) for attachment in new], new)
     return own
 
@@ -94,11 +99,12 @@ def sparse(
     *,
     backend: str = "auto",
     audit: int = 0,
+    guard: bool | None = None,
 ) -> Iterator[Plan]:
     """A plan on a pipeline inside a ``with`` block; after it the pipeline has the plan that it had
     before, or none. Arguments and errors as ``apply_plan``."""
     before = {role: attached(model) for role, model in models_of(pipe).items()}
-    own = apply_plan(pipe, plan, backend=backend, audit=audit)
+    own = apply_plan(pipe, plan, backend=backend, audit=audit, guard=guard)
     try:
         yield own
     finally:
@@ -136,9 +142,8 @@ def observe(
         whole = None if _alone(pipe) else pipe
         observers = (*own.observers, (observer, frozenset(paths if layers is None else layers)))
         before.append(attached(model))
-        new.append(
-            Attachment(model, role, family, own.plan, own.backend, whole, observers, own.audit)
-        )
+        given = (own.plan, own.backend, whole, observers, own.audit, own.guard)
+        new.append(Attachment(model, role, family, *given))
     _exchange(before, new)
     try:
         yield

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from visattn.attention import Backend
+from visattn.inject.guard import guards
 from visattn.inject.layer import Layer
 from visattn.inject.moment import Context, Guidance, PipeRef, passes_of, runs, step_of
 from visattn.inject.observation import Observer
@@ -75,6 +76,7 @@ class Attachment:
         pipe: object | None,
         observers: tuple[tuple[Observer, frozenset[str]], ...] = (),
         audit: int = 0,
+        guard: bool | None = None,
     ) -> None:
         self.model, self.role, self.family = model, role, family
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
@@ -87,6 +89,7 @@ class Attachment:
         self.guidance = Guidance()
         self.told: set[str] = set()
         self.observers, self.audit = observers, audit
+        self.guard = backend == "auto" and guards(guard)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.layers: list[Layer] = []
         for number, (path, module) in enumerate(modules.items()):

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import attention_by, choose_backend, sparse_attention
+from visattn.inject.guard import worthwhile
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
 from visattn.inject.watched import (
@@ -90,6 +91,7 @@ class Layer:
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
         self.memories: dict[tuple[object, ...], Memory] = {}
         self.latest: tuple[object, ...] = ()  # what keys of the last call's memories begin with
+        self._guards: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
         self.number = register_layer(self)
 
@@ -278,7 +280,24 @@ class Layer:
         if reason is not None:
             self.tell(reason)
             return None
-        return parts
+        return self._guarded(parts, query, layout)
+
+    def _guarded(
+        self, parts: tuple[Part, ...], query: torch.Tensor, layout: TokenLayout
+    ) -> tuple[Part, ...] | None:
+        """The parts without the heads that would be slower than dense ones. Worked out once."""
+        if not self.attachment.guard or not _can_measure(query):
+            return parts
+        key = (parts, layout, query.device, query.dtype, query.shape)
+        if key not in self._guards:
+            one = query[: max(1, len(query) // len(parts))]
+            tell = self.attachment.tell
+            own = {p: Part(worthwhile(p.heads, one, layout, tell), layout) for p in parts}
+            self._guards[key] = tuple(own[part] for part in parts)
+            if not any(part.sparse for part in self._guards[key]):
+                self.tell("none of its heads would be faster than dense attention")
+        guarded = self._guards[key]
+        return guarded if any(part.sparse for part in guarded) else None
 
     def _at(self, moments: Moments, layout: TokenLayout) -> tuple[Part, ...] | None:
         """The parts of a batch at the moments of its parts, one where they are alike; None where
@@ -350,6 +369,13 @@ class Layer:
         out[:, dense] = own(q[:, dense], k[:, dense], v[:, dense])
         out[:, sparse] = run(q[:, sparse], k[:, sparse], v[:, sparse], part.patterns)
         return out
+
+
+def _can_measure(query: torch.Tensor) -> bool:
+    """Whether this is a call that computes, and not one that is traced or captured."""
+    if torch.compiler.is_compiling() or query.device.type not in ("cpu", "cuda"):
+        return False
+    return query.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=65536)

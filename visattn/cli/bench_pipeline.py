@@ -1,0 +1,237 @@
+"""``visattn bench pipeline``: how long a denoising step and a generation take by plans."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn.bench import WrongResult
+from visattn.bench.architectures import ARCHITECTURES, Architecture, build, operations, skeleton
+from visattn.bench.pipeline import GenerationTime, StepTime, time_generation, time_step
+from visattn.bench.timing import Time
+from visattn.cli.env import version_of
+from visattn.cli.machine import Machine, add_machine, at_least_one, read_machine
+from visattn.cli.output import Output
+from visattn.generation import Job, Loading, default_model, load_pipeline, shape_of
+from visattn.generation.loading import reason
+from visattn.generation.quiet import quiet
+from visattn.plan import Plan, read_plan
+
+CPU_MODELS = ("tiny-wan",)
+GPU_MODELS = ("wan2.1-1.3b", "cogvideox-5b")
+PLANS = ("neighborhood((0.5, 0.5, 0.5))", "top_blocks(0.25)")
+# Of a step and of weights on a CPU; more takes minutes a step, and more memory than most have.
+MOST_OPERATIONS, MOST_BYTES = 1e12, 8e9
+PROMPT = "a red square moves right over the night"
+# Of the denoiser, in a step with classifier-free guidance.
+CALLS = {1: "one call with both passes", 2: "two calls, a pass each"}
+
+
+class Row(NamedTuple):
+    """What was measured of a plan, as it was written, on a model."""
+
+    plan: str
+    step: StepTime
+    generation: GenerationTime | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        "-m",
+        nargs="+",
+        action="extend",
+        choices=ARCHITECTURES,
+        metavar="NAME",
+        help=f"of {', '.join(ARCHITECTURES)}: their real configurations with random weights, but "
+        f"tiny-wan, which is trained (default: {' '.join(CPU_MODELS)}; on a GPU "
+        f"{' '.join(GPU_MODELS)})",
+    )
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        action="extend",
+        metavar="PLAN",
+        help="a pattern such as 'radial(decay=0.2)', or a plan's file, folder or hub id (default: "
+        f"{' '.join(map(repr, PLANS))})",
+    )
+    for name in ("height", "width", "num-frames"):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", help="of the video (default: the model's)"
+        )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="run only so many layers (default: all)"
+    )
+    parser.add_argument(
+        "--generate", action="store_true", help="time whole generations too (tiny-wan only)"
+    )
+    add_machine(parser, repeats=5)
+
+
+def run(args: argparse.Namespace) -> Output:
+    machine = read_machine(args)
+    at_least_one(args, "layers")
+    names = args.model or (GPU_MODELS if machine.gpu else CPU_MODELS)
+    if args.generate and not all(ARCHITECTURES[name].trained for name in names):
+        raise ValueError(
+            "--generate needs a whole pipeline, and only --model tiny-wan has one here"
+        )
+    models = {name: read_model(name, args, machine) for name in names}
+    plans = {text: read_one(text) for text in args.plan or PLANS}
+    found: dict[str, list[Row]] = {}
+    failed: list[str] = []
+    for name, architecture in models.items():
+        try:
+            with quiet():
+                model = build(
+                    architecture, layers=args.layers, dtype=machine.dtype, device=machine.device
+                )
+        except torch.OutOfMemoryError as error:
+            failed.append(f"{name}: {out_of_memory(error)}")
+            continue
+        for text, plan in plans.items():
+            try:
+                with quiet():
+                    step = time_step(architecture, model, plan, repeats=machine.repeats)
+                    whole = generation(architecture, plan, args, machine) if args.generate else None
+            except torch.OutOfMemoryError as error:
+                failed.append(f"{name}, {text}: {out_of_memory(error)}")
+            except (WrongResult, ValueError) as error:
+                failed.append(f"{name}, {text}: {error}")
+            else:
+                found.setdefault(name, []).append(Row(text, step, whole))
+        del model  # before the next one is made
+    if args.json:
+        own = {name: numbers(models[name], rows) for name, rows in found.items()}
+        return Output(json.dumps(where(machine) | {"models": own}, indent=2), failed)
+    return Output(table(machine, models, found) if found else "", failed)
+
+
+def read_model(name: str, args: argparse.Namespace, machine: Machine) -> Architecture:
+    """A model at the size that is asked for.
+
+    Raises:
+        ValueError: it takes no such size, has fewer layers, or is too large for a CPU.
+    """
+    known = ARCHITECTURES[name]
+    try:
+        architecture = known.at(args.height, args.width, args.num_frames)
+        if known.trained:
+            if args.layers is not None:
+                raise ValueError("--layers is for random weights, and this model is trained")
+            return architecture
+        model = skeleton(architecture, args.layers)
+    except ValueError as error:
+        raise ValueError(f"--model {name}: {error}") from None
+    size = sum(p.numel() for p in model.parameters()) * machine.dtype.itemsize
+    work = operations(architecture, model)
+    if not machine.gpu and (size > MOST_BYTES or work > MOST_OPERATIONS):
+        raise ValueError(
+            f"--model {name} has {size / 1e9:.1f} GB of weights and a step of {work:.1e} "
+            f"operations, where {MOST_BYTES / 1e9:.0f} GB and {MOST_OPERATIONS:.0e} are allowed on "
+            "a CPU; use --layers, a smaller --height, --width and --num-frames, or --device cuda"
+        )
+    return architecture
+
+
+def read_one(text: str) -> Plan:
+    """A plan.
+
+    Raises:
+        TypeError, ValueError, OSError: it is none.
+    """
+    plan = read_plan(text)
+    if plan is None:
+        raise ValueError(f"--plan {text} is dense, which every plan is compared with; leave it out")
+    return plan
+
+
+def out_of_memory(error: BaseException) -> str:
+    return f"out of memory: {reason(error)}; use --layers, or a smaller size"
+
+
+def generation(
+    architecture: Architecture, plan: Plan, args: argparse.Namespace, machine: Machine
+) -> GenerationTime:
+    """The times of whole generations of the small model."""
+    loading = Loading(default_model(), dtype=args.dtype or "auto", device=machine.device)
+    size = {name: getattr(architecture, name) for name in ("height", "width", "num_frames")}
+    job = Job(PROMPT, **shape_of(default_model()) | size)
+    return time_generation(load_pipeline(loading), plan, job, repeats=machine.repeats)
+
+
+def where(machine: Machine) -> dict[str, object]:
+    """What the numbers are of."""
+    return machine.where() | {"diffusers": version_of("diffusers")}
+
+
+def numbers(architecture: Architecture, rows: list[Row]) -> dict[str, Any]:
+    """What was measured of a model, as JSON values."""
+    own: dict[str, Any] = {
+        name: getattr(architecture, name)
+        for name in ("height", "width", "num_frames", "text", "trained")
+    }
+    own["all_layers"] = architecture.layers
+    own["plans"] = {
+        row.plan: {
+            "step": row.step.numbers(),
+            "generation": None if row.generation is None else row.generation.numbers(),
+        }
+        for row in rows
+    }
+    return own
+
+
+def table(machine: Machine, models: dict[str, Architecture], found: dict[str, list[Row]]) -> str:
+    """The numbers, model by model."""
+    lines = [", ".join(f"{name} {value}" for name, value in where(machine).items())]
+    for name, rows in found.items():
+        first, architecture = rows[0].step, models[name]
+        weights = "trained" if architecture.trained else "random weights"
+        part = "" if first.layers == architecture.layers else f" of {architecture.layers}"
+        lines += [
+            "",
+            f"{name}, {weights}, {first.layers}{part} layers, {first.parameters / 1e6:.1f} M "
+            f"parameters, {first.tokens} tokens; a step is {CALLS[first.calls]}",
+            "density  dense step  attention   plan step  attention  speedup (quartiles)    "
+            "predicted  plan",
+        ]
+        lines += [step_line(row) for row in rows]
+        for row in rows:
+            lines += [f"{row.plan}: {note}" for note in row.step.notes]
+            lines += [] if row.step.dense_peak is None else [memory_line(row)]
+            lines += [] if row.generation is None else [generation_line(row, row.generation)]
+    return "\n".join(lines)
+
+
+def step_line(row: Row) -> str:
+    step = row.step
+    density = "-" if step.density is None else f"{step.density:.3f}"
+    predicted = "-" if step.predicted is None else f"{step.predicted:.2f}x"
+    share = step.planned_attention.median / step.planned.median
+    return (
+        f"{density:>7}{step.dense.median:>10.3f} s{step.share.median:>11.0%}"
+        f"{step.planned.median:>10.3f} s{share:>11.0%}  {speedup(step.speedup):<19}"
+        f"{predicted:>13}  {row.plan}"
+    )
+
+
+def memory_line(row: Row) -> str:
+    dense, planned = (
+        f"{(value or 0) / 1e9:.2f} GB" for value in (row.step.dense_peak, row.step.planned_peak)
+    )
+    return f"{row.plan}: a step allocates {planned} at most, dense {dense}"
+
+
+def generation_line(row: Row, whole: GenerationTime) -> str:
+    return (
+        f"{row.plan}: a generation takes {whole.planned.median:.2f} s, dense "
+        f"{whole.dense.median:.2f} s, {speedup(whole.speedup)}"
+    )
+
+
+def speedup(time: Time) -> str:
+    return f"{time.median:.2f}x ({time.low:.2f} to {time.high:.2f})"
