@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from tiny_wan import autoencoder as ae  # noqa: E402
 from tiny_wan import card, evaluation  # noqa: E402
 from tiny_wan import denoiser as dn  # noqa: E402
+from tiny_wan.captions import search_prompts  # noqa: E402
 from tiny_wan.checkpoint import load_checkpoint  # noqa: E402
 from tiny_wan.muon import muon_for  # noqa: E402
 from tiny_wan.parts import (  # noqa: E402
@@ -41,6 +42,7 @@ from tiny_wan.stages import Clock, Stage, random_numbers, say, train  # noqa: E4
 from torch import Tensor  # noqa: E402
 
 from visattn.generation.checksums import write_checksums  # noqa: E402
+from visattn.generation.prompts import PROMPTS_FILE  # noqa: E402
 from visattn.generation.shapes import SHAPES_FILE  # noqa: E402
 
 # Parameters that are no hidden matrices: Adam steps them.
@@ -274,7 +276,8 @@ def export(preset: Preset, folder: Path, target: Path, note: str) -> None:
         "default": shape(preset, preset.default_grid, DEFAULT_STEPS),
         "evaluation": shape(preset, preset.evaluation_grid, preset.evaluation_steps),
     }
-    (target / SHAPES_FILE).write_text(json.dumps(shapes, indent=2) + "\n", encoding="utf-8")
+    for name, value in ((SHAPES_FILE, shapes), (PROMPTS_FILE, search_prompts())):
+        (target / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     write_checksums(target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     say(f"{target}: {size / 1e6:.1f} MB after {steps} steps of the denoiser")

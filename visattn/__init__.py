@@ -6,7 +6,7 @@ from visattn._version import __version__ as __version__
 
 ensure_torchvision()
 
-from visattn import metrics, patterns, selectors  # noqa: E402
+from visattn import metrics, patterns, search, selectors  # noqa: E402
 from visattn.attention import sparse_attention  # noqa: E402
 from visattn.inject import apply_plan, remove_plan, sparse, summary  # noqa: E402
 from visattn.layout import Grid, Segment, TokenLayout  # noqa: E402
@@ -21,6 +21,7 @@ __all__ = [
     "metrics",
     "patterns",
     "remove_plan",
+    "search",
     "selectors",
     "sparse",
     "sparse_attention",

@@ -62,6 +62,17 @@ def combinations(held_out: bool, *, pictures: bool = False) -> list[Scene]:
     ]
 
 
+def search_prompts(calibration: int = 4, held_out: int = 20, seed: int = 0) -> dict[str, list[str]]:
+    """Return captions for ``visattn search``: trained ones to calibrate on, held-out ones."""
+    rng = np.random.default_rng(seed)
+    parts = {"calibration": (False, calibration), "held_out": (True, held_out)}
+    return {
+        name: [plain_caption(scenes[n]) for n in rng.permutation(len(scenes))[:count]]
+        for name, (unseen, count) in parts.items()
+        for scenes in [combinations(unseen)]
+    }
+
+
 def plain_caption(scene: Scene) -> str:
     """Return the caption in the grammar's plainest words."""
     things = " and ".join(f"a {t.colour} {t.object} moves {t.direction}" for t in scene.things)

@@ -3,6 +3,7 @@ sentence."""
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visattn import Grid, TokenLayout
-from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Union
+from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Union
 from visattn.plan import ANY, PLAN_FILE, Denoiser, Plan, Rule, read_plan
 from visattn.plan.source import as_plan
 
@@ -67,6 +68,41 @@ def test_json_is_readable():
     assert '    {"pattern": 0},' in lines
     assert any(line.startswith('    {"heads": [1, 2, 3, 4], "layer": "blocks.1') for line in lines)
     assert Plan.from_json(FULL.to_json()) == FULL
+
+
+def test_line_differences_can_be_read():
+    """A change of one thing is a change of one line."""
+    plan = replace(FULL, evidence={"psnr": [31.5, None], "heads": {"b": [1, 2], "a": {}}})
+    lines = plan.to_json().splitlines()
+    assert lines[lines.index('  "evidence": {') :][:4] == [
+        '  "evidence": {',
+        '    "heads": {"a": {}, "b": [1, 2]},',
+        '    "psnr": [31.5, null]',
+        "  },",
+    ]
+    assert '  "evidence": {},' in replace(plan, evidence={}).to_json().splitlines()
+    for changed in (
+        replace(plan, evidence={**plan.evidence, "psnr": [32.5, None]}),
+        replace(plan, provenance={"seed": 2}),
+        replace(plan, model="other"),
+        replace(plan, rules=(*plan.rules[:1], replace(plan.rules[1], layer="blocks.2.attn1"))),
+        replace(plan, rules=(Rule(Radial(0.9)), *plan.rules[1:])),
+        replace(plan, denoisers={"transformer": Denoiser("WanTransformer3DModel", 3, 5)}),
+    ):
+        own = changed.to_json().splitlines()
+        assert len(own) == len(lines)
+        assert sum(a != b for a, b in zip(lines, own, strict=True)) == 1
+        assert Plan.from_json(changed.to_json()) == changed
+
+
+def test_what_is_learned_is_longer_than_what_is_written():
+    """A stencil of thousands of offsets is read back; one that no file may hold is not written."""
+    offsets = tuple((t, y, x) for t in range(-4, 5) for y in range(-9, 10) for x in range(-9, 10))
+    plan = Plan((Rule(Stencil((1, 2, 2), offsets)),))
+    assert len(repr(plan.rules[0].patterns)) > 30_000
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(ValueError, match=r"characters long; a plan file holds at most 200000"):
+        Plan((Rule(Stencil((1, 2, 2), offsets * 6)),)).to_json()
 
 
 def test_steps_and_phases():
@@ -207,7 +243,7 @@ def test_wrong_file_is_one_sentence(text, message, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         Plan.from_pretrained(file)
     assert "\n" not in str(caught.value)
-    assert "plan" in str(caught.value)
+    assert "plan.json" in str(caught.value)
 
 
 def test_files_that_are_no_text(tmp_path):
@@ -226,6 +262,8 @@ def test_files_that_are_no_text(tmp_path):
         Plan.from_pretrained(tmp_path)
 
 
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
 BAD_ARGUMENTS = [
     lambda: Plan([Rule(Dense())]),
     lambda: Plan(("radial",)),
@@ -238,6 +276,14 @@ BAD_ARGUMENTS = [
     lambda: Plan(geometry=Grid(1, 2, 3)),
     lambda: Plan(evidence={"a": float("inf")}),
     lambda: Plan(evidence={"a": Dense()}),
+    lambda: Plan(evidence={1: "a"}),
+    lambda: Plan(evidence={"a": {1: 0, "b": 0}}),
+    lambda: Plan(evidence=[1]),
+    lambda: Plan(provenance={"a": json.loads("[" * 40 + "]" * 40)}),
+    lambda: Plan(provenance={"a": CIRCLE}),
+    lambda: Plan(dense_layers=(10**9,)),
+    lambda: Plan(dense_steps=(10**9, 0)),
+    lambda: Plan(phases=tuple(n / 1000 for n in range(1, 200))),
     lambda: Plan((Rule(Dense(), phase=1),)),
     lambda: Rule("radial"),
     lambda: Rule(()),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
-from visattn.cli import bench, compare, env, generate, inspect, show
+from visattn.cli import bench, compare, env, generate, inspect, search, show
 from visattn.cli.output import Output, error_line
 from visattn.execute import BackendUnavailable
 from visattn.generation import GenerationError
@@ -42,7 +42,14 @@ COMMANDS = {
     "inspect": Command(
         "show what the attention heads of a model look at", inspect.add_arguments, inspect.run
     ),
-    "show": Command("draw a pattern: mask, block map, density", show.add_arguments, show.run),
+    "search": Command(
+        "find which attention each head needs: a plan, and a receipt of what it costs",
+        search.add_arguments,
+        search.run,
+    ),
+    "show": Command(
+        "show a pattern, a plan, or what is different in another", show.add_arguments, show.run
+    ),
     "bench": Command("measure on this machine", bench.add_arguments, bench.run),
     "env": Command("print versions and devices, for bug reports", env.add_arguments, env.run),
 }

@@ -1,4 +1,5 @@
-"""``visattn show``: look at a pattern on a grid, in the terminal, as a picture or as numbers."""
+"""``visattn show``: look at a pattern on a grid, or at a plan: in the terminal, as a picture or as
+numbers."""
 
 from __future__ import annotations
 
@@ -8,25 +9,38 @@ import re
 import textwrap
 from pathlib import Path
 
+from visattn.blockmap import PartialPolicy
+from visattn.cli.show_plan import read_shown, show_difference, show_plan
 from visattn.execute import block_sizes
 from visattn.layout import Grid, TokenLayout
 from visattn.patterns import Pattern, parse_pattern
 from visattn.patterns.parse import known_kinds, signature_of
+from visattn.plan.source import is_pattern
 from visattn.view import view_pattern, view_text
 
 EXAMPLE = "for example 'radial(decay=0.2, sink=True)'"
+GRID = "8x16x16"
+PARTIAL: PartialPolicy = "exact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help=f"a pattern, {EXAMPLE}")
+    parser.add_argument(
+        "shown",
+        nargs="?",
+        metavar="PATTERN|PLAN",
+        help=f"a pattern, {EXAMPLE}, or the file, folder or hub id of a plan",
+    )
     parser.add_argument(
         "--list", action="store_true", help="list the patterns and their parameters"
     )
     parser.add_argument(
+        "--diff", metavar="PLAN", help="say what is different in this plan, head by head"
+    )
+    parser.add_argument(
         "--grid",
-        default="8x16x16",
         metavar="TxHxW",
-        help="latent frames, rows and columns; HxW for an image (default %(default)s)",
+        help="latent frames, rows and columns; HxW for an image (default: the plan's, "
+        f"{GRID} for a pattern)",
     )
     for place in ("before", "after"):
         parser.add_argument(
@@ -41,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--partial",
-        default="exact",
         choices=("exact", "promote", "drop"),
-        help="what becomes of partly kept blocks (default %(default)s)",
+        help=f"what becomes of partly kept blocks (default {PARTIAL})",
     )
     parser.add_argument(
         "--query", metavar="t,h,w", help="the query whose keys are shown (default: the middle)"
@@ -54,27 +67,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     if args.list:
-        if args.pattern is not None:
-            raise ValueError("--list takes no pattern")
+        if args.shown is not None:
+            raise ValueError("--list takes no pattern and no plan")
         return json.dumps(pattern_table(), indent=2, sort_keys=True) if args.json else list_text()
-    if args.pattern is None:
-        raise ValueError(f"give a pattern, {EXAMPLE}, or --list")
+    if args.shown is None:
+        raise ValueError(f"give a pattern, {EXAMPLE}, the file or folder of a plan, or --list")
     if args.output is not None and Path(args.output).suffix.lower() != ".png":
         raise ValueError(f"--output {args.output!r} must end in .png; no other format is written")
-    layout = TokenLayout(
-        Grid(*read_grid(args.grid)), text_before=args.text_before, text_after=args.text_after
-    )
-    pattern = parse_pattern(args.pattern)
+    if args.diff is None and is_pattern(args.shown):
+        return show_pattern(args)
+    for option in ("block", "partial", "query"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} is for a pattern, and {args.shown!r} is none")
+    plan = read_shown(args.shown)
+    named = args.grid is not None or args.text_before or args.text_after
+    layout = read_layout(args, plan.geometry) if named else None  # a plan has its own
+    if args.diff is None:
+        return show_plan(plan, layout, name=args.shown, output=args.output, as_json=args.json)
+    if args.output is not None:
+        raise ValueError("--diff draws no picture; leave --output out")
+    other, names = read_shown(args.diff), (args.shown, args.diff)
+    return show_difference(plan, other, layout, names=names, as_json=args.json)
+
+
+def show_pattern(args: argparse.Namespace) -> str:
+    """A pattern on a grid."""
+    layout = read_layout(args, TokenLayout(Grid(*read_grid(GRID))))
+    assert layout is not None
+    pattern = parse_pattern(args.shown)
     if not isinstance(pattern, Pattern):
         raise ValueError(
-            f"{args.pattern} chooses its blocks from the queries and keys of a call, so there is "
+            f"{args.shown} chooses its blocks from the queries and keys of a call, so there is "
             "no mask to show; visattn inspect shows what heads attend to"
         )
     view = view_pattern(
         pattern,
         layout,
         *(block_sizes(layout.length) if args.block is None else read_block(args.block)),
-        partial=args.partial,
+        partial=PARTIAL if args.partial is None else args.partial,
         query=None if args.query is None else read_query(args.query),
     )
     if args.output is not None:
@@ -85,6 +115,21 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps(view.numbers(), indent=2, sort_keys=True)
     return view_text(view) if args.output is None else f"wrote {args.output}"
+
+
+def read_layout(args: argparse.Namespace, geometry: TokenLayout | None) -> TokenLayout | None:
+    """The tokens that the options name: those of a geometry, with another grid or text."""
+    text = args.text_before, args.text_after
+    if args.grid is None and not any(text):
+        return geometry
+    grids = [] if geometry is None else [grid for _, grid in geometry.grids]
+    if args.grid is not None or len(grids) != 1:
+        grid = Grid(*read_grid(args.grid or GRID))
+    else:
+        grid = grids[0]
+    if geometry is None or len(grids) != 1 or any(text):
+        return TokenLayout(grid, *text)
+    return TokenLayout(segments=[grid if part.grid else part for part in geometry.segments])
 
 
 def read_integers(text: str, separator: str, option: str, form: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +14,11 @@ from visattn.patterns.pattern import HeadPattern
 MAX_LENGTH = 10_000
 MAX_DEPTH = 32
 MAX_INT = 2**63 - 1
+# Python's parser descends into brackets, signs and operators: on the small stack of a thread a few
+# hundred of them end the process, and no exception tells of it. No pattern is written with so many.
+MAX_NESTED = 2 * MAX_DEPTH
+SIGNS = re.compile(r"(?:-\s*){9}")
+OPERATORS = re.compile(r"[^\w\s(),=.'\"-]|\b(?:not|lambda|await|if)\b")
 WORDS = {"true": True, "false": False, "none": None}
 LITERALS = (
     "a finite number, True, False, None, a word in quotes, a tuple of these, or a pattern, "
@@ -26,7 +32,7 @@ Value = int | float | bool | str | HeadPattern | tuple["Value", ...] | None
 DYNAMIC: dict[str, type[HeadPattern]] = {}
 
 
-def parse_pattern(text: str) -> HeadPattern:
+def parse_pattern(text: str, max_length: int = MAX_LENGTH) -> HeadPattern:
     """The pattern that ``text`` writes, static or dynamic.
 
     Args:
@@ -34,6 +40,8 @@ def parse_pattern(text: str) -> HeadPattern:
             name alone for a pattern without arguments. Names are those of ``PATTERNS`` or of the
             classes, in any case; arguments are literals or patterns, as in ``union(diagonal(64),
             stripe)``.
+        max_length: characters of it at most; what a search has learned is longer than what people
+            write.
 
     Returns:
         The pattern. ``parse_pattern(repr(pattern)) == pattern`` for every pattern.
@@ -44,11 +52,12 @@ def parse_pattern(text: str) -> HeadPattern:
     """
     if not isinstance(text, str):
         raise TypeError(f"a pattern is written as text, not as {type(text).__name__}")
-    if len(text) > MAX_LENGTH:
+    if len(text) > max_length:
         raise ValueError(
-            f"the pattern is {len(text)} characters long; at most {MAX_LENGTH} are allowed"
+            f"the pattern is {len(text)} characters long; at most {max_length} are allowed"
         )
     try:
+        _check_nesting(text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Python remarks on odd literals
             tree = ast.parse(text.strip(), mode="eval")
@@ -66,6 +75,17 @@ def parse_pattern(text: str) -> HeadPattern:
         f"pattern {shortened(text)} is no pattern by name; "
         "write for example radial(decay=0.2, sink=True)"
     )
+
+
+def _check_nesting(text: str) -> None:
+    """Raise ValueError for more brackets, signs or operators than any pattern is written with."""
+    depth = 0
+    for bracket in re.findall(r"[()]", text):
+        depth += 1 if bracket == "(" else -1
+        if depth > MAX_NESTED:
+            raise ValueError("too many brackets")
+    if SIGNS.search(text) or len(OPERATORS.findall(text)) > MAX_NESTED:
+        raise ValueError("too many operators")
 
 
 def signature_of(kind: type[HeadPattern]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,23 @@ from visattn._version import __version__
 from visattn.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, parse_pattern
 from visattn.plan import store
-from visattn.plan.reading import Json, Record, parse_json, shown
+from visattn.plan.reading import (
+    MAX_COUNT,
+    Json,
+    Record,
+    brief,
+    check_values,
+    parse_json,
+    shown,
+)
+from visattn.plan.writing import written
 
 __all__ = ["ANY", "PASSES", "ROLES", "SCHEMA", "Denoiser", "Plan", "Rule"]
 
 SCHEMA = "visattn.plan/1"
+MAX_PATTERN = 200_000  # characters of a pattern: a stencil of some ten thousand offsets
+MAX_PHASES = 100
+MAX_TOKENS = 1 << 22  # of a geometry that is read from a file
 ANY = "any"
 PASSES = ("cond", "uncond", "perturbed")
 ROLES = ("transformer", "transformer_2", "unet")
@@ -69,15 +80,15 @@ class Rule:
                 "per head"
             )
         if not isinstance(self.layer, str) or not self.layer:
-            raise TypeError(f"layer={self.layer!r} of a rule must be a module path or 'any'")
+            raise TypeError(f"layer={shown(self.layer)} of a rule must be a module path or 'any'")
         if self.role not in (*ROLES, ANY):
-            raise ValueError(f"role={self.role!r} must be one of {', '.join((*ROLES, ANY))}")
+            raise ValueError(f"role={shown(self.role)} must be one of {', '.join((*ROLES, ANY))}")
         if self.pass_ not in (*PASSES, ANY):
-            raise ValueError(f"pass={self.pass_!r} must be one of {', '.join((*PASSES, ANY))}")
+            raise ValueError(f"pass={shown(self.pass_)} must be one of {', '.join((*PASSES, ANY))}")
         if self.phase is not None and (
             isinstance(self.phase, bool) or not isinstance(self.phase, int) or self.phase < 0
         ):
-            raise ValueError(f"phase={self.phase!r} of a rule must be None or at least 0")
+            raise ValueError(f"phase={shown(self.phase)} of a rule must be None or at least 0")
 
     @property
     def heads(self) -> tuple[HeadPattern, ...]:
@@ -92,6 +103,9 @@ class Denoiser:
     kind: str
     layers: int
     heads: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} with {self.layers} layers of {self.heads} heads"
 
 
 @dataclass(frozen=True, eq=True)
@@ -138,24 +152,28 @@ class Plan:
             not a < b for a, b in itertools.pairwise(ends)
         ):
             raise ValueError(
-                f"phases={self.phases!r} must be increasing shares of the steps between 0 and 1"
+                f"phases={shown(self.phases)} must be increasing shares of the steps between 0 "
+                "and 1"
+            )
+        if len(self.phases) >= MAX_PHASES:
+            raise ValueError(
+                f"phases has {len(self.phases)} ends; a plan has at most {MAX_PHASES} phases"
             )
         for rule in self.rules:
             if rule.phase is not None and rule.phase > len(self.phases):
                 raise ValueError(
-                    f"phase={rule.phase} of a rule must be below the {len(self.phases) + 1} phases "
-                    "of the plan"
+                    f"phase={shown(rule.phase)} of a rule must be below the "
+                    f"{len(self.phases) + 1} phases of the plan"
                 )
         if self.geometry is not None and not isinstance(self.geometry, TokenLayout):
             raise TypeError(f"geometry={self.geometry!r} must be a TokenLayout or None")
         for role in self.denoisers:
             if role not in ROLES:
-                raise ValueError(f"denoisers has the role {role!r}; roles are {', '.join(ROLES)}")
+                raise ValueError(
+                    f"denoisers has the role {shown(role)}; roles are {', '.join(ROLES)}"
+                )
         for name in ("evidence", "provenance"):
-            try:
-                json.dumps(getattr(self, name), allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} must hold JSON values only: {error}") from None
+            check_values(name, getattr(self, name))
 
     def __hash__(self) -> int:
         return hash((self.rules, self.dense_layers, self.dense_steps, self.phases))
@@ -190,8 +208,8 @@ class Plan:
         made_for = self.denoisers.get(role)
         if made_for is not None and made_for != denoiser:
             raise ValueError(
-                f"plan is for another model: its {role} is {_words(made_for)}, this one is "
-                f"{_words(denoiser)}; use a plan searched for this model"
+                f"plan is for another model: its {role} is {made_for}, this one is "
+                f"{denoiser}; use a plan searched for this model"
             )
         for number in self.dense_layers:
             if not -len(layers) <= number < len(layers):
@@ -241,8 +259,19 @@ class Plan:
         return {} if all(heads == dense for heads in out.values()) else out
 
     def to_json(self) -> str:
-        """The plan as a file holds it: sorted keys, a rule on a line."""
+        """The plan as a file holds it: sorted keys; a pattern, a rule, and a key of denoisers,
+        evidence and provenance on a line.
+
+        Raises:
+            ValueError: a pattern is longer than a plan file may hold.
+        """
         patterns = list(dict.fromkeys(p for rule in self.rules for p in rule.heads))
+        for pattern in patterns:
+            if len(repr(pattern)) > MAX_PATTERN:
+                raise ValueError(
+                    f"pattern {shown(repr(pattern))} is {len(repr(pattern))} characters long; a "
+                    f"plan file holds at most {MAX_PATTERN} of each"
+                )
         number = {pattern: index for index, pattern in enumerate(patterns)}
         rules: list[Json] = []
         for rule in self.rules:
@@ -272,14 +301,7 @@ class Plan:
             "evidence": dict(self.evidence),
             "provenance": dict(self.provenance),
         }
-        lines = []
-        for key, item in sorted(value.items()):
-            if key in ("patterns", "rules") and item:
-                rows = ",\n".join(f"    {json.dumps(row, sort_keys=True)}" for row in item)
-                lines.append(f'  "{key}": [\n{rows}\n  ]')
-            else:
-                lines.append(f'  "{key}": {json.dumps(item, sort_keys=True, allow_nan=False)}')
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        return written(value, ("denoisers", "patterns", "rules", "evidence", "provenance"))
 
     @classmethod
     def from_json(cls, text: str, what: str = "the plan") -> Plan:
@@ -311,7 +333,7 @@ class Plan:
             "geometry": None if geometry is None else _geometry(record),
             "model": record.text("model"),
             "denoisers": {
-                role: _denoiser(item, f"denoiser {role!r} of {what}")
+                role: _denoiser(item, f"denoiser {shown(role)} of {what}")
                 for role, item in record.mapping("denoisers").items()
             },
             "evidence": record.mapping("evidence"),
@@ -320,7 +342,7 @@ class Plan:
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}: {error}") from None
+            raise ValueError(f"{what}: {brief(error)}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``visattn_plan.json`` into a folder, which is made when it is missing.
@@ -369,13 +391,9 @@ class Plan:
         )
 
 
-def _words(denoiser: Denoiser) -> str:
-    return f"{denoiser.kind} with {denoiser.layers} layers of {denoiser.heads} heads"
-
-
 def _check_dense(layers: object, steps: object) -> None:
     if not isinstance(layers, tuple) or any(
-        isinstance(n, bool) or not isinstance(n, int) for n in layers
+        isinstance(n, bool) or not isinstance(n, int) or abs(n) > MAX_COUNT for n in layers
     ):
         raise ValueError(f"dense_layers={shown(layers)} must be layer numbers, as in (0, 1, -1)")
     if not isinstance(steps, tuple) or len(steps) != 2 or not all(map(_is_count, steps)):
@@ -389,16 +407,16 @@ def _is_count(value: object) -> bool:
     """Whether ``value`` is a number of steps, or a share of them."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return 0 <= value <= 1 if isinstance(value, float) else value >= 0
+    return 0 <= value <= (1 if isinstance(value, float) else MAX_COUNT)
 
 
 def _pattern(text: object, where: str) -> HeadPattern:
     if not isinstance(text, str):
         raise ValueError(f"{where} hold {shown(text)}; a pattern is a string")
     try:
-        return parse_pattern(text)
+        return parse_pattern(text, MAX_PATTERN)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {brief(error)}") from None
 
 
 def _rule(value: object, what: str, patterns: Sequence[HeadPattern]) -> Rule:
@@ -409,7 +427,7 @@ def _rule(value: object, what: str, patterns: Sequence[HeadPattern]) -> Rule:
             raise ValueError(f"{what} names the pattern {shown(number)}; it must be a number")
         if not 0 <= number < len(patterns):
             raise ValueError(
-                f"{what} names pattern {number}, and the plan has {len(patterns)} patterns"
+                f"{what} names pattern {shown(number)}, and the plan has {len(patterns)} patterns"
             )
         return patterns[number]
 
@@ -429,7 +447,7 @@ def _rule(value: object, what: str, patterns: Sequence[HeadPattern]) -> Rule:
             pass_=record.text("pass", ANY) or "",
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise ValueError(f"{what}: {brief(error)}") from None
 
 
 def _denoiser(value: object, what: str) -> Denoiser:
@@ -449,6 +467,12 @@ def _geometry(record: Record) -> TokenLayout:
     if not all(isinstance(item, list) and item for item in segments):
         raise record.wrong("geometry", 'a list of segments, as in [["grid", 21, 30, 52]]')
     try:
-        return TokenLayout.from_tokens(tuple(tuple(item) for item in segments))
+        layout = TokenLayout.from_tokens(tuple(tuple(item) for item in segments))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"geometry of {record.what}: {error}") from None
+        raise ValueError(f"geometry of {record.what}: {brief(error)}") from None
+    if layout.length > MAX_TOKENS:
+        raise ValueError(
+            f"geometry of {record.what} has {shown(layout.length)} tokens; at most {MAX_TOKENS} "
+            "are allowed"
+        )
+    return layout

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Record", "parse_json"]
+__all__ = ["MAX_COUNT", "Json", "Record", "brief", "check_values", "parse_json", "shown"]
 
 Json = dict[str, Any]
+MAX_DEPTH = 32
+MAX_DIGITS = 4000  # Python refuses to read integers of a few more
+MAX_COUNT = 1 << 20  # of steps, and the last number of a layer
+MAX_PARTS = 1024  # layers of a denoiser, and heads of a layer
 
 
 def parse_json(text: str, what: str) -> Json:
@@ -21,28 +27,77 @@ def parse_json(text: str, what: str) -> Json:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> Json:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{what} holds the key {key!r} twice")
-        return dict(pairs)
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            key = next(key for key, count in counts.items() if count > 1)
+            raise ValueError(f"{what} holds the key {shown(key)} twice")
+        return value
 
-    def number(text: str) -> float:
+    def constant(text: str) -> float:
         raise ValueError(f"{what} holds {text}, which is no number of JSON")
+
+    def whole(text: str) -> int:
+        if len(text) > MAX_DIGITS:
+            raise ValueError(
+                f"{what} holds an integer of {len(text)} digits; at most {MAX_DIGITS} are allowed"
+            )
+        return int(text)
+
+    def fraction(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{what} holds {shown(text)}, which is larger than any number")
+        return value
 
     if not text.strip():
         raise ValueError(f"{what} is empty; a plan is a JSON object")
     try:
-        value = json.loads(text, object_pairs_hook=once, parse_constant=number)
+        value = json.loads(
+            text,
+            object_pairs_hook=once,
+            parse_constant=constant,
+            parse_int=whole,
+            parse_float=fraction,
+        )
+        deep = deeper(value, MAX_DEPTH)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
     except RecursionError:
-        raise ValueError(f"{what} is nested too deep") from None
+        deep = True
+    if deep:
+        raise ValueError(f"{what} is nested too deep; at most {MAX_DEPTH} levels are allowed")
     if not isinstance(value, dict):
         raise ValueError(f"{what} holds a {type(value).__name__}, not a JSON object")
     return value
+
+
+def deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested deeper than some levels."""
+    inside = [value]
+    for _ in range(levels):
+        inside = [
+            item
+            for own in inside
+            if isinstance(own, (list, tuple, Mapping))
+            for item in (own.values() if isinstance(own, Mapping) else own)
+        ]
+    return any(isinstance(own, (list, tuple, Mapping)) for own in inside)
+
+
+def check_values(name: str, values: object) -> None:
+    """Raise ValueError unless the values are what a plan file can hold."""
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{name}={shown(values)} must be a mapping whose keys are strings")
+    try:
+        json.dumps(dict(values), allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must hold JSON values only: {error}") from None
+    levels = MAX_DEPTH - 1  # the plan around it is one
+    if deeper(values, levels):
+        raise ValueError(f"{name} is nested too deep; at most {levels} levels are allowed")
 
 
 class Record:
@@ -53,9 +108,9 @@ class Record:
             raise ValueError(f"{what} must be an object, not {shown(value)}")
         for key in value:
             if key not in keys:
-                close = difflib.get_close_matches(str(key), keys, n=1)
+                close = difflib.get_close_matches(str(key)[:100], keys, n=1)
                 guess = f", did you mean {close[0]!r}?" if close else ";"
-                raise ValueError(f"{what} has the unknown key {key!r}{guess} its keys are "
+                raise ValueError(f"{what} has the unknown key {shown(key)}{guess} its keys are "
                                  f"{', '.join(keys)}")
         self.value: Mapping[str, Any] = value
         self.what = what
@@ -78,8 +133,10 @@ class Record:
 
     def count(self, key: str) -> int:
         value = self.value.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.wrong(key, "an integer of at least 0")
+        if (
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_PARTS
+        ):
+            raise self.wrong(key, f"an integer from 0 to {MAX_PARTS}")
         return value
 
     def sequence(self, key: str) -> list[Any]:
@@ -97,5 +154,11 @@ class Record:
 
 def shown(value: object) -> str:
     """A value as it stands in a sentence, cut to a readable length."""
-    text = repr(value)
+    text = repr(value[:60] if isinstance(value, (str, list, tuple)) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def brief(error: Exception) -> str:
+    """What an error says, on one line and cut to a readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from visattn.patterns import HeadPattern, parse_pattern
@@ -11,7 +10,10 @@ from visattn.patterns.parse import kind_of
 from visattn.plan.plan import Plan, Rule
 from visattn.plan.store import PLAN_FILE
 
-__all__ = ["as_plan", "read_plan"]
+__all__ = ["as_plan", "is_pattern", "read_plan"]
+
+# of a checkout; an installed package has none
+PRESETS = Path(__file__).resolve().parents[2] / "assets" / "plans" / "presets"
 
 
 def as_plan(value: object, model_path: str | None = None) -> Plan:
@@ -59,12 +61,15 @@ def read_plan(
             return None
         if text.lower() == "auto":
             return _beside(model_path, revision, token)
-        name = re.match(r"\s*(\w+)", text)
-        if not Path(text).exists() and (
-            "(" in text or (name is not None and kind_of(text.strip()) is not None)
-        ):
+        if is_pattern(text):
             return Plan((Rule(parse_pattern(text)),))
     return Plan.from_pretrained(text, revision=revision, token=token)
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is meant as the written form of a pattern: it is no file, and is a pattern's
+    name or has brackets."""
+    return not os.path.exists(text) and ("(" in text or kind_of(text.strip()) is not None)
 
 
 def _beside(model_path: str | None, revision: str | None, token: str | None) -> Plan:
@@ -76,7 +81,18 @@ def _beside(model_path: str | None, revision: str | None, token: str | None) -> 
     try:
         return Plan.from_pretrained(model_path, revision=revision, token=token)
     except OSError:
+        presets = ", ".join(_presets_for(model_path))
+        known = f" (unsearched presets for it lie in {PRESETS}: {presets})" if presets else ""
         raise ValueError(
             f"plan='auto' found no {PLAN_FILE} with the model {model_path!r}; give the path or hub "
-            "id of a plan, or a pattern such as 'radial()'"
+            f"id of a plan{known}, or a pattern such as 'radial()'"
         ) from None
+
+
+def _presets_for(model: str) -> list[str]:
+    """Names of the presets for a model: a hub id, or a folder of the same name."""
+    return [
+        path.parent.name
+        for path in sorted(PRESETS.glob(f"*/{PLAN_FILE}"))
+        if Path(Plan.from_pretrained(path).model or "").name == Path(model).name
+    ]

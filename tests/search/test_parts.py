@@ -1,0 +1,133 @@
+"""The small parts: steps, prompts, budgets, intervals, teams."""
+
+import math
+
+import pytest
+import torch
+
+from visattn.search.api import read_budget, split_prompts
+from visattn.search.calls import spread_steps
+from visattn.search.heads import output_weights
+from visattn.search.statistics import interval
+from visattn.search.store import Store
+from visattn.search.team import Task, Team, Unfinished
+
+
+def test_steps_are_spread():
+    assert spread_steps(12, 4) == (1, 4, 7, 10)
+    assert spread_steps(3, 4) == (0, 1, 2)
+    assert spread_steps(1, 1) == (0,)
+
+
+def test_every_second_prompt_is_held_out():
+    used, unseen = split_prompts(["a", "b", "c"], None, [5], 3)
+    assert used == [("a", 5), ("c", 5)]
+    assert unseen == [("b", 1005), ("b", 1006), ("b", 1007)]
+
+
+def test_one_prompt_alone_has_other_seeds():
+    used, unseen = split_prompts(["a", "a"], None, [0, 1], 2)
+    assert used == [("a", 0)]
+    assert unseen == [("a", 1001), ("a", 1002)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("text", None, [0], 1), "list of texts"),
+        (([], None, [0], 1), "prompts is empty"),
+        ((["a"], None, [], 1), "seeds is empty"),
+        ((["a"], ["a"], [0], 1), "is in prompts too"),
+        ((["a"], [], [0], 1), "held_out is empty"),
+        ((["a"], None, [-1], 1), "at least 0"),
+    ],
+)
+def test_wrong_prompts_are_refused(arguments, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        split_prompts(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5 h", 5400), (7, 7), (None, math.inf)]
+)
+def test_budgets(text, seconds):
+    assert read_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "0s", "-1m", "1d", 0, True])
+def test_wrong_budgets_are_refused(text):
+    with pytest.raises(ValueError, match="must be a time"):
+        read_budget(text)
+
+
+def test_intervals_are_those_of_student():
+    """Of 1 .. 5: mean 3, standard error sqrt(0.5), t(4) = 2.776."""
+    found = interval([1, 2, 3, 4, 5])
+    assert found.mean == 3
+    assert found.high - 3 == pytest.approx(2.776 * math.sqrt(0.5), abs=1e-3)
+    assert 3 - found.low == pytest.approx(found.high - 3)
+    assert interval([2.0]) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="finite"):
+        interval([1.0, math.nan])
+
+
+class Half(torch.nn.Module):
+    """A layer that is linear and no ``Linear``, as adapters are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.in_features = inner, inner.in_features
+
+    def forward(self, x):
+        return self.inner(x) + 0.5 * self.inner(x)
+
+
+def test_output_weights_with_and_without_an_adapter():
+    plain = torch.nn.Linear(6, 4)
+    module = torch.nn.Module()
+    module.to_out = torch.nn.ModuleList([plain])
+    assert torch.equal(output_weights(module), plain.weight)
+    module.to_out = torch.nn.ModuleList([Half(plain)])
+    torch.testing.assert_close(output_weights(module), 1.5 * plain.weight)
+    with pytest.raises(ValueError, match="no linear output projection"):
+        output_weights(torch.nn.Identity())
+
+
+def tasks(calls, wrong=()):
+    def make(n):
+        def run():
+            calls.append(n)
+            if n in wrong:
+                raise torch.OutOfMemoryError(f"out of memory at {n}")
+            return {"n": n}, {}
+
+        return Task({"n": n}, f"task {n}", run)
+
+    return [make(n) for n in range(4)]
+
+
+def test_a_team_keeps_what_is_done_and_asks_again_what_failed(tmp_path):
+    calls = []
+    team = Team(Store(tmp_path), "about")
+    found = team.do("stage", tasks(calls, wrong={2}))
+    assert [item and item.value["n"] for item in found] == [0, 1, None, 3]
+    assert team.failures == {"stage: task 2": "OutOfMemoryError: out of memory at 2"}
+    calls.clear()
+    again = Team(Store(tmp_path), "about").do("stage", tasks(calls))
+    assert calls == [2]
+    assert [item.value["n"] for item in again] == [0, 1, 2, 3]
+    Team(Store(tmp_path), "another model").do("stage", tasks(calls))
+    assert calls == [2, 0, 1, 2, 3]
+
+
+def test_a_stage_of_which_nothing_is_done_ends_the_search():
+    with pytest.raises(Unfinished, match=r"stage failed for all of 4: OutOfMemoryError"):
+        Team(Store(None), "about").do("stage", tasks([], wrong=set(range(4))))
+
+
+def test_progress_has_the_time_left(tmp_path):
+    told = []
+    Team(Store(tmp_path), "about", lambda *line: told.append(line)).do("stage", tasks([]))
+    assert [line[:3] for line in told] == [("stage", n, 4) for n in range(5)]
+    assert told[0][3] is None
+    assert told[-1][3] == 0

@@ -1,0 +1,85 @@
+"""The same result from one process and two, and from a run that was killed at random moments."""
+
+import json
+import socket
+
+import pytest
+import search_runner
+import torch
+from search_runner import finish, kept, killed, plan_of, start
+
+KILLS = 3
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The plan of a run in one go, how many results it keeps, and its lines."""
+    folder = tmp_path_factory.mktemp("search")
+    lines = finish(start(folder))
+    return plan_of(lines), kept(folder), len(lines)
+
+
+def test_killed_at_random_moments(tmp_path, reference):
+    """No file is half written, and what was done is not done again."""
+    plan, files, lines = reference
+    rest = killed(tmp_path, KILLS, lines)
+    assert plan_of(rest) == plan
+    assert kept(tmp_path) == files
+    assert len(rest) < lines
+
+
+def test_two_processes(tmp_path, reference):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [
+        start(
+            tmp_path,
+            WORLD_SIZE="2",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+        )
+        for rank in range(2)
+    ]
+    assert [plan_of(finish(process)) for process in both] == [reference[0]] * 2
+    assert kept(tmp_path) == reference[1]
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    search_runner.make_up_seconds(monkeypatch.setattr)
+    torch.manual_seed(0)
+
+
+def test_a_second_search_asks_nothing(tmp_path, made_up):
+    """And says the same, but for the time that it took."""
+    told = []
+    first = search_runner.run(tmp_path, candidates=("band", "windows"))
+    again = search_runner.run(
+        tmp_path, lambda *line: told.append(line), candidates=("band", "windows")
+    )
+    assert told == []
+    assert again.plan.to_json() == first.plan.to_json()
+    same = {key: value for key, value in first.report.items() if key not in ("time", "headline")}
+    assert {key: again.report[key] for key in same} == same
+
+
+def test_a_search_writes_its_receipt(tmp_path, made_up):
+    result = search_runner.run(None, candidates=("band",))
+    page = result.save(tmp_path / "out")
+    assert sorted(path.name for path in page.parent.iterdir()) == [
+        "report.html",
+        "report.json",
+        "visattn_plan.json",
+    ]
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["plan"] == json.loads(result.plan.to_json())
+    assert len(report["clips"]) == 1
+    assert report["clips"][0]["dense"]
+    assert {row["kind"] for row in report["table"]} >= {"searched", "uniform static", "random"}
+    assert sum(row["chosen"] for row in report["front"]) == 1
+    assert {claim["holds"] for claim in report["claims"]} <= {True, False}

@@ -1,0 +1,182 @@
+"""``visattn search``: find a plan for a pipeline, and write it with its receipt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from visattn.cli.generation_options import (
+    add_job_arguments,
+    add_model_arguments,
+    job_fields,
+    read_loading,
+)
+from visattn.cli.output import Output
+from visattn.generation import load_pipeline
+from visattn.generation.prompts import model_prompts, read_prompt_lines
+from visattn.generation.quiet import quiet
+
+KEPT = "kept"  # the folder of what is found, in that of the output
+UNUSED = ("plan", "backend", "compile", "image", "fps")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt",
+        nargs="*",
+        metavar="PROMPT",
+        help="prompts to calibrate on (default: those that lie beside the small model)",
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a file of prompts to calibrate on, one a line"
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="FILE",
+        help="a file of prompts to validate on (default: every second prompt is held out)",
+    )
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--target-speedup", type=float, metavar="X", help="of a whole generation, as in 1.35"
+    )
+    goal.add_argument(
+        "--max-error",
+        type=float,
+        metavar="X",
+        help="the fastest plan with at most this relative error of the denoiser's output "
+        "(default 0.05)",
+    )
+    goal.add_argument(
+        "--min-psnr", type=float, metavar="DB", help="the fastest plan with this PSNR"
+    )
+    parser.add_argument(
+        "--budget", metavar="TIME", help="90s, 10m, 2h: then no further clip is validated"
+    )
+    parser.add_argument(
+        "--phases", type=int, default=1, metavar="N", help="parts of the steps (default 1)"
+    )
+    parser.add_argument(
+        "--candidate",
+        action="append",
+        metavar="NAME",
+        help="a family or a pattern that is tried; repeat it (default: all)",
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=20, metavar="N", help="clips of the validation (default 20)"
+    )
+    parser.add_argument(
+        "--output",
+        "-o",
+        required=True,
+        metavar="FOLDER",
+        help="for the plan, report.html, report.json, and what is found on the way: the same "
+        "command goes on from there",
+    )
+    add_job_arguments(parser)
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the headline and claims as JSON")
+
+
+def run(args: argparse.Namespace) -> Output:
+    from visattn.search import Settings, search
+
+    for name in UNUSED:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not for a search; leave it out")
+    if args.pairs < 1:
+        raise ValueError(f"--pairs {args.pairs} must be at least 1")
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {args.output!r} is a file; name a folder")
+    loading = read_loading(args)
+    used, unseen = read_prompts(args, loading.model)
+    fields = {k: v for k, v in job_fields(args).items() if k not in ("seed", "fps")}
+    pipe = load_pipeline(loading)
+    with quiet() as said:
+        result = search(
+            pipe,
+            used,
+            call=fields,
+            target_speedup=args.target_speedup,
+            max_error=args.max_error,
+            min_psnr=args.min_psnr,
+            budget=args.budget,
+            phases=args.phases,
+            candidates=args.candidate,
+            seeds=(args.seed or 0,),
+            held_out=unseen,
+            resume=folder / KEPT,
+            settings=Settings(pairs=args.pairs),
+            model=loading.model if args.model else "tiny-wan",
+            command=f"visattn {shlex.join(sys.argv[1:])}" if sys.argv[1:] else None,
+            progress=Lines(),
+        )
+    page = result.save(folder)
+    report = result.report
+    failures = [f"{row['item']}: {row['error']}" for row in report["failures"]]
+    if args.json:
+        keys = ("title", "headline", "claims", "speed", "table", "notes", "failures", "time")
+        numbers = {key: report[key] for key in keys} | {"page": str(page)}
+        return Output(json.dumps(numbers, indent=2, sort_keys=True), tuple(failures))
+    return Output(text_of(report, page, list(said)), tuple(failures))
+
+
+def read_prompts(args: argparse.Namespace, model: str) -> tuple[list[str], list[str] | None]:
+    """Prompts to calibrate on, and held-out ones or None.
+
+    Raises:
+        ValueError, OSError: none are given, twice, or a file cannot be read.
+    """
+    if args.prompt and args.prompts is not None:
+        raise ValueError("give prompts, or --prompts with a file of them, not both")
+    unseen = None if args.held_out is None else read_prompt_lines(args.held_out)
+    if args.prompts is not None:
+        return read_prompt_lines(args.prompts), unseen
+    if args.prompt:
+        return list(args.prompt), unseen
+    known = model_prompts(model)
+    if known is None:
+        raise ValueError(
+            f"model {model!r} has no prompts of its own; give some to calibrate on, or --prompts"
+        )
+    return known[0], unseen or known[1]
+
+
+def text_of(report: dict[str, Any] | Any, page: Path, said: list[str]) -> str:
+    """The receipt for a terminal."""
+    lines = [report["title"], ""]
+    for tile in report["headline"]:
+        note = f"  ({tile['note']})" if tile["note"] else ""
+        lines.append(f"{tile['label']:<34}{tile['value']}{note}")
+    lines.append("")
+    words = {True: "holds", False: "does not hold", None: "undecided"}
+    for claim in report["claims"]:
+        lines.append(f"{words[claim['holds']]}: {claim['text']}: {claim['figures']}")
+        if claim["cause"]:
+            lines.append(f"    {claim['cause']}")
+    lines += [f"note: {note}" for note in (*report["notes"], *said)]
+    return "\n".join([*lines, "", f"wrote {page}"])
+
+
+class Lines:
+    """Stages on stderr: a line that is written over in a terminal, else one for each tenth."""
+
+    def __init__(self) -> None:
+        self.last = ("", -1)
+
+    def __call__(self, stage: str, done: int, total: int, left: float | None) -> None:
+        tenth = (stage, 10 * done // max(1, total))
+        if not sys.stderr.isatty() and tenth == self.last:
+            return
+        self.last = tenth
+        time = "" if left is None or done == total else f", {left:.0f} s left"
+        line = f"{stage}: {done}/{total}{time}"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\x1b[K{line}" + ("\n" if done == total else "\r"))
+        else:
+            sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

@@ -1,0 +1,31 @@
+"""What a head's output does to that of its layer: its columns of the output projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["output_weights"]
+
+
+def output_weights(module: Any) -> torch.Tensor:
+    """The output projection of an attention module, float32 ``[out, H D]``: a linear layer, or one
+    that adapters or quantisation stand in front of, which is asked for the images of the unit
+    vectors.
+
+    Raises:
+        ValueError: the module has no output projection that is linear.
+    """
+    layer = module.to_out[0] if hasattr(module, "to_out") else None
+    if type(layer) is torch.nn.Linear:
+        weight: torch.Tensor = layer.weight
+        return weight.detach().float()
+    if layer is None or not hasattr(layer, "in_features"):
+        raise ValueError(f"{type(module).__name__} has no linear output projection to_out[0]")
+    own = next(layer.parameters())
+    dtype = own.dtype if own.dtype.is_floating_point else torch.float32
+    unit = torch.eye(layer.in_features, dtype=dtype, device=own.device)
+    with torch.no_grad():
+        found: torch.Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
+    return found.float().mT

@@ -1,0 +1,102 @@
+"""What is searched: a pipeline at a shape, its attention layers, and who it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from visattn.generation import Job, Result, run_job
+from visattn.inject import remove_plan
+from visattn.inject.apply import denoisers, family_of, models_of
+from visattn.inject.attachment import attention_layers
+from visattn.pipelines.families import FAMILIES
+from visattn.search.heads import output_weights
+from visattn.search.score import Layer
+
+__all__ = ["Subject"]
+
+CALL_KEYS = tuple(
+    field.name for field in fields(Job) if field.name not in ("prompt", "seed", "fps")
+)
+SAMPLED = 64  # elements of a parameter that its fingerprint is taken from
+
+
+class Subject:
+    """A pipeline and the arguments of its calls.
+
+    Args:
+        pipe: a diffusers pipeline; a plan that it has is taken off.
+        call: fields of a Job besides prompt and seed.
+        name: of the model.
+
+    Raises:
+        TypeError, ValueError: the pipeline is of no known family, or a field is unknown.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], name: str | None) -> None:
+        for key in call:
+            if key not in CALL_KEYS:
+                known = ", ".join(CALL_KEYS)
+                raise ValueError(f"call has the unknown key {key!r}; keys are {known}")
+        if isinstance(pipe, torch.nn.Module):
+            raise TypeError(
+                f"pipe={type(pipe).__name__} is a denoiser alone; a search generates, so give the "
+                "whole pipeline"
+            )
+        self.pipe, self.call = pipe, dict(call)
+        self.denoisers = denoisers(pipe)
+        self.paths: dict[Layer, str] = {}
+        self.modules: dict[Layer, Any] = {}
+        for role, model in models_of(pipe).items():
+            family = family_of(model)
+            if family is None:
+                continue
+            for number, (path, module) in enumerate(attention_layers(model, family).items()):
+                self.paths[role, number], self.modules[role, number] = path, module
+        if not self.paths:
+            kinds = ", ".join(type(model).__name__ for model in models_of(pipe).values())
+            raise ValueError(
+                f"pipe={type(pipe).__name__} has no denoiser of a known family but {kinds}; plans "
+                f"can be applied to {', '.join(sorted(FAMILIES))}"
+            )
+        remove_plan(pipe)
+        own = getattr(getattr(pipe, "config", None), "get", lambda _: None)("_name_or_path")
+        self.name = name or (own if isinstance(own, str) and own else type(pipe).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoisers compute."""
+        return next(next(iter(models_of(self.pipe).values())).parameters()).device
+
+    def heads(self, layer: Layer) -> int:
+        """Query heads of a layer."""
+        return int(self.modules[layer].heads)
+
+    def weights(self) -> dict[Layer, torch.Tensor]:
+        """Output projections of all layers."""
+        return {layer: output_weights(module) for layer, module in self.modules.items()}
+
+    def job(self, prompt: str, seed: int) -> Job:
+        """A generation."""
+        return Job(prompt=prompt, seed=seed, **self.call)
+
+    def generate(self, prompt: str, seed: int) -> Result:
+        """Frames of a prompt by the pipeline as it is."""
+        return run_job(self.pipe, self.job(prompt, seed))
+
+    def fingerprint(self) -> str:
+        """A hash of the configurations and of some elements of every parameter of the denoisers."""
+        found = hashlib.sha256()
+        for role, model in sorted(models_of(self.pipe).items()):
+            found.update(f"{role} {type(model).__name__}".encode())
+            for name, parameter in model.named_parameters():
+                flat = parameter.detach().flatten()
+                places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long()
+                some = flat[places.to(flat.device)].float().cpu()
+                found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                found.update(some.numpy().tobytes())
+        return found.hexdigest()[:24]

@@ -1,0 +1,120 @@
+"""Tasks of a search, shared by the processes of ``accelerate launch``, kept as they are done."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn.search.store import Item, Store, key_of
+
+__all__ = ["Progress", "Task", "Team", "Unfinished"]
+
+# Called as tasks are done: the stage, how many of how many, seconds left of the stage or None.
+Progress = Callable[[str, int, int, float | None], None]
+Found = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
+# What a task may fail with while the others go on.
+FAILURES = (RuntimeError, MemoryError, ValueError, TypeError, ArithmeticError)
+
+
+class Unfinished(RuntimeError):
+    """A stage of which nothing could be done; the message has the first reason."""
+
+
+class Task(NamedTuple):
+    """A piece of work: what is asked, as JSON values, a label, and how it is answered."""
+
+    question: Any
+    label: str
+    run: Callable[[], Found]
+
+
+class Team:
+    """One process, or those that ``accelerate launch`` started, which share a folder.
+
+    Args:
+        store: where results are kept.
+        about: what all questions are about, as JSON values: model, shape, versions.
+        progress: is told of tasks that are done.
+
+    Raises:
+        ValueError: there are several processes and no folder.
+    """
+
+    def __init__(self, store: Store, about: Any, progress: Progress | None = None) -> None:
+        accelerate: Any = importlib.import_module("accelerate")
+        self.store, self.about, self.progress = store, about, progress
+        self.state = accelerate.PartialState()
+        self.failures: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        if self.state.num_processes > 1 and store.folder is None:
+            raise ValueError(
+                f"resume=None with {self.state.num_processes} processes: name a folder that they "
+                "share"
+            )
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all."""
+        return bool(self.state.is_main_process)
+
+    def do(self, stage: str, tasks: Sequence[Task], *, alone: bool = False) -> list[Item | None]:
+        """Answers in the order of the tasks, None where one failed; those that are kept are not
+        asked again, unless they failed.
+
+        Args:
+            alone: the first process does all of them, as what is timed must not be disturbed.
+        """
+        begin = time.perf_counter()
+        keys = [key_of(stage, [self.about, task.question]) for task in tasks]
+        own = 0 if alone else self.state.process_index
+        many = 1 if alone else self.state.num_processes
+        mine = [n for n in range(len(tasks)) if n % many == own or own >= many]
+        mine = mine if not alone or self.first else []
+        open_ = [n for n in mine if self._kept(keys[n]) is None]
+        for done, number in enumerate(open_):
+            self._tell(stage, done, len(open_), begin)
+            task = tasks[number]
+            try:
+                value, tensors = task.run()
+            except FAILURES as error:
+                text = " ".join(str(error).split())[:300] or type(error).__name__
+                value, tensors = {"failed": f"{type(error).__name__}: {text}"}, {}
+            self.store.put(keys[number], value, tensors)
+        if open_:
+            self._tell(stage, len(open_), len(open_), begin)
+        self.state.wait_for_everyone()
+        found: list[Item | None] = []
+        for key, task in zip(keys, tasks, strict=True):
+            item = self.store.get(key)
+            if item is None or "failed" in item.value:
+                why = "another process did not write it" if item is None else item.value["failed"]
+                self.failures[f"{stage}: {task.label}"] = why
+                item = None
+            found.append(item)
+        if tasks and not any(item is not None for item in found):
+            first = next(iter(self.failures.values()))
+            raise Unfinished(f"{stage} failed for all of {len(tasks)}: {first}")
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+        return found
+
+    def agree(self, value: bool) -> bool:
+        """What the first process says."""
+        if self.state.num_processes == 1:
+            return value
+        utilities: Any = importlib.import_module("accelerate.utils")
+        said = [value]
+        utilities.broadcast_object_list(said)
+        return bool(said[0])
+
+    def _kept(self, key: str) -> Item | None:
+        item = self.store.get(key)
+        return None if item is None or "failed" in item.value else item
+
+    def _tell(self, stage: str, done: int, total: int, begin: float) -> None:
+        if self.progress is not None:
+            spent = time.perf_counter() - begin
+            self.progress(stage, done, total, spent / done * (total - done) if done else None)
