@@ -25,6 +25,7 @@ __all__ = [
     "keys_of",
     "mask_of",
     "ordered",
+    "places_of",
     "products_of",
     "rows_of",
     "take",
@@ -116,7 +117,7 @@ def _make_rows(block_map: BlockMap) -> list[Row]:
     several = [number for number, row in enumerate(rows) if len(row.runs) > 1]
     if sum(rows[number].keys for number in several) <= LISTED:
         for number in several:
-            positions = _positions(rows[number], torch.device("cpu"))
+            positions = places_of(rows[number], torch.device("cpu"))
             rows[number] = rows[number]._replace(positions=positions)
     return rows
 
@@ -175,12 +176,12 @@ def keys_of(
         end = first + (len(rows) - 1) * step + rows[0].keys
         return x[:, first:end].unfold(1, rows[0].keys, step).mT
     shape = (len(x), len(rows), rows[0].keys, x.shape[2])
-    index = torch.cat([_positions(row, x.device) for row in rows])
+    index = torch.cat([places_of(row, x.device) for row in rows])
     out = None if scratch is None else scratch[: math.prod(shape)].view(-1, x.shape[2])
     return take(x, index, out).view(shape)
 
 
-def _positions(row: Row, device: torch.device) -> torch.Tensor:
+def places_of(row: Row, device: torch.device | str = "cpu") -> torch.Tensor:
     """Ordered positions of the keys of a row."""
     if row.positions is not None:
         return row.positions.to(device)
