@@ -104,7 +104,7 @@ def table(levels=LEVELS[1::2], dynamic=()):
     ]
     static = list({pattern: (family, pattern) for family, pattern in static}.values())
     pool = Pool(tuple(static), tuple(dynamic), stencils)
-    scorer = Scorer(pool, weights_of(), {0}, learner.grids, 12, 8)
+    scorer = Scorer(pool, weights_of().__getitem__, {0}, learner.grids, 12, 8)
     for prompt in range(PROMPTS, 2 * PROMPTS):
         scorer(observation(prompt))
     seconds = {repr(Dense()): Seconds(1.0, 1.0), repr(Skip()): Seconds(0.0, 0.0)}

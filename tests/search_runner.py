@@ -40,10 +40,15 @@ SETTINGS = Settings(steps=2, tiles=2, rows=4, replays=4, pairs=2, pictures=1)
 def made_up(patterns, q, k, v, layout, scale):
     """A layer takes a twentieth of a second, and a pattern as much of it as it keeps pairs."""
     found = {repr(Dense()): Seconds(0.0125, 0.05)}
+    failures = {}
     for pattern in patterns:
-        density = pattern.density(layout) if isinstance(pattern, Pattern) else 2.0
+        try:
+            density = pattern.density(layout) if isinstance(pattern, Pattern) else 2.0
+        except ValueError as error:  # it is of another grid
+            failures[repr(pattern)] = str(error)
+            continue
         found[repr(pattern)] = Seconds(0.0125 * density, 0.05 * density)
-    return found, {}
+    return found, failures
 
 
 def timeless(run):

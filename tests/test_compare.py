@@ -65,6 +65,16 @@ def test_outputs_of_different_forms(capsys, clips):
     assert "flicker    -, A -, ratio -" in run(capsys, "compare", "a.png", "first")[1]
 
 
+def test_output_is_a_page(capsys, clips):
+    """With both clips, what they were called, and the figures."""
+    code, _, err = run(capsys, "compare", "a", "b", "-o", "page.html")
+    assert (code, err) == (0, "")
+    page = Path("page.html").read_text()
+    assert page.count("data:video/mp4") == 2 or page.count("AAAAIGZ0eXBpc29t") == 2
+    assert "b against a" in page
+    assert "Receipt of a comparison" in page
+
+
 def test_output_is_a_report_or_both_side_by_side(capsys, clips):
     code, out, _ = run(capsys, "compare", "a", "b", "--json", "-o", "report.json")
     assert code == 0

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,15 @@ from PIL import Image, UnidentifiedImageError
 
 from visattn.picture import save_png
 
-__all__ = ["check_target", "kind_of", "read_picture", "read_video", "to_bytes", "write_video"]
+__all__ = [
+    "check_target",
+    "encode_video",
+    "kind_of",
+    "read_picture",
+    "read_video",
+    "to_bytes",
+    "write_video",
+]
 
 Kind = Literal["mp4", "png", "folder"]
 
@@ -112,6 +121,18 @@ def write_video(frames: torch.Tensor, path: str | os.PathLike[str], *, fps: floa
                 Image.fromarray(frame.numpy()).save(part / f"{index:04d}.png", "PNG")
     else:
         _write_mp4(data, target, fps)
+
+
+def encode_video(frames: torch.Tensor, *, fps: float = 16.0) -> bytes:
+    """The mp4 that ``write_video`` would write.
+
+    Raises:
+        TypeError, ValueError, OSError: as ``write_video``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_video(frames, path, fps=fps)
+        return path.read_bytes()
 
 
 def read_video(path: str | os.PathLike[str]) -> torch.Tensor:

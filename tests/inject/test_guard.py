@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import visattn.inject.guard as guard
-from visattn.cost import Calibration
+from visattn.cost import Calibration, device_name
 from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.patterns import Dense, Diagonal, Skip, Stripe
 from visattn.plan import Plan, Rule
@@ -121,3 +121,17 @@ def test_a_copy_of_a_guarded_pipeline_decides_for_itself(calibrated):
     apply_plan(pipe, Diagonal(3), guard=True)
     first = tiny.generate(pipe)
     assert torch.equal(tiny.generate(copy.deepcopy(pipe)), first)
+
+
+def test_a_plan_that_was_measured_here_is_not_guarded(calibrated, monkeypatch):
+    """Unless it was measured on another device, or the guard is asked for."""
+    monkeypatch.setenv("VISATTN_GUARD", "1")
+    pipe = tiny.wan21()
+    asked = calibrated(SLOW)
+    here = device_name(torch.device("cpu"))
+    for where, wanted, guarded in ((here, None, 0), (here, True, 1), ("another", None, 1)):
+        plan = Plan((Rule(Diagonal(3)),), evidence={"measured_on": where})
+        apply_plan(pipe, plan, guard=wanted)
+        asked.clear()
+        tiny.generate(pipe)
+        assert bool(asked) == bool(guarded)

@@ -121,7 +121,7 @@ def test_a_call_that_is_not_finite_is_left_out_and_said():
     assert learner.places == []
     assert learner.failures == ["blocks.0 at step 0 is not finite"]
     grids = tile_grids(planted.LAYOUT, planted.BLOCK)
-    scorer = Scorer(Pool((), (), {}), planted.weights_of(), {0}, grids, 4, 4)
+    scorer = Scorer(Pool((), (), {}), planted.weights_of().__getitem__, {0}, grids, 4, 4)
     scorer(planted.observation(0))
     scorer(planted.observation(0, broken=True))
     assert len(scorer.places) == 1
@@ -134,7 +134,8 @@ def test_a_candidate_that_runs_out_of_memory_is_left_out_and_said(monkeypatch):
 
     monkeypatch.setattr("visattn.search.score.sparse_attention", out_of_memory)
     pool = Pool((), (("top", TopBlocks(0.25)),), {})
-    scorer = Scorer(pool, planted.weights_of(), {0}, tile_grids(planted.LAYOUT, 16), 4, 4)
+    grids = tile_grids(planted.LAYOUT, planted.BLOCK)
+    scorer = Scorer(pool, planted.weights_of().__getitem__, {0}, grids, 4, 4)
     for prompt in range(2):
         scorer(planted.observation(prompt))
     assert torch.isnan(scorer.errors[0][:, 0]).all()
@@ -164,7 +165,7 @@ def test_losses_are_those_of_the_operator(text):
     dynamic = (("top", TopBlocks(0.5, block=8, rest="pooled")),)
     layer = "transformer", 0
     pool = Pool(static, dynamic, {layer: own})
-    scorer = Scorer(pool, {layer: weights}, {0}, grids, 4, 4, exact=True)
+    scorer = Scorer(pool, {layer: weights}.__getitem__, {0}, grids, 4, 4, exact=True)
     scorer(Observation("transformer", "b", 0, 0, 1, ("cond",), q, k, v, layout, None))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, :, : 3 * 4 * 4]
     projections = weights.unflatten(1, (2, 8))
@@ -186,7 +187,7 @@ def test_sampled_and_exact_scores_rank_alike(table):
     """Rank correlation of the candidates' losses, within each head."""
     learner = planted.learn([0])
     sampled, exact = (
-        Scorer(table.pool, planted.weights_of(), {0}, learner.grids, 12, 8, exact=flag)
+        Scorer(table.pool, planted.weights_of().__getitem__, {0}, learner.grids, 12, 8, exact=flag)
         for flag in (False, True)
     )
     call = planted.observation(9)

@@ -83,3 +83,15 @@ def test_a_search_writes_its_receipt(tmp_path, made_up):
     assert {row["kind"] for row in report["table"]} >= {"searched", "uniform static", "random"}
     assert sum(row["chosen"] for row in report["front"]) == 1
     assert {claim["holds"] for claim in report["claims"]} <= {True, False}
+
+
+def test_a_plan_for_two_shapes(made_up):
+    """Is as fast as was asked for at both, and its error is the mean of both."""
+    result = search_runner.run(
+        None, candidates=("band", "windows", "stencil"), also=[{"height": 64, "num_frames": 5}]
+    )
+    notes = [note for note in result.report["notes"] if note.startswith("at 2x")]
+    (speed,) = [float(note.split()[-1].removesuffix("x")) for note in notes]
+    assert speed >= 1.2 - 0.005
+    chosen = next(row for row in result.report["table"] if row["chosen"])
+    assert chosen["error"] > 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from visattn.cli.compare_page import page_of
 from visattn.cli.generation_options import (
     add_job_arguments,
     add_model_arguments,
@@ -25,6 +26,7 @@ from visattn.generation import Job, load_pipeline, run_job
 from visattn.generation.quiet import quiet
 from visattn.inject import sparse, summary
 from visattn.metrics import Comparison, compare_frames
+from visattn.report import write_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         "-o",
         metavar="OUT",
-        help="FILE.json for the numbers; FILE.mp4, FILE.png or a folder for A and B side by side",
+        help="FILE.html for a page with both, FILE.json for the numbers; FILE.mp4, FILE.png or a "
+        "folder for A and B side by side",
     )
     add_job_arguments(parser)
     add_model_arguments(parser)
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> str:
     }
     text = json.dumps(numbers, indent=2, sort_keys=True, allow_nan=False)
     if args.output is not None:
-        write_output(args, a, b, text)
+        write_output(args, a, b, found, numbers, text)
     return text if args.json else report(found, numbers, args.per_frame)
 
 
@@ -74,17 +77,27 @@ def check_output(path: str) -> None:
     """Refuse an output that could not be written, before anything is computed."""
     from visattn.video import check_target
 
-    if Path(path).suffix.lower() != ".json":
+    if Path(path).suffix.lower() not in (".json", ".html"):
         check_target(path)
     elif not Path(path).parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"--output {path!r} is a folder, or lies in one that is not there")
 
 
-def write_output(args: argparse.Namespace, a: torch.Tensor, b: torch.Tensor, text: str) -> None:
-    """The numbers, or A and B side by side."""
+def write_output(
+    args: argparse.Namespace,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    found: Comparison,
+    numbers: dict[str, Any],
+    text: str,
+) -> None:
+    """The numbers, a page, or A and B side by side."""
     from visattn.video import write_video
 
-    if Path(args.output).suffix.lower() == ".json":
+    if Path(args.output).suffix.lower() == ".html":
+        page = page_of(a, b, found, numbers, args.fps or 16.0)
+        write_page(page, args.output)
+    elif Path(args.output).suffix.lower() == ".json":
         write_whole(args.output, f"{text}\n".encode())
     else:
         write_video(torch.cat([a, b], 2), args.output, fps=args.fps or 16.0)

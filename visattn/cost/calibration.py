@@ -26,7 +26,7 @@ from visattn.launch import launch_of
 from visattn.layout import Grid, TokenLayout
 from visattn.patterns import Diagonal, Neighborhood, Pattern
 
-__all__ = ["Calibration", "calibrate", "calibration_of"]
+__all__ = ["Calibration", "calibrate", "calibration_of", "device_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def calibration_of(
         path = _folder() / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         found = _read(path, key)
         if found is None:
-            logger.info("visattn: measuring %s once, about two seconds", _name(device))
+            logger.info("visattn: measuring %s once, about two seconds", device_name(device))
             found = calibrate(device, dtype, head_size)
             _write(path, key, found)
         _FOUND[key] = found
@@ -138,7 +138,7 @@ def calibrate(
     if not any(work.broad for _, work in found):
         broad = full
     return Calibration(
-        device=_name(device),
+        device=device_name(device),
         backend=backend,
         dtype=str(dtype).removeprefix("torch."),
         head_size=head_size,
@@ -225,7 +225,8 @@ def _clock(device: torch.device, seconds: float) -> Timer:
     return least
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a device is called: a GPU by its name, a CPU by its kind and torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -239,7 +240,7 @@ def _key(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     except ImportError:
         triton_version = "none"
     versions = (__version__, torch.__version__, triton_version, platform.node())
-    return "|".join([_name(device), str(dtype), str(head_size), *versions])
+    return "|".join([device_name(device), str(dtype), str(head_size), *versions])
 
 
 def _folder() -> Path:

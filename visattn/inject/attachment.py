@@ -89,7 +89,8 @@ class Attachment:
         self.guidance = Guidance()
         self.told: set[str] = set()
         self.observers, self.audit = observers, audit
-        self.guard = backend == "auto" and guards(guard)
+        device = next(model.parameters()).device
+        self.guard = backend == "auto" and guards(guard, plan, device)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.layers: list[Layer] = []
         for number, (path, module) in enumerate(modules.items()):

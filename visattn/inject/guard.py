@@ -8,18 +8,25 @@ from collections.abc import Callable
 
 import torch
 
-from visattn.cost import Calibration, calibration_of, layer_cost
+from visattn.cost import Calibration, calibration_of, device_name, layer_cost
 from visattn.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, Pattern
+from visattn.plan import Plan
 
 __all__ = ["guards", "worthwhile"]
 
 DENSE = Dense()
 
 
-def guards(wanted: bool | None) -> bool:
-    """Whether heads are guarded: as wanted, or if that is None unless ``VISATTN_GUARD=0``."""
-    return os.environ.get("VISATTN_GUARD", "1") != "0" if wanted is None else wanted
+def guards(wanted: bool | None, plan: Plan, device: torch.device) -> bool:
+    """Whether heads are guarded: as wanted, or if that is None unless ``VISATTN_GUARD=0``, or the
+    plan was measured on such a device, which says more than a prediction."""
+    if wanted is not None:
+        return wanted
+    if os.environ.get("VISATTN_GUARD", "1") == "0":
+        return False
+    measured = plan.evidence.get("measured_on")
+    return measured is None or measured != device_name(device)
 
 
 def worthwhile(

@@ -13,7 +13,8 @@ from visattn.plan.store import PLAN_FILE
 __all__ = ["as_plan", "is_pattern", "read_plan"]
 
 # of a checkout; an installed package has none
-PRESETS = Path(__file__).resolve().parents[2] / "assets" / "plans" / "presets"
+PLANS = Path(__file__).resolve().parents[2] / "assets" / "plans"
+PRESETS = PLANS / "presets"
 
 
 def as_plan(value: object, model_path: str | None = None) -> Plan:
@@ -47,8 +48,9 @@ def read_plan(
     """The plan that ``text`` names.
 
     Args:
-        text: ``"none"`` (no plan), ``"auto"`` (the plan that lies beside the model's weights), a
-            pattern for all heads in written form, the path of a plan or of its folder, or a hub id.
+        text: ``"none"`` (no plan), ``"auto"`` (the plan that lies beside the model's weights, or in
+            a checkout the one of its name in ``assets/plans``), a pattern for all heads in written
+            form, the path of a plan or of its folder, or a hub id.
         model_path: folder or hub id of the model, for ``"auto"``.
         revision, token: of the hub.
 
@@ -81,6 +83,8 @@ def _beside(model_path: str | None, revision: str | None, token: str | None) -> 
     try:
         return Plan.from_pretrained(model_path, revision=revision, token=token)
     except OSError:
+        if (PLANS / Path(model_path).name / PLAN_FILE).is_file():
+            return Plan.from_pretrained(PLANS / Path(model_path).name)
         presets = ", ".join(_presets_for(model_path))
         known = f" (unsearched presets for it lie in {PRESETS}: {presets})" if presets else ""
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn._version import __version__
+from visattn.cost import device_name
 from visattn.files import write_whole
 from visattn.layout import check_count
 from visattn.patterns import HeadPattern, Skip
@@ -77,6 +78,7 @@ def search(
     prompts: Sequence[str],
     *,
     call: Mapping[str, Any] | None = None,
+    also: Sequence[Mapping[str, Any]] = (),
     target_speedup: float | None = None,
     max_error: float | None = None,
     min_psnr: float | None = None,
@@ -105,6 +107,9 @@ def search(
         prompts: to calibrate on, a few; the first half is learned from, the other half scores.
         call: arguments of the pipeline's call: ``height``, ``width``, ``num_frames``,
             ``num_inference_steps``, ``guidance_scale``, ``negative_prompt``.
+        also: other shapes that the plan is for, as the fields of ``call`` that differ: losses are
+            means over all shapes, and the speed is reached at each of them (as MoA's constraint for
+            several lengths; Fu et al. 2024, arXiv 2406.14909). Validation is at ``call``.
         target_speedup: of a whole generation, above 1: the plan of least error at that speed.
         max_error: instead, the fastest plan whose error of the denoiser's output
             (``|e' - e|^2 / |e|^2`` with guidance, teacher-forced) is at most this. Without any of
@@ -158,10 +163,17 @@ def search(
         deadline=deadline,
         scorer=scorer,
     )
-    own.look()
-    own.learn()
+    elsewhere = [own.beside(fields) for fields in also]
+    for each in (own, *elsewhere):
+        each.look()
+        each.learn()
     own.score()
+    for each in elsewhere:
+        each.score(like=own)
     own.time()
+    for each in elsewhere:
+        each.time(like=own)
+    own.join()
     own.ask_layers()
     findings = own.try_plans(target_speedup)
     front = best_by_speed(findings)
@@ -287,6 +299,10 @@ def _receipt(
     named |= {f"front {other.target:g}x": other for other in others}
     steps = own.step_speedups({name: found.plan for name, found in named.items()})
     clips = Clips(own.validate({name: found.plan for name, found in named.items()}))
+    for other in own.others:
+        own.notes.append(
+            f"at {other.layout} the plan is predicted at {other.table.speedup(chosen.heads):.2f}x"
+        )
     psnr, (speed, _, _) = clips.psnr(PLANNED), clips.speed(PLANNED)
     predicted = steps[PLANNED]
     if chosen.kind != "searched":
@@ -301,7 +317,7 @@ def _receipt(
         "error": round(chosen.error, 6),
         "pairs": len(clips),
         "call": dict(own.subject.call),
-        "machine": machine(own.subject.device),
+        "measured_on": device_name(own.subject.device),
     }
     provenance = {
         "kind": f"searched: {chosen.name}",

@@ -13,7 +13,7 @@ The first is what the search goes by; the others are what published rules go by.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Scorer:
     """An observer that takes the errors of a pool on a generation.
 
     Args:
-        pool: the candidates; weights: output projections ``[out, H D]`` by (role, layer).
+        pool: the candidates; weights: gives the output projection ``[out, H D]`` of (role, layer).
         steps: that are read; grids: the tiles of the stencils.
         tiles, rows_per_tile, seed: of the sample of rows, as ``draw_rows`` takes them.
         exact: score all rows and whole outputs, which is slower and what the sample stands for.
@@ -80,7 +80,7 @@ class Scorer:
     def __init__(
         self,
         pool: Pool,
-        weights: Mapping[Layer, torch.Tensor],
+        weights: Callable[[Layer], torch.Tensor],
         steps: Collection[int],
         grids: Sequence[TileGrid],
         tiles: int,
@@ -134,12 +134,18 @@ class Scorer:
                 seed=self.seed,
             ).tokens
         everything = torch.arange(call.layout.length)
-        masks = [
-            pattern.allows(self.rows[:, None], everything, call.layout)
-            for _, pattern in self.pool.static
-        ]
-        empty = torch.zeros(0, len(self.rows), len(everything), dtype=torch.bool)
-        self.masks = (torch.stack(masks) if masks else empty).to(device)
+        self.masks = torch.zeros(
+            len(self.pool.static), len(self.rows), len(everything), dtype=torch.bool, device=device
+        )
+        self.unfit: list[int] = []
+        for number, (family, pattern) in enumerate(self.pool.static):
+            try:
+                kept = pattern.allows(self.rows[:, None], everything, call.layout)
+            except ValueError as error:  # chosen for another grid
+                self.unfit.append(number)
+                self.failures[f"{family}: {pattern}"] = str(error)
+                continue
+            self.masks[number] = kept.to(device)
         self.numbers = [
             grid.offset(grid.owner[self.rows][:, None], torch.arange(grid.count.numel)).to(device)
             for grid in self.grids
@@ -151,7 +157,7 @@ class Scorer:
         layer = call.place.role, call.place.number
         heads = len(call.q)
         group = heads // len(call.k)
-        weights = self.weights[layer].to(call.q.device)
+        weights = self.weights(layer).to(call.q.device)
         gram = self._gram(layer, heads, weights)
         exact = torch.empty(heads, len(self.rows), call.v.shape[2], device=call.q.device)
         count = len(self.pool.options(layer, 0)) - 1
@@ -175,6 +181,11 @@ class Scorer:
         skip = torch.stack([_losses(out, nothing, g) for out, g in zip(exact, gram, strict=True)])
         own_norm = exact.double().square().sum((-2, -1)).cpu()
         at = len(self.pool.static)
+        sums[:, self.unfit] = torch.nan
+        for head, line in enumerate(self.pool.stencils.get(layer, ())):
+            for number, stencil in enumerate(line):
+                if not self._fits(stencil):
+                    sums[head, at + number] = torch.nan
         parts = [sums[:, :at], self._dynamic(call, exact, gram), sums[:, at:], skip.double().cpu()]
         losses = torch.cat(parts, 1)
         rows = torch.full((heads,), len(self.rows))
@@ -209,7 +220,8 @@ class Scorer:
             tables = torch.stack([stencil.table(grid.count).flatten() for stencil in stencils])
             columns = torch.zeros(len(stencils), grid.count.numel, dtype=torch.bool)
             for number, stencil in enumerate(stencils):
-                columns[number, list(stencil.columns)] = True
+                if self._fits(stencil):
+                    columns[number, list(stencil.columns)] = True
             kept = tables.to(v.device)[:, numbers[rows]] | columns.to(v.device)[:, None]
             tokens, exists = grid.tokens.to(v.device), grid.exists.to(v.device)
             part = (weights[:, tokens] * exists).transpose(0, 1)  # [n, r, size]
@@ -220,6 +232,11 @@ class Scorer:
                 other = weights[:, outside]
                 total = total + torch.cat([other @ v[outside], other.sum(-1, keepdim=True)], -1)
             yield total
+
+    def _fits(self, stencil: Stencil) -> bool:
+        """Whether a stencil that was learned at another grid has its columns in this one."""
+        grid = next(grid for grid in self.grids if grid.tile == stencil.tile)
+        return max(stencil.columns, default=0) < grid.count.numel
 
     def _dynamic(self, call: Call, exact: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         """Sums of the dynamic candidates, ``[H, E, 3]``; NaN where one cannot run, and for the

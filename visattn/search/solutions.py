@@ -12,7 +12,7 @@ from visattn.search.score import LOSSES
 from visattn.search.solve import Option, best_choice, frontier, pareto
 from visattn.search.table import Allowed, Assignment, Group, Table
 
-__all__ = ["LayerFronts", "published_rules", "solutions", "uniform_plans"]
+__all__ = ["LayerFronts", "meeting", "published_rules", "solutions", "uniform_plans"]
 
 POINTS = 200  # of a layer's front
 HEAD_CAP = 0.25  # of the whole loss that one head may have, or four times its even share
@@ -44,19 +44,35 @@ class LayerFronts:
         }
         self.fronts: Fronts = {group: frontier(own, POINTS) for group, own in self.heads.items()}
 
-    def measured(self, errors: Mapping[Group, Sequence[tuple[float, float]]]) -> Fronts:
+    def measured(
+        self,
+        errors: Mapping[Group, Sequence[tuple[float, float]]],
+        weights: Mapping[Group, float] | None = None,
+    ) -> Fronts:
         """The fronts with the error of the model's output in place of losses, on a line between
         what was measured, in logarithms.
 
         Args:
             errors: of each layer alone, ``(loss, error)`` for some of its options.
+            weights: factors of the errors of some layers.
         """
-        return {
-            group: pareto(
-                [own._replace(loss=_between(errors.get(group, ()), own.loss)) for own in front]
+        out = {}
+        for group, front in self.fronts.items():
+            weight = 1.0 if weights is None else weights.get(group, 1.0)
+            known = errors.get(group, ())
+            out[group] = pareto(
+                [own._replace(loss=weight * _between(known, own.loss)) for own in front]
             )
-            for group, front in self.fronts.items()
-        }
+        return out
+
+    def error_of(
+        self,
+        group: Group,
+        heads: tuple[HeadPattern, ...],
+        errors: Mapping[Group, Sequence[tuple[float, float]]],
+    ) -> float:
+        """The error of the model's output that a layer alone is expected to make."""
+        return _between(errors.get(group, ()), self.table.loss(group, heads))
 
     def even(self, budget: float) -> Made:
         """Every layer with the same seconds, by its share of the steps."""
@@ -170,7 +186,7 @@ def solutions(
         ways["error by layer, capped"] = lambda budget: every.across(budget, measured, LAYER_CAPS)
     out: dict[str, Made] = {}
     for name, way in ways.items():
-        made = _meeting(table, speed, way)
+        made = meeting(table, speed, way)
         if made is not None:
             out[name] = made
     return out
@@ -184,7 +200,7 @@ def _copy(fronts: LayerFronts) -> LayerFronts:
     return out
 
 
-def _meeting(
+def meeting(
     table: Table, speed: float, way: Callable[[float], Made | None]
 ) -> Made | None:
     """What a way finds with a budget that meets the speed as it is predicted for whole layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -29,6 +30,7 @@ from visattn.search.score import Layer, Pool, Scorer
 from visattn.search.seconds import HeadTimes, Seconds, measure, parted
 from visattn.search.solutions import (
     LayerFronts,
+    meeting,
     published_rules,
     solutions,
     uniform_plans,
@@ -37,7 +39,7 @@ from visattn.search.store import Item, Store
 from visattn.search.subject import Subject
 from visattn.search.table import Group, Table, losses_of
 from visattn.search.team import Progress, Task, Team
-from visattn.search.tiles import tile_grids
+from visattn.search.tiles import TileGrid, tile_grids
 from visattn.search.validate import Scorer as Verdicts
 from visattn.search.validate import caption_scorer, clip_of
 
@@ -46,6 +48,7 @@ __all__ = ["Search", "Settings"]
 FORMAT = 1  # of what is kept
 STENCIL_LEVELS = (0.06, 0.1, 0.15, 0.2, 0.25, 0.32, 0.4, 0.5)
 TARGETS = (1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+ROUNDS = 2  # of refining a plan
 LAYER_POINTS = 5  # of a layer's front, that the model's own output is asked about
 STENCILS_TIMED = 10  # of a head
 UNIFORM_ELSEWHERE = 3  # families that are tried at other speeds than the target
@@ -62,6 +65,8 @@ class Settings:
         replays: calls of the denoiser that plans are judged by, about.
         pairs: (prompt, seed) pairs that the result is validated on.
         pictures: of these, whose videos the receipt shows.
+        layer_seconds: that may go into asking the model about each layer alone, about.
+        exact: score whole outputs instead of sampled rows, which takes several times as long.
     """
 
     steps: int = 4
@@ -70,6 +75,8 @@ class Settings:
     replays: int = 8
     pairs: int = 20
     pictures: int = 4
+    layer_seconds: float = 300.0
+    exact: bool = False
 
 
 class Search:
@@ -103,6 +110,9 @@ class Search:
         self.phases, self.settings = phases, settings or Settings()
         self.candidates, self.deadline, self.scorer = candidates, deadline, scorer
         self.notes: list[str] = []
+        self.others: list[Search] = []  # the same at other shapes
+        self.wanted: list[HeadPattern] = []  # patterns that are timed
+        self.rules: list[tuple[str, HeadPattern]] = []  # dynamic ones, with their families
         about = {
             "visattn": __version__,
             "torch": torch.__version__,
@@ -115,6 +125,23 @@ class Search:
         self.team = Team(Store(folder), about, progress)
         half = max(1, len(self.prompts) // 2)
         self.to_learn, self.to_score = self.prompts[:half], self.prompts[half:] or self.prompts
+
+    def beside(self, call: Mapping[str, Any]) -> Search:
+        """The same search at another shape, whose results are kept in the same folder."""
+        subject = Subject(self.subject.pipe, {**self.subject.call, **call}, self.subject.name)
+        other = Search(
+            subject,
+            self.prompts,
+            self.held_out,
+            phases=self.phases,
+            candidates=self.candidates,
+            settings=self.settings,
+            folder=self.team.store.folder,
+            progress=self.team.progress,
+            scorer=self.scorer,
+        )
+        self.others.append(other)
+        return other
 
     # ---- a dense generation: how long it takes, and what it does
 
@@ -224,10 +251,15 @@ class Search:
 
     # ---- what every candidate gets wrong
 
-    def score(self) -> None:
+    def score(self, like: Search | None = None) -> None:
         """Losses of all candidates on the other prompts. Dynamic rules that take longer than dense
-        attention are no candidates; they are compared with all the same."""
-        self.rules = self._rules()
+        attention are no candidates; they are compared with all the same.
+
+        Args:
+            like: the search whose candidates these are, at another shape.
+        """
+        self._check_candidates()
+        self.rules = self._rules() if like is None else like.rules
         times = self._measured("rules", [own for _, own in self.rules])
         self.slow = {
             repr(own)
@@ -235,18 +267,23 @@ class Search:
             if repr(own) not in times or times[repr(own)].all >= times[repr(Dense())].all
         }
         self.seconds = times
-        self.pool = self._pool()
+        if like is None:
+            self.pool = self._pool()
+        else:
+            self.pool = like.pool
+            self.grids = [TileGrid(grid.tile, self.layout) for grid in like.grids]
         words = self.pool.words(list(self.tables))
 
         def task(prompt: str, seed: int) -> Task:
             def run() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                 scorer = Scorer(
                     self.pool,
-                    self.subject.weights(),
+                    self.subject.weights,
                     self.all_read,
                     self.grids,
                     self.settings.tiles,
                     self.settings.rows,
+                    exact=self.settings.exact,
                 )
                 with observe(self.subject.pipe, scorer):
                     self.subject.generate(prompt, seed)
@@ -254,6 +291,7 @@ class Search:
 
             asked = {"prompt": prompt, "seed": seed, "steps": sorted(self.all_read), "pool": words}
             asked |= {"tiles": self.settings.tiles, "rows": self.settings.rows}
+            asked["exact"] = self.settings.exact
             return Task(asked, f"{prompt!r}, seed {seed}", run)
 
         found = self.team.do("score", [task(*own) for own in self.to_score])
@@ -292,6 +330,17 @@ class Search:
             stencils,
         )
 
+    def _check_candidates(self) -> None:
+        """Raise ValueError for a name that is no family."""
+        families = [*static_families(self.layout.grids[0][1], self.block), "stencil"]
+        families += dynamic_families(self.block)
+        for own in self.candidates or ():
+            if isinstance(own, str) and "(" not in own and own not in families:
+                raise ValueError(
+                    f"candidates holds {own!r}; families are {', '.join(families)}, or give a "
+                    "pattern as in 'radial(decay=0.2)'"
+                )
+
     def _rules(self) -> list[tuple[str, HeadPattern]]:
         """Dynamic rules with their families."""
         return [
@@ -315,8 +364,12 @@ class Search:
 
     # ---- what every candidate costs
 
-    def time(self) -> None:
-        """Seconds of the candidates in a layer, and the table of both."""
+    def time(self, like: Search | None = None) -> None:
+        """Seconds of the candidates in a layer, and the table of both.
+
+        Args:
+            like: as for ``score``.
+        """
         heads = {layer: self.subject.heads(layer) for layer in self.subject.paths}
         flat = Table(
             pool=self.pool,
@@ -342,7 +395,8 @@ class Search:
                 step = max(1, -(-len(chosen) // STENCILS_TIMED))
                 wanted.update(dict.fromkeys(chosen[::step]))
 
-        self.seconds = self._measured("seconds", list(wanted)) | self.seconds
+        self.wanted = list(wanted) if like is None else like.wanted
+        self.seconds = self._measured("seconds", self.wanted) | self.seconds
         module = next(iter(self.subject.modules.values()))
         sample = torch.empty(1, 1, 1, 64, device=self.subject.device, dtype=torch.float32)
         times = HeadTimes(
@@ -351,6 +405,10 @@ class Search:
             parted(sample),
         )
         self.table = replace(flat, times=times)
+
+    def join(self) -> None:
+        """Let the table know of the other shapes."""
+        self.table = replace(self.table, also=tuple(other.table for other in self.others))
 
     def _measured(self, stage: str, patterns: Sequence[HeadPattern]) -> dict[str, Seconds]:
         """Seconds of patterns, and of dense attention, on a call of a layer in the middle."""
@@ -379,7 +437,8 @@ class Search:
     # ---- what plans get wrong
 
     def errors(self, plans: Sequence[Plan], stage: str) -> list[float]:
-        """The error of the model's own output under each plan; infinite where it could not run."""
+        """The error of the model's own output under each plan, the mean over shapes; infinite where
+        it could not run."""
 
         def task(plan: Plan) -> Task:
             return Task(
@@ -388,12 +447,14 @@ class Search:
                 lambda: ({"error": _finite(self.replay.error(plan))}, {}),
             )
 
-        found = self.team.do(stage, [task(plan) for plan in plans])
+        found = self.team.do(stage, [task(plan) for plan in plans], needed=False)
         out = []
         for item in found:
             value = None if item is None else item.value["error"]
             out.append(math.inf if value is None else float(value))
-        return out
+        elsewhere = [replace(plan, geometry=None) for plan in plans]
+        found_there = [other.errors(elsewhere, stage) for other in self.others]
+        return [statistics.fmean(errors) for errors in zip(out, *found_there, strict=True)]
 
     @property
     def asked_calls(self) -> list[Any]:
@@ -403,12 +464,14 @@ class Search:
         ]
 
     def ask_layers(self) -> None:
-        """The model's own error when one layer at a time takes options of its front."""
+        """The model's own error when one layer at a time takes options of its front, as far as
+        there is time."""
         every = LayerFronts(self.table)
         asked: list[tuple[Group, float, Plan]] = []
-        for group, front in every.fronts.items():
+        points = self.points(len(every.fronts))
+        for group, front in every.fronts.items() if points else ():
             sparse = [own for own in front if own.loss > 0]
-            count = min(LAYER_POINTS, len(sparse))
+            count = min(points, len(sparse))
             for n in range(count):
                 own = sparse[n * (len(sparse) - 1) // max(1, count - 1)]
                 made = {group: self.table.patterns(group, own.choice)}
@@ -426,6 +489,52 @@ class Search:
                 self.table, lambda _, own: isinstance(own, Pattern), loss="mass"
             ),
         }
+
+    def points(self, groups: int) -> int:
+        """Options of each layer that there is time to ask the model about, none or several."""
+        call = self.generation / sum(self.runs.values())
+        points = int(self.settings.layer_seconds / (call * len(self.replay.calls) * groups))
+        if points < 2:
+            self.notes.append(
+                "layers are weighed by the error of their attention alone: asking the model about "
+                f"each would take more than layer_seconds={self.settings.layer_seconds:g}"
+            )
+            return 0
+        return min(LAYER_POINTS, points)
+
+    def refine(self, best: Finding) -> list[Finding]:
+        """A plan again, with layers weighed by what the model's own error loses when each alone is
+        dense; as long as that makes it better."""
+        out: list[Finding] = []
+        every = self.fronts["all"]
+        for _ in range(ROUNDS if self.by_layer and best.target else 0):
+            sparse = [
+                group
+                for group, heads in best.heads.items()
+                if any(pattern != Dense() for pattern in heads)
+            ]
+            without = [
+                self.table.plan({g: heads for g, heads in best.heads.items() if g != group})
+                for group in sparse
+            ]
+            found = self.errors(without, "refine")
+            weights = {
+                group: max(0.0, best.error - error)
+                / max(1e-12, every.error_of(group, best.heads[group], self.by_layer))
+                for group, error in zip(sparse, found, strict=True)
+            }
+            fronts = every.measured(self.by_layer, weights)
+            assert best.target is not None
+            way = functools.partial(every.across, fronts=fronts)
+            made = meeting(self.table, best.target, way)
+            if made is None:
+                break
+            (again,) = self._found([("error by layer, refined", "searched", best.target, made)])
+            if again.error >= best.error:
+                break
+            out.append(again)
+            best = again
+        return out
 
     def try_plans(self, target: float | None) -> list[Finding]:
         """Plans for every speed that can be had, judged by the error of the model's own output.
@@ -445,7 +554,7 @@ class Search:
             if not own:
                 break
             reached.append(speed)
-            made += [(name, "searched", speed, assignment) for name, assignment in own.items()]
+            made += [(name, "searched", speed, found) for name, found in own.items()]
         self.reached = reached
         main = target if target in reached else (reached[len(reached) // 2] if reached else None)
         best: dict[str, float] = {}
@@ -461,6 +570,11 @@ class Search:
             for family, pattern in chosen.items():
                 kind = "uniform dynamic" if family in dynamic else "uniform static"
                 made.append((family, kind, speed, pattern))
+        slow = [family for family in kinds if main and not any(f == family for f, *_ in made)]
+        if slow:
+            self.notes.append(
+                f"one pattern for all heads does not reach {main:g}x here with: {', '.join(slow)}"
+            )
         for family in dynamic:  # at their own budgets, whatever they cost
             made += [(family, "uniform dynamic", None, own) for own in kinds[family]]
         if main:
@@ -469,7 +583,12 @@ class Search:
                 (name, "random" if name == "random" else "published rule", main, own)
                 for name, own in rules.items()
             ]
-        return self._found(made)
+        findings = self._found(made)
+        at = reached.index(main) if main else 0
+        for speed in reached[max(0, at - 1) : at + 2]:  # those that will be validated
+            searched = [x for x in findings if x.target == speed and x.kind == "searched"]
+            findings += self.refine(min(searched, key=lambda x: x.error))
+        return findings
 
     def _found(self, made: Sequence[tuple[str, str, float | None, Any]]) -> list[Finding]:
         assignments = [

@@ -76,9 +76,9 @@ class Subject:
         """Query heads of a layer."""
         return int(self.modules[layer].heads)
 
-    def weights(self) -> dict[Layer, torch.Tensor]:
-        """Output projections of all layers."""
-        return {layer: output_weights(module) for layer, module in self.modules.items()}
+    def weights(self, layer: Layer) -> torch.Tensor:
+        """The output projection of a layer, float32 ``[out, H D]``."""
+        return output_weights(self.modules[layer])
 
     def job(self, prompt: str, seed: int) -> Job:
         """A generation."""

@@ -51,6 +51,8 @@ class Table:
             apart.
         generation: seconds of a dense one.
         layout, denoisers, phases, model: for plans.
+        also: the same at other shapes, with the same candidates; losses are then means over the
+            shapes, and a plan is as fast as at the shape where it is slowest.
     """
 
     pool: Pool
@@ -64,6 +66,7 @@ class Table:
     denoisers: Mapping[str, Denoiser]
     phases: tuple[float, ...] = ()
     model: str | None = None
+    also: tuple[Table, ...] = ()
 
     # ---- what is known of heads
 
@@ -78,14 +81,20 @@ class Table:
     @cached_property
     def groups(self) -> list[Group]:
         """Every layer in every phase that was scored."""
-        return sorted(self.calls)
+        return sorted(self.losses)
 
     @cached_property
     def losses(self) -> dict[Group, torch.Tensor]:
-        """Mean losses over calls, ``[H, candidates, 3]``, NaN where one could never be computed."""
-        return {
+        """Mean losses over calls, ``[H, candidates, 3]``, NaN where one could never be computed, or
+        not at every shape."""
+        own = {
             group: torch.stack([losses for _, _, losses in calls]).nanmean(0)
             for group, calls in self.calls.items()
+        }
+        return {
+            group: torch.stack([losses, *(other.losses[group] for other in self.also)]).mean(0)
+            for group, losses in own.items()
+            if all(group in other.losses for other in self.also)
         }
 
     def candidates(self, group: Group, head: int) -> list[tuple[str, HeadPattern]]:
@@ -103,18 +112,36 @@ class Table:
             loss: one of LOSSES.
         """
         at = LOSSES.index(loss)
-        weight, share = self.weight(group), self.share(group)
-        own = [Option(weight * self.times.head(Dense()), 0.0, (-1,))]
+        share = self.share(group)
+        own = [Option(self.cost(group, Dense()), 0.0, (-1,))]
         values = self.losses[group][head, :, at].tolist()
         for number, ((family, pattern), value) in enumerate(
             zip(self.candidates(group, head), values, strict=True)
         ):
-            if not math.isfinite(value) or repr(pattern) not in self.times.seconds:
+            if not math.isfinite(value) or not self.timed(pattern):
                 continue
             if allowed is None or allowed(family, pattern):
-                cost = weight * self.times.head(pattern)
-                own.append(Option(cost, share * value, (number,)))
+                own.append(Option(self.cost(group, pattern), share * value, (number,)))
         return pareto(own)
+
+    def timed(self, pattern: HeadPattern) -> bool:
+        """Whether a pattern's seconds are known, at every shape."""
+        name = repr(pattern)
+        return all(name in table.times.seconds for table in (self, *self.also))
+
+    def cost(self, group: Group, pattern: HeadPattern) -> float:
+        """Seconds of a head in a generation: what dense attention takes, less the smallest saving
+        at any shape, as a share of the generation there."""
+        dense = self.weight(group) * self.times.head(Dense())
+        if not self.also:
+            return self.weight(group) * self.times.head(pattern)
+        shares = [
+            table.weight(group)
+            * (table.times.head(Dense()) - table.times.head(pattern))
+            / table.generation
+            for table in (self, *self.also)
+        ]
+        return dense - self.generation * min(shares)
 
     def patterns(self, group: Group, choices: Sequence[int]) -> tuple[HeadPattern, ...]:
         """The patterns of a layer's heads by the numbers of their candidates."""
@@ -122,6 +149,15 @@ class Table:
             Dense() if number < 0 else self.candidates(group, head)[number][1]
             for head, number in enumerate(choices)
         )
+
+    def loss(self, group: Group, patterns: Sequence[HeadPattern]) -> float:
+        """The projected loss of a layer's heads, as options have it."""
+        total = 0.0
+        for head, pattern in enumerate(patterns):
+            own = [known for _, known in self.candidates(group, head)]
+            if pattern in own:
+                total += float(self.losses[group][head, own.index(pattern), 0])
+        return self.share(group) * total
 
     def uniform(self, pattern: HeadPattern) -> dict[Group, tuple[HeadPattern, ...]]:
         """One pattern for all heads."""
@@ -138,13 +174,13 @@ class Table:
         )
 
     def speedup(self, assignment: Assignment) -> float:
-        """Of a whole generation, predicted."""
-        return self.generation / max(1e-9, self.generation - self.saved(assignment))
+        """Of a whole generation, predicted, at the shape where it is least."""
+        own = self.generation / max(1e-9, self.generation - self.saved(assignment))
+        return min([own, *(other.speedup(assignment) for other in self.also)])
 
     def known(self, assignment: Assignment) -> bool:
         """Whether all of its patterns were timed."""
-        own = {repr(pattern) for heads in assignment.values() for pattern in heads}
-        return own <= set(self.times.seconds)
+        return all(self.timed(own) for own in {p for heads in assignment.values() for p in heads})
 
     def plan(self, assignment: Assignment) -> Plan:
         """The plan of an assignment; layers that are all dense have no rule."""

@@ -61,12 +61,18 @@ class Team:
         """Whether this process speaks for all."""
         return bool(self.state.is_main_process)
 
-    def do(self, stage: str, tasks: Sequence[Task], *, alone: bool = False) -> list[Item | None]:
+    def do(
+        self, stage: str, tasks: Sequence[Task], *, alone: bool = False, needed: bool = True
+    ) -> list[Item | None]:
         """Answers in the order of the tasks, None where one failed; those that are kept are not
         asked again, unless they failed.
 
         Args:
             alone: the first process does all of them, as what is timed must not be disturbed.
+            needed: whether the search ends when all of them fail.
+
+        Raises:
+            Unfinished: all failed.
         """
         begin = time.perf_counter()
         keys = [key_of(stage, [self.about, task.question]) for task in tasks]
@@ -95,7 +101,7 @@ class Team:
                 self.failures[f"{stage}: {task.label}"] = why
                 item = None
             found.append(item)
-        if tasks and not any(item is not None for item in found):
+        if needed and tasks and not any(item is not None for item in found):
             first = next(iter(self.failures.values()))
             raise Unfinished(f"{stage} failed for all of {len(tasks)}: {first}")
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin

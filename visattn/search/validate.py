@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from visattn.inject import sparse
 from visattn.metrics import compare_frames
 from visattn.metrics.prompt import parse_caption, score_prompt
 from visattn.plan import Plan
-from visattn.video import write_video
+from visattn.video import encode_video
 
 __all__ = ["MOST_DB", "Scorer", "caption_scorer", "clip_of"]
 
@@ -84,12 +82,6 @@ def clip_of(
             }
         value[name] = own
         if name in pictures:
-            videos[name] = _mp4(found.frames, job.fps)
+            data = encode_video(found.frames, fps=job.fps)
+            videos[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return value, videos
-
-
-def _mp4(frames: torch.Tensor, fps: float) -> torch.Tensor:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        write_video(frames, path, fps=fps)
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
