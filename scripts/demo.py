@@ -1,4 +1,5 @@
-"""Generate a dense and a sparse video with the command line, compare them, and look inside.
+"""Generate a dense video and one by the searched plan with the command line, compare them, and look
+inside.
 
     python scripts/demo.py        (make demo)
 
@@ -24,9 +25,10 @@ import torch  # noqa: E402
 from diffusers import WanPipeline  # noqa: E402
 
 OUT = Path("out/demo")
+PLANS = ROOT / "assets" / "plans"
 PROMPT = "a green triangle moves left over the snow"
 SEED = 1014
-PLAN = "neighborhood((3, 1.0, 1.0))"  # the frame before, the own and the next
+PLAN = "auto"  # the searched plan of the model: assets/plans/tiny-wan
 PYTHON = f"""\
 >>> visattn.apply_plan(pipe, {PLAN!r})
 >>> video = pipe({PROMPT!r}).frames[0]
@@ -40,8 +42,9 @@ def commands() -> list[str]:
         f"{generate} --output {OUT}/dense.mp4",
         f"{generate} --plan '{PLAN}' --output {OUT}/sparse.mp4",
         f"compare {OUT}/dense.mp4 {OUT}/sparse.mp4 --output {OUT}/side-by-side.mp4",
+        f"show {shlex.quote(str(PLANS / 'tiny-wan'))} --output {OUT}/plan.png",
         f"inspect '{PROMPT}' --shape evaluation --output {OUT}/heads.png",
-        f"show '{PLAN}' --grid 9x16x16 --output {OUT}/plan.png",
+        f"compare '{PROMPT}' --seed {SEED} --plan none --plan-b {PLAN} --output {OUT}/receipt.html",
     ]
 
 
@@ -60,6 +63,8 @@ def main() -> int:
     shape = {**shape_of(default_model()), "num_inference_steps": 1}
     pipe(PROMPT, generator=torch.Generator().manual_seed(SEED), output_type="latent", **shape)
     print(visattn.summary(pipe))
+    print(f"\nThe receipt of the search:       {PLANS / 'tiny-wan' / 'report.html'}")
+    print(f"The receipt of these two videos: {(OUT / 'receipt.html').resolve()}")
     return 0
 
 

@@ -78,7 +78,7 @@ class Team:
         keys = [key_of(stage, [self.about, task.question]) for task in tasks]
         own = 0 if alone else self.state.process_index
         many = 1 if alone else self.state.num_processes
-        mine = [n for n in range(len(tasks)) if n % many == own or own >= many]
+        mine = [n for n in range(len(tasks)) if n % many == own]
         mine = mine if not alone or self.first else []
         open_ = [n for n in mine if self._kept(keys[n]) is None]
         for done, number in enumerate(open_):
@@ -104,6 +104,7 @@ class Team:
         if needed and tasks and not any(item is not None for item in found):
             first = next(iter(self.failures.values()))
             raise Unfinished(f"{stage} failed for all of {len(tasks)}: {first}")
+        self.store.forget()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         return found
 
