@@ -28,4 +28,5 @@ COGVIDEOX = Family(
     layers=r"transformer_blocks\.\d+\.attn1",
     tokens=tokens,
     batch=("uncond", "cond"),
+    blocks=(r"transformer_blocks\.\d+",),
 )

@@ -22,9 +22,15 @@ class Family:
             where text is part of the sequence) match in full, and nothing else does.
         tokens: the attention's tokens from the model's configuration and the arguments of its
             forward, in the order of the sequence. It is traced by ``torch.compile``: it reads
-            shapes and no values.
+            shapes, and values only where these do not say it.
         batch: the passes of a batch that guidance has doubled, in its order; empty where each pass
             is a call of its own.
+        cross: regular expression of its cross-attention to text; empty where it has none.
+        blocks: a regular expression for each stack of blocks that its denoiser runs one after the
+            other, which the module paths of its blocks match in full.
+        timestep_unit: what its pipelines divide a timestep of the scheduler by before the denoiser
+            gets it.
+        perturbed: argument of its forward by which a pipeline asks for a perturbed pass of its own.
     """
 
     name: str
@@ -32,3 +38,7 @@ class Family:
     layers: str
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     batch: tuple[str, ...] = ()
+    cross: str = ""
+    blocks: tuple[str, ...] = ()
+    timestep_unit: int = 1
+    perturbed: str = ""

@@ -23,4 +23,6 @@ WAN = Family(
     models=("WanTransformer3DModel",),
     layers=r"blocks\.\d+\.attn1",
     tokens=tokens,
+    cross=r"blocks\.\d+\.attn2",
+    blocks=(r"blocks\.\d+",),
 )

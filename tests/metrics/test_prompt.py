@@ -16,6 +16,7 @@ from visattn.metrics.prompt import (
     PICTURE,
     Scene,
     Thing,
+    object_margin,
     parse_caption,
     read_scene,
     score_prompt,
@@ -93,6 +94,18 @@ def test_plain_square_is_read(colour, direction):
     start = (24 - 8 * step[0], 16 - 8 * step[1])
     frames = rectangle(colour=COLOURS[colour], start=start, step=step, num_frames=17)
     assert read_scene(frames) == Scene((Thing(colour, "square", direction),), "fog")
+
+
+def test_margin_is_above_0_where_the_object_is_seen():
+    frames = rectangle()
+    caption = "a red {} moves right over the fog".format
+    assert read_scene(frames).things[0].object == "square"
+    assert object_margin(frames, caption("square")) > 0
+    for other in set(OBJECTS) - {"square"}:
+        assert -2 <= object_margin(frames, caption(other)) < 0
+    assert object_margin(torch.full((5, 3, 32, 32), 0.5), caption("square")) == 0
+    with pytest.raises(ValueError, match="2 things"):
+        object_margin(frames, "a red square moves left and a green zero moves down over the fog")
 
 
 def test_nothing_is_read_from_an_empty_video():

@@ -156,6 +156,9 @@ def test_layers_without_known_paths_have_numbers():
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_paths_of_every_family_are_known(kind):
     plan = Plan(denoisers={"transformer_2": Denoiser(kind, 3, 4)})
+    if len(FAMILIES[kind].blocks) > 1:  # how many blocks each stack has, a plan does not say
+        assert layer_paths([plan]) == {}
+        return
     [(role, paths)] = layer_paths([plan]).items()
     assert role == "transformer_2"
     assert len(set(paths)) == 3

@@ -20,8 +20,9 @@ from visattn.bench.timing import Time, take_turns
 from visattn.generation import Job, run_job
 from visattn.inject import Observation, observe, sparse
 from visattn.inject.attachment import Attachment, attached
-from visattn.inject.layer import Layer, is_dense
+from visattn.inject.layer import Layer
 from visattn.inject.op import Call
+from visattn.inject.parts import is_dense
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern, Skip
 from visattn.plan import ANY, Plan

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
-from visattn.cli import bench, compare, env, generate, inspect, search, show
+from visattn.cli import bench, compare, env, generate, inspect, search, search_heads, show
 from visattn.cli.output import Output, error_line
 from visattn.execute import BackendUnavailable
 from visattn.generation import GenerationError
@@ -46,6 +46,11 @@ COMMANDS = {
         "find which attention each head needs: a plan, and a receipt of what it costs",
         search.add_arguments,
         search.run,
+    ),
+    "search-heads": Command(
+        "find the heads whose perturbation guides a pipeline best",
+        search_heads.add_arguments,
+        search_heads.run,
     ),
     "show": Command(
         "show a pattern, a plan, or what is different in another", show.add_arguments, show.run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from visattn.cli.generation_options import (
     add_job_arguments,
@@ -17,6 +18,8 @@ from visattn.cli.output import Output
 from visattn.cli.progress import StepLine
 from visattn.generation import Item, Job, Outcome, generate_all, read_prompts
 from visattn.generation.batch import seeded
+from visattn.guidance.named import GUIDANCES
+from visattn.guidance.text import listed_guidances, parse_guidances
 
 OUTPUT = "visattn.mp4"
 
@@ -27,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE.jsonl",
         help="a JSON object a line: prompt, and any of negative_prompt, seed, height, width, "
-        "num_frames, num_inference_steps, guidance_scale, fps, image, output",
+        "num_frames, num_inference_steps, guidance_scale, fps, image, guidance, output",
     )
     parser.add_argument(
         "--output",
@@ -49,12 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep an output that the same options made before",
     )
+    parser.add_argument(
+        "--guidance",
+        action="append",
+        metavar="NAME:PARAMETERS",
+        help=f"guidance by edited attention, as in {GUIDANCES['softpag'].example!r}; heads may be "
+        "a file of search-heads; repeat it to combine",
+    )
+    parser.add_argument(
+        "--list-guidance", action="store_true", help="print the names of guidances, with examples"
+    )
     add_job_arguments(parser)
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print what was made as JSON")
 
 
-def run(args: argparse.Namespace) -> Output:
+def run(args: argparse.Namespace) -> str | Output:
+    if args.list_guidance:
+        return guidance_list(args.json)
     items = read_items(args)
     loading = read_loading(args)
     backend = args.backend or "auto"
@@ -88,7 +103,7 @@ def read_items(args: argparse.Namespace) -> list[Item]:
     if args.num_videos_per_prompt < 1:
         raise ValueError(f"--num-videos-per-prompt {args.num_videos_per_prompt} must be at least 1")
     if args.prompts is None:
-        job = Job(prompt=args.prompt, **job_fields(args))
+        job = Job(prompt=args.prompt, **_fields(args))
         items = [Item("", Path(args.output or OUTPUT), job)]
     else:
         if args.output is None:
@@ -98,8 +113,29 @@ def read_items(args: argparse.Namespace) -> list[Item]:
             raise ValueError(f"--output {args.output!r} must be a folder, for --prompts makes many")
         if not folder.parent.is_dir():
             raise ValueError(f"--output {args.output!r} lies in a folder that is not there")
-        items = read_prompts(args.prompts, folder, job_fields(args))
+        items = read_prompts(args.prompts, folder, _fields(args))
     return [own for item in items for own in seeded(item, args.num_videos_per_prompt)]
+
+
+def _fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a Job that the command line gives."""
+    return job_fields(args) | {"guidance": parse_guidances(args.guidance)}
+
+
+def guidance_list(as_json: bool) -> str:
+    """The guidances that have a name."""
+    found = listed_guidances()
+    if as_json:
+        return json.dumps(found, indent=2)
+    blocks = [
+        [
+            f"{own['name']}: {own['summary']}",
+            f"    --guidance '{own['example']}'",
+            f"    parameters: {', '.join(own['parameters'])}",
+        ]
+        for own in found
+    ]
+    return "\n".join(line for block in blocks for line in block)
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:

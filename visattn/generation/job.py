@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from visattn.execute import BackendUnavailable
 from visattn.generation.loading import reason
 from visattn.generation.quiet import quiet
+from visattn.guidance.named import guided
+from visattn.guidance.text import guidance_text, parse_guidances
+from visattn.inject.front import kind_of
 
 __all__ = ["GenerationError", "Job", "Progress", "Result", "run_job"]
 
@@ -47,6 +50,8 @@ class Job:
         guidance_scale: finite.
         image: file of the first frame, for image-to-video pipelines.
         fps: frames per second of an mp4, above 0 and at most 1000.
+        guidance: guidances of ``visattn.guidance.text``, one or several, as texts or as what they
+            say.
 
     Raises:
         TypeError, ValueError: a field is something else.
@@ -62,6 +67,7 @@ class Job:
     guidance_scale: float | None = None
     image: str | None = None
     fps: float = 16.0
+    guidance: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -87,10 +93,12 @@ class Job:
                 raise ValueError(f"{name}={value} must be finite")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must be above 0 and at most 1000")
+        object.__setattr__(self, "guidance", parse_guidances(self.guidance))
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON values, and the hash of the image file."""
-        out = asdict(self)
+        out = asdict(replace(self, guidance=()))
+        out["guidance"] = [guidance_text(own) for own in self.guidance]
         if self.image is not None:
             out["image_sha256"] = hashlib.sha256(Path(self.image).read_bytes()).hexdigest()
         return out
@@ -120,7 +128,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
 
     Raises:
         TypeError, ValueError: the pipeline refuses the job, or takes no such option; its plan does
-            not fit the grid.
+            not fit the grid; a guidance names what there is not, or changed nothing.
         OSError: the image cannot be read.
         GenerationError: the pipeline broke down, ran out of memory, or made no finite frames.
     """
@@ -136,7 +144,8 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
             options["callback_on_step_end"] = _watcher(started, ends, job, progress)
         pipe.set_progress_bar_config(disable=True)
         try:
-            output = pipe(**options)
+            with guided(pipe, job.guidance):
+                output = pipe(**options)
             frames = _frames(pipe, output)
         except torch.OutOfMemoryError as error:
             raise GenerationError(
@@ -162,7 +171,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
 
 
 def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(type(pipe).__call__).parameters)
+    return dict(inspect.signature(kind_of(pipe).__call__).parameters)
 
 
 def _call_options(pipe: Any, job: Job) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from visattn.attention import Backend, choose_backend
 from visattn.execute import BACKENDS, check_kernels
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
+from visattn.inject.caught import Editor
+from visattn.inject.moment import PipeRef
 from visattn.inject.observation import Observer
 from visattn.layout import check_count
 from visattn.patterns import HeadPattern
@@ -20,7 +22,16 @@ from visattn.pipelines.family import Family
 from visattn.plan import ROLES, Denoiser, Plan
 from visattn.plan.source import as_plan
 
-__all__ = ["apply_plan", "denoisers", "models_of", "observe", "remove_plan", "sparse"]
+__all__ = [
+    "apply_plan",
+    "denoisers",
+    "editing",
+    "known_denoisers",
+    "models_of",
+    "observe",
+    "remove_plan",
+    "sparse",
+]
 
 
 def apply_plan(
@@ -56,7 +67,7 @@ def apply_plan(
             its first step.
         BackendUnavailable: an explicit backend cannot run here.
     """
-    known = _known(pipe)
+    known = known_denoisers(pipe)
     own = as_plan(plan, _path_of(pipe))
     for rule in own.rules:
         if rule.role != "any" and rule.role not in known:
@@ -77,8 +88,8 @@ def apply_plan(
     new = []
     for role, (model, family) in known.items():
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
-        whole = None if _alone(pipe) else pipe
-        new.append(Attachment(model, role, family, own, chosen, whole, audit=audit, guard=guard))
+        given = {"plan": own, "backend": chosen, "audit": audit, "guard": guard}
+        new.append(_on(pipe, role, model, family).changed(**given))
     _exchange([attached(attachment.model) for attachment in new], new)
     return own
 
@@ -90,6 +101,9 @@ def remove_plan(pipe: Any) -> None:
         attachment = attached(model)
         if attachment is not None:
             attachment.remove()
+            left = attachment.changed(plan=Plan(), backend="auto", audit=0, guard=None)
+            if not left.idle:  # it is observed or edited
+                left.install()
 
 
 @contextmanager
@@ -109,9 +123,8 @@ def sparse(
         yield own
     finally:
         remove_plan(pipe)
-        for attachment in before.values():
-            if attachment is not None:
-                attachment.install()
+        known = [attachment for attachment in before.values() if attachment is not None]
+        _exchange([attached(attachment.model) for attachment in known], known)
 
 
 @contextmanager
@@ -130,7 +143,7 @@ def observe(
         ValueError: the pipeline is of no known family, or has no such layer.
     """
     before, new = [], []
-    known = _known(pipe)
+    known = known_denoisers(pipe)
     paths = {path for model, family in known.values() for path in attention_layers(model, family)}
     for path in layers or ():
         if path not in paths:
@@ -138,17 +151,55 @@ def observe(
                 f"layers holds {path!r}; the attention layers are {', '.join(sorted(paths)[:3])}..."
             )
     for role, (model, family) in known.items():
-        own = attached(model) or Attachment(model, role, family, Plan(), "auto", None)
-        whole = None if _alone(pipe) else pipe
-        observers = (*own.observers, (observer, frozenset(paths if layers is None else layers)))
+        own = _on(pipe, role, model, family)
         before.append(attached(model))
-        given = (own.plan, own.backend, whole, observers, own.audit, own.guard)
-        new.append(Attachment(model, role, family, *given))
+        shown = frozenset(paths if layers is None else layers)
+        new.append(own.changed(observers=(*own.observers, (observer, shown))))
     _exchange(before, new)
     try:
         yield
     finally:
         _exchange(new, before)
+
+
+@contextmanager
+def editing(pipe: Any, editors: Mapping[str, Editor]) -> Iterator[None]:
+    """Let editors compute attention calls inside a ``with`` block.
+
+    Args:
+        pipe: a diffusers pipeline, or a denoiser of one.
+        editors: by the role of the denoiser; each replaces that which the denoiser had, and is
+            replaced by it again. The denoiser is part of this pipeline meanwhile, also where
+            another one shares it and has a plan on it.
+    """
+    before: dict[str, tuple[Editor | None, PipeRef | None]] = {}
+    try:
+        for role, (model, family) in known_denoisers(pipe).items():
+            if role in editors:
+                own = attached(model)
+                before[role] = (None, None) if own is None else (own.editor, own.pipe)
+                own = own or _on(pipe, role, model, family)
+                if not _alone(pipe):
+                    own.pipe = PipeRef(pipe)
+                own.edit(editors[role])
+        yield
+    finally:
+        for role, (model, _) in known_denoisers(pipe).items():
+            own = attached(model)
+            if role in before and own is not None:
+                editor, its = before[role]
+                if its is not None and own.pipe() is pipe:
+                    own.pipe = its
+                own.edit(editor)
+
+
+def _on(pipe: Any, role: str, model: torch.nn.Module, family: Family) -> Attachment:
+    """What a denoiser has, as part of a pipeline; without anything, one that does nothing."""
+    whole = None if _alone(pipe) else pipe
+    own = attached(model)
+    if own is None:
+        return Attachment(model, role, family, Plan(), "auto", whole)
+    return own if own.pipe() is whole else own.changed(pipe=whole)
 
 
 def _exchange(out: Sequence[Attachment | None], new: Sequence[Attachment | None]) -> None:
@@ -169,7 +220,7 @@ def denoisers(pipe: Any) -> dict[str, Denoiser]:
     }
 
 
-def _known(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
+def known_denoisers(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
     """The denoisers of known families by role, with their families; at least one."""
     models = models_of(pipe)
     known = {

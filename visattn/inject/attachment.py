@@ -8,13 +8,14 @@ import logging
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from visattn.attention import Backend
+from visattn.inject.caught import Editor
 from visattn.inject.guard import guards
 from visattn.inject.layer import Layer
 from visattn.inject.moment import Context, Guidance, PipeRef, passes_of, runs, step_of
@@ -24,7 +25,7 @@ from visattn.patterns import HeadPattern
 from visattn.pipelines.family import Family
 from visattn.plan import ANY, Denoiser, Plan
 
-__all__ = ["Attachment", "attached", "attention_layers", "describe"]
+__all__ = ["Attachment", "attached", "attention_layers", "cross_layers", "describe"]
 
 ATTRIBUTE = "_visattn"
 logger = logging.getLogger("visattn")
@@ -34,6 +35,15 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
     """The attention modules of a denoiser that plans speak of, by path, in order."""
     return {
         path: module for path, module in model.named_modules() if re.fullmatch(family.layers, path)
+    }
+
+
+def cross_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
+    """The cross-attention modules of a denoiser by path, in order."""
+    if not family.cross:
+        return {}
+    return {
+        path: module for path, module in model.named_modules() if re.fullmatch(family.cross, path)
     }
 
 
@@ -64,6 +74,7 @@ class Attachment:
         pipe: the pipeline that it is part of, if any.
         observers: each with the paths of the layers whose calls it is shown.
         audit: query rows of a head whose exact attention is computed beside.
+        editor: computes some calls in its own way.
     """
 
     def __init__(
@@ -77,31 +88,74 @@ class Attachment:
         observers: tuple[tuple[Observer, frozenset[str]], ...] = (),
         audit: int = 0,
         guard: bool | None = None,
+        editor: Editor | None = None,
     ) -> None:
         self.model, self.role, self.family = model, role, family
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
-        modules = attention_layers(model, family)
-        self.paths = tuple(modules)
+        self.paths = tuple(attention_layers(model, family))
+        self.cross_paths = tuple(cross_layers(model, family))
         self.tokens: Tokens = ()
         # weak: code that is compiled does not come by here, and must not find that of an old call
         self.timestep_ref: Callable[[], torch.Tensor | None] = _nothing
         self.context: Context | None = None
+        self.text_length: int | None = None  # of the running call, where it says it
+        self.aside = False  # whether the pipeline makes a perturbed call of its own
         self.guidance = Guidance()
         self.told: set[str] = set()
-        self.observers, self.audit = observers, audit
+        self.observers, self.audit, self.editor = observers, audit, editor
         device = next(model.parameters()).device
+        self.wanted_guard = guard
         self.guard = backend == "auto" and guards(guard, plan, device)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.layers: list[Layer] = []
-        for number, (path, module) in enumerate(modules.items()):
-            table = plan.table(role, number, self.paths, module.heads)
-            if table or any(path in shown for _, shown in observers):
-                self.layers.append(Layer(self, path, module, module.heads, table))
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.layers: list[Layer] = self._layers({})
+
+    def _layers(self, had: dict[str, Layer]) -> list[Layer]:
+        """The layers that there is something for; those that there were stay what they are."""
+        edited = frozenset() if self.editor is None else self.editor.paths
+        shown = edited.union(*(paths for _, paths in self.observers))
+        found = []
+        for number, (path, module) in enumerate(attention_layers(self.model, self.family).items()):
+            table = self.plan.table(self.role, number, self.paths, module.heads)
+            if table or path in shown:
+                found.append(had.get(path) or Layer(self, path, module, module.heads, table))
+        for path, module in cross_layers(self.model, self.family).items():
+            if path in edited:
+                found.append(had.get(path) or Layer(self, path, module, module.heads, {}))
+        for layer in found:
+            layer.editor = self.editor if layer.path in edited else None
+        return found
+
+    def edit(self, editor: Editor | None) -> None:
+        """Have another editor, or none, from the next call on."""
+        self.remove()
+        self.editor = editor
+        self.layers = self._layers({layer.path: layer for layer in self.layers})
+        if not self.idle:
+            self.install()
+
+    def changed(self, **given: Any) -> Attachment:
+        """The same with other arguments."""
+        own: dict[str, Any] = {
+            "plan": self.plan,
+            "backend": self.backend,
+            "pipe": self.pipe(),
+            "observers": self.observers,
+            "audit": self.audit,
+            "guard": self.wanted_guard,
+            "editor": self.editor,
+        }
+        return Attachment(self.model, self.role, self.family, **{**own, **given})
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing that it does."""
+        return not self.plan.rules and not self.observers and self.editor is None
 
     def install(self) -> None:
         """Put the plan on the model."""
         setattr(self.model, ATTRIBUTE, self)
-        if not self.layers:
+        if not self.layers and self.editor is None:
             return
         for layer in self.layers:
             layer.install()
@@ -112,8 +166,9 @@ class Attachment:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        if self.layers:
+        if self.handle is not None:
             self.handle.remove()
+            self.handle = None
             self.model.__dict__.pop("cache_context", None)
         for layer in self.layers:
             layer.remove()
@@ -198,14 +253,28 @@ class Attachment:
             )
         return tuple((phase, pass_) for pass_ in passes)
 
+    def note(self, arguments: Mapping[str, Any]) -> None:
+        """Take from the arguments of a call that begins what tells its step and passes."""
+        self.aside = arguments.get(self.family.perturbed) is not None
+        text = arguments.get("encoder_hidden_states")
+        self.text_length = text.shape[1] if isinstance(text, torch.Tensor) else None
+        if not torch.compiler.is_compiling():
+            timestep = arguments.get("timestep")
+            self.timestep_ref = _nothing
+            if isinstance(timestep, torch.Tensor):
+                self.timestep_ref = weakref.ref(timestep)
+
     def step(self) -> tuple[int | None, int | None]:
         """The denoising step and the number of steps, where they are known."""
-        return step_of(self.context, self.pipe(), self.timestep)
+        return step_of(self.context, self.pipe(), self.timestep, self.family.timestep_unit)
 
     def passes(self, batch: int) -> tuple[str, ...] | None:
         """The pass of each equal part of a batch, where it is known."""
+        if self.aside:
+            return ("perturbed",)
         pipe, order = self.pipe(), self.family.batch
-        guided = self.guidance(pipe) if order and runs(pipe, self.timestep) else None
+        here = bool(order) and runs(pipe, self.timestep, self.family.timestep_unit)
+        guided = self.guidance(pipe) if here else None
         passes = passes_of(self.context, guided, order)
         return None if passes is None or batch % len(passes) or self.halved(batch) else passes
 
@@ -231,11 +300,8 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = dict(zip(attachment.names, args, strict=False))
     arguments.update(kwargs)
     attachment.tokens = attachment.family.tokens(model.config, arguments)
+    attachment.note(arguments)
     if not torch.compiler.is_compiling():
-        timestep = arguments.get("timestep")
-        attachment.timestep_ref = _nothing
-        if isinstance(timestep, torch.Tensor):
-            attachment.timestep_ref = weakref.ref(timestep)
         attachment.watch()
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import attention_by, choose_backend, sparse_attention
+from visattn.inject.caught import Caught, Editor, Kind
+from visattn.inject.computing import Computing
 from visattn.inject.guard import worthwhile
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
+from visattn.inject.parts import DENSE, Heads, Part, Plain
 from visattn.inject.watched import (
     ATTRIBUTE,
     Watched,
@@ -22,44 +24,17 @@ from visattn.inject.watched import (
     watched_class,
 )
 from visattn.layout import TokenLayout
-from visattn.patterns import Dense, HeadPattern, Pattern
+from visattn.patterns import HeadPattern
 from visattn.plan import ANY
-from visattn.selectors import Agent, Memory, Selector
+from visattn.selectors import Memory, Selector
 from visattn.selectors.audit import audit
 
 if TYPE_CHECKING:
     from visattn.inject.attachment import Attachment
 
-__all__ = ["Layer", "is_dense"]
+__all__ = ["Layer"]
 
-Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Heads = tuple[HeadPattern, ...]
 Moments = tuple[tuple[int, str], ...]
-DENSE = Dense()
-
-
-class Part:
-    """What the heads of a layer run in a part of the batch: numbers of the dense ones, and of the
-    others with their patterns."""
-
-    def __init__(self, heads: Heads, layout: TokenLayout) -> None:
-        self.heads = heads
-        self.dense = [n for n, pattern in enumerate(heads) if is_dense(pattern, layout)]
-        self.sparse = [n for n in range(len(heads)) if n not in set(self.dense)]
-        self.patterns = tuple(heads[n] for n in self.sparse)
-        self.dynamic = any(not isinstance(pattern, Pattern) for pattern in self.patterns)
-        agents = {isinstance(pattern, Agent) for pattern in self.patterns}
-        self.kernels, self.products = False in agents, True in agents
-        self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense and the other heads as indices on a device, which they are copied to once."""
-        if device not in self._indices:
-            dense, sparse = (torch.tensor(x, device=device) for x in (self.dense, self.sparse))
-            if torch.compiler.is_compiling():
-                return dense, sparse
-            self._indices[device] = dense, sparse
-        return self._indices[device]
 
 
 class Layer:
@@ -85,6 +60,8 @@ class Layer:
         self.processor = module.processor
         self.kind: type[torch.nn.Module] | None = None  # the module's class, where ours replaced it
         self.observers = [own for own, paths in attachment.observers if path in paths]
+        self.editor: Editor | None = None
+        self.cross = path in attachment.cross_paths
         self.through_sdpa = False
         self.sparse_calls = self.dense_calls = 0
         self.ran: set[str] = set()  # the backends of its sparse calls
@@ -185,7 +162,12 @@ class Layer:
         for observer in self.observers:
             observer(self._observation(query, key, value, call))
         plain = self._plain(call, parallel)
-        parts = self._parts(query, key, call, parallel)
+        parts = None if self.cross else self._parts(query, key, call, parallel)
+        if self.editor is not None:
+            edited = self.editor(self._caught(query, key, value, call, plain, parts))
+            if edited is not None:
+                self._count(parts, edited)
+                return edited if call.heads_first else edited.transpose(1, 2)
         if parts is None:
             self.dense_calls += 1
             return plain(query, key, value)
@@ -193,29 +175,64 @@ class Layer:
         if not call.heads_first:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
-        def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            """The user's own attention, heads first."""
-            if call.heads_first:
-                return plain(q, k, v)
-            return plain(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
+        own = heads_first(plain, call)
         chunks = (x.chunk(len(parts)) for x in (query, key, value))
-        memories = self._memories(parts, query.shape[0])
+        memories = self.memories_of(parts, query.shape[0])
         outs = [
-            self._mixed(q, k, v, part, layout, call.scale, own, memory)
+            self.mixed(q, k, v, part, layout, call.scale, own, memory)
             for q, k, v, part, memory in zip(*chunks, parts, memories, strict=True)
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         for memory in memories:
             if memory.broken is not None and memory.broken.device.type == "cpu":
                 self.warn(memory)  # on another device reading waits: the summary does
+        self._count(parts, query)
+        return out if call.heads_first else out.transpose(1, 2)
+
+    def of_image(self, key: torch.Tensor, call: Call) -> bool:
+        """Whether this is cross-attention to an image, which some models have beside that to
+        text."""
+        length = key.shape[2 if call.heads_first else 1]
+        return self.cross and self.attachment.text_length not in (None, length)
+
+    def _count(self, parts: tuple[Part, ...] | None, tensor: torch.Tensor) -> None:
+        """Note a call for the summary."""
+        if parts is None:
+            self.dense_calls += 1
+            return
         self.sparse_calls += 1
-        chosen = choose_backend(self.attachment.backend, query).backend
+        chosen = choose_backend(self.attachment.backend, tensor).backend
         if any(part.kernels for part in parts):
             self.ran.add(chosen)
         if any(part.products for part in parts):  # which are plain products on every backend
             self.ran.add("blockwise" if chosen == "triton" else chosen)
-        return out if call.heads_first else out.transpose(1, 2)
+
+    def _caught(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        plain: Plain,
+        parts: tuple[Part, ...] | None,
+    ) -> Caught:
+        """The call as an editor sees it."""
+        seen = self._observation(query, key, value, call)
+        layout, keys = seen.layout, seen.k.shape[2]
+        kind: Kind = "cross" if self.cross else "joint" if layout.texts else "self"
+        own = TokenLayout.from_tokens((("text", keys),)) if self.cross else layout
+        batch, _, _, dim = seen.q.shape
+        factor = dim**-0.5 if call.scale is None else call.scale
+        first = heads_first(plain, call)
+        return Caught(
+            **vars(seen),
+            kind=kind,
+            kv_layout=own,
+            factor=factor,
+            sparse=parts is not None,
+            kernel=Computing(self, call, first, parts, layout, dim, batch, factor),
+            masked=call.mask is not None or call.causal,
+        )
 
     def _observation(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
@@ -227,7 +244,7 @@ class Layer:
         return Observation(
             role=attachment.role,
             layer=self.path,
-            number=attachment.paths.index(self.path),
+            number=(attachment.cross_paths if self.cross else attachment.paths).index(self.path),
             step=step,
             steps=steps,
             passes=attachment.passes(q.shape[0]),
@@ -240,21 +257,18 @@ class Layer:
 
     def _plain(self, call: Call, parallel: Any) -> Plain:
         """Attention as it would be without us, tensors as ``call.heads_first`` says."""
-        arguments: dict[str, Any] = {
-            "attn_mask": call.mask,
-            "dropout_p": call.dropout,
-            "is_causal": call.causal,
-            "scale": call.scale,
-            "enable_gqa": call.grouped,
-        }
         if self.through_sdpa:
-            return functools.partial(scaled_dot_product_attention, **arguments)
+            return self.by_torch(call)
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         backend = own_backend(self.module.processor)
         return functools.partial(
-            dispatch_attention_fn, **arguments, backend=backend, parallel_config=parallel
+            dispatch_attention_fn, **_arguments(call), backend=backend, parallel_config=parallel
         )
+
+    def by_torch(self, call: Call) -> Plain:
+        """torch's attention, heads first."""
+        return functools.partial(scaled_dot_product_attention, **_arguments(call))
 
     def _parts(
         self, query: torch.Tensor, key: torch.Tensor, call: Call, parallel: Any
@@ -305,24 +319,27 @@ class Layer:
         if (moments, layout) not in self._split:
             all_dense = (DENSE,) * self.heads
             chosen = [
-                self.table.get((phase, pass_)) or self.table.get((phase, ANY)) or all_dense
-                for phase, pass_ in moments
+                next((heads for key in keys if (heads := self.table.get(key))), all_dense)
+                for keys in map(_keys, moments)
             ]
             own = {heads: Part(heads, layout) for heads in chosen}
             parts = tuple(own[heads] for heads in (chosen[:1] if len(own) == 1 else chosen))
             self._split[moments, layout] = parts if any(p.sparse for p in parts) else None
         return self._split[moments, layout]
 
-    def _memories(self, parts: tuple[Part, ...], batch: int) -> list[Memory]:
+    def memories_of(
+        self, parts: tuple[Part, ...], batch: int, first: int = 0, whole: int | None = None
+    ) -> list[Memory]:
         """What the dynamic patterns of each part of a batch remember: by size, by pass as far as it
-        is known, and by the heads that have them."""
+        is known, and by the heads that have them. ``first``: the number of the first part;
+        ``whole``: the size of the batch where these are not all of it."""
         if not any(part.dynamic for part in parts) and not self.attachment.audit:
             return [Memory() for _ in parts]
         attachment = self.attachment
         step, steps = attachment.step()
-        passes = attachment.passes(batch)
+        passes = attachment.passes(whole or batch)
         found = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(parts, first):
             key = (batch, attachment.layout, passes, number, len(parts), part.heads)
             memory = self.memories.setdefault(key, Memory())
             self.latest = key[:2]
@@ -330,7 +347,7 @@ class Layer:
             found.append(memory)
         return found
 
-    def _mixed(
+    def mixed(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -371,22 +388,38 @@ class Layer:
         return out
 
 
+def _keys(moment: tuple[int, str]) -> tuple[tuple[int, str], ...]:
+    """Where the table may have the heads of a moment, the first first. A perturbed pass runs what
+    the conditional one does, unless the plan says otherwise."""
+    phase, pass_ = moment
+    like = ((phase, "cond"),) if pass_ == "perturbed" else ()
+    return (moment, *like, (phase, ANY))
+
+
+def heads_first(plain: Plain, call: Call) -> Plain:
+    """Attention that takes and gives tensors as ``call.heads_first`` says, heads first."""
+    if call.heads_first:
+        return plain
+
+    def turned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return plain(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    return turned
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    """A call's arguments besides its tensors, as torch and diffusers name them."""
+    return {
+        "attn_mask": call.mask,
+        "dropout_p": call.dropout,
+        "is_causal": call.causal,
+        "scale": call.scale,
+        "enable_gqa": call.grouped,
+    }
+
+
 def _can_measure(query: torch.Tensor) -> bool:
     """Whether this is a call that computes, and not one that is traced or captured."""
     if torch.compiler.is_compiling() or query.device.type not in ("cpu", "cuda"):
         return False
     return query.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
-
-
-@functools.lru_cache(maxsize=65536)
-def is_dense(pattern: HeadPattern, layout: TokenLayout) -> bool:
-    """Whether a pattern keeps every pair of a layout. A few rows tell most patterns apart, so that
-    the pairs are seldom counted."""
-    if pattern == DENSE:
-        return True
-    if not isinstance(pattern, Pattern):
-        return False  # it is known at a call only
-    queries = torch.linspace(0, layout.length - 1, 5).long()[:, None]
-    if not bool(pattern.allows(queries, torch.arange(layout.length), layout).all()):
-        return False
-    return pattern.density(layout) == 1.0

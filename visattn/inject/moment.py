@@ -10,7 +10,14 @@ import torch
 __all__ = ["Context", "Guidance", "PipeRef", "passes_of", "runs", "step_of"]
 
 # the names that pipelines and guiders give their calls
-PASS_OF = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond"}
+PASS_OF = {
+    "cond": "cond",
+    "pred_cond": "cond",
+    "uncond": "uncond",
+    "pred_uncond": "uncond",
+    "perturbed": "perturbed",
+    "pred_cond_skip": "perturbed",
+}
 
 
 class Context(NamedTuple):
@@ -55,22 +62,29 @@ def schedule_of(pipe: Any) -> torch.Tensor | None:
     return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
 
 
-def runs(pipe: Any, timestep: torch.Tensor | None) -> bool:
+def runs(pipe: Any, timestep: torch.Tensor | None, unit: int = 1) -> bool:
     """Whether a pipeline is the one that makes a call of its denoiser: it stands at the timestep of
     the call, or at one of its present schedule where that of the call is not known. Another may
-    share the denoiser, and one that was interrupted stays where it was."""
+    share the denoiser, and one that was interrupted stays where it was. A pipeline that does not
+    say where it stands runs where the timestep is one of its schedule, which another must not
+    share. ``unit``: what it divides timesteps by."""
     current, timesteps = getattr(pipe, "_current_timestep", None), schedule_of(pipe)
-    if not isinstance(current, torch.Tensor) or timesteps is None:
+    if timesteps is None:
+        return False
+    if not hasattr(pipe, "_current_timestep"):
+        return timestep is not None and place(timestep, timesteps) is not None
+    if not isinstance(current, torch.Tensor):
         return False
     if timestep is None:
         return place(current, timesteps) is not None
     if timestep.data_ptr() == current.data_ptr():
         return True
-    return bool(timestep.amax() == current.to(timestep))  # image-to-video has 0 for given frames
+    now = current.to(timestep) if unit == 1 else current.to(timestep) / unit
+    return bool(timestep.amax() == now)  # image-to-video has 0 for given frames
 
 
 def step_of(
-    context: Context | None, pipe: Any, timestep: torch.Tensor | None
+    context: Context | None, pipe: Any, timestep: torch.Tensor | None, unit: int = 1
 ) -> tuple[int | None, int | None]:
     """The step and the number of steps: as the pipeline says them, or else the place of the
     timestep in its schedule. Values are compared for a pipeline that runs alone: one that shares
@@ -81,7 +95,7 @@ def step_of(
     if timesteps is None:
         return None, None
     step = None if timestep is None else place(timestep, timesteps)
-    if step is None and runs(pipe, timestep):
+    if step is None and runs(pipe, timestep, unit):
         current = pipe._current_timestep
         step = place(current, timesteps)
         if step is None:

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from visattn.inject.front import front_class
 from visattn.inject.op import Call, layer_attention
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ class _Traced:
 
 
 _running, _traced = _Running(), _Traced()
-_classes: dict[type, type[torch.nn.Module]] = {}
 
 
 class Watched:
@@ -80,10 +80,7 @@ class Watched:
 
 def watched_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """``kind`` behind ``Watched``, under the same name; always the same class."""
-    if kind not in _classes:
-        names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _classes[kind] = type(kind.__name__, (Watched, kind), names)
-    return _classes[kind]
+    return front_class(Watched, kind)
 
 
 class _Catch(TorchFunctionMode):
@@ -136,13 +133,14 @@ def _dispatched(
     that shares a processor with a layer."""
     call = Call(attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=False)
     if torch.compiler.is_compiling():
-        layer, _traced.layer = _traced.layer, None
-        if layer is not None:
+        layer = _traced.layer
+        if layer is not None and not layer.of_image(key, call):
+            _traced.layer = None
             return layer_attention(layer, query, key, value, call)
     else:
         layer = _running.layer or _traced.layer
-        _running.layer = _traced.layer = None
-        if layer is not None:
+        if layer is not None and not layer.of_image(key, call):
+            _running.layer = _traced.layer = None
             return layer.attend(query, key, value, call, _parallel_config)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 

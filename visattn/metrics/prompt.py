@@ -306,6 +306,23 @@ def _object(weights: Tensor) -> str | None:
     return names[int((templates @ seen).argmax())]
 
 
+def object_margin(frames: Tensor, caption: str) -> float:
+    """Return how much nearer the outline of what is seen is to the object of ``caption`` than to
+    any other, from -2 to 2: above 0 where ``score_prompt`` sees it, and 0 where nothing is seen.
+
+    ``frames`` is ``[F, 3, H, W]`` in [0, 1]; ``caption`` has one thing.
+    """
+    said = parse_caption(caption).things
+    if len(said) != 1:
+        raise ValueError(f"caption={caption!r} has {len(said)} things; a margin is of one")
+    seen = _standardised(outline(_objectness(frames.detach().float().clamp(0, 1))).flatten())
+    names, templates = _templates(seen)
+    likeness = (templates @ seen).tolist()
+    mine = max(own for own, name in zip(likeness, names, strict=True) if name == said[0].object)
+    other = max(own for own, name in zip(likeness, names, strict=True) if name != said[0].object)
+    return float(mine - other)
+
+
 def _background(frames: Tensor, weights: Tensor) -> str | None:
     """Return what ``frames`` ``[F, 3, H, W]`` show where ``weights`` ``[F, H, W]`` are 0."""
     small = F.interpolate(frames, size=(DETAIL_SIDE, DETAIL_SIDE), mode="area")

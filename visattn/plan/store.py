@@ -1,4 +1,4 @@
-"""Where plan files lie: a folder, or a repository of the Hugging Face hub."""
+"""Where plan files lie, and other small ones: a folder, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ def find(
     revision: str | None,
     token: str | None,
     local_files_only: bool,
+    file: str = PLAN_FILE,
+    what: str = "plan",
 ) -> Path:
-    """The file of a plan: ``source`` itself, in it, or downloaded from it.
+    """The file of a plan: ``source`` itself, in it, or downloaded from it. Other things have a
+    ``file`` of another name, and another word for them.
 
     Raises:
         OSError: nothing is there.
     """
     path = Path(source)
     if path.is_dir():
-        path = path / PLAN_FILE
+        path = path / file
         if not path.is_file():
-            raise FileNotFoundError(f"folder {str(source)!r} holds no {PLAN_FILE}")
+            raise FileNotFoundError(f"folder {str(source)!r} holds no {file}")
     if path.exists():
         return path
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".json":
-        raise FileNotFoundError(f"plan {name!r} is no file, no folder and no hub id")
+        raise FileNotFoundError(f"{what} {name!r} is no file, no folder and no hub id")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -48,7 +51,7 @@ def find(
         return Path(
             hf_hub_download(
                 name,
-                PLAN_FILE,
+                file,
                 revision=revision,
                 token=token,
                 local_files_only=local_files_only,
@@ -57,25 +60,25 @@ def find(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise OSError(
-            f"plan {name!r} is no file, and the hub gave none: {reason[0]}"
+            f"{what} {name!r} is no file, and the hub gave none: {reason[0]}"
         ) from None
 
 
-def load(path: Path) -> str:
-    """The text of a plan file.
+def load(path: Path, what: str = "plan") -> str:
+    """The text of a plan file, or of another thing's.
 
     Raises:
         OSError: it cannot be read; ValueError: it is no text, or larger than any plan.
     """
     if not path.is_file():
-        raise ValueError(f"plan {str(path)!r} is no regular file")
+        raise ValueError(f"{what} {str(path)!r} is no regular file")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"plan {str(path)!r} has {size} bytes; a plan has at most {MAX_BYTES}")
+        raise ValueError(f"{what} {str(path)!r} has {size} bytes; a {what} has at most {MAX_BYTES}")
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError:
-        raise ValueError(f"plan {str(path)!r} is no UTF-8 text") from None
+        raise ValueError(f"{what} {str(path)!r} is no UTF-8 text") from None
 
 
 def push(

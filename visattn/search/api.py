@@ -428,7 +428,7 @@ def _best(findings: Sequence[Finding], kind: str, chosen: Finding) -> Finding | 
 
 def _dynamic_beside(findings: Sequence[Finding], chosen: Finding) -> Finding | None:
     """The dynamic rule to compare with: of those that are as fast the one of least error; where
-    none is, of those that are no more than half again as slow as the fastest."""
+    none is, of those that are no more than a quarter slower than the fastest."""
     found = _best(findings, "uniform dynamic", chosen)
     if found is not None:
         return found

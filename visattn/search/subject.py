@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -13,6 +12,7 @@ from visattn.generation import Job, Result, run_job
 from visattn.inject import remove_plan
 from visattn.inject.apply import denoisers, family_of, models_of
 from visattn.inject.attachment import attention_layers
+from visattn.inject.fingerprint import fingerprint
 from visattn.pipelines.families import FAMILIES
 from visattn.search.heads import output_weights
 from visattn.search.score import Layer
@@ -20,9 +20,8 @@ from visattn.search.score import Layer
 __all__ = ["Subject"]
 
 CALL_KEYS = tuple(
-    field.name for field in fields(Job) if field.name not in ("prompt", "seed", "fps")
+    field.name for field in fields(Job) if field.name not in ("prompt", "seed", "fps", "guidance")
 )
-SAMPLED = 64  # elements of a parameter that its fingerprint is taken from
 
 
 class Subject:
@@ -89,14 +88,5 @@ class Subject:
         return run_job(self.pipe, self.job(prompt, seed))
 
     def fingerprint(self) -> str:
-        """A hash of the configurations and of some elements of every parameter of the denoisers."""
-        found = hashlib.sha256()
-        for role, model in sorted(models_of(self.pipe).items()):
-            found.update(f"{role} {type(model).__name__}".encode())
-            for name, parameter in model.named_parameters():
-                flat = parameter.detach().flatten()
-                places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long()
-                some = flat[places.to(flat.device)].float().cpu()
-                found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-                found.update(some.numpy().tobytes())
-        return found.hexdigest()[:24]
+        """A hash of the denoisers."""
+        return fingerprint(self.pipe)

@@ -1,0 +1,32 @@
+"""Stable Diffusion 3 and 3.5: joint attention with the image in front; guidance doubles the batch.
+The further attention that blocks of 3.5 medium have for the image alone (``attn2``) is not planned
+and not edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from visattn.layout import Tokens
+from visattn.pipelines.family import Family
+
+__all__ = ["SD3"]
+
+
+def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
+    """``hidden_states`` is ``[B, C, H, W]``; a patch is a token. Padding of the text is attended,
+    so that all of its tokens are valid."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    text = arguments["encoder_hidden_states"].shape[1]
+    return (("grid", 1, height // config.patch_size, width // config.patch_size), ("text", text))
+
+
+SD3 = Family(
+    name="Stable Diffusion 3",
+    models=("SD3Transformer2DModel",),
+    layers=r"transformer_blocks\.\d+\.attn",
+    tokens=tokens,
+    batch=("uncond", "cond"),
+    blocks=(r"transformer_blocks\.\d+",),
+    perturbed="skip_layers",
+)

@@ -1,0 +1,166 @@
+"""What keys weigh after the softmax, and gains of the output (P5, P6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.dense import dense_with_lse
+from visattn.guidance.bias import Bias
+from visattn.guidance.edit import Edit, Stream, check_number, numbers_of
+from visattn.guidance.state import State, logit_tensors
+
+__all__ = ["ScaleHeads", "ScaleTokens", "text_keys", "token_weights"]
+
+CHUNK = 1 << 22
+
+
+def text_keys(state: State, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Positions among the keys of text tokens, which count from 0 over the text of a call.
+
+    Raises:
+        ValueError: there is no such token.
+    """
+    every = [place for first, end in state.texts for place in range(first, end)]
+    for token in tokens:
+        if token >= len(every):
+            raise ValueError(
+                f"tokens has {token}, and {state.call.layer} has {len(every)} text tokens"
+                + ("" if every else "; for a model with cross-attention give attention='cross'")
+            )
+    return torch.tensor([every[token] for token in tokens], device=state.q.device)
+
+
+def token_weights(
+    state: State, keys: torch.Tensor, rows: slice, stream: Stream
+) -> torch.Tensor:
+    """``P[i, j]`` for some rows of a stream and keys: float32 ``[b, H, rows, keys]`` (float64 for
+    float64)."""
+    assert state.lse is not None
+    wide = state.lse.dtype
+    q, k = logit_tensors(state, rows, stream)
+    logits = q.to(wide) @ k[:, :, keys].to(wide).mT * state.call.factor
+    return (logits - state.lse[:, :, rows, None]).exp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleTokens(Edit):
+    """Text tokens weigh more or less: ``O_i += (s - 1) sum_j P_ij v_j`` over the tokens, which is
+    the scaling of their columns after the softmax (prompt-to-prompt, Hertz et al. 2022, arXiv
+    2208.01626; DiTCtrl, Cai et al. 2024, arXiv 2412.18597; MotionCLR, arXiv 2410.18977).
+
+    Args:
+        tokens: numbers of the text tokens.
+        scale: 1 changes nothing, 0 erases.
+        renormalise: rows then sum to 1 again: ``log s`` is added to the logits.
+        both_ways: in joint attention the rows of these tokens also see the image by ``s`` times its
+            weight (DiTCtrl).
+    """
+
+    tokens: tuple[int, ...]
+    scale: float
+    renormalise: bool = False
+    both_ways: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tokens = numbers_of("ScaleTokens(tokens=...)", self.tokens)
+        object.__setattr__(self, "tokens", tuple(dict.fromkeys(tokens)))
+        if not self.tokens:
+            raise ValueError("ScaleTokens has no tokens; give numbers of text tokens, from 0 on")
+        check_number("ScaleTokens", "scale", self.scale, "finite; 1 is no change")
+        if self.renormalise and self.scale < 0:
+            raise ValueError(
+                f"ScaleTokens(scale={self.scale!r}, renormalise=True) must be from 0 on; 1 is no "
+                "change"
+            )
+        if self.both_ways and (self.renormalise or self.attention == "cross"):
+            raise ValueError(
+                "ScaleTokens(both_ways=True) is for joint attention and has no renormalised form"
+            )
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        return "bias" if self.renormalise else "columns"
+
+    @property
+    def needs_lse(self) -> bool:  # type: ignore[override]
+        return not self.renormalise
+
+    def apply(self, state: State, strength: torch.Tensor) -> None:
+        if self.scale == 1:
+            return
+        keys = text_keys(state, self.tokens)
+        if self.renormalise:
+            self._bias(state, keys, strength)
+            return
+        add = torch.zeros_like(state.out)
+        v = state.v[:, :, keys]
+        step = max(1, CHUNK // max(1, add.shape[0] * add.shape[1] * len(keys)))
+        for stream, rows in self._streams(state):
+            for first in range(rows.start, rows.stop, step):
+                part = slice(first, min(first + step, rows.stop))
+                weights = token_weights(state, keys, part, stream)
+                add[:, :, part] = (self.scale - 1) * (weights @ v.to(weights)).to(add.dtype)
+        if self.both_ways:
+            self._rows(state, keys, add)
+        edit = self if not self.both_ways else _everywhere(self)
+        state.change("out", state.out + add, edit, strength)
+
+    def _streams(self, state: State) -> list[tuple[Stream, slice]]:
+        """The rows that change, with the stream whose gains they have; later ones replace earlier
+        ones."""
+        if self.stream != "all":
+            return [(self.stream, rows) for rows in state.rows(self.stream)]
+        every: list[tuple[Stream, slice]] = [("image", rows) for rows in state.rows("all")]
+        return every + [("text", rows) for rows in state.rows("text")]
+
+    def _bias(self, state: State, keys: torch.Tensor, strength: torch.Tensor) -> None:
+        k_labels = torch.zeros(1, state.k.shape[2], dtype=torch.int64)
+        k_labels[0, keys.cpu()] = 1
+        q_labels = torch.zeros(state.q.shape[0], state.q.shape[2], dtype=torch.int64)
+        for sample in state.samples(self):
+            for rows in state.rows(self.stream):
+                q_labels[sample, rows] = 1
+        for value in strength.unique().tolist():
+            scale = 1 + value * (self.scale - 1)
+            bias = -math.inf if scale == 0 else math.log(scale)
+            if bias:
+                table = torch.tensor([[0.0, 0.0], [0.0, bias]])
+                state.biases.append(Bias(table, q_labels, k_labels, strength == value))
+
+    def _rows(self, state: State, tokens: torch.Tensor, add: torch.Tensor) -> None:
+        """The rows of the tokens over the image's keys."""
+        assert state.lse is not None
+        image = state.image
+        q, k = logit_tensors(state, tokens, "text")
+        own, lse = dense_with_lse(q, k[:, :, image], state.v[:, :, image], state.call.factor)
+        share = (lse - state.lse[:, :, tokens]).exp()[..., None]
+        add[:, :, tokens] += ((self.scale - 1) * share * own.to(share)).to(add.dtype)
+
+
+def _everywhere(edit: ScaleTokens) -> Edit:
+    return Edit(samples=edit.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleHeads(Edit):
+    """``O_h <- a O_h``: the output of heads is scaled.
+
+    Args:
+        scale: 1 changes nothing.
+    """
+
+    scale: float
+    stage: ClassVar[str] = "output"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("ScaleHeads", "scale", self.scale, "finite; 1 is no change")
+
+    def apply(self, state: State, strength: torch.Tensor) -> None:
+        if self.scale != 1:
+            state.change("out", state.out * self.scale, self, strength)

@@ -1,0 +1,118 @@
+"""Keys and values of other samples of the batch, or kept from elsewhere (P3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from visattn.guidance.edit import Edit, Stream, check_share, numbers_of
+from visattn.guidance.state import Borrowed, State
+
+__all__ = ["BorrowKeys", "ShareKV"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareKV(Edit):
+    """Samples attend to the keys and values of another sample of their pass (DiTCtrl, Cai et al.
+    2024, arXiv 2412.18597).
+
+    Args:
+        source: whose; samples: who do.
+        what: ``both``, ``keys`` (values stay their own) or ``values``.
+
+    All of the source's tokens are taken, its text too.
+    """
+
+    source: int
+    what: Literal["both", "keys", "values"] = "both"
+    stage: ClassVar[str] = "keys"
+    streams: ClassVar[tuple[Stream, ...]] = ("all",)
+    partial: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.what not in ("both", "keys", "values"):
+            raise ValueError(f"ShareKV(what={self.what!r}) must be both, keys or values")
+        numbers_of("ShareKV(source=...)", self.source)
+
+    def apply(self, state: State, strength: torch.Tensor) -> None:
+        chosen = state.samples(self)
+        source = state.source(self, self.source)
+        heads = (strength > 0).to(state.k.device)[None, :, None, None]
+        for name in ("k", "v"):
+            if self.what in ("both", "keys" if name == "k" else "values"):
+                own = getattr(state, name)
+                new = own.clone()
+                new[chosen] = torch.where(heads, own[source : source + 1], own[chosen])
+                setattr(state, name, new)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BorrowKeys(Edit):
+    """Samples attend to tokens of other samples beside their own: the keys are put together, and
+    the softmax is over all of them (ConsiStory, Tewel et al. 2024, arXiv 2402.03286;
+    StoryDiffusion, Zhou et al. 2024, arXiv 2405.01434; DreamStory, He et al. 2024, arXiv
+    2407.12899). Keys carry the rotary positions that they have in their own sample.
+
+    Args:
+        sources: the samples that tokens are taken from; a sample takes none from itself.
+        tokens: which image tokens of each source are taken, bool ``[b, tokens of the image]``, or a
+            function of the call that gives them; None: all of them.
+        share: of the tokens that are there, this share is drawn, by ``seed`` and step (random
+            sampling of StoryDiffusion, mask dropout of ConsiStory).
+
+    The strength of a head is what a borrowed key weighs beside one of its own.
+    """
+
+    sources: tuple[int, ...]
+    tokens: object = None
+    share: float = 1.0
+    seed: int = 0
+    stage: ClassVar[str] = "keys"
+    streams: ClassVar[tuple[Stream, ...]] = ("all",)
+    needs_lse: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sources", numbers_of("BorrowKeys(sources=...)", self.sources))
+        check_share("BorrowKeys", self.share)
+
+    def apply(self, state: State, strength: torch.Tensor) -> None:
+        image = state.image
+        tokens = self.tokens(state) if callable(self.tokens) else self.tokens
+        count = image.stop - image.start
+        if tokens is None:
+            tokens = torch.ones(state.q.shape[0], count, dtype=torch.bool)
+        if not isinstance(tokens, torch.Tensor) or tokens.shape != (state.q.shape[0], count):
+            shape = list(getattr(tokens, "shape", ()))
+            raise ValueError(
+                f"BorrowKeys(tokens=...) has the shape {shape}; {state.call.layer} has "
+                f"{state.q.shape[0]} samples of {count} image tokens"
+            )
+        for source in self.sources:
+            state.source(self, source)
+        drawn = self._drawn(state, count)
+        for sample in state.samples(self):
+            keys, values = [], []
+            for source in self.sources:
+                if source == sample:
+                    continue
+                at = (tokens[source].cpu() & drawn[source]).nonzero()[:, 0] + image.start
+                at = at.to(state.k.device)
+                keys.append(state.k[source : source + 1, :, at])
+                values.append(state.v[source : source + 1, :, at])
+            if keys:
+                mine = torch.tensor([sample], device=state.k.device)
+                k, v = torch.cat(keys, 2), torch.cat(values, 2)
+                state.borrowed.append(Borrowed(mine, k, v, strength))
+
+    def _drawn(self, state: State, count: int) -> torch.Tensor:
+        """Which tokens of each sample are drawn, bool ``[b, tokens]``: the same in all layers of a
+        step."""
+        if self.share == 1:
+            return torch.ones(state.q.shape[0], count, dtype=torch.bool)
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + (state.call.step or 0))
+        order = torch.rand(state.q.shape[0], count, generator=random)
+        return order < self.share
