@@ -36,9 +36,12 @@ from visattn.guidance.proportional import ProportionalAttention
 from visattn.guidance.queries import BlurQueries, ReplaceQueries, Temperature
 from visattn.guidance.readout import Reading, ReadTokens
 from visattn.guidance.regions import LabelBias, RegionMask
+from visattn.guidance.sequence import WORD_SWAP, ShareSettings, generate_sequence
 from visattn.guidance.sharing import BorrowKeys, ShareKV
 from visattn.guidance.state import State
 from visattn.guidance.steering import steer
+from visattn.guidance.subject_masks import SubjectMasks
+from visattn.guidance.subjects import consistory, ir_diffusion, story_diffusion
 from visattn.guidance.text import guidance_text, parse_guidance
 from visattn.guidance.token_readout import TokenReadout
 from visattn.guidance.update_latents import update_latents
@@ -51,6 +54,7 @@ __all__ = [
     "SEG",
     "SLG",
     "STG",
+    "WORD_SWAP",
     "AStar",
     "AttendAndExcite",
     "BlockEdit",
@@ -75,12 +79,14 @@ __all__ = [
     "ScaleHeads",
     "ScaleTokens",
     "ShareKV",
+    "ShareSettings",
     "ShuffleTokens",
     "SkipBlock",
     "SkipRandomBlocks",
     "SoftPAG",
     "SoftPerturbedGuidance",
     "State",
+    "SubjectMasks",
     "Temperature",
     "TemperatureGuidance",
     "TokenPerturbation",
@@ -89,9 +95,12 @@ __all__ = [
     "astar_segregation",
     "attend_and_excite",
     "caption_score",
+    "consistory",
+    "generate_sequence",
     "guidance_text",
     "guide",
     "guided",
+    "ir_diffusion",
     "parse_guidance",
     "phrase_tokens",
     "prime_composer",
@@ -99,6 +108,7 @@ __all__ = [
     "region_constrained",
     "search_heads",
     "steer",
+    "story_diffusion",
     "update_latents",
 ]
 
