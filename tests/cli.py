@@ -43,8 +43,9 @@ def refused(capsys, *argv):
 
 
 def made():
-    """What lies in the working folder, besides the models."""
-    return sorted(str(path) for path in Path().rglob("*") if not path.is_symlink())
+    """What lies in the working folder, besides the models and what Python compiles."""
+    found = (path for path in Path().rglob("*") if not path.is_symlink())
+    return sorted(str(path) for path in found if "__pycache__" not in path.parts)
 
 
 def process(argv, folder=".", **options):
