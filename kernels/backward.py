@@ -107,7 +107,7 @@ def _dq_kernel(
     k_table,
     q_index,
     k_index,
-    params,
+    rules,
     tables,
     tile_of,
     bits,
@@ -209,7 +209,7 @@ def _dq_kernel(
         b_dq = tl.dot(_wide(b_ds), _wide(b_k), b_dq, input_precision=PRECISION)
 
     if KIND_A != NONE and KIND_A != BITS:
-        p_params = params + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
+        p_params = rules + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
         # tokens outside the grid are clamped: their rule is not used
         last = tl.load(p_params + 8) - 1
         q_place = tl.minimum(tl.maximum(token - tl.load(p_params + 6), 0), last)
@@ -279,7 +279,7 @@ def _dkdv_kernel(
     k_table,
     q_index,
     k_index,
-    params,
+    rules,
     tables,
     tile_of,
     bits,
@@ -367,10 +367,11 @@ def _dkdv_kernel(
         token = tl.load(p_block) + i % WHOLE * BLOCK_M + o_m
         if Q_ORDERED:
             token = tl.load(q_index + q_order * length_q + token)
-        place = token.to(tl.int64)[:, None]
         # [M, D]
-        b_q = tl.load(p_q + place * stride_ql + o_d[None, :], mask=m_d[None, :], other=0.0)
-        b_g = tl.load(p_g + place * stride_gl + o_d[None, :], mask=m_d[None, :], other=0.0)
+        o_q = (token * stride_ql)[:, None] + o_d[None, :]
+        o_g = (token * stride_gl)[:, None] + o_d[None, :]
+        b_q = tl.load(p_q + o_q, mask=m_d[None, :], other=0.0)
+        b_g = tl.load(p_g + o_g, mask=m_d[None, :], other=0.0)
         b_lse, b_delta = _rows_of(lse, delta, at, token)
         # [N, M]
         b_s = tl.dot(_wide(b_k), tl.trans(_wide(b_q)), input_precision=PRECISION) * factor
@@ -381,7 +382,7 @@ def _dkdv_kernel(
         b_dk = tl.dot(_wide(b_ds), _wide(b_q), b_dk, input_precision=PRECISION)
 
     if KIND_A != NONE and KIND_A != BITS:
-        p_params = params + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
+        p_params = rules + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
         last = tl.load(p_params + 8) - 1
         q_origin = tl.load(p_params + 6)
         k_place = first + inside
@@ -504,6 +505,10 @@ def backward(
         torch.empty((batch, heads, length_k, dim), dtype=kind, device=q.device) for _ in range(2)
     )
     k, v = (x if x.stride(2) < NEAR else x.contiguous() for x in (k, v))
+    # in a head, tokens of queries are addressed by 32 bits
+    q, grad_out = (
+        x if x.shape[2] * x.stride(2) < 2**31 else x.contiguous() for x in (q, grad_out)
+    )
     parts = block[0] // queries[0]
     same = {
         "q": q,
@@ -515,7 +520,7 @@ def backward(
         "k_table": lists["k_table"],
         "q_index": lists["q_index"],
         "k_index": lists["k_index"],
-        "params": lists["params"],
+        "rules": lists["rules"],
         "tables": lists["tables"],
         "bits": lists["bits"],
         "text_lengths": lists["work"] if text_lengths is None else text_lengths,
@@ -535,7 +540,7 @@ def backward(
         "length_q": length_q,
         "length_k": length_k,
         "num_k": lists["k_table"].shape[1],
-        "grids": lists["params"].shape[1],
+        "grids": lists["rules"].shape[1],
         "texts": 0 if text_lengths is None else text_lengths.shape[1],
         "scale": scale,
         "DIM": dim,

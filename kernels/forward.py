@@ -85,7 +85,7 @@ def _forward_kernel(
     k_table,
     q_index,
     k_index,
-    params,
+    rules,
     tables,
     tile_of,
     bits,
@@ -198,7 +198,7 @@ def _forward_kernel(
         b_m = m_new
 
     if KIND_A != NONE and KIND_A != BITS:
-        p_params = params + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
+        p_params = rules + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
         # tokens outside the grid are clamped: their rule is not used
         token, _ = _tokens(p_work, q_index, length_q, BLOCK_M, Q_ORDERED)
         last = tl.load(p_params + 8) - 1
@@ -358,7 +358,7 @@ def forward(
 
     Args:
         q: ``[B, H, Lq, D]`` in token order; k, v: ``[B, S, Lk, D]`` in block order.
-        lists: the tensors ``work, rows, columns, k_table, q_index, k_index, params, tables,
+        lists: the tensors ``work, rows, columns, k_table, q_index, k_index, rules, tables,
             tile_of, bits`` as the kernels describe them, on the device of q.
         text_lengths: int32 ``[B, text segments]`` or None.
         block: queries and keys of a block; kinds: the predicates of slots A and B.
@@ -396,7 +396,7 @@ def forward(
         k_table=lists["k_table"],
         q_index=lists["q_index"],
         k_index=lists["k_index"],
-        params=lists["params"],
+        rules=lists["rules"],
         tables=lists["tables"],
         tile_of=lists["tile_of"],
         bits=lists["bits"],
@@ -417,7 +417,7 @@ def forward(
         length_q=length_q,
         length_k=k.shape[2],
         num_k=lists["k_table"].shape[1],
-        grids=lists["params"].shape[1],
+        grids=lists["rules"].shape[1],
         parts=num_parts,
         texts=0 if text_lengths is None else text_lengths.shape[1],
         scale=scale,
@@ -437,23 +437,37 @@ def forward(
         num_stages=stages,
     )
     if num_parts:
-        _merge_kernel[(lists["rows"].shape[0], batch)](
-            part_out=part_out,
-            part_lse=part_lse,
-            out=out,
-            lse=lse,
-            rows=lists["rows"],
-            q_index=lists["q_index"],
-            stride_ob=out.stride(0),
-            stride_oh=out.stride(1),
-            stride_ol=out.stride(2),
-            heads=heads,
-            length_q=length_q,
-            parts=num_parts,
-            DIM=dim,
-            BLOCK_M=block[0],
-            BLOCK_D=block_d,
-            Q_ORDERED=ordered[0],
-            num_warps=4,
-        )
+        merge(out, lse, part_out, part_lse, lists, q_ordered=ordered[0])
     return out, lse
+
+
+def merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    part_out: torch.Tensor,
+    part_lse: torch.Tensor,
+    lists: dict[str, torch.Tensor],
+    *,
+    q_ordered: bool,
+) -> None:
+    """Write the rows of ``out`` and ``lse`` that were computed in parts."""
+    batch, heads, length_q, dim = out.shape
+    _merge_kernel[(lists["rows"].shape[0], batch)](
+        part_out=part_out,
+        part_lse=part_lse,
+        out=out,
+        lse=lse,
+        rows=lists["rows"],
+        q_index=lists["q_index"],
+        stride_ob=out.stride(0),
+        stride_oh=out.stride(1),
+        stride_ol=out.stride(2),
+        heads=heads,
+        length_q=length_q,
+        parts=part_out.shape[1],
+        DIM=dim,
+        BLOCK_M=part_out.shape[2],
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        Q_ORDERED=q_ordered,
+        num_warps=4,
+    )

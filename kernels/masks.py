@@ -1,6 +1,6 @@
 """Predicates of partial blocks, evaluated from coordinates in registers.
 
-A predicate of a (map, grid) is a row of integers. ``params`` is int32 ``[M, G, 48]``::
+A predicate of a (map, grid) is a row of integers. ``rules`` is int32 ``[M, G, 48]``::
 
     0..5    stride and extent of coordinates a, b, c:  x = token // stride % extent
             (c is the longest axis of the grid, a and b the others, each below 2^15)
@@ -155,9 +155,13 @@ def keeps(p_params, p_slot, p_tables, q0, q1, q2, q3, q4, token, KIND: tl.conste
 @triton.jit
 def bit_tile(p_bits, number, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile of packed bits as a mask, [M, N]; ``p_bits`` int32 ``[U, BLOCK_M, ceil(BLOCK_N /
-    32)]``."""
+    32)]``. Words are loaded once for a row, and the shift is by the bits of a column that differ
+    between threads, so that few values are shifted."""
     WORDS: tl.constexpr = (BLOCK_N + 31) // 32
     o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    place = (number.to(tl.int64) * BLOCK_M + o_m[:, None]) * WORDS + (o_n // 32)[None, :]
-    return (tl.load(p_bits + place) >> (o_n % 32)[None, :]) & 1 != 0
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    p_word = p_bits + (number.to(tl.int64) * BLOCK_M + o_m) * WORDS
+    word = tl.load(p_word)[:, None]
+    for i in tl.static_range(1, WORDS):
+        word = tl.where(o_n >= 32 * i, tl.load(p_word + i)[:, None], word)
+    return ((word >> (o_n & 6)) & (1 << (o_n & 25))) != 0

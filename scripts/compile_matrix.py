@@ -3,9 +3,10 @@
     python scripts/compile_matrix.py --jobs 2 --output assets/tables/compile_matrix.json
     python scripts/compile_matrix.py --family selection      # the other families' rows are kept
 
-There are three families, each a module of ``compiled``: ``forward`` and ``backward``, every row of
+There are four families, each a module of ``compiled``: ``forward`` and ``backward``, every row of
 the launch tables in every variant of the masks (predicate kinds, orders, text lengths, split rows),
-and ``selection``, the kernels of dynamic patterns. The table holds registers, shared memory, stack,
+``hopper``, the forward kernel of that architecture, and ``selection``, the kernels of dynamic
+patterns. The table holds registers, shared memory, stack,
 spilled instructions inside and outside the loop over full blocks, and matrix instructions, and the
 hash of the kernels of each family. Nothing in it is a timing.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from compiled import backward, forward, selection
+from compiled import backward, forward, hopper, selection
 from compiled.resources import compile_row
 from compiled.rows import Row
 
@@ -32,7 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"
 TABLE = ROOT / "assets" / "tables" / "compile_matrix.json"
 STACK_LIMIT = 64  # bytes of a thread, on NVIDIA, in 16-bit types
-FAMILIES: dict[str, Any] = {"forward": forward, "backward": backward, "selection": selection}
+FAMILIES: dict[str, Any] = {
+    "forward": forward,
+    "hopper": hopper,
+    "backward": backward,
+    "selection": selection,
+}
 
 
 def source_hashes() -> dict[str, str]:

@@ -32,6 +32,8 @@ WALKED = [  # one token, one frame, a ragged tail, odd text on both sides, two g
     "prefix_and_text",
 ]
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+# Of tests on a GPU, which compile each: a padded size and those of most models.
+HEAD_SIZES = {torch.float16: 64, torch.bfloat16: 128, torch.float32: 40}
 MIXED: list[Pattern] = [Radial(rule="token"), Neighborhood((3, 3, 3)), Skip(), Dense()]
 UNIONS = {
     "two_bands": Union(Diagonal(3), AxisOrder(Diagonal(2), "wht")),

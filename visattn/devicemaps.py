@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from visattn.bittiles import packed_words
 from visattn.blockmap import BlockMap, MapBank
 from visattn.layout import on_cpu
 from visattn.orders import SequenceBlocks, Triple
@@ -24,6 +25,7 @@ NONE, AXIS, STRIDED, BAND, RADIAL, LABEL, BITS = range(7)  # as in kernels/masks
 PARAMS, SLOTS, USED = 48, (12, 28), 15
 LEAST_PART = 16  # blocks below which a row is not worth splitting
 LIMIT = 2**31 - 1
+WORDS_LIMIT = 512 << 20  # bytes of the distinct bit tiles of a launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class DeviceMaps:
     """What one launch needs of a bank; ``lists`` holds the tensors by the kernels' names for them.
 
     Attributes:
-        lists: work, rows, columns, k_table, q_index, k_index, params, tables, tile_of, bits.
+        lists: work, rows, columns, k_table, q_index, k_index, rules, tables, tile_of, bits.
         key_slots: int32 ``[2, S]``: key head and row of ``k_index`` of each distinct pair; None
             where keys stay in token order, and the slot is the key head.
         kinds: predicate kinds of the two slots; ordered: whether queries, keys are reordered.
@@ -46,6 +48,11 @@ class DeviceMaps:
     num_parts: int
     tile_steps: int
     block: tuple[int, int]
+
+    @property
+    def by_coordinates(self) -> bool:
+        """Whether a kernel evaluates predicates."""
+        return self.kinds[0] not in (NONE, BITS)
 
     @property
     def nbytes(self) -> int:
@@ -120,18 +127,18 @@ def _slot(predicate: Predicate, axes: Triple, tables: _Tables) -> list[int]:
 
 
 def _parameters(bank: MapBank, kinds: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """params int32 ``[M, G, 48]`` and the tables they point into."""
+    """rules int32 ``[M, G, 48]`` and the tables they point into."""
     layout, kv_layout = bank.maps[0].layout, bank.maps[0].kv_layout
-    params = torch.ones(len(bank.maps), max(1, len(layout.grids)), PARAMS, dtype=torch.int32)
+    rules = torch.ones(len(bank.maps), max(1, len(layout.grids)), PARAMS, dtype=torch.int32)
     for slot in SLOTS:  # not in use: offsets 0, divisors 1
-        params[:, :, slot : slot + 6] = 0
-        params[:, :, slot + USED] = 0
+        rules[:, :, slot : slot + 6] = 0
+        rules[:, :, slot + USED] = 0
     longest = max([max(grid.shape) for _, grid in layout.grids] or [1])
     tables = _Tables()
     tables.add(torch.zeros(longest, dtype=torch.int32))  # what a slot not in use reads
     for number, item in enumerate(bank.maps):
         for ordinal, (q_start, grid) in enumerate(layout.grids):
-            own = params[number, ordinal]
+            own = rules[number, ordinal]
             k_start = kv_layout.grids[ordinal][0] if ordinal < len(kv_layout.grids) else 0
             a, b, c = sorted(range(3), key=lambda axis: grid.shape[axis])
             radices = [
@@ -144,7 +151,7 @@ def _parameters(bank: MapBank, kinds: tuple[int, int]) -> tuple[torch.Tensor, to
                 free.remove(place)
                 values = _slot(predicate, (a, b, c), tables)
                 own[place[1] : place[1] + len(values)] = torch.tensor(values)
-    return params, tables.tensor()
+    return rules, tables.tensor()
 
 
 def _bits(bank: MapBank, kinds: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,6 +205,14 @@ def _k_table(bank: MapBank) -> torch.Tensor:
             table[number, own, 2] = ordinal
             table[number, own, 3] = (blocks.start[own] - layout.starts[segment]).int()
     return table
+
+
+def _firsts(bank: MapBank) -> torch.Tensor:
+    """First key of the block of each visit, int32 ``[columns]``, at least one."""
+    parts = [
+        bank.k_table[number, item.columns.long(), 0] for number, item in enumerate(bank.maps)
+    ]
+    return torch.cat([*parts, torch.zeros(1)]).int()
 
 
 def _work(
@@ -256,6 +271,7 @@ def device_maps(
     device: torch.device,
     split: int | None = None,
     backward: bool = False,
+    words: bool = False,
 ) -> DeviceMaps:
     """Pack one map per query head for a launch.
 
@@ -263,9 +279,12 @@ def device_maps(
         heads: one map per query head; key_heads: heads of the keys, which divide them.
         split: most blocks of an unsplit row; default: four times the mean, at least 16.
         backward: for the gradients: no row is split, and the lists of ``key_lists`` are there too.
+        words: mask partial and short blocks by bit tiles, whatever says them, if they take no more
+            than ``WORDS_LIMIT`` bytes; ``lists`` then has ``firsts``, the first key of each visit.
     """
     bank = MapBank.of(heads)
-    kinds = _kinds(bank)
+    packed = packed_words(bank, device, WORDS_LIMIT) if words else None
+    kinds = (BITS, NONE) if packed else _kinds(bank)
     q_index, q_rows, q_ordered = _order_rows([item.q_blocks for item in bank.maps])
     k_index, k_rows, k_ordered = _order_rows([item.k_blocks for item in bank.maps])
     share = len(heads) // key_heads
@@ -276,8 +295,8 @@ def device_maps(
         distinct = list(dict.fromkeys(wanted))
         slots = [distinct.index(pair) for pair in wanted]
         key_slots = torch.tensor(distinct, dtype=torch.int32).T.contiguous().to(device)
-    params, tables = _parameters(bank, kinds)
-    tile_of, bits = _bits(bank, kinds)
+    rules, tables = _parameters(bank, kinds)
+    tile_of, bits = packed or _bits(bank, kinds)
     work, rows, parts = _work(bank, slots, q_rows, k_rows, LIMIT if backward else split)
     lists = {
         "work": work,
@@ -286,13 +305,15 @@ def device_maps(
         "k_table": _k_table(bank),
         "q_index": q_index,
         "k_index": k_index,
-        "params": params,
+        "rules": rules,
         "tables": tables,
         "tile_of": tile_of,
         "bits": bits,
     }
+    if packed:
+        lists["firsts"] = _firsts(bank)
     if backward:
-        lists |= key_lists(bank, slots, q_rows, k_rows, tile_of)
+        lists |= key_lists(bank, slots, q_rows, k_rows, tile_of.cpu())
     return DeviceMaps(
         lists={name: tensor.contiguous().to(device) for name, tensor in lists.items()},
         key_slots=key_slots,

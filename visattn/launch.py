@@ -27,10 +27,13 @@ def launch_of(q: torch.Tensor) -> Launch:
     return launch_settings(target_of(q.device), q.dtype, q.shape[3])
 
 
-def backward_launch_of(q: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+def backward_launch_of(
+    q: torch.Tensor, *, spare: bool = False
+) -> tuple[tuple[int, int], tuple[int, int], int, int]:
     """Queries and keys of a block, queries of a part and of a masked part of it, warps and stages,
-    from the launch table of gradients."""
+    from the launch table of gradients; ``spare`` for the kernels that hold more."""
     if q.device.type == "cpu":
         return INTERPRETED_BACKWARD
     own = backward_settings(target_of(q.device), q.dtype, q.shape[3])
+    own = own.spared() if spare else own
     return (own.block_q, own.block_k), (own.queries, own.masked), own.warps, own.stages

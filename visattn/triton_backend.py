@@ -13,6 +13,7 @@ from visattn.kernels.targets import Launch
 from visattn.launch import backward_launch_of, interpreting, launch_of
 from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
+from visattn.trial import Variant, trusted
 
 __all__ = ["TritonAttention", "triton_attention", "triton_backward", "why_unavailable"]
 
@@ -69,12 +70,20 @@ def triton_attention(
     blocks = (launch.block_q, launch.block_k)
     maps = _maps(patterns, layout, kv_layout, blocks, k, lower, split=split)
     q, k, v = _ready(maps, q, k, v)
+    lengths = None if text_lengths is None else text_lengths.int().contiguous()
+    if launch.warp_groups and _takes_groups(q, maps, lengths, scale):
+        from visattn.kernels.hopper import forward_hopper
+
+        if lengths is not None:
+            v = _without_padding(v, kv_layout or layout, lengths)
+        order, parts = maps.ordered[0], maps.num_parts
+        return forward_hopper(q, k, v, maps.lists, lengths, scale, q_ordered=order, num_parts=parts)
     return forward(
         q,
         k,
         v,
         maps.lists,
-        None if text_lengths is None else text_lengths.int().contiguous(),
+        lengths,
         scale,
         block=maps.block,
         kinds=maps.kinds,
@@ -113,6 +122,8 @@ def triton_backward(
 
     blocks, queries, warps, stages = settings or backward_launch_of(q)
     maps = _maps(patterns, layout, kv_layout, blocks, k, lower, backward=True)
+    if settings is None and maps.by_coordinates:
+        _, queries, warps, stages = backward_launch_of(q, spare=True)
     keys = k.shape
     q, k, v = _ready(maps, q, k, v)
     dq, dk, dv = backward(
@@ -181,15 +192,44 @@ def _maps(
     split: int | None = None,
     backward: bool = False,
 ) -> DeviceMaps:
-    """The lists of a launch, made once."""
+    """The lists of a launch, made once. On a GPU masks are bits, where they fit."""
     key = (patterns, layout, kv_layout, blocks, k.shape[1], k.device, split, backward)
 
     def make() -> DeviceMaps:
         maps = {pattern: lower(pattern, *blocks) for pattern in dict.fromkeys(patterns)}
         heads = [maps[pattern] for pattern in patterns]
-        return device_maps(heads, k.shape[1], k.device, split, backward)
+        words = k.device.type == "cuda"
+        return device_maps(heads, k.shape[1], k.device, split, backward, words)
 
     return DEVICE_MAPS.get(key, make)
+
+
+def _takes_groups(
+    q: torch.Tensor, maps: DeviceMaps, lengths: torch.Tensor | None, scale: float
+) -> bool:
+    """Whether the kernel for Hopper computes a call: 16-bit types, heads of up to 128 whose rows a
+    copy can read, a scale above 0 (its largest logit is that of the largest product), masks that
+    fit in memory as bits, and a trial of the variant that went well."""
+    dim = q.shape[3]
+    if q.element_size() != 2 or dim % 8 or dim > 128 or scale <= 0 or "firsts" not in maps.lists:
+        return False
+    split = maps.num_parts > 0
+    return trusted(Variant(q.device, q.dtype, dim, maps.ordered[0], lengths is not None, split))
+
+
+def _without_padding(
+    v: torch.Tensor, layout: TokenLayout, text_lengths: torch.Tensor
+) -> torch.Tensor:
+    """Values with 0 past the end of each text, whatever stands there: text keeps its place in every
+    order of blocks."""
+    v, ordinal = v.clone(), 0
+    for begin, segment in zip(layout.starts, layout.segments, strict=True):
+        if segment.kind == "text":
+            place = torch.arange(segment.length, device=v.device)
+            past = place >= text_lengths[:, ordinal, None]
+            v[:, :, begin : begin + segment.length].masked_fill_(past[:, None, :, None], 0.0)
+            ordinal += 1
+    return v
 
 
 def _ready(

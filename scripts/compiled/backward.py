@@ -37,20 +37,28 @@ def rows_of(target: str) -> list[Row]:
     rows = []
     for dtype in DTYPES:
         for size, launch in BACKWARD[target][bytes_of(dtype)].items():
-            tile = {"BLOCK_M": launch.queries, "BLOCK_N": launch.block_k}
-            own = {
-                "dq": tile | {"SUBS": launch.block_q // launch.queries},
-                "dkdv": tile | {"BLOCK_P": launch.masked, "BLOCK_Q": launch.block_q},
-            }
             for dim in dims_of(size, dtype, target):
                 for variant in FLOAT32 if dtype == "float32" else variants_of(dim, dtype):
-                    for kernel, block in own.items():
-                        constants = constants_of(variant, dim, dtype) | block
-                        name = f"{kernel} {variant}"
-                        place = ("backward", target, dtype, dim, name, f"_{kernel}_kernel")
-                        rows.append(Row(*place, constants, launch.warps, launch.stages))
+                    rows += _rows(target, dtype, dim, launch, variant)
             if size in CORE and dtype != "float32":
-                rows += [_level_row(target, dtype, size, launch, *pair) for pair in _level_pairs()]
+                spared = launch.spared()
+                rows += [_level_row(target, dtype, size, spared, *pair) for pair in _level_pairs()]
+    return rows
+
+
+def _rows(target: str, dtype: str, dim: int, launch: Any, variant: str) -> list[Row]:
+    """Both kernels of a variant."""
+    own = launch if variant in ("none", "bits") else launch.spared()
+    tile = {"BLOCK_M": own.queries, "BLOCK_N": own.block_k}
+    blocks = {
+        "dq": tile | {"SUBS": own.block_q // own.queries},
+        "dkdv": tile | {"BLOCK_P": own.masked, "BLOCK_Q": own.block_q},
+    }
+    rows = []
+    for kernel, block in blocks.items():
+        constants = constants_of(variant, dim, dtype) | block
+        place = ("backward", target, dtype, dim, f"{kernel} {variant}", f"_{kernel}_kernel")
+        rows.append(Row(*place, constants, own.warps, own.stages))
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ def compile_row(row: Row, family: Any) -> dict[str, Any]:
         if own.startswith("*") or name.startswith("stride_"):  # as a launch would find them
             attributes[(number,)] = [["tt.divisibility", 16]]
     target = TARGETS[row.target]
+    source = getattr(family, "Source", ASTSource)
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=row.constants, attrs=attributes),
+        source(kernel, signature, row.constants, attributes),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": row.warps, "num_stages": row.stages},
     )
     found = {"shared": compiled.metadata.shared, "shared_limit": target.shared_bytes}
-    found |= _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+    loops = getattr(family, "loops_in", _loops)
+    found |= _nvidia(compiled, loops) if target.backend == "cuda" else _amd(compiled)
     return row.place() | found
 
 
@@ -49,19 +52,24 @@ def _cuobjdump(option: str, path: str) -> str:
     return done.stdout
 
 
-def _nvidia(compiled: Any) -> dict[str, Any]:
+def _nvidia(compiled: Any, loops: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         sass = _cuobjdump("-sass", file.name)
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
-    return {"registers": registers, "stack": stack} | _loops(sass)
+    return {"registers": registers, "stack": stack} | loops(sass)
+
+
+def code_of(sass: str) -> list[tuple[int, str]]:
+    """Addresses and instructions of a listing."""
+    return [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
 
 
 def _loops(sass: str) -> dict[str, Any]:
     """Spills inside the first loop with matrix products (that of full blocks), and elsewhere."""
-    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    code = code_of(sass)
     loops = natural_loops(code)
     spills = {address for address, text in code if SPILL.search(text)}
     products = {address: m[1] for address, text in code if (m := MATRIX.search(text))}

@@ -1,10 +1,23 @@
 """What holds for all tests of kernels: new tensors are filled with NaN, so that what is left
 unwritten is seen."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
+
+from visattn import triton_backend
+
+
+@pytest.fixture
+def masks_as_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every mask is bits, as on a GPU."""
+    own = triton_backend.device_maps
+    monkeypatch.setattr(triton_backend, "device_maps", lambda *args: own(*args[:5], True))
+    triton_backend.DEVICE_MAPS.clear()
+    yield
+    triton_backend.DEVICE_MAPS.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LAYOUTS
-from kernel_cases import DEVICE, DTYPES, GPU, MIXED, UNIONS, WALKED, case, inputs
+from kernel_cases import DEVICE, DTYPES, GPU, HEAD_SIZES, MIXED, UNIONS, WALKED, case, inputs
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.devicemaps import device_maps
@@ -195,6 +195,15 @@ def test_kinds_that_two_slots_cannot_hold_go_to_bits() -> None:
     check(inputs(layout, 4, 4, 16, torch.float32), heads, layout)
 
 
+@pytest.mark.usefixtures("masks_as_bits")
+@pytest.mark.parametrize("name", ["neighborhood", "radial", "stripe"])
+def test_masks_that_are_packed_as_bits(name: str) -> None:
+    """Of short blocks too, and beside lengths of a call."""
+    for layout_name in ("two_grids_text_between", "video_7x4x6"):
+        pattern, layout, lengths = case(name, layout_name)
+        check(inputs(layout, 2, 1, 16, torch.float32), [pattern, Diagonal(3)], layout, lengths)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
 def test_scale(scale: float) -> None:
     layout = LAYOUTS["video_3x3x3"]
@@ -244,12 +253,13 @@ def test_layouts_of_text_alone_and_one_long_row() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no GPU: the walk above ran in Triton's interpreter")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", HEAD_SIZES, ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_launch_settings_of_this_gpu(name: str, dtype: torch.dtype) -> None:
-    """The same bound with the launch table's own blocks, at the head sizes that models have."""
+    """The same bound with the launch table's own blocks, at the head sizes that models have. What
+    has a kernel of its own architecture runs in ``test_hopper.py``."""
     for layout_name in ("video_8x8x8_aligned", "video_4x11x7_unaligned", "two_grids_text_between"):
         pattern, layout, lengths = case(name, layout_name)
-        for dim in (40, 64, 128):
-            qkv = inputs(layout, 2, 1, dim, dtype)
-            check(qkv, [pattern, Dense()], layout, lengths, settings=launch_of(qkv[0]))
+        qkv = inputs(layout, 2, 1, HEAD_SIZES[dtype], dtype)
+        settings = launch_of(qkv[0])._replace(warp_groups=False)
+        check(qkv, [pattern, Dense()], layout, lengths, settings=settings)

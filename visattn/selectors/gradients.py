@@ -85,7 +85,7 @@ def gradients(
     q, grad_out = (x if x.stride(3) == 1 else x.contiguous() for x in (q, grad_out))
     delta = delta_of(out, grad_out, grad_lse.float().contiguous())
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    (_, block_k), (block_q, _), warps, stages = backward_launch_of(q)
+    (_, block_k), (block_q, _), warps, stages = backward_launch_of(q, spare=True)
     q_side, k_side = selection.q_side, selection.k_side
     own_k, own_v = (x.detach().float().requires_grad_() for x in (k, v))
     first = True
