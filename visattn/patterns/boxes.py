@@ -95,8 +95,8 @@ def best_boxes(
 ) -> tuple[Order, Order]:
     """The box orders with which the rule visits the fewest blocks, then the fewest partial ones.
 
-    Visits multiply over axes, so each axis is classified once per pair of sides. Query boxes are
-    chosen with equal key boxes; key boxes of another size are then chosen against them.
+    Visits multiply over axes, so each axis is classified once per pair of sides. Blocks of one size
+    get one order.
     """
 
     @cache
@@ -129,10 +129,9 @@ def best_boxes(
                     boxes.append(BoxOrder(tile, unit, offset, step))
         return boxes or [BoxOrder(box_candidates(grid, unit, size)[0], unit, offset, dilation)]
 
-    q_order = min(candidates(block_q), key=lambda own: (*cost(own, own), own.tile, own.dilation))
     if block_k == block_q:
-        return q_order, q_order
-    k_order = min(
-        candidates(block_k), key=lambda own: (*cost(q_order, own), own.tile, own.dilation)
-    )
-    return q_order, k_order
+        own = min(candidates(block_q), key=lambda q: (*cost(q, q), q.tile, q.dilation))
+        return own, own
+    q_boxes, k_boxes = candidates(block_q), candidates(block_k)
+    pairs = [(q, k) for q in q_boxes for k in k_boxes]
+    return min(pairs, key=lambda p: (*cost(*p), p[0].tile, p[1].tile, p[0].dilation, p[1].dilation))
