@@ -75,6 +75,54 @@ def test_limits_change_no_result(limit: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_logits_that_are_written_out_change_no_result(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows with masks and without, of windows and of copies, some at a time, and of more heads
+    than rows."""
+    pattern = draw(name, LAYOUT, 3)
+    layout = TokenLayout(Grid(6, 16, 16))
+    plain = Neighborhood((3, 8, 8), stride=(3, 8, 8))  # no masks
+    cases = [(pattern, LAYOUT, 2), (pattern, LAYOUT, 9), (plain, layout, 2), (plain, layout, 64)]
+    generator = torch.Generator().manual_seed(0)
+    written = cpu_rows._written_out
+    calls: list[int] = []
+
+    def counted(*args: object) -> None:
+        calls.append(1)
+        written(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu_rows, "_written_out", counted)
+    for own, place, heads in cases:
+        shape = (1, heads, place.length, 8)
+        qkv = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_rows, "NARROW", 0)
+            expected = sparse_attention(*qkv, own, place, backend="blockwise")
+        before = len(calls)
+        for logits in (1 << 22, 5000):
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu_rows, "LEAST", (0, 0))
+                patch.setattr(cpu_rows, "LOGITS", logits)
+                found = sparse_attention(*qkv, own, place, backend="blockwise")
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert len(calls) > before or isinstance(own, Skip)
+
+
+def test_a_product_is_written_out_where_that_pays() -> None:
+    q = torch.empty(4, 2, 128, 64)
+    mask = cpu_rows.Mask.of(torch.ones(1, 1, 128, 200, dtype=torch.bool).tril(), q.dtype)
+    assert mask.spans == ((1, 200),)
+    assert cpu_rows._is_narrow(q, 200, None) and not cpu_rows._is_narrow(q, 200, mask)
+    assert cpu_rows._is_narrow(q, 600, mask)
+    assert not cpu_rows._is_narrow(q, 100, None)
+    assert not cpu_rows._is_narrow(q, cpu_rows.LOGITS // 128 + 1, None)  # too large for a cache
+    assert not cpu_rows._is_narrow(q.bfloat16(), 600, None)  # whose logits would be rounded
+    assert not cpu_rows._is_narrow(torch.empty(4, 2, 768, 64), 600, None)
+
+
 def test_masks_are_kept_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = [torch.randn(1, 2, LAYOUT.length, 8) for _ in range(3)]
     pattern = Neighborhood((3, 5, 3))

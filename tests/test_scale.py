@@ -121,6 +121,7 @@ def test_blockwise_makes_nothing_of_size_n_squared(
     """Whatever the length, the largest tensor is a chunk, one row of blocks, or the distinct
     tiles."""
     monkeypatch.setattr("visattn.blockwise.CHUNK", 1 << 17)
+    monkeypatch.setattr("visattn.cpu_rows.LOGITS", 1 << 17)
     monkeypatch.setattr("visattn.workspace._KEPT.tensors", {})  # what larger calls left
     for grid in (Grid(8, 16, 16), Grid(8, 32, 16)):
         layout = TokenLayout(grid, text_after=100)

@@ -1,8 +1,10 @@
-"""Rows of a block map on a CPU, without gradients: each product is one scaled dot product attention
-of torch, with nothing copied to new memory.
+"""Rows of a block map on a CPU, without gradients, with nothing copied to new memory.
 
-Logits that are written out between two matrix products (``baddbmm``, ``softmax``, ``bmm``, with
-masks added only where they are) were tried for narrow rows and are no faster.
+torch's fused attention takes 32 queries of a row at a time where it has fewer than 192, and 64
+below 768, and multiplies so few at half the rate of many. Such rows are two batched matrix
+products, with the logits written out between them in memory that is used again: of so many rows at
+a time that they stay in the cache. Broader rows, and 16-bit types, whose logits would be rounded,
+are one fused attention.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from visattn.workspace import workspace
 
 __all__ = ["rows_on_cpu"]
 
+NARROW = 768  # queries of a row below which its logits are written out
+LEAST = (1 << 17, 1 << 19)  # of a product, without and with a mask, below which they are not
+LOGITS = 1 << 22  # that are written out at a time
 MASKS = 1 << 21  # elements of the masks that a map keeps
 PLACES = 1 << 22  # places of keys and tokens that a program keeps
 
@@ -53,17 +58,79 @@ def rows_on_cpu(
             continue
         mask = masks.of(step.rows, step.tiles)
         own_k, own_v = step.take("keys", k), step.take("values", v)
-        found = scaled_dot_product_attention(
-            q[:, step.own].unflatten(1, (len(step.rows), -1)),
-            own_k,
-            own_v,
-            attn_mask=None if mask is None else mask.bias,
-            scale=scale,
-        )
+        own_q, found = (x[:, step.own].unflatten(1, (len(step.rows), -1)) for x in (q, out))
+        if _is_narrow(own_q, step.keys, mask):
+            _written_out(own_q, own_k, own_v, mask, scale, found)
+        else:
+            bias = None if mask is None else mask.bias
+            fused = scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=bias, scale=scale)
+            found.copy_(fused)
         if mask is not None and mask.blind is not None:
-            found = found.masked_fill(mask.blind, 0)
-        out[:, step.own] = found.flatten(1, 2)
+            found.masked_fill_(mask.blind, 0)
     return program.back(out).view(shape)
+
+
+def _is_narrow(q: torch.Tensor, keys: int, mask: Mask | None) -> bool:
+    """Whether the logits of a product are written out; q ``[B, rows, queries, D]``."""
+    many, rows, queries, _ = q.shape
+    of_row, least = queries * keys, LEAST[mask is not None]
+    wide = q.dtype in (torch.float32, torch.float64)
+    return wide and queries < NARROW and of_row <= LOGITS and many * rows * of_row >= least
+
+
+def _written_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """``out = softmax(scale q k^T + bias) v``; a query that sees nothing gets NaN.
+
+    Args:
+        q, out: ``[B, rows, queries, D]``; k, v: ``[B, rows, keys, D]``, any strides but 1 along D.
+        mask: of ``[1, rows or 1, queries, keys]``, or None.
+    """
+    many, rows = q.shape[:2]
+    if mask is None and k.is_contiguous() and v.is_contiguous():  # copied: one batch of all
+        flat = out if out.is_contiguous() else workspace("found", q, *q.shape)
+        q, k, v, one = (x.reshape(many * rows, -1, q.shape[3]) for x in (q, k, v, flat))
+        _batches(q, k, v, [], scale, one)
+        if flat is not out:
+            out.copy_(flat)
+        return
+    biases = [] if mask is None else [(a, b, mask.bias[0, ..., a:b]) for a, b in mask.spans]
+    if rows >= many:
+        for head in range(many):
+            _batches(q[head], k[head], v[head], biases, scale, out[head])
+        return
+    for row in range(rows):
+        own = [(a, b, bias[min(row, len(bias) - 1)][None]) for a, b, bias in biases]
+        _batches(q[:, row], k[:, row], v[:, row], own, scale, out[:, row])
+
+
+def _batches(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    biases: list[tuple[int, int, torch.Tensor]],
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """The same of ``[n, queries, D]`` and ``[n, keys, D]``; biases: first key, last one and one
+    more, and what is added there, ``[n or 1, queries, keys]``."""
+    queries, keys = q.shape[1], k.shape[1]
+    times = -(-len(q) * queries * keys // LOGITS)
+    step = -(-len(q) // times)  # evenly: few rows at a time are slow
+    for begin in range(0, len(q), step):
+        part = slice(begin, begin + step)
+        logits = workspace("logits", q, len(q[part]), queries, keys)
+        torch.baddbmm(logits, q[part], k[part].mT, beta=0, alpha=scale, out=logits)
+        for first, end, bias in biases:
+            logits[..., first:end] += bias if len(bias) == 1 else bias[part]
+        torch.softmax(logits, -1, out=logits)
+        torch.bmm(logits, v[part], out=out[part])
 
 
 class _Step(NamedTuple):

@@ -234,14 +234,19 @@ def mask_of(rows: list[Row], tiles: torch.Tensor) -> torch.Tensor | None:
 
 
 class Mask(NamedTuple):
-    """A mask, bool, as what it adds to logits, and queries that see nothing, or None."""
+    """A mask, bool, as what it adds to logits, queries that see nothing, or None, and the keys that
+    not all queries see, ``(begin, end)`` of each run."""
 
     kept: torch.Tensor
     bias: torch.Tensor
     blind: torch.Tensor | None
+    spans: tuple[tuple[int, int], ...]
 
     @staticmethod
     def of(kept: torch.Tensor, dtype: torch.dtype) -> Mask:
         bias = torch.zeros_like(kept, dtype=dtype).masked_fill_(~kept, -torch.inf)
         blind = ~kept.any(-1, keepdim=True)
-        return Mask(kept, bias, blind if bool(blind.any()) else None)
+        edges = torch.nn.functional.pad((~kept).flatten(0, 2).any(0).int(), (1, 1)).diff()
+        begins, ends = ((edges == step).nonzero()[:, 0].tolist() for step in (1, -1))
+        spans = tuple(zip(begins, ends, strict=True))
+        return Mask(kept, bias, blind if bool(blind.any()) else None, spans)

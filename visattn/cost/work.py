@@ -11,7 +11,7 @@ from visattn.rows import products_of, rows_of, window_of
 
 __all__ = ["BROAD", "Work", "work_of"]
 
-BROAD = 192  # queries from which torch's attention on a CPU takes more of them at a time
+BROAD = 192  # queries of a row from which a CPU multiplies them at a rate of its own
 
 
 class Work(NamedTuple):
