@@ -29,4 +29,6 @@ COGVIDEOX = Family(
     tokens=tokens,
     batch=("uncond", "cond"),
     blocks=(r"transformer_blocks\.\d+",),
+    ordered=lambda config: config.use_rotary_positional_embeddings,  # not those of 2B
+    image_output=0,
 )

@@ -11,6 +11,10 @@ from visattn.layout import Tokens
 __all__ = ["Family"]
 
 
+def _always(_: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of denoisers.
@@ -31,6 +35,10 @@ class Family:
         timestep_unit: what its pipelines divide a timestep of the scheduler by before the denoiser
             gets it.
         perturbed: argument of its forward by which a pipeline asks for a perturbed pass of its own.
+        ordered: whether its blocks depend on the order of their image tokens, as by a rotary
+            embedding, from the model's configuration. Positions that are added to the tokens before
+            the first block do not count.
+        image_output: which output of a block the image tokens are, where it gives text as well.
     """
 
     name: str
@@ -42,3 +50,5 @@ class Family:
     blocks: tuple[str, ...] = ()
     timestep_unit: int = 1
     perturbed: str = ""
+    ordered: Callable[[Any], bool] = _always
+    image_output: int = 1

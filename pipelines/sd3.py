@@ -29,4 +29,5 @@ SD3 = Family(
     batch=("uncond", "cond"),
     blocks=(r"transformer_blocks\.\d+",),
     perturbed="skip_layers",
+    ordered=lambda _: False,  # positions are added to the patches
 )

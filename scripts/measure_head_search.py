@@ -1,5 +1,5 @@
 """Whether heads that HeadHunter finds on some prompts help on others: the small model in few steps
-without classifier-free guidance, where the scorer agrees with about half of the objects.
+with little or no classifier-free guidance, where the scorer agrees with about half of the objects.
 
     python scripts/measure_head_search.py --log scores.jsonl --json assets/bench/head-search.json
 
@@ -66,9 +66,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--scale", type=float, default=2.0)
+    parser.add_argument("--scale", type=float, default=2.0, help="of the perturbed guidance")
+    parser.add_argument("--steps", type=int, default=CALL["num_inference_steps"])
+    parser.add_argument("--guidance-scale", type=float, default=CALL["guidance_scale"])
     parser.add_argument("--seeds", type=int, default=2, help="of each held-out prompt")
     options = parser.parse_args()
+    call = CALL | {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     pipe = load_pipeline(Loading(model=str(default_model())))
     pipe.set_progress_bar_config(disable=True)
     found = model_prompts(default_model())
@@ -84,7 +87,7 @@ def main() -> None:
         k=options.top_k,
         rounds=options.rounds,
         scale=options.scale,
-        call=CALL,
+        call=call,
         resume=options.log,
         progress=lambda *told: print(*told, flush=True),
     )
@@ -92,7 +95,7 @@ def main() -> None:
 
     def clip(prompt: str, seed: int) -> tuple[float, float, float]:
         noise = torch.Generator().manual_seed(seed)
-        frames = pipe(prompt, **CALL, generator=noise, output_type="pt").frames[0].float()
+        frames = pipe(prompt, **call, generator=noise, output_type="pt").frames[0].float()
         verdict = score_prompt(frames, prompt)
         return verdict.mean, (verdict.object + verdict.direction) / 2, object_margin(frames, prompt)
 
@@ -102,7 +105,7 @@ def main() -> None:
     with guide(pipe, SoftPAG(heads)):
         guided = [clip(*pair) for pair in pairs]
     out = {
-        "call": CALL,
+        "call": call,
         "heads": {path: dict(own) for path, own in heads.layers.items()},
         "rounds": options.rounds,
         "top_k": options.top_k,

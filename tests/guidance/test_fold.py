@@ -11,21 +11,35 @@ import tiny
 import tiny_images
 import torch
 from diffusers import FirstBlockCacheConfig
+from guidance import pipelines
 from perturbed import Written, perturbing
 from planned import Stop, traces
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from visattn import Grid, TokenLayout, guide
 from visattn.generation import Job, run_job
-from visattn.guidance import SLG, CFGZeroStar, HeadSet, SkipBlock, SoftPAG, Temperature, steer
+from visattn.guidance import (
+    PAG,
+    SEG,
+    SLG,
+    STG,
+    CFGZeroStar,
+    HeadSet,
+    S2Guidance,
+    SkipBlock,
+    SoftPAG,
+    Temperature,
+    TemperatureGuidance,
+    TokenPerturbation,
+    steer,
+)
 from visattn.inject import apply_plan, remove_plan, sparse, summary
 from visattn.patterns import Dense, Diagonal, Neighborhood
 from visattn.plan import Plan, Rule
 
 STEPS, W = 3, 2.5
 PIPELINES = {
-    **tiny.PIPELINES,
-    **tiny_images.IMAGES,
+    **pipelines.PIPELINES,
     "distilled": lambda: tiny_images.flux(guidance_embeds=True),
 }
 KINDS = ("wan21", "wan22", "cogvideox", "flux", "sd3")
@@ -50,11 +64,7 @@ BATCHED = ("cogvideox", "sd3")
 
 def generate(pipe, guidance=True, **options):
     """Latents of a short generation."""
-    if type(pipe).__name__.startswith(("Flux", "StableDiffusion3")):
-        return tiny_images.generate(pipe, steps=STEPS, guidance=guidance, **options)
-    if not guidance:
-        options["guidance_scale"] = 1.0
-    return tiny.generate(pipe, steps=STEPS, **options)
+    return pipelines.generate(pipe, STEPS, guidance, **options)
 
 
 def heads(kind):
@@ -172,6 +182,42 @@ def test_sd3_with_its_own_skip_layer_guidance():
     with guide(pipe, guidance("sd3")):
         assert error(generate(pipe, **options), expected) < 2e-6
     assert error(generate(pipe, **options), expected) > 1e-3
+
+
+# each with the joint model that it is tried on beside Wan
+GUIDANCES = {
+    "PAG": (PAG(layers=[1], scale=W), "cogvideox"),
+    "PAG of all": (PAG(policy="all", scale=W), "sd3"),
+    "SEG": (SEG(scale=W), "flux"),
+    "SEG, finite": (SEG(layers=1, sigma=1.0, scale=W), "sd3"),
+    "SLG": (SLG(blocks=(1, 2), start=1, stop=1.0, scale=W), "sd3"),
+    "STG": (STG(blocks=1, scale=W), "cogvideox"),
+    "STG of blocks": (STG(blocks=2, what="block", scale=W), "flux"),
+    "temperature": (TemperatureGuidance(temperature=3.0, scale=W), "cogvideox"),
+    "token perturbation": (TokenPerturbation(blocks=(0, 2), scale=W), "flux"),
+    "S2": (S2Guidance(share=0.4, scale=W), "flux"),
+}
+PERTURBED = [(kind, name) for name, (_, joint) in GUIDANCES.items() for kind in ("wan21", joint)]
+
+
+@pytest.mark.parametrize(("kind", "name"), PERTURBED)
+def test_fold_of_each_guidance_equals_the_loop_written_out(kind, name):
+    """The perturbed prediction is that of an untouched denoiser with the guidance's own edits."""
+    own, pipe = GUIDANCES[name][0], PIPELINES[kind]()
+
+    def combine(c, u, p, call):
+        used = own.active(call[1], STEPS)
+        return u + 3 * (c - u) + (W * (c - p) if used else 0)
+
+    # of the pipeline, so that the steps are known, by which tokens and blocks are drawn
+    loop = Written(pipe, kind in BATCHED and "guided", lambda _: steer(pipe, own.edits()), combine)
+    expected = generate(pipe)
+    pipe = PIPELINES[kind]()
+    with guide(pipe, own):
+        found = generate(pipe)
+    assert error(found, expected) < 1e-5
+    moved = [difference > 1e-3 for difference in loop.differences]
+    assert moved == [own.active(step, STEPS) for step in range(STEPS)]
 
 
 # ---- what changes nothing

@@ -2,6 +2,7 @@
 text encoder), against ``visattn.guide`` on the classic one and against its formula."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -13,14 +14,40 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 from planned import Stop, traces
 
 from visattn import guide
-from visattn.guidance import HeadSet, SoftPAG
-from visattn.guidance.modular import SoftPerturbedGuidance
+from visattn.guidance import (
+    NAG,
+    PAG,
+    SEG,
+    SLG,
+    STG,
+    CFGZeroStar,
+    HeadSet,
+    S2Guidance,
+    SoftPAG,
+    TemperatureGuidance,
+    TokenPerturbation,
+)
+from visattn.guidance.modular import PerturbedGuidance, SoftPerturbedGuidance
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule
 
 HEADS = {"blocks.1.attn1": {0: 1.0, 2: 0.4}}
 G, W, STEPS = 3.0, 2.5, 3
+WHOLE = {"scale": W, "start": 0, "stop": 1.0}
+OTHERS = {
+    "PAG": PAG(layers=(1,), **WHOLE),
+    "SEG": SEG(layers=(1,), **WHOLE),
+    "SEG, finite": SEG(layers=(0, 2), sigma=0.7, **WHOLE),
+    "SLG": SLG(blocks=1, **WHOLE),
+    "STG": STG(blocks=(1, 2), **WHOLE),
+    "STG, blocks": STG(blocks=2, what="block", **WHOLE),
+    "temperature": TemperatureGuidance(layers="blocks.1.attn1", temperature=3.0, **WHOLE),
+    "tokens": TokenPerturbation(blocks=(0, 1), share=0.5, seed=3, **WHOLE),
+    "S2": S2Guidance(share=0.4, seed=1, **WHOLE),
+    "SoftPAG": SoftPAG(HEADS, scale=W, policy="image_rows", target="uniform"),
+}
+others = pytest.mark.parametrize("own", OTHERS.values(), ids=OTHERS)
 
 
 def guider(**options):
@@ -81,6 +108,31 @@ def test_modular_pipeline_gives_what_the_classic_one_does(scale):
     found = generate(modular(guider(guidance_scale=scale)))
     assert close(found, classic(guidance_scale=scale))
     assert not close(found, plain(scale))
+
+
+@others
+def test_every_guidance_gives_what_it_does_on_the_classic_pipeline(own):
+    found = generate(modular(PerturbedGuidance(own, guidance_scale=G)))
+    assert close(found, classic(own))
+    assert not close(found, plain())
+
+
+@others
+def test_every_guidance_of_scale_0_changes_no_bit(own):
+    none = PerturbedGuidance(replace(own, scale=0.0), guidance_scale=G)
+    assert torch.equal(generate(modular(none)), plain())
+
+
+def test_window_is_that_of_the_guidance():
+    first = SLG(blocks=1, start=0, stop=1, scale=W)
+    found = generate(modular(PerturbedGuidance(first, guidance_scale=G)))
+    assert close(found, classic(first))
+    assert not close(found, classic(OTHERS["SLG"]))
+    never = SLG(blocks=1, start=0.9, stop=0.99)
+    with pytest.raises(ValueError, match=r"SLG has start=0.9, stop=0.99, which leave none of 3"):
+        generate(modular(PerturbedGuidance(never)))
+    none = PerturbedGuidance(replace(never, scale=0.0), guidance_scale=G)
+    assert torch.equal(generate(modular(none)), plain())
 
 
 def test_original_formulation_counts_the_scale_from_zero():
@@ -194,13 +246,42 @@ def test_configuration_is_saved_and_read(heads, tmp_path):
     again = SoftPerturbedGuidance.from_pretrained(tmp_path)
     assert again.config == own.config
     if not isinstance(heads, HeadSet):
-        assert again.softpag == own.softpag
+        assert again.guidance == own.guidance
     else:
         assert (again.config.strength, again.config.perturbed_scale) == (0.5, 1.5)
         assert again.config.policy == "image_rows"
-    edits = [sorted(map(str, one.softpag.edits())) for one in (own, again)]
+    edits = [sorted(map(str, one.guidance.edits())) for one in (own, again)]
     assert edits[0] == edits[1]
-    assert own.new(perturbed_scale=7.0).softpag.scale == 7.0
+    assert own.new(perturbed_scale=7.0).guidance.scale == 7.0
+
+
+@others
+def test_configuration_of_every_guidance_is_saved_and_read(own, tmp_path):
+    guider = PerturbedGuidance(own, guidance_scale=G, guidance_rescale=0.2)
+    guider.save_pretrained(tmp_path)
+    again = PerturbedGuidance.from_pretrained(tmp_path)
+    assert again.config == guider.config
+    assert type(again.guidance) is type(own)
+    assert again.guidance == own
+    assert again.config.guidance["name"] == type(own).__name__
+    assert guider.new(guidance=SEG(sigma=0.5)).guidance == SEG(sigma=0.5)
+
+
+def test_what_is_no_perturbed_guidance_is_refused():
+    for given, kind, message in (
+        (CFGZeroStar(), TypeError, "take ClassifierFreeZeroStarGuidance of diffusers"),
+        (NAG(negative_prompt="x"), TypeError, "must be one of PAG, SEG, SLG, STG, S2Guidance"),
+        ({"sigma": 1.0}, ValueError, "must have a name"),
+        ({"name": "NAG"}, ValueError, "must have a name, which is one of PAG"),
+        ({"name": "SEG", "sigme": 1.0}, ValueError, "has sigme; SEG has layers, scale, sigma"),
+        ({"name": "SEG", "sigma": -1.0}, ValueError, "sigma=-1.0"),
+        (SEG(layers=HeadSet(HEADS)), TypeError, "which a configuration cannot have"),
+    ):
+        with pytest.raises(kind, match=message):
+            PerturbedGuidance(given)
+    for given, message in ((SLG(blocks=9, **WHOLE), "block 9"), (SEG(layers=9), "names layer 9")):
+        with pytest.raises(ValueError, match=message):
+            generate(modular(PerturbedGuidance(given)))
 
 
 def test_bad_input_is_refused():
@@ -224,8 +305,9 @@ def test_bad_input_is_refused():
             generate(pipe)
 
 
-def test_denoiser_is_as_it_was_after_a_generation_and_after_an_error():
-    pipe = modular(guider())
+@others
+def test_denoiser_is_as_it_was_after_a_generation_and_after_an_error(own):
+    pipe = modular(PerturbedGuidance(own, guidance_scale=G))
     clean = traces(pipe)
     model = {key: value for key, value in clean.items() if key != "pipe"}
 
@@ -247,7 +329,7 @@ def test_denoiser_is_as_it_was_after_a_generation_and_after_an_error():
             generate(pipe)
         handle.remove()
         assert same()
-    assert torch.equal(generate(pipe), generate(modular(guider())))
+    assert torch.equal(generate(pipe), generate(modular(pipe.guider.new())))
 
 
 def test_plan_that_tells_passes_and_steps_apart():

@@ -1,7 +1,6 @@
 """Readouts of text tokens from running pipelines: the dense map of the same call says what they
 are."""
 
-import functools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,6 +8,7 @@ import pytest
 import tiny
 import torch
 from guidance.allocations import check_linear, joint_state
+from guidance.pipelines import generate, pipeline
 
 import visattn
 from visattn.guidance import BorrowKeys, Edit, LabelBias, ScaleTokens, Temperature
@@ -19,7 +19,9 @@ from visattn.guidance.token_readout import TokenReadout, frame_minmax, token_mas
 from visattn.patterns import Diagonal
 from visattn.plan import Plan, Rule
 
-KINDS = {"wan21": "cross", "cogvideox": "self"}
+# SD3 has the image in front of the text
+KINDS = {"wan21": "cross", "cogvideox": "self", "sd3": "self"}
+GRIDS = {"wan21": (3, 6, 4), "cogvideox": (3, 6, 4), "sd3": (1, 6, 4)}
 TOKENS = (1, (2, 3))
 REAL = (0, 1, 2, 3, 4)  # "a red square moves right"; then the end, then padding
 
@@ -33,11 +35,6 @@ class Spy(Edit):
 
     def apply(self, state, strength):
         self.seen.append((state.call, state.pass_, state.q, state.k, state.texts))
-
-
-@functools.cache
-def pipeline(kind):
-    return tiny.PIPELINES[kind]()
 
 
 def dense_columns(call, q, k, texts, tokens=TOKENS, weights=None, bias=0.0):
@@ -60,7 +57,7 @@ def read(pipe, kind, *more, readout=None, plan=None, **options):
     edit = ReadTokens(**given)
     plan = visattn.Plan() if plan is None else plan
     with visattn.sparse(pipe, plan), visattn.steer(pipe, [*more, edit, spy]):
-        out = tiny.generate(pipe, steps=2)
+        out = generate(pipe, steps=2)
     return readout, spy.seen, out
 
 
@@ -68,9 +65,10 @@ def read(pipe, kind, *more, readout=None, plan=None, **options):
 def test_columns_equal_the_dense_map_and_change_nothing(kind):
     pipe = pipeline(kind)
     readout, seen, out = read(pipe, kind)
-    assert torch.equal(out, tiny.generate(pipe, steps=2))
+    assert torch.equal(out, generate(pipe, steps=2))
     assert readout.steps == (0, 1)
     assert set(readout.passes) == {"cond", "uncond"}
+    assert (seen[0][4][0][0] > 0) == (kind == "sd3")  # where the text begins
     for pass_ in readout.passes:
         for step in readout.steps:
             layers = [
@@ -80,8 +78,8 @@ def test_columns_equal_the_dense_map_and_change_nothing(kind):
             ]
             assert len(layers) == tiny.LAYERS
             own = readout.maps(pass_, step)
-            assert own.shape == (1, 2, 3, 6, 4)
-            expected = torch.stack(layers).mean(0).mT.unflatten(2, (3, 6, 4))
+            assert own.shape == (1, 2, *GRIDS[kind])
+            expected = torch.stack(layers).mean(0).mT.unflatten(2, GRIDS[kind])
             torch.testing.assert_close(own.double(), expected, atol=1e-6, rtol=1e-5)
     mean = torch.stack([readout.maps("cond", step) for step in (0, 1)]).mean(0)
     torch.testing.assert_close(readout.maps(), mean)
@@ -92,7 +90,7 @@ def test_heads_weigh_by_strength_and_layers_are_those_named(kind):
     readout, seen, _ = read(pipeline(kind), kind, layers=[-1], heads={0: 1.0, 2: 0.5})
     call, _, q, k, texts = next(one for one in seen if one[1] == "cond" and one[0].step == 1)
     weights = torch.tensor([1.0, 0.0, 0.5, 0.0])
-    expected = dense_columns(call, q, k, texts, weights=weights).mT.unflatten(2, (3, 6, 4))
+    expected = dense_columns(call, q, k, texts, weights=weights).mT.unflatten(2, GRIDS[kind])
     torch.testing.assert_close(readout.maps("cond", -1).double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -104,10 +102,10 @@ def test_padding_and_end_are_not_in_the_normaliser(kind):
     assert phrase_tokens(pipe.tokenizer, prompt, "red square") == (1, 2)
     readout, seen, _ = read(pipe, kind, tokens=REAL, real=REAL, layers=[1])
     maps = readout.maps("cond", 0, "real")
-    torch.testing.assert_close(maps.sum(1), torch.ones(1, 3, 6, 4))
+    torch.testing.assert_close(maps.sum(1), torch.ones(1, *GRIDS[kind]))
     call, _, q, k, texts = next(one for one in seen if one[1] == "cond")
     columns = dense_columns(call, q, k, texts, tokens=REAL)
-    expected = (columns / columns.sum(-1, keepdim=True)).mT.unflatten(2, (3, 6, 4))
+    expected = (columns / columns.sum(-1, keepdim=True)).mT.unflatten(2, GRIDS[kind])
     torch.testing.assert_close(maps.double(), expected, atol=1e-6, rtol=1e-5)
     assert float(readout.maps("cond", 0).sum(1).max()) < 0.9  # the rest had weight
 
@@ -134,7 +132,7 @@ def test_biases_and_temperatures_of_other_edits_are_in_the_columns(kind):
     bias[0::2, texts[0][0] + 1], bias[1::2, texts[0][0] + 1] = 1.5, -torch.inf
     expected = dense_columns(call, q, k * gain[:, None], texts, bias=bias)
     own = readout.maps("cond", 0).double()
-    torch.testing.assert_close(own, expected.mT.unflatten(2, (3, 6, 4)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(own, expected.mT.unflatten(2, GRIDS[kind]), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("both_ways", [False, True])

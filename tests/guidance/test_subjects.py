@@ -5,7 +5,9 @@ import functools
 
 import pytest
 import tiny
+import tiny_images
 import torch
+from diffusers import WanTransformer3DModel
 from guidance.allocations import check_linear, joint_state
 from guidance.edited import (
     DIM,
@@ -23,7 +25,7 @@ from guidance.edited import (
 
 import visattn
 from visattn.guidance.edit import Edit
-from visattn.guidance.sharing import BorrowKeys
+from visattn.guidance.sharing import BorrowKeys, Rotary, rotary_of
 from visattn.guidance.state import run
 from visattn.guidance.subject_masks import SubjectMasks
 from visattn.guidance.subjects import (
@@ -271,14 +273,149 @@ def test_subjects_do_not_see_each_other():
     assert (changed[2, :, 8:12] - own[2, :, 8:12]).abs().max() > 1
 
 
-@pytest.mark.parametrize("name", ["story_diffusion", "ir_diffusion"])
+# ---- its repositioning
+
+
+def rotated(raw, places, channels):
+    """Keys ``[..., L, D]`` without positions at places ``[L, 3]``, by complex numbers."""
+    angle = [
+        places[:, axis, None] * 10000.0 ** (-torch.arange(n // 2, dtype=torch.float64) * 2 / n)
+        for axis, n in enumerate(channels)
+    ]
+    turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.cat(angle, -1))
+    pairs = torch.view_as_complex(raw.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def places_of(grid):
+    return torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
+
+
+def boxes(grid, *slices):
+    """Masks of boxes, bool ``[boxes, *grid]``."""
+    out = torch.zeros(len(slices), *grid, dtype=torch.bool)
+    for mask, where in zip(out, slices, strict=True):
+        mask[where] = True
+    return out
+
+
+@functools.cache
+def small(kind):
+    """A Wan and a Flux with heads of ``DIM`` channels, and those of their axes."""
+    if kind == "wan":
+        return tiny.wan21(), (8, 4, 4)
+    return tiny_images.flux(), (4, 6, 6)
+
+
+every_rotary = pytest.mark.parametrize("kind", ["wan", "flux"])
+
+
+@every_rotary
+@layouts
+@patterns
+def test_borrowed_keys_are_at_the_places_of_the_region(kind, layout, pattern):
+    pipe, channels = small(kind)
+    q, raw, v = tensors(layout, batch=4)
+    image, places = image_of(layout), places_of(GRID.shape)
+    k = raw.clone()
+    k[:, :, image] = rotated(raw[:, :, image], places, channels)
+    # as large, two rows and a column on; and from four rows to two, one column to two
+    every = slice(None)
+    references = boxes(GRID.shape, (every, slice(0, 2), slice(0, 2)), (0, every, 0))
+    regions = boxes(GRID.shape, (every, slice(2, 4), slice(1, 3)), (1, slice(1, 3), slice(1, 3)))
+    references[0, 0, 0, 1] = regions[1, 1, 1, 1] = False  # the boxes are as before
+    edits = ir_diffusion(references, regions, (2, 3), seed=4, reposition=pipe)
+    found = edited(edits, q, k, v, layout, pattern)
+    t, y, x = places.T
+    targets = [
+        places + torch.tensor([0.0, 2.0, 1.0]),
+        torch.stack([t + 1, 1 + (y + 0.5) / 2 - 0.5, 1 + (x + 0.5) * 2 - 0.5], 1),
+    ]
+    moved = k.clone()
+    for subject, target in enumerate(targets):
+        moved[subject, :, image] = rotated(raw[subject, :, image], target, channels)
+    own = regions.flatten(1)
+    bits = torch.full((layout.length,), 3)
+    bits[image] = torch.where(own.any(0), own[0] * 1 + own[1] * 2, 3)
+    tokens = references.flatten(1) & drawn(edits[0], 4, 0)[:2]
+    for sample in (2, 3):
+        others = [(0, tokens[0]), (1, tokens[1])]
+        bias = seen_by(layout, pattern, bits)
+        wanted = together(q, moved, v, layout, sample, others, bias)
+        close(found[sample], wanted)
+        assert (wanted - together(q, k, v, layout, sample, others, bias)).abs().max() > 1e-3
+    close(found[:2], edited([], q, k, v, layout, pattern)[:2])
+
+
+@every_rotary
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_subject_that_stays_where_it_is_changes_no_bit(kind, dtype):
+    q, k, v = tensors(VIDEO, batch=3, dtype=dtype)
+    masks = masks_of(3)
+    plain = edited(ir_diffusion(masks, masks, (2,)), q, k, v, VIDEO)
+    own = ir_diffusion(masks, masks, (2,), reposition=small(kind)[0].transformer)
+    assert torch.equal(edited(own, q, k, v, VIDEO), plain)
+
+
+@every_rotary
+def test_places_are_those_of_the_model(kind):
+    """Keys that a model has not rotated yet, rotated by hand, are its own and those borrowed."""
+    pipe, channels = small(kind)
+    SEEN.clear()
+    raw = []
+    if kind == "wan":
+        grid, block, generate = (3, 6, 4), pipe.transformer.blocks[1].attn1, tiny.generate
+        options, layer = {"guidance_scale": 1.0}, "blocks.1.attn1"
+    else:
+        grid, block = (1, 6, 4), pipe.transformer.transformer_blocks[1].attn
+        generate, options = tiny_images.generate, {"guidance": False}
+        layer = "transformer_blocks.1.attn"
+    every = slice(None)
+    references = boxes(grid, (every, slice(0, 3), slice(0, 2)))
+    regions = boxes(grid, (every, slice(2, 5), slice(2, 4)))
+    edits = ir_diffusion(references, regions, (1, 2), dropout=0, layers=layer, reposition=pipe)
+    handle = block.norm_k.register_forward_hook(lambda _, args, out: raw.append(out))
+    with visattn.steer(pipe, [*edits, Spy(layers=layer)]):
+        generate(pipe, prompt=PROMPTS, steps=1, **options)
+    handle.remove()
+    (state,), (keys,) = SEEN, raw
+    keys = keys.reshape(3, -1, tiny.HEADS, tiny.DIM).transpose(1, 2)
+    places = places_of(grid)
+    same = {"atol": 2e-6, "rtol": 1e-5}
+    mine = rotated(keys, places, channels).float()
+    torch.testing.assert_close(state.k[:, :, state.image], mine, **same)
+    at = references.flatten()
+    there = rotated(keys[:1, :, at], places[at] + torch.tensor([0.0, 2.0, 2.0]), channels)
+    assert len(state.borrowed) == 2
+    for borrowed in state.borrowed:
+        torch.testing.assert_close(borrowed.k, there.float(), **same)
+
+
+def test_models_without_known_positions_and_empty_masks_are_refused():
+    full = torch.ones(1, GRID.numel)
+    for pipe in (tiny.cogvideox(), tiny_images.sd3().transformer):
+        with pytest.raises(ValueError, match="has no rotary positions that are known"):
+            ir_diffusion(full, full, (1,), reposition=pipe)
+    for masks in ((full, full * 0), (full * 0, full)):
+        with pytest.raises(ValueError, match="a subject without a token"):
+            ir_diffusion(*masks, (1,), reposition=small("wan")[0])
+    assert rotary_of(small("flux")[0]) == Rotary((4, 6, 6), 10000.0)
+    with pytest.raises(ValueError, match="keys have 8 channels"):
+        rotary_of(small("wan")[0]).moved(torch.ones(1, 8), [torch.zeros(1)] * 3)
+
+
+@pytest.mark.parametrize("name", ["story_diffusion", "ir_diffusion", "repositioned"])
 def test_memory_is_linear_in_the_tokens(name):
+    heads = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1}
+    model = WanTransformer3DModel(**heads, ffn_dim=8, text_dim=8)
+
     def make(tokens):
         state = joint_state(tokens, samples=2)
         mask = torch.arange(tokens)[None] < tokens // 2
         own = {
             "story_diffusion": lambda: story_diffusion(2)[1:],
             "ir_diffusion": lambda: ir_diffusion(mask, mask, (1,)),
+            "repositioned": lambda: ir_diffusion(mask, ~mask, (1,), reposition=model),
         }[name]()
         return lambda: run(state, [(edit, torch.ones(1)) for edit in own])
 

@@ -26,6 +26,7 @@ from visattn.guidance.guide import guide
 from visattn.guidance.head_search import search_heads
 from visattn.guidance.heads import HeadSet
 from visattn.guidance.latent_update import AStar, AttendAndExcite, LatentUpdate
+from visattn.guidance.motion import ReplaceMap, replace_motion
 from visattn.guidance.nag import NAG
 from visattn.guidance.named import GUIDANCES, guided
 from visattn.guidance.objectives import caption_score
@@ -35,6 +36,7 @@ from visattn.guidance.prompt_tokens import phrase_tokens, real_tokens
 from visattn.guidance.proportional import ProportionalAttention
 from visattn.guidance.queries import BlurQueries, ReplaceQueries, Temperature
 from visattn.guidance.readout import Reading, ReadTokens
+from visattn.guidance.regional import regional
 from visattn.guidance.regions import LabelBias, RegionMask
 from visattn.guidance.sequence import WORD_SWAP, ShareSettings, generate_sequence
 from visattn.guidance.sharing import BorrowKeys, ShareKV
@@ -74,6 +76,7 @@ __all__ = [
     "ReadTokens",
     "Reading",
     "RegionMask",
+    "ReplaceMap",
     "ReplaceQueries",
     "S2Guidance",
     "ScaleHeads",
@@ -106,6 +109,8 @@ __all__ = [
     "prime_composer",
     "real_tokens",
     "region_constrained",
+    "regional",
+    "replace_motion",
     "search_heads",
     "steer",
     "story_diffusion",
@@ -114,8 +119,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SoftPerturbedGuidance":  # diffusers is imported only where it is asked for
-        from visattn.guidance.modular import SoftPerturbedGuidance
+    if name in ("PerturbedGuidance", "SoftPerturbedGuidance"):  # which import diffusers
+        from visattn.guidance import modular
 
-        return SoftPerturbedGuidance
+        return getattr(modular, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

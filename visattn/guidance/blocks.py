@@ -13,7 +13,7 @@ import torch
 from visattn.guidance.edit import check_share, check_window, in_window, numbers_of
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
-from visattn.inject.front import Next, put_front, take_front
+from visattn.inject.front import Next, kind_of, put_front, take_front
 from visattn.pipelines.family import Family
 from visattn.plan import PASSES
 
@@ -65,6 +65,9 @@ class BlockEdit:
             raise ValueError(f"{name}(passes={passes!r}) must be of {', '.join(PASSES)}")
         object.__setattr__(self, "passes", None if passes is None else tuple(passes))
 
+    def check(self, model: Any, family: Family) -> None:
+        """Raise ValueError where the edit can change nothing in a denoiser."""
+
     def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
         """What a block gives in the passes that the edit is for."""
         raise NotImplementedError
@@ -95,6 +98,11 @@ class BlockCall:
         """The text tokens that go in."""
         found = self.args[1] if len(self.args) > 1 else self.kwargs.get("encoder_hidden_states")
         return found if isinstance(found, torch.Tensor) else None
+
+    @property
+    def image_output(self) -> int:
+        """Which output of the block are the image tokens, where it gives text as well."""
+        return self.attachment.family.image_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +194,8 @@ class SkipRandomBlocks(SkipBlock):
 class ShuffleTokens(BlockEdit):
     """Blocks get their image tokens in another order, and give them back in theirs (token
     perturbation guidance, Rajabi et al. 2025, arXiv 2506.10036). A new order for every step and
-    block.
+    block. For denoisers whose blocks depend on the order: Wan, Flux, and CogVideoX with a rotary
+    embedding.
 
     Args:
         share: of the tokens that change places.
@@ -210,7 +219,14 @@ class ShuffleTokens(BlockEdit):
         out[moved.sort().values] = moved
         return out
 
+    def check(self, model: Any, family: Family) -> None:
+        if not family.ordered(model.config):
+            raise ValueError(_unordered(model))
+
     def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
+        # a denoiser that has no embedding of its own may be called without one
+        if call.kwargs.get("image_rotary_emb", ...) is None:
+            raise ValueError(_unordered(call.attachment.model))
         hidden = call.hidden
         order = self.order(hidden.shape[1], call.path, call.step).to(hidden.device)
         new = hidden.clone()
@@ -224,33 +240,30 @@ class ShuffleTokens(BlockEdit):
         return _back(out, call, order)
 
 
+def _unordered(model: Any) -> str:
+    return (
+        f"ShuffleTokens (token perturbation) is refused for {kind_of(model).__name__}: without a "
+        "rotary embedding its blocks do not depend on the order of tokens, so that shuffling them "
+        "changes nothing in dense attention; take another guidance, such as SLG or PAG"
+    )
+
+
 def _back(out: Any, call: BlockCall, order: torch.Tensor) -> Any:
     """The outputs of a block with the image tokens in their places again."""
     if isinstance(out, tuple):
-        place = image_place(out, call)
-        return tuple(_back(x, call, order) if n == place else x for n, x in enumerate(out))
+        image = call.image_output
+        return tuple(_back(x, call, order) if n == image else x for n, x in enumerate(out))
     new = out.clone()
     new[call.rows] = out[call.rows][:, order.argsort()]
     return new
-
-
-def image_place(out: tuple[Any, ...], call: BlockCall) -> int:
-    """Which output of a block are the image tokens: blocks give text and image in either order.
-    Theirs is the length of the image's; where both are as long, the order is not known."""
-    length = call.hidden.shape[1]
-    text = call.text
-    if text is not None and text.shape[1] == length:
-        return 1 if type(call.attachment.model).__name__.startswith(("Flux", "SD3")) else 0
-    return next(n for n, x in enumerate(out) if x is not None and x.shape[1] == length)
 
 
 def skipped(out: Any, call: BlockCall) -> Any:
     """The outputs of a block, those of the edited rows being its inputs."""
     if not isinstance(out, tuple):
         return _put(out, call.hidden, call.rows)
-    place = image_place(out, call)
     return tuple(
-        x if x is None else _put(x, call.hidden if n == place else call.text, call.rows)
+        x if x is None else _put(x, call.hidden if n == call.image_output else call.text, call.rows)
         for n, x in enumerate(out)
     )
 
@@ -292,13 +305,15 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
     """Put block edits on a pipeline until the stack is closed.
 
     Raises:
-        ValueError: there is no such block, or the denoiser is compiled as a whole.
+        ValueError: there is no such block, the edit can change nothing in this denoiser, or the
+            denoiser is compiled as a whole.
     """
     switches = []
     for edit in edits:
         switch = BlockSwitch()
         switches.append(switch)
         for role, (model, family) in known_denoisers(pipe).items():
+            edit.check(model, family)
             if _compiled(pipe if isinstance(pipe, torch.nn.Module) else getattr(pipe, role)):
                 raise ValueError(
                     f"{type(edit).__name__} is of blocks, and the {role} is compiled as a whole, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from visattn.guidance.bias import Bias
 from visattn.guidance.edit import Edit, Stream, check_number, numbers_of
 from visattn.guidance.state import State, logit_tensors
 
-__all__ = ["ScaleHeads", "ScaleTokens", "text_keys", "token_weights"]
+__all__ = ["ScaleHeads", "ScaleTokens", "text_keys", "token_weights", "weighed_values"]
 
 CHUNK = 1 << 22
 
@@ -46,22 +47,58 @@ def token_weights(
     return (logits - state.lse[:, :, rows, None]).exp()
 
 
+def weighed_values(
+    state: State,
+    keys: torch.Tensor,
+    stream: Stream,
+    weights: Callable[[slice, Stream], torch.Tensor],
+) -> torch.Tensor:
+    """``sum_j W_ij v_j`` over some keys, ``[b, H, Lq, D]``, in chunks of the rows of a stream;
+    other rows are 0.
+
+    Args:
+        weights: ``[b, H, rows, keys]`` of some rows and the stream whose gains they have.
+    """
+    out = torch.zeros_like(state.out)
+    v = state.v[:, :, keys]
+    step = max(1, CHUNK // max(1, out.shape[0] * out.shape[1] * len(keys)))
+    for own, rows in _streams(state, stream):
+        for first in range(rows.start, rows.stop, step):
+            part = slice(first, min(first + step, rows.stop))
+            found = weights(part, own)
+            out[:, :, part] = (found @ v.to(found)).to(out.dtype)
+    return out
+
+
+def _streams(state: State, stream: Stream) -> list[tuple[Stream, slice]]:
+    """The rows that change, with the stream whose gains they have; later ones replace earlier
+    ones."""
+    if stream != "all":
+        return [(stream, rows) for rows in state.rows(stream)]
+    every: list[tuple[Stream, slice]] = [("image", rows) for rows in state.rows("all")]
+    return every + [("text", rows) for rows in state.rows("text")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScaleTokens(Edit):
-    """Text tokens weigh more or less: ``O_i += (s - 1) sum_j P_ij v_j`` over the tokens, which is
-    the scaling of their columns after the softmax (prompt-to-prompt, Hertz et al. 2022, arXiv
-    2208.01626; DiTCtrl, Cai et al. 2024, arXiv 2412.18597; MotionCLR, arXiv 2410.18977).
+    """Text tokens weigh more or less: ``O_i += sum_j ((s - 1) P_ij + w) v_j`` over the tokens,
+    whose columns are ``s P_ij + w`` after the softmax (scaling: prompt-to-prompt, Hertz et al.
+    2022, arXiv 2208.01626; DiTCtrl, Cai et al. 2024, arXiv 2412.18597; both, as erasing and
+    emphasis: MotionCLR, Chen et al. 2024, arXiv 2410.18977).
 
     Args:
         tokens: numbers of the text tokens.
-        scale: 1 changes nothing, 0 erases.
+        scale: ``s``; 1 changes nothing, 0 erases.
+        add: ``w``, the same for every row, also where a mask forbids the token: above 0 emphasis,
+            below 0 the opposite; 0 changes nothing.
         renormalise: rows then sum to 1 again: ``log s`` is added to the logits.
         both_ways: in joint attention the rows of these tokens also see the image by ``s`` times its
             weight (DiTCtrl).
     """
 
     tokens: tuple[int, ...]
-    scale: float
+    scale: float = 1.0
+    add: float = 0.0
     renormalise: bool = False
     both_ways: bool = False
 
@@ -72,6 +109,12 @@ class ScaleTokens(Edit):
         if not self.tokens:
             raise ValueError("ScaleTokens has no tokens; give numbers of text tokens, from 0 on")
         check_number("ScaleTokens", "scale", self.scale, "finite; 1 is no change")
+        check_number("ScaleTokens", "add", self.add, "finite; 0 is no change")
+        if self.add and (self.renormalise or self.both_ways):
+            raise ValueError(
+                f"ScaleTokens(add={self.add!r}) is of columns as they are; leave renormalise and "
+                "both_ways out, or give scale"
+            )
         if self.renormalise and self.scale < 0:
             raise ValueError(
                 f"ScaleTokens(scale={self.scale!r}, renormalise=True) must be from 0 on; 1 is no "
@@ -88,35 +131,29 @@ class ScaleTokens(Edit):
 
     @property
     def needs_lse(self) -> bool:  # type: ignore[override]
-        return not self.renormalise
+        return not self.renormalise and self.scale != 1
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        if self.scale == 1:
+        if self.scale == 1 and self.add == 0:
             return
         keys = text_keys(state, self.tokens)
         if self.renormalise:
             self._bias(state, keys, strength)
             return
-        add = torch.zeros_like(state.out)
-        v = state.v[:, :, keys]
-        step = max(1, CHUNK // max(1, add.shape[0] * add.shape[1] * len(keys)))
-        for stream, rows in self._streams(state):
-            for first in range(rows.start, rows.stop, step):
-                part = slice(first, min(first + step, rows.stop))
-                weights = token_weights(state, keys, part, stream)
-                add[:, :, part] = (self.scale - 1) * (weights @ v.to(weights)).to(add.dtype)
-        if self.both_ways:
-            self._rows(state, keys, add)
-        edit = self if not self.both_ways else _everywhere(self)
-        state.change("out", state.out + add, edit, strength)
 
-    def _streams(self, state: State) -> list[tuple[Stream, slice]]:
-        """The rows that change, with the stream whose gains they have; later ones replace earlier
-        ones."""
-        if self.stream != "all":
-            return [(self.stream, rows) for rows in state.rows(self.stream)]
-        every: list[tuple[Stream, slice]] = [("image", rows) for rows in state.rows("all")]
-        return every + [("text", rows) for rows in state.rows("text")]
+        def weights(rows: slice, stream: Stream) -> torch.Tensor:
+            return (self.scale - 1) * token_weights(state, keys, rows, stream) + self.add
+
+        if self.scale == 1:
+            v = state.v[:, :, keys]
+            wide = torch.promote_types(v.dtype, torch.float32)
+            new = self.add * v.to(wide).sum(2, keepdim=True).to(v.dtype)
+        else:
+            new = weighed_values(state, keys, self.stream, weights)
+        if self.both_ways:
+            self._rows(state, keys, new)
+        edit = self if not self.both_ways else _everywhere(self)
+        state.change("out", state.out + new, edit, strength)
 
     def _bias(self, state: State, keys: torch.Tensor, strength: torch.Tensor) -> None:
         k_labels = torch.zeros(1, state.k.shape[2], dtype=torch.int64)

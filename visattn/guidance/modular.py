@@ -4,14 +4,25 @@ imports diffusers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
 
-from visattn.guidance.guidances import SoftPAG
+from visattn.guidance.guidances import (
+    PAG,
+    SEG,
+    SLG,
+    STG,
+    Guidance,
+    S2Guidance,
+    SoftPAG,
+    TemperatureGuidance,
+    TokenPerturbation,
+)
 from visattn.guidance.guide import Perturbation
 from visattn.guidance.heads import HeadSet
 from visattn.inject.apply import denoisers, models_of
@@ -19,87 +30,75 @@ from visattn.inject.attachment import attached
 from visattn.inject.front import Next, put_front, take_front
 from visattn.inject.moment import Context
 
-__all__ = ["SoftPerturbedGuidance"]
+__all__ = ["PerturbedGuidance", "SoftPerturbedGuidance"]
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
+KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (PAG, SEG, SLG, STG, S2Guidance, SoftPAG, TemperatureGuidance, TokenPerturbation)
+}
 
 
-class SoftPerturbedGuidance(BaseGuidance):
-    """``u + g (c - u) + w (c - p)``, where ``p`` is the conditional prediction with the attention
-    of some heads perturbed (SoftPAG). Without classifier-free guidance it is ``c + w (c - p)``; the
-    guiders of diffusers have ``p + w (c - p)`` there.
+class PerturbedGuidance(BaseGuidance):
+    """``u + g (c - u) + w (c - p)``, where ``p`` is the conditional prediction as a guidance
+    perturbs it. Without classifier-free guidance it is ``c + w (c - p)``; the guiders of diffusers
+    have ``p + w (c - p)`` there.
 
-    It is for modular pipelines: ``pipe.update_components(guider=SoftPerturbedGuidance(...))``. For
+    It is for modular pipelines: ``pipe.update_components(guider=PerturbedGuidance(SEG()))``. For
     others there is ``visattn.guide``.
 
     The further pass has the conditional inputs and computes only the blocks from the first
     perturbed one on. The denoiser is steered while the passes of a step run, and as it was after
-    them. The configuration is JSON values, so that the guider is saved and loaded with the
-    pipeline.
+    them. The configuration is JSON values: ``save_pretrained`` and ``from_pretrained`` are those of
+    the guider, which a modular pipeline does not save with its models.
 
     Args:
+        guidance: PAG, SEG, SLG, STG, S2Guidance, SoftPAG, TemperatureGuidance or TokenPerturbation,
+            with its scale ``w`` and its window; or one as the configuration has it, ``{"name":
+            "SEG", "sigma": 2.0}``, with numbers of heads as text, as JSON has them.
         guidance_scale: ``g``; 1 is no classifier-free guidance (0 in the original formulation).
-        perturbed_scale: ``w``; 0 is no further pass.
-        heads, strength, policy, target: as of SoftPAG, also where they are left out. The
-            configuration has numbers of heads as text, as JSON has.
         start, stop: shares of the steps in which there is classifier-free guidance, as of every
             guider.
-        perturbed_start, perturbed_stop: the same for ``w (c - p)``; the start is part of it.
         guidance_rescale: how far the deviation of the prediction is made that of ``c``, from 0 to 1
             ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891).
         use_original_formulation: ``c + g (c - u) + w (c - p)``.
         enabled: False is the conditional prediction alone.
 
     Raises:
-        TypeError, ValueError: an argument is something else; at a step, heads that the denoiser
-            does not have, or a denoiser whose attention calls were not reached.
+        TypeError, ValueError: an argument is something else; at a step, layers, heads or blocks
+            that the denoiser does not have, or a denoiser in which nothing was reached.
     """
 
     _input_predictions: Any = [COND, UNCOND, PERTURBED]  # noqa: RUF012
 
     def __init__(
         self,
+        guidance: Guidance | Mapping[str, object],
         guidance_scale: float = 3.0,
-        perturbed_scale: float | None = None,
-        heads: HeadSet | Mapping[int | str, object] | None = None,
-        strength: float | None = None,
-        policy: str | None = None,
-        target: str | None = None,
         start: float = 0.0,
         stop: float = 1.0,
-        perturbed_start: float = 0.0,
-        perturbed_stop: float = 1.0,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
         enabled: bool = True,
     ) -> None:
+        own = _read_guidance(guidance)
+        written = _written_guidance(own)
+        self._begin(own, guidance_scale, guidance_rescale, use_original_formulation)
         super().__init__(start, stop, enabled)
-        self.softpag = SoftPAG(
-            heads if isinstance(heads, HeadSet) else _read(heads),
-            strength,
-            perturbed_scale,
-            policy=cast("Any", policy),
-            target=cast("Any", target),
-            start=float(perturbed_start),
-            stop=float(perturbed_stop),
-        )
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.use_original_formulation = use_original_formulation
         self.register_to_config(  # type: ignore[no-untyped-call]
+            guidance=written,
             guidance_scale=guidance_scale,
-            perturbed_scale=self.softpag.scale,
-            heads=_written(self.softpag.heads),
-            strength=self.softpag.strength,
-            policy=self.softpag.policy,
-            target=self.softpag.target,
             start=start,
             stop=stop,
-            perturbed_start=perturbed_start,
-            perturbed_stop=perturbed_stop,
             guidance_rescale=guidance_rescale,
             use_original_formulation=use_original_formulation,
             enabled=enabled,
         )
+
+    def _begin(self, guidance: Guidance, scale: float, rescale: float, original: bool) -> None:
+        self.guidance = guidance
+        self.guidance_scale, self.guidance_rescale = scale, rescale
+        self.use_original_formulation = original
         self._next: str | None = None  # the pass whose call of the denoiser comes next
         self._stack = ExitStack()  # of what is on the denoiser during a step
 
@@ -137,20 +136,23 @@ class SoftPerturbedGuidance(BaseGuidance):
 
     def _perturbs(self) -> bool:
         """Whether there is a perturbed pass at this step."""
-        if not self._enabled or not self.softpag.scale:
+        if not self._enabled or not self.guidance.scale:
             return False
         if self._num_inference_steps is None:
             return True
-        return self.softpag.active(self._step, self._num_inference_steps)
+        return self.guidance.active(self._step, self._num_inference_steps)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         self._leave()  # what an interrupted step has left
         super().set_state(step, num_inference_steps, timestep)
+        if not self._enabled or not self.guidance.scale:
+            return
         every = range(num_inference_steps)
-        if not any(self.softpag.active(number, num_inference_steps) for number in every):
+        if not any(self.guidance.active(number, num_inference_steps) for number in every):
             raise ValueError(
-                f"perturbed_start={self.softpag.start}, perturbed_stop={self.softpag.stop} leave "
-                f"none of {num_inference_steps} steps; perturbed_scale=0 is no perturbed guidance"
+                f"{type(self.guidance).__name__} has start={self.guidance.start}, "
+                f"stop={self.guidance.stop}, which leave none of {num_inference_steps} steps; a "
+                "scale of 0 is no perturbed guidance"
             )
 
     def prepare_inputs(self, data: Any) -> list[Any]:
@@ -179,9 +181,9 @@ class SoftPerturbedGuidance(BaseGuidance):
     def _enter(self, denoiser: torch.nn.Module) -> None:
         """Have the calls of a denoiser go by us until the last pass of the step."""
         self._leave()
-        self.softpag.fits(denoisers(denoiser))
+        self.guidance.fits(denoisers(denoiser))
         with ExitStack() as stack:
-            own = Perturbation(stack, denoiser, self.softpag, True) if self._perturbs() else None
+            own = Perturbation(stack, denoiser, self.guidance, True) if self._perturbs() else None
 
             def handle(_: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 name, self._next = self._next, None
@@ -244,12 +246,71 @@ class SoftPerturbedGuidance(BaseGuidance):
             base = pred_cond if self.use_original_formulation else pred_uncond
             pred = base + self.guidance_scale * (pred_cond - pred_uncond)
         if pred_cond_skip is not None:
-            pred = pred + self.softpag.scale * (pred_cond - pred_cond_skip)
+            pred = pred + self.guidance.scale * (pred_cond - pred_cond_skip)
         if self.guidance_rescale > 0:
             pred = rescale_noise_cfg(  # type: ignore[no-untyped-call]
                 pred, pred_cond, self.guidance_rescale
             )
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+class SoftPerturbedGuidance(PerturbedGuidance):
+    """``PerturbedGuidance`` by SoftPAG, whose parameters are the guider's own.
+
+    Args:
+        guidance_scale, start, stop, guidance_rescale, use_original_formulation, enabled: as of
+            PerturbedGuidance.
+        perturbed_scale: ``w``; 0 is no further pass.
+        heads, strength, policy, target: as of SoftPAG, also where they are left out.
+        perturbed_start, perturbed_stop: shares of the steps in which there is ``w (c - p)``; the
+            start is part of it.
+
+    Raises:
+        TypeError, ValueError: as of PerturbedGuidance.
+    """
+
+    def __init__(
+        self,
+        guidance_scale: float = 3.0,
+        perturbed_scale: float | None = None,
+        heads: HeadSet | Mapping[int | str, object] | None = None,
+        strength: float | None = None,
+        policy: str | None = None,
+        target: str | None = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+        perturbed_start: float = 0.0,
+        perturbed_stop: float = 1.0,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        enabled: bool = True,
+    ) -> None:
+        softpag = SoftPAG(
+            heads if isinstance(heads, HeadSet) else _read(heads),
+            strength,
+            perturbed_scale,
+            policy=cast("Any", policy),
+            target=cast("Any", target),
+            start=float(perturbed_start),
+            stop=float(perturbed_stop),
+        )
+        self._begin(softpag, guidance_scale, guidance_rescale, use_original_formulation)
+        BaseGuidance.__init__(self, start, stop, enabled)
+        self.register_to_config(  # type: ignore[no-untyped-call]
+            guidance_scale=guidance_scale,
+            perturbed_scale=softpag.scale,
+            heads=_written(softpag.heads),
+            strength=softpag.strength,
+            policy=softpag.policy,
+            target=softpag.target,
+            start=start,
+            stop=stop,
+            perturbed_start=perturbed_start,
+            perturbed_stop=perturbed_stop,
+            guidance_rescale=guidance_rescale,
+            use_original_formulation=use_original_formulation,
+            enabled=enabled,
+        )
 
 
 def _read(
@@ -285,4 +346,49 @@ def _written(heads: HeadSet | Mapping[int | str, object] | None) -> dict[str, An
             out[str(layer)] = {str(head): float(u) for head, u in own.items()}
         else:
             out[str(layer)] = own if own is None or isinstance(own, int) else list(cast("Any", own))
+    return out
+
+
+def _read_guidance(given: object) -> Guidance:
+    """A guidance, which may be as the configuration has it."""
+    if type(given) in KINDS.values():
+        return cast("Guidance", given)
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"guidance={given!r} must be one of {', '.join(KINDS)}, or the configuration of one; "
+            "for CFG-Zero* take ClassifierFreeZeroStarGuidance of diffusers"
+        )
+    own = dict(given)
+    kind = KINDS.get(own.pop("name", None))
+    if kind is None:
+        raise ValueError(f"guidance={given!r} must have a name, which is one of {', '.join(KINDS)}")
+    allowed = {field.name for field in fields(kind)}
+    if not own.keys() <= allowed:
+        raise ValueError(
+            f"guidance={given!r} has {', '.join(sorted(own.keys() - allowed))}; {kind.__name__} "
+            f"has {', '.join(sorted(allowed))}"
+        )
+    if "heads" in own:
+        own["heads"] = _read(own["heads"])
+    for name, value in own.items():
+        own[name] = tuple(value) if isinstance(value, list) else value
+    return cast("Guidance", kind(**own))
+
+
+def _written_guidance(guidance: Guidance) -> dict[str, Any]:
+    """The same as JSON has it."""
+    name = type(guidance).__name__
+    out: dict[str, Any] = {"name": name}
+    for field in fields(guidance):
+        value = getattr(guidance, field.name)
+        if field.name == "heads":
+            value = _written(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            value = list(value)
+        elif not isinstance(value, (int, float, str, type(None))):
+            raise TypeError(
+                f"guidance has {field.name}={value!r}, which a configuration cannot have; give "
+                f"numbers or paths (heads of a HeadSet are for SoftPAG, not {name})"
+            )
+        out[field.name] = value
     return out

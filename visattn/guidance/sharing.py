@@ -2,15 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from visattn.guidance.edit import Edit, Stream, check_share, numbers_of
 from visattn.guidance.state import Borrowed, State
 
-__all__ = ["BorrowKeys", "ShareKV"]
+__all__ = ["BorrowKeys", "Rotary", "ShareKV", "rotary_of"]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a denoiser rotates queries and keys by their place in the grid: of the ``n`` channels of
+    an axis, the pair ``(2 i, 2 i + 1)`` by ``place * theta^(-2 i / n)`` (RoPE, Su et al. 2021,
+    arXiv 2104.09864).
+
+    Args:
+        channels: of a head for the frames, the height and the width, one after the other.
+        theta: the base of the frequencies.
+    """
+
+    channels: tuple[int, int, int]
+    theta: float = 10000.0
+
+    def moved(self, keys: torch.Tensor, shifts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Keys of a grid as they are at other places, ``[..., T H W, D]``: rotated on by the
+        difference.
+
+        Args:
+            keys: rotated ones, ``[..., T H W, D]``.
+            shifts: of the frames ``[T]``, rows ``[H]`` and columns ``[W]`` in tokens, fractions
+                too; 0 changes no bit.
+
+        Raises:
+            ValueError: the heads are of another size.
+        """
+        if keys.shape[-1] != sum(self.channels):
+            raise ValueError(
+                f"keys have {keys.shape[-1]} channels and {self} has {sum(self.channels)}; give "
+                "the denoiser whose keys they are"
+            )
+        sizes = [len(own) for own in shifts]
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        tables: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for axis, (n, own) in enumerate(zip(self.channels, shifts, strict=True)):
+            rates = self.theta ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
+            angle = own.cpu().double()[:, None] * rates
+            shape = [1, 1, 1, -1]
+            shape[axis] = sizes[axis]
+            for table, value in zip(tables, (angle.cos(), angle.sin()), strict=True):
+                wide = value.to(device=keys.device, dtype=dtype).reshape(shape)
+                table.append(wide.expand(*sizes, -1))
+        cos, sin = (torch.cat(table, -1).flatten(0, 2) for table in tables)
+        x, y = keys.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2).to(keys.dtype)
+
+
+def rotary_of(pipe: Any) -> Rotary:
+    """The rotary positions of a denoiser, or of that of a pipeline.
+
+    Raises:
+        ValueError: it has none, or others than those of Wan and Flux.
+    """
+    denoiser = getattr(pipe, "transformer", pipe)
+    own: Any
+    for own in (getattr(denoiser, "rope", None), getattr(denoiser, "pos_embed", None)):
+        if type(own).__name__ == "WanRotaryPosEmbed":
+            each = 2 * (own.attention_head_dim // 6)
+            return Rotary((own.attention_head_dim - 2 * each, each, each))
+        if type(own).__name__ == "FluxPosEmbed":
+            frames, height, width = own.axes_dim
+            return Rotary((frames, height, width), float(own.theta))
+    raise ValueError(
+        f"{type(denoiser).__name__} has no rotary positions that are known; keys are moved with "
+        "those of Wan and Flux"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +123,8 @@ class BorrowKeys(Edit):
     """Samples attend to tokens of other samples beside their own: the keys are put together, and
     the softmax is over all of them (ConsiStory, Tewel et al. 2024, arXiv 2402.03286;
     StoryDiffusion, Zhou et al. 2024, arXiv 2405.01434; DreamStory, He et al. 2024, arXiv
-    2407.12899). Keys carry the rotary positions that they have in their own sample.
+    2407.12899). Keys carry the rotary positions that they have in their own sample, unless others
+    are given.
 
     Args:
         sources: the samples that tokens are taken from; a sample takes none from itself.
@@ -62,6 +132,8 @@ class BorrowKeys(Edit):
             function of the call that gives them; None: all of them.
         share: of the tokens that are there, this share is drawn, by ``seed`` and step (random
             sampling of StoryDiffusion, mask dropout of ConsiStory).
+        keys: a function of the call that gives the keys ``[b, H, L, D]`` which are borrowed in
+            place of its own, as at other positions (``Rotary``).
 
     The strength of a head is what a borrowed key weighs beside one of its own.
     """
@@ -70,6 +142,7 @@ class BorrowKeys(Edit):
     tokens: object = None
     share: float = 1.0
     seed: int = 0
+    keys: Callable[[State], torch.Tensor] | None = None
     stage: ClassVar[str] = "keys"
     streams: ClassVar[tuple[Stream, ...]] = ("all",)
     needs_lse: ClassVar[bool] = True
@@ -94,6 +167,7 @@ class BorrowKeys(Edit):
         for source in self.sources:
             state.source(self, source)
         drawn = self._drawn(state, count)
+        given = state.k if self.keys is None else self.keys(state)
         for sample in state.samples(self):
             keys, values = [], []
             for source in self.sources:
@@ -101,7 +175,7 @@ class BorrowKeys(Edit):
                     continue
                 at = (tokens[source].cpu() & drawn[source]).nonzero()[:, 0] + image.start
                 at = at.to(state.k.device)
-                keys.append(state.k[source : source + 1, :, at])
+                keys.append(given[source : source + 1, :, at])
                 values.append(state.v[source : source + 1, :, at])
             if keys:
                 mine = torch.tensor([sample], device=state.k.device)

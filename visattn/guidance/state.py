@@ -14,7 +14,7 @@ from visattn.guidance.bias import Bias, biased, rescued, rowless
 from visattn.guidance.edit import STAGES, Edit, Stream
 from visattn.inject.caught import Caught
 
-__all__ = ["Borrowed", "State", "logit_tensors", "run"]
+__all__ = ["Borrowed", "State", "attend", "logit_tensors", "run"]
 
 Active = Sequence[tuple[Edit, torch.Tensor]]
 
@@ -137,14 +137,14 @@ def run(state: State, active: Active) -> torch.Tensor:
     """The edited attention of one pass, ``[b, H, Lq, D]``."""
     for stage in STAGES:
         if stage == "kernel":
-            state.out, state.lse = _attend(state, [edit for edit, _ in active])
+            state.out, state.lse = attend(state, [edit for edit, _ in active])
         for edit, strength in active:
             if edit.stage == stage:
                 edit.apply(state, strength)
     return state.out
 
 
-def _attend(state: State, edits: Iterable[Edit]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(state: State, edits: Iterable[Edit]) -> tuple[torch.Tensor, torch.Tensor | None]:
     needs = any(edit.needs_lse for edit in edits) or bool(state.borrowed)
     out, lse = _own(state, state.k, needs, _gained(state, "image"))
     if state.call.kind != "cross":

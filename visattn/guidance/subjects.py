@@ -3,10 +3,11 @@ IR-Diffusion."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +15,7 @@ from visattn.guidance.edit import Edit
 from visattn.guidance.heads import HeadSet, Layers
 from visattn.guidance.queries import ReplaceQueries
 from visattn.guidance.regions import RegionMask
-from visattn.guidance.sharing import BorrowKeys
+from visattn.guidance.sharing import BorrowKeys, rotary_of
 from visattn.guidance.state import State
 from visattn.guidance.subject_masks import SubjectMasks
 from visattn.guidance.token_readout import Threshold
@@ -185,6 +186,7 @@ def ir_diffusion(
     dropout: float = 0.5,
     layers: Layers | HeadSet = None,
     seed: int = 0,
+    reposition: Any = None,
 ) -> list[Edit]:
     """The edits of IR-Diffusion (DreamStory, He et al. 2024, arXiv 2407.12899) for ``steer``:
     images attend to each subject in a reference image of it beside their own tokens, and subjects
@@ -200,11 +202,17 @@ def ir_diffusion(
         layers: that references are seen in; default: all. The paper's are the decoder's, the latter
             half; isolation is in all layers, as there.
         seed: of the dropout.
+        reposition: the pipeline, or its denoiser: borrowed keys get the rotary positions that they
+            have when the box around a subject in its reference is laid on that around its region.
+            None: they have those of their reference, so a subject is best shown where it is to be.
 
-    Source: isolation and mutual self-attention. Not part of it are the mutual cross-attention,
-    which is that of regional prompts, and the repositioning of features: borrowed keys carry the
-    rotary positions that they have in their reference, so a subject is best shown where it is to
-    be.
+    Raises:
+        ValueError: an argument is something else; with ``reposition``, a mask without a token, or a
+            denoiser whose rotary positions are not known (those of Wan and Flux are).
+
+    Source: isolation, mutual self-attention and repositioning, which in the paper resizes features
+    before keys and values are projected, and here moves the positions of keys. The mutual
+    cross-attention, which is that of regional prompts, is not part of it.
     """
     seen, own = (mask.flatten(1) != 0 for mask in (references, regions))
     count = len(seen)
@@ -219,6 +227,12 @@ def ir_diffusion(
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} must be from 0 to below 1")
+    if reposition is not None and not (seen.any(1) & own.any(1)).all():
+        raise ValueError(
+            "references or regions has a subject without a token, and reposition moves subjects "
+            "from the one to the other; give each a token, or reposition=None"
+        )
+    rotary = None if reposition is None else rotary_of(reposition)
     everything = 2**count - 1
     bits = (own.to(torch.int64) << torch.arange(count, device=own.device)[:, None]).sum(0)
     bits = torch.where(bits == 0, everything, bits)
@@ -235,15 +249,46 @@ def ir_diffusion(
         out[state.image] = bits.cpu()
         return out
 
+    @functools.cache
+    def shifts(shape: tuple[int, int, int]) -> list[list[torch.Tensor]]:
+        pairs = zip(seen.cpu(), own.cpu(), strict=True)
+        return [_shifts(*(mask.reshape(shape) for mask in pair)) for pair in pairs]
+
+    def moved(state: State) -> torch.Tensor:
+        assert rotary is not None
+        keys, image = state.k.clone(), state.image
+        for subject, each in enumerate(shifts(state.call.layout.grids[0][1].shape)):
+            keys[subject, :, image] = rotary.moved(keys[subject, :, image], each)
+        return keys
+
     borrow = BorrowKeys(
         sources=tuple(range(count)),
         samples=targets,
         tokens=tokens,
         share=1 - dropout,
         seed=seed,
+        keys=None if rotary is None else moved,
         layers=layers,
     )
     return [borrow, RegionMask(q_bits=labels, samples=targets)]
+
+
+def _shifts(seen: torch.Tensor, own: torch.Tensor) -> list[torch.Tensor]:
+    """By how much frames ``[T]``, rows ``[H]`` and columns ``[W]`` move, in tokens, when the box
+    around a mask ``[T, H, W]`` is laid on that around another."""
+    out = []
+    for axis, length in enumerate(seen.shape):
+        (first, size), (to, wide) = (_extent(mask, axis) for mask in (seen, own))
+        at = torch.arange(length, dtype=torch.float64)
+        # a token is as wide as the way to the next
+        out.append(to + (at - first + 0.5) * (wide / size) - 0.5 - at)
+    return out
+
+
+def _extent(mask: torch.Tensor, axis: int) -> tuple[int, int]:
+    """Where a mask begins on an axis, and how far it goes."""
+    at = mask.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0]
+    return int(at[0]), int(at[-1] - at[0]) + 1
 
 
 def _check_size(state: State, tokens: int) -> None:
