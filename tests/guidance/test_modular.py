@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from diffusers import ClassifierFreeGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    TangentialClassifierFreeGuidance,
+)
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
@@ -269,7 +275,7 @@ def test_configuration_of_every_guidance_is_saved_and_read(own, tmp_path):
 
 def test_what_is_no_perturbed_guidance_is_refused():
     for given, kind, message in (
-        (CFGZeroStar(), TypeError, "take ClassifierFreeZeroStarGuidance of diffusers"),
+        (CFGZeroStar(), TypeError, "give base=ClassifierFreeZeroStarGuidance"),
         (NAG(negative_prompt="x"), TypeError, "must be one of PAG, SEG, SLG, STG, S2Guidance"),
         ({"sigma": 1.0}, ValueError, "must have a name"),
         ({"name": "NAG"}, ValueError, "must have a name, which is one of PAG"),
@@ -282,6 +288,62 @@ def test_what_is_no_perturbed_guidance_is_refused():
     for given, message in ((SLG(blocks=9, **WHOLE), "block 9"), (SEG(layers=9), "names layer 9")):
         with pytest.raises(ValueError, match=message):
             generate(modular(PerturbedGuidance(given)))
+
+
+BASES = {
+    "APG": lambda: AdaptiveProjectedGuidance(G, adaptive_projected_guidance_momentum=-0.5),
+    "APG mix": lambda: AdaptiveProjectedMixGuidance(G, adaptive_projected_guidance_start_step=1),
+    "CFG": lambda: ClassifierFreeGuidance(G),
+    "CFG-Zero*": lambda: ClassifierFreeZeroStarGuidance(G, zero_init_steps=1),
+    "tangential": lambda: TangentialClassifierFreeGuidance(G),
+}
+bases = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+
+
+@bases
+def test_what_another_guider_makes_of_c_and_u_is_the_base(make):
+    """``base(c, u) + w (c - p)``, at each step, also of a base that remembers."""
+    own, other = PerturbedGuidance(PAG(layers=(1,), **WHOLE), base=make()), make()
+    c, u, p = torch.randn(3, 1, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    data = {"prompt_embeds": (c, u)}
+    for step in range(STEPS):
+        for one in (own, other):
+            one.set_state(step, STEPS, torch.tensor(0))
+            one.prepare_inputs(data)
+        expected = other.forward(c, u).pred + W * (c - p)
+        assert torch.equal(own.forward(c, u, p).pred, expected)
+
+
+@bases
+def test_a_base_without_perturbation_changes_no_bit(make):
+    own = PerturbedGuidance(PAG(layers=(1,), scale=0.0), base=make())
+    assert torch.equal(generate(modular(own)), generate(modular(make())))
+    guided = generate(modular(PerturbedGuidance(PAG(layers=(1,), **WHOLE), base=make())))
+    assert not close(guided, generate(modular(make())))
+
+
+def test_cfg_zero_star_is_that_of_diffusers():
+    """The fold on a classic pipeline, beside their guider on the modular one."""
+    theirs = ClassifierFreeZeroStarGuidance(G, zero_init_steps=1)
+    assert close(classic(CFGZeroStar(zero_init=1)), generate(modular(theirs)))
+
+
+@bases
+def test_configuration_of_a_base_is_saved_and_read(make, tmp_path):
+    own = PerturbedGuidance(PAG(layers=(1,), **WHOLE), base=make())
+    own.save_pretrained(tmp_path)
+    again = PerturbedGuidance.from_pretrained(tmp_path)
+    assert type(again.base) is type(own.base)
+    assert torch.equal(generate(modular(again)), generate(modular(own)))
+
+
+def test_bases_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="base is AutoGuidance; it must be one of Adaptive"):
+        PerturbedGuidance(PAG(), base={"name": "AutoGuidance"})
+    with pytest.raises(TypeError, match="must be a guider of diffusers, or its configuration"):
+        PerturbedGuidance(PAG(), base=3)
+    with pytest.raises(ValueError, match="give them to it alone"):
+        PerturbedGuidance(PAG(), guidance_scale=2.0, base=ClassifierFreeGuidance(G))
 
 
 def test_bad_input_is_refused():

@@ -33,6 +33,14 @@ from visattn.inject.moment import Context
 __all__ = ["PerturbedGuidance", "SoftPerturbedGuidance"]
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
+BASES = (
+    "AdaptiveProjectedGuidance",
+    "AdaptiveProjectedMixGuidance",
+    "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
+    "FrequencyDecoupledGuidance",
+    "TangentialClassifierFreeGuidance",
+)
 KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (PAG, SEG, SLG, STG, S2Guidance, SoftPAG, TemperatureGuidance, TokenPerturbation)
@@ -63,6 +71,10 @@ class PerturbedGuidance(BaseGuidance):
             ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891).
         use_original_formulation: ``c + g (c - u) + w (c - p)``.
         enabled: False is the conditional prediction alone.
+        base: a guider of diffusers that combines c and u alone (BASES: CFG-Zero*, adaptive
+            projected guidance and others), or its configuration: what it gives stands in place of
+            ``u + g (c - u)``, and its parameters in place of guidance_scale, start, stop,
+            guidance_rescale and use_original_formulation.
 
     Raises:
         TypeError, ValueError: an argument is something else; at a step, layers, heads or blocks
@@ -70,6 +82,7 @@ class PerturbedGuidance(BaseGuidance):
     """
 
     _input_predictions: Any = [COND, UNCOND, PERTURBED]  # noqa: RUF012
+    base: BaseGuidance | None
 
     def __init__(
         self,
@@ -80,9 +93,16 @@ class PerturbedGuidance(BaseGuidance):
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
         enabled: bool = True,
+        base: BaseGuidance | Mapping[str, object] | None = None,
     ) -> None:
         own = _read_guidance(guidance)
         written = _written_guidance(own)
+        given = (guidance_scale, start, stop, guidance_rescale, use_original_formulation)
+        if base is not None and given != (3.0, 0.0, 1.0, 0.0, False):
+            raise ValueError(
+                "base has its own guidance_scale, start, stop, guidance_rescale and "
+                "use_original_formulation; give them to it alone"
+            )
         self._begin(own, guidance_scale, guidance_rescale, use_original_formulation)
         super().__init__(start, stop, enabled)
         self.register_to_config(  # type: ignore[no-untyped-call]
@@ -93,10 +113,13 @@ class PerturbedGuidance(BaseGuidance):
             guidance_rescale=guidance_rescale,
             use_original_formulation=use_original_formulation,
             enabled=enabled,
+            base=None if base is None else _written_base(base),
         )
+        self.base = None if base is None else _read_base(base)
 
     def _begin(self, guidance: Guidance, scale: float, rescale: float, original: bool) -> None:
         self.guidance = guidance
+        self.base = None
         self.guidance_scale, self.guidance_rescale = scale, rescale
         self.use_original_formulation = original
         self._next: str | None = None  # the pass whose call of the denoiser comes next
@@ -126,6 +149,8 @@ class PerturbedGuidance(BaseGuidance):
 
     def _guides(self) -> bool:
         """Whether there is classifier-free guidance at this step."""
+        if self.base is not None:
+            return self._enabled and bool(self.base.num_conditions > 1)
         none = 0.0 if self.use_original_formulation else 1.0
         if not self._enabled or math.isclose(self.guidance_scale, none):
             return False
@@ -145,6 +170,8 @@ class PerturbedGuidance(BaseGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         self._leave()  # what an interrupted step has left
         super().set_state(step, num_inference_steps, timestep)
+        if self.base is not None:
+            self.base.set_state(step, num_inference_steps, timestep)
         if not self._enabled or not self.guidance.scale:
             return
         every = range(num_inference_steps)
@@ -156,11 +183,15 @@ class PerturbedGuidance(BaseGuidance):
             )
 
     def prepare_inputs(self, data: Any) -> list[Any]:
+        if self.base is not None:  # which may begin anew at the first step
+            self.base.prepare_inputs(data)
         return [self._prepare_batch(data, int(own == UNCOND), own) for own in self.passes]
 
     def prepare_inputs_from_block_state(
         self, data: Any, input_fields: dict[str, str | tuple[str, str]]
     ) -> list[Any]:
+        if self.base is not None:
+            self.base.prepare_inputs_from_block_state(data, input_fields)
         return [
             self._prepare_batch_from_block_state(input_fields, data, int(own == UNCOND), own)
             for own in self.passes
@@ -242,7 +273,9 @@ class PerturbedGuidance(BaseGuidance):
     ) -> GuiderOutput:
         """The guided prediction."""
         pred = pred_cond
-        if pred_uncond is not None:
+        if self.base is not None and self._enabled:
+            pred = self.base.forward(pred_cond, pred_uncond).pred
+        elif pred_uncond is not None:
             base = pred_cond if self.use_original_formulation else pred_uncond
             pred = base + self.guidance_scale * (pred_cond - pred_uncond)
         if pred_cond_skip is not None:
@@ -313,6 +346,30 @@ class SoftPerturbedGuidance(PerturbedGuidance):
         )
 
 
+def _written_base(base: object) -> dict[str, Any]:
+    """A guider's name and parameters, or those of a configuration."""
+    if isinstance(base, BaseGuidance):
+        own = {key: value for key, value in base.config.items() if not key.startswith("_")}
+        found: dict[str, Any] = {"name": type(base).__name__, **own}
+    elif isinstance(base, Mapping):
+        found = dict(base)
+    else:
+        raise TypeError(f"base={base!r} must be a guider of diffusers, or its configuration")
+    if found.get("name") not in BASES:
+        raise ValueError(f"base is {found.get('name')}; it must be one of {', '.join(BASES)}")
+    return found
+
+
+def _read_base(base: BaseGuidance | Mapping[str, object]) -> BaseGuidance:
+    """The guider itself."""
+    if isinstance(base, BaseGuidance):
+        return base
+    import diffusers.guiders
+
+    own = _written_base(base)
+    return cast("BaseGuidance", getattr(diffusers.guiders, own.pop("name"))(**own))
+
+
 def _read(
     heads: Mapping[int | str, object] | None,
 ) -> Mapping[int | str, object] | None:
@@ -356,7 +413,7 @@ def _read_guidance(given: object) -> Guidance:
     if not isinstance(given, Mapping):
         raise TypeError(
             f"guidance={given!r} must be one of {', '.join(KINDS)}, or the configuration of one; "
-            "for CFG-Zero* take ClassifierFreeZeroStarGuidance of diffusers"
+            "for CFG-Zero* give base=ClassifierFreeZeroStarGuidance() of diffusers"
         )
     own = dict(given)
     kind = KINDS.get(own.pop("name", None))
