@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -340,3 +341,13 @@ def test_densities_that_the_table_holds_patterns_to(parts: SimpleNamespace) -> N
     assert Radial(0.95).density(layout) == pytest.approx(0.2746, abs=1e-3)
     assert SlidingTile((6, 8, 8), (3, 3, 3)).density(layout) == pytest.approx(0.09)
     assert SlidingTile((6, 8, 8), (5, 5, 5)).density(layout) == pytest.approx(5 / 12)
+
+
+def test_fields_are_numbers_that_json_gives_back(parts: SimpleNamespace) -> None:
+    """Also of entries with spare settings, which a run goes on from."""
+    spared = [x for table in BACKWARD.values() for x in table[2].values() if x.spare is not None]
+    assert spared
+    for launch in spared:
+        values = parts.candidates.fields(launch)
+        assert json.loads(json.dumps(values)) == list(values)
+        assert BackwardLaunch(*values) == replace(launch, spare=None)

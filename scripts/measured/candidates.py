@@ -130,8 +130,11 @@ def committed(kind: str, target: str, size: int, itemsize: int) -> Settings:
 
 
 def fields(settings: Settings) -> tuple[int, ...]:
-    """The values in the order of the constructor."""
-    return tuple(settings) if isinstance(settings, Launch) else tuple(vars(settings).values())
+    """The values in the order of the constructor; of gradients those that are timed, so without the
+    spare ones."""
+    if isinstance(settings, Launch):
+        return tuple(settings)
+    return tuple(value for name, value in vars(settings).items() if name != "spare")
 
 
 def distance(a: Settings, b: Settings) -> int:

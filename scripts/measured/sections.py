@@ -473,7 +473,7 @@ SECTIONS: dict[str, Section] = {
     "d": Section("block-aligned maps beside density 1", 75, aligned),
     "h": Section("gradients beside flash attention's", 60, gradients),
     "g": Section("FlexAttention with the same map", 110, flex),
-    "b": Section("tests that need a GPU", 120, tests),
+    "b": Section("tests that need a GPU", 200, tests),
     "i": Section("a denoising step of large models", 130, pipelines),
     "f": Section("published densities", 45, published),
     "k": Section("compute-sanitizer", 120, sanitizer),
