@@ -76,6 +76,14 @@ def test_tiles_are_stored_once_and_within_the_limit() -> None:
     assert device_maps(maps, 3, CPU, words=True).lists["firsts"].shape == tile_of.shape
 
 
+def test_lists_of_maps_that_visit_nothing_have_a_place() -> None:
+    layout = LAYOUTS["video_7x5x3_text_31"]
+    maps = [lower_cached(Skip(), layout, None, 16, 32)] * 2
+    lists = device_maps(maps, 2, CPU, words=True).lists
+    for name in ("columns", "firsts", "tile_of", "bits"):
+        assert len(lists[name]) >= 1, name
+
+
 def test_tiles_of_equal_sums_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bittiles.torch, "randint", lambda *args, **kwargs: torch.zeros(2, 1).long())
     words = torch.tensor([[[0, 3]], [[3, 0]], [[0, 3]]], dtype=torch.int32)

@@ -310,7 +310,8 @@ def device_maps(
         "tile_of": tile_of,
         "bits": bits,
     }
-    if packed:
+    if packed:  # a row of no visit looks at the place behind the last
+        lists["columns"] = torch.nn.functional.pad(bank.columns, (0, 1))
         lists["firsts"] = _firsts(bank)
     if backward:
         lists |= key_lists(bank, slots, q_rows, k_rows, tile_of.cpu())
