@@ -650,7 +650,7 @@ def _places(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int] | None:
     a batch item and a slot add to the row, and a slot to the column. None where they are no matrix,
     or a copy could not read it."""
     batch, slots, length, dim = x.shape
-    step = x.stride(2)
+    step = x.stride(2) if length > 1 else dim
     if x.data_ptr() % 16 or step * x.element_size() % 16 or step < dim:
         return None
     rows = batch * slots * length
@@ -669,13 +669,14 @@ def _box(x: torch.Tensor) -> tuple[TensorDescriptor, tuple[int, int, int]]:
     """The descriptor of keys or values, and what a batch item and a slot add to its row, and a slot
     to its column."""
     found = _places(x)
-    if found is None:
-        found = _places(x.contiguous())
-        assert found is not None, "a contiguous tensor is a matrix"
+    if found is None:  # a copy, also of what is contiguous and does not begin where it must
+        found = _places(torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x))
+        assert found is not None, "a new tensor is a matrix"
     x, rows, item, slot, column = found
-    width = x.stride(2) if column else x.shape[3]
+    step = x.stride(2) if x.shape[2] > 1 else x.shape[3]
+    width = step if column else x.shape[3]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    box = TensorDescriptor(x, [rows, width], [x.stride(2), 1], [BLOCK_K, WIDTH], layout)
+    box = TensorDescriptor(x, [rows, width], [step, 1], [BLOCK_K, WIDTH], layout)
     return box, (item, slot, column)
 
 

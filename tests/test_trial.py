@@ -10,7 +10,7 @@ import torch
 
 from visattn import trial
 from visattn.layout import TokenLayout
-from visattn.patterns import Dense, Neighborhood
+from visattn.patterns import Dense, Diagonal, Neighborhood
 from visattn.reference import reference_attention
 from visattn.trial import LAYOUT, Variant, trusted
 
@@ -37,7 +37,7 @@ def right(
     num_parts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch, of keys that are put back in their order."""
-    patterns = (Dense(), Dense())
+    patterns = (Diagonal(100), Dense())
     if q_ordered:
         patterns = (Neighborhood((3, 5, 9)), Dense())
         index = lists["k_index"].long()
@@ -125,8 +125,9 @@ def test_an_error_of_the_device_is_not_swallowed(kernel: Callable[[Forward], Non
 
 def test_the_case_has_blocks_of_each_kind() -> None:
     assert isinstance(LAYOUT, TokenLayout)
-    own = Neighborhood((3, 5, 9)).lower(LAYOUT, 128, 64)
-    full, text, short, partial = (
-        int((own.bounds[:, n + 1] - own.bounds[:, n]).sum()) for n in range(4)
-    )
-    assert min(full, text, short, partial) > 0
+    for pattern in (Neighborhood((3, 5, 9)), Diagonal(100)):
+        own = pattern.lower(LAYOUT, 128, 64)
+        full, text, short, partial = (
+            int((own.bounds[:, n + 1] - own.bounds[:, n]).sum()) for n in range(4)
+        )
+        assert min(full, text, short, partial) > 0

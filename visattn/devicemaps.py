@@ -212,7 +212,7 @@ def _firsts(bank: MapBank) -> torch.Tensor:
     parts = [
         bank.k_table[number, item.columns.long(), 0] for number, item in enumerate(bank.maps)
     ]
-    return torch.cat([*parts, torch.zeros(1)]).int()
+    return torch.cat([*parts, torch.zeros(1, dtype=torch.int32)])
 
 
 def _work(

@@ -16,7 +16,7 @@ import torch
 from visattn.blockmap import BlockMap
 from visattn.devicemaps import device_maps
 from visattn.layout import Grid, TokenLayout
-from visattn.patterns import Dense, Neighborhood, Pattern
+from visattn.patterns import Dense, Diagonal, Neighborhood, Pattern
 from visattn.reference import reference_attention
 
 __all__ = ["Variant", "trusted"]
@@ -81,14 +81,17 @@ def _outputs(
     from visattn.kernels.hopper import BLOCK_K, BLOCK_Q, forward_hopper
 
     device, dim = variant.device, variant.dim
-    patterns: tuple[Pattern, ...] = (Dense(), Dense())
+    patterns: tuple[Pattern, ...] = (Diagonal(100), Dense())
     if variant.q_ordered:
         patterns = (Neighborhood((3, 5, 9)), Dense())
     maps: list[BlockMap] = [item.lower(LAYOUT, BLOCK_Q, BLOCK_K) for item in patterns]
     packed = device_maps(maps, 2, device, 2 if variant.split else None, words=True)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, LAYOUT.length, dim)
-    q, k, v = (torch.randn(shape, generator=generator).to(device, variant.dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(shape, generator=generator, device="cpu").to(device, variant.dtype)
+        for _ in range(3)
+    )
     lengths = torch.tensor([[LENGTH]], dtype=torch.int32, device=device)
     given = lengths if variant.lengths else None
     wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))

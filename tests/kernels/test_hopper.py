@@ -53,6 +53,34 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.parametrize(
+    "name", ["contiguous", "diffusers", "one head", "one token", "unaligned", "padded", "sliced"]
+)
+@pytest.mark.parametrize("dim", [64, 72, 128])
+def test_copies_find_every_key(name: str, dim: int) -> None:
+    """Rows and columns of a descriptor are those of a batch item, slot and key; what no copy could
+    read is copied first."""
+    hopper = pytest.importorskip("visattn.kernels.hopper")
+    batch, slots, length = 2, 1 if name == "one head" else 3, 1 if name == "one token" else 70
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, slots, length, dim, generator=generator).half()
+    if name == "diffusers":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif name == "unaligned":
+        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    elif name == "padded":
+        x = torch.nn.functional.pad(x, (0, 3))[..., :dim]
+    elif name == "sliced":
+        x = torch.cat([x, x], 1)[:, :slots]
+    box, (item, slot, column) = hopper._box(x)
+    for b in range(batch):
+        for s in range(slots):
+            first = b * item + s * slot
+            matrix = box.base.as_strided(box.shape, box.strides, box.base.storage_offset())
+            own = matrix[first : first + length, s * column : s * column + dim]
+            assert torch.equal(own, x[b, s])
+
+
 class TestOnHopper:
     pytestmark = on_hopper
 
