@@ -9,6 +9,9 @@ exponentials of the step before are still multiplied by their values::
     wait K_i      S_i = q K_i^T  (begins)       wait V_{i-1}    O += P_{i-1} V_{i-1}  (begins)
     S_i is there: m, P_i = 2^(c S_i - m), l     O is there: O *= 2^(m' - m)
 
+In steps without masks the compiler puts the exponentials behind the second wait; they run beside
+the products of the other group.
+
 Blocks that are partial, or shorter than 64, are masked by bits: two words of 32 keys for each query
 of a block, distinct tiles stored once. A test of a bit costs two instructions an element, which
 coordinates cannot match.
@@ -58,23 +61,19 @@ def _copy(box, tiles, full, slot, place_a, place_b, column, HALVES: gl.constexpr
 def _bring(
     k_box,
     v_box,
-    k_tiles,
-    v_tiles,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
+    buffers,
     firsts,
     begin,
     end,
-    k_row,
-    k_column,
-    v_row,
-    v_column,
+    k_place,
+    v_place,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The warp that copies: two blocks of keys, two of values, step by step."""
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = buffers
+    k_row, k_column = k_place
+    v_row, v_column = v_place
     last = gl.maximum(end - 1, 0)
     steps = gl.maximum((end - begin + 1) // 2, 1)
     a = gl.load(firsts + gl.minimum(begin, last))
@@ -93,9 +92,10 @@ def _bring(
 
 
 @gluon.jit
-def _words(bits, tile_of, columns, p_k_table, p_text, j, end, o_m, LENGTHS: gl.constexpr):
+def _words(lists, j, end, o_m, LENGTHS: gl.constexpr):
     """The two words of each query for the block at place j: those of its tile of bits, if it has
     one, without the keys past the end of a text, none from ``end`` on."""
+    tile_of, bits, columns, p_k_table, p_text = lists
     place = gl.minimum(j, gl.maximum(end - 1, 0))
     number = gl.load(tile_of + place)
     inside = j < end
@@ -179,24 +179,10 @@ def _softmax(s, m, l, factor, MASKED: gl.constexpr):
 @gluon.jit
 def _step(
     i,
-    s,
-    e,
-    o_0,
-    o_1,
-    m,
-    l,
+    sums,
     q_tiles,
-    k_tiles,
-    v_tiles,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    bits,
-    tile_of,
-    columns,
-    p_k_table,
-    p_text,
+    buffers,
+    lists,
     begin,
     end,
     o_m,
@@ -212,13 +198,15 @@ def _step(
     DTYPE: gl.constexpr,
 ):
     """Step i: its logits beside the values of the step before."""
+    s, e, o_0, o_1, m, l = sums
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = buffers
     slot = i % STAGES
     before = (i - 1) % STAGES
     p = gl.convert_layout(e.to(DTYPE), P_LAYOUT)
     if MASKED:
         j = begin + 2 * i
-        low_a, high_a = _words(bits, tile_of, columns, p_k_table, p_text, j, end, o_m, LENGTHS)
-        low_b, high_b = _words(bits, tile_of, columns, p_k_table, p_text, j + 1, end, o_m, LENGTHS)
+        low_a, high_a = _words(lists, j, end, o_m, LENGTHS)
+        low_b, high_b = _words(lists, j + 1, end, o_m, LENGTHS)
     mbarrier.wait(k_full.index(slot), (i // STAGES) & 1)
     s = _logits(q_tiles, k_tiles, slot, s, GROUP, HALVES)
     mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
@@ -255,36 +243,13 @@ def _tokens(first_q, num_q, q_order, q_index, length_q, o_m, Q_ORDERED: gl.const
 
 @gluon.jit
 def _attend(
-    q,
-    out,
-    lse,
-    part_out,
-    part_lse,
+    tensors,
+    strides,
+    sizes,
+    lists,
     p_work,
-    tile_of,
-    bits,
-    columns,
-    k_table,
-    text_lengths,
-    q_index,
     q_tiles,
-    k_tiles,
-    v_tiles,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    stride_ob,
-    stride_oh,
-    stride_ol,
-    heads,
-    length_q,
-    num_k,
-    parts,
-    texts,
+    buffers,
     factor,
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
@@ -295,7 +260,6 @@ def _attend(
     SPLIT: gl.constexpr,
 ):
     """A group of four warps: 64 queries of a work item."""
-    DTYPE: gl.constexpr = q.dtype.element_ty
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
     )
@@ -304,6 +268,12 @@ def _attend(
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    q, out, lse, part_out, part_lse, q_index = tensors
+    stride_qb, stride_qh, stride_ql, stride_ob, stride_oh, stride_ol = strides
+    heads, length_q, num_k, parts, texts = sizes
+    tile_of, bits, columns, k_table, text_lengths = lists
+    k_tiles, v_tiles, k_full, k_empty, v_full, _ = buffers
+    DTYPE: gl.constexpr = q.dtype.element_ty
     i_b = gl.program_id(1)
     i_h = gl.load(p_work)
     first_q = gl.load(p_work + 4)
@@ -315,7 +285,7 @@ def _attend(
         end_plain = gl.load(p_work + 9)
     end = gl.load(p_work + 11)
     p_k_table = k_table + gl.load(p_work + 2) * num_k * 4
-    p_text = text_lengths + i_b * texts
+    lists = (tile_of, bits, columns, p_k_table, text_lengths + i_b * texts)
     q_order = gl.load(p_work + 12)
 
     o_q = GROUP * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, LOAD))
@@ -340,8 +310,8 @@ def _attend(
     l = gl.zeros([_ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     s = gl.zeros([_ROWS, _STEP], gl.float32, layout=S_LAYOUT)
 
-    low_a, high_a = _words(bits, tile_of, columns, p_k_table, p_text, begin, end, o_m, LENGTHS)
-    low_b, high_b = _words(bits, tile_of, columns, p_k_table, p_text, begin + 1, end, o_m, LENGTHS)
+    low_a, high_a = _words(lists, begin, end, o_m, LENGTHS)
+    low_b, high_b = _words(lists, begin + 1, end, o_m, LENGTHS)
     mbarrier.wait(k_full.index(0), 0)
     s = _logits(q_tiles, k_tiles, 0, s, GROUP, HALVES)
     s = warpgroup_mma_wait(0, deps=[s])
@@ -351,24 +321,10 @@ def _attend(
     for i in range(1, plain):
         s, e, o_0, o_1, m, l = _step(
             i,
-            s,
-            e,
-            o_0,
-            o_1,
-            m,
-            l,
+            (s, e, o_0, o_1, m, l),
             q_tiles,
-            k_tiles,
-            v_tiles,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            bits,
-            tile_of,
-            columns,
-            p_k_table,
-            p_text,
+            buffers,
+            lists,
             begin,
             end,
             o_m,
@@ -386,24 +342,10 @@ def _attend(
     for i in range(gl.maximum(plain, 1), steps):
         s, e, o_0, o_1, m, l = _step(
             i,
-            s,
-            e,
-            o_0,
-            o_1,
-            m,
-            l,
+            (s, e, o_0, o_1, m, l),
             q_tiles,
-            k_tiles,
-            v_tiles,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            bits,
-            tile_of,
-            columns,
-            p_k_table,
-            p_text,
+            buffers,
+            lists,
             begin,
             end,
             o_m,
@@ -529,41 +471,26 @@ def _hopper_kernel(
     i_slot = gl.load(p_work + 1)
     begin = gl.load(p_work + 7)
     end = gl.load(p_work + 11)
+    tensors = (q, out, lse, part_out, part_lse, q_index)
+    strides = (stride_qb, stride_qh, stride_ql, stride_ob, stride_oh, stride_ol)
+    sizes = (heads, length_q, num_k, parts, texts)
+    lists = (tile_of, bits, columns, k_table, text_lengths)
+    tiles = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
+    parts_of = (k_parts, v_parts, k_full, k_empty, v_full, v_empty)
+    k_place = (i_b * k_row_b + i_slot * k_row_s, i_slot * k_column_s)
+    v_place = (i_b * v_row_b + i_slot * v_row_s, i_slot * v_column_s)
     gl.warp_specialize(
         [
             (
                 _attend,
                 (
-                    q,
-                    out,
-                    lse,
-                    part_out,
-                    part_lse,
+                    tensors,
+                    strides,
+                    sizes,
+                    lists,
                     p_work,
-                    tile_of,
-                    bits,
-                    columns,
-                    k_table,
-                    text_lengths,
-                    q_index,
                     q_tiles,
-                    k_tiles,
-                    v_tiles,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    stride_qb,
-                    stride_qh,
-                    stride_ql,
-                    stride_ob,
-                    stride_oh,
-                    stride_ol,
-                    heads,
-                    length_q,
-                    num_k,
-                    parts,
-                    texts,
+                    tiles,
                     factor,
                     gl.constexpr(0),
                     DIM,
@@ -577,36 +504,13 @@ def _hopper_kernel(
             (
                 _attend,
                 (
-                    q,
-                    out,
-                    lse,
-                    part_out,
-                    part_lse,
+                    tensors,
+                    strides,
+                    sizes,
+                    lists,
                     p_work,
-                    tile_of,
-                    bits,
-                    columns,
-                    k_table,
-                    text_lengths,
-                    q_index,
                     q_tiles,
-                    k_tiles,
-                    v_tiles,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    stride_qb,
-                    stride_qh,
-                    stride_ql,
-                    stride_ob,
-                    stride_oh,
-                    stride_ol,
-                    heads,
-                    length_q,
-                    num_k,
-                    parts,
-                    texts,
+                    tiles,
                     factor,
                     gl.constexpr(1),
                     DIM,
@@ -619,25 +523,7 @@ def _hopper_kernel(
             ),
             (
                 _bring,
-                (
-                    k_box,
-                    v_box,
-                    k_parts,
-                    v_parts,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    firsts,
-                    begin,
-                    end,
-                    i_b * k_row_b + i_slot * k_row_s,
-                    i_slot * k_column_s,
-                    i_b * v_row_b + i_slot * v_row_s,
-                    i_slot * v_column_s,
-                    HALVES,
-                    STAGES,
-                ),
+                (k_box, v_box, parts_of, firsts, begin, end, k_place, v_place, HALVES, STAGES),
             ),
         ],
         [4, 1],

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import platform
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -114,6 +116,8 @@ def main() -> None:
         "held_out_clips": len(pairs),
         "provenance": dict(heads.provenance),
         "seconds": round(searched, 1),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "command": " ".join(["python", "scripts/measure_head_search.py", *sys.argv[1:]]),
         "versions": {"visattn": visattn.__version__, "torch": torch.__version__},
         "held_out": {},
     }

@@ -75,7 +75,8 @@ def triton_attention(
         from visattn.kernels.hopper import forward_hopper
 
         if lengths is not None:
-            v = _without_padding(v, kv_layout or layout, lengths)
+            own = v if maps.key_slots is not None else v.clone()  # permuted, it is a copy
+            v = _without_padding(own, kv_layout or layout, lengths)
         order, parts = maps.ordered[0], maps.num_parts
         return forward_hopper(q, k, v, maps.lists, lengths, scale, q_ordered=order, num_parts=parts)
     return forward(
@@ -220,9 +221,9 @@ def _takes_groups(
 def _without_padding(
     v: torch.Tensor, layout: TokenLayout, text_lengths: torch.Tensor
 ) -> torch.Tensor:
-    """Values with 0 past the end of each text, whatever stands there: text keeps its place in every
+    """Values, which are written to, with 0 past the end of each text: text keeps its place in every
     order of blocks."""
-    v, ordinal = v.clone(), 0
+    ordinal = 0
     for begin, segment in zip(layout.starts, layout.segments, strict=True):
         if segment.kind == "text":
             place = torch.arange(segment.length, device=v.device)
