@@ -44,6 +44,7 @@ def refused(capsys, *argv):
 
 def made():
     """What lies in the working folder, besides the models and what Python compiles."""
+    assert Path.cwd() != ROOT, "use the fixture `alone`: other tests write in the root"
     found = (path for path in Path().rglob("*") if not path.is_symlink())
     return sorted(str(path) for path in found if "__pycache__" not in path.parts)
 

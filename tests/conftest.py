@@ -20,6 +20,13 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("cli")
 
 
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty folder to work in, where no other test writes."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Tiny pipelines saved by name; ``wan`` is ``wan21``."""
@@ -36,10 +43,9 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(models, tmp_path, monkeypatch):
+def folder(models, alone, monkeypatch):
     """An empty folder to work in, with the models beside; nothing is fetched from a hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
     for path in models.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
+        (alone / path.name).symlink_to(path)
+    return alone

@@ -66,6 +66,7 @@ def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert numbers["dtype"] == "float32" and numbers["repeats"] == 2
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -168,6 +169,7 @@ def test_attention_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

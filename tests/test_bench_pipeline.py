@@ -245,6 +245,7 @@ def test_fewer_layers_are_said_and_what_fails_does_not_end_it(
     assert error.count("\n") == 1 and "neighborhood((9, 3, 3)): plan does not fit the grid" in error
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

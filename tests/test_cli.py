@@ -77,6 +77,7 @@ def test_show_lists_every_pattern(capsys):
     assert all(row["summary"] for row in rows)
 
 
+@pytest.mark.usefixtures("alone")
 def test_show_says_that_a_dynamic_pattern_has_no_mask(capsys):
     [line] = refused(capsys, "show", "vsa()")
     assert "chooses its blocks from the queries and keys of a call" in line
@@ -140,9 +141,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("argv", BAD.values(), ids=BAD)
-def test_wrong_input_is_one_line_and_exit_code_2(argv, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.png").mkdir()
+def test_wrong_input_is_one_line_and_exit_code_2(argv, capsys, alone):
+    (alone / "folder.png").mkdir()
     assert len(refused(capsys, *argv)) == 1
 
 

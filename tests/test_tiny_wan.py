@@ -32,10 +32,9 @@ def pipe():
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(alone, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return alone
 
 
 def test_model_is_what_the_card_says():

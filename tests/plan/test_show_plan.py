@@ -41,11 +41,10 @@ PLAN = Plan(
 
 
 @pytest.fixture
-def saved(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def saved(alone):
     PLAN.save_pretrained("plan")
     replace(PLAN, rules=(*PLAN.rules, Rule(Skip(), LAYERS[4]))).save_pretrained("other")
-    return tmp_path
+    return alone
 
 
 def test_text_of_a_plan(capsys, saved):
