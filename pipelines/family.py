@@ -39,6 +39,10 @@ class Family:
             embedding, from the model's configuration. Positions that are added to the tokens before
             the first block do not count.
         image_output: which output of a block the image tokens are, where it gives text as well.
+        shared_output: the linear layer, beside an attention module that has no output projection of
+            its own, whose first inputs are the module's outputs.
+        padded: whether its attention is given a mask of keys ``[B, 1, 1, L]`` that leaves out the
+            padding of its text, and nothing else; the first tokens of a text are the valid ones.
     """
 
     name: str
@@ -52,3 +56,5 @@ class Family:
     perturbed: str = ""
     ordered: Callable[[Any], bool] = _always
     image_output: int = 1
+    shared_output: str = ""
+    padded: bool = False

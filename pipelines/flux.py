@@ -99,4 +99,5 @@ FLUX = Family(
     tokens=tokens,
     blocks=(r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
     timestep_unit=1000,
+    shared_output="proj_out",
 )

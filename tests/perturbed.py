@@ -8,13 +8,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
-def attention_map(q, k, factor=None):
-    """``softmax(q k^T)``, float64 ``[B, H, L, L]``."""
+def attention_map(q, k, factor=None, seen=None):
+    """``softmax(q k^T)``, float64 ``[B, H, L, L]``; seen: the keys that are, or None."""
     factor = q.shape[-1] ** -0.5 if factor is None else factor
-    return (q.double() @ k.double().mT * factor).softmax(-1)
+    logits = q.double() @ k.double().mT * factor
+    return (logits if seen is None else logits.masked_fill(~seen, -torch.inf)).softmax(-1)
 
 
-def target_map(q, k, layout, policy="all", target="value"):
+def target_map(q, k, layout, policy="all", target="value", seen=None):
     """The map that attention is moved towards, and which rows are moved, bool ``[L]``."""
     start, grid = layout.grids[0]
     index = torch.arange(layout.length)
@@ -23,7 +24,7 @@ def target_map(q, k, layout, policy="all", target="value"):
     for first, length in layout.texts:
         text[first : first + length] = True
     rows = torch.ones_like(image) if policy == "all" else image
-    own, eye = attention_map(q, k), torch.eye(layout.length, dtype=torch.float64)
+    own, eye = attention_map(q, k, seen=seen), torch.eye(layout.length, dtype=torch.float64)
     if policy == "ii_identity":
         logits = q.double() @ k.double().mT * q.shape[-1] ** -0.5
         moved = logits.masked_fill(~(text | eye.bool()), -torch.inf).softmax(-1)
@@ -40,9 +41,9 @@ def target_map(q, k, layout, policy="all", target="value"):
     return own, moved, rows
 
 
-def perturbed_attention(q, k, v, layout, strengths, policy="all", target="value"):
+def perturbed_attention(q, k, v, layout, strengths, policy="all", target="value", seen=None):
     """``((1 - u) A + u T) v``, float64 ``[B, H, L, D]``; strengths ``u``: ``[H]``."""
-    own, moved, rows = target_map(q, k, layout, policy, target)
+    own, moved, rows = target_map(q, k, layout, policy, target, seen)
     u = strengths.double()[None, :, None, None] * rows[:, None]
     return ((1 - u) * own + u * moved) @ v.double()
 
@@ -59,7 +60,8 @@ class Perturbed(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         q, k, v = [*args, *((kwargs or {}).get(n) for n in ("query", "key", "value")[len(args) :])]
         layout, strengths, kind = self.given
-        return perturbed_attention(q, k, v, layout, strengths, **kind).to(q.dtype)
+        seen = (kwargs or {}).get("attn_mask")
+        return perturbed_attention(q, k, v, layout, strengths, **kind, seen=seen).to(q.dtype)
 
 
 @contextmanager

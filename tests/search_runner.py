@@ -69,14 +69,20 @@ def make_up_seconds(setattr_=setattr):
     setattr_(Replay, "seconds", lambda self, plan, **kwargs: 0.5 if plan is None else 0.4)
 
 
-def run(folder, progress=None, candidates=("band", "windows", "stencil"), **options):
-    """The result of the search."""
+def run(
+    folder,
+    progress=None,
+    candidates=("band", "windows", "stencil"),
+    make=tiny.wan21,
+    call=CALL,
+    **options,
+):
+    """The result of the search of a pipeline that is made here."""
     torch.manual_seed(0)
-    pipe = tiny.PIPELINES["wan21"]()
     return visattn.search(
-        pipe,
+        make(),
         PROMPTS,
-        call=CALL,
+        call=call,
         resume=folder,
         settings=SETTINGS,
         candidates=candidates,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
@@ -16,6 +17,8 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -25,12 +28,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from visattn import Grid, TokenLayout
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square", "circle", "moves", "right", "left")
 LAYERS, HEADS, DIM = 3, 4, 16
@@ -176,6 +185,47 @@ def cogvideox15(seed: int = 0) -> CogVideoXPipeline:
     return _cogvideox(seed, 2)
 
 
+def hunyuanvideo(seed: int = 0) -> HunyuanVideoPipeline:
+    """HunyuanVideo: text behind the grid, its padding masked; blocks of two streams and of one."""
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=DIM,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    llama = LlamaConfig(**sizes, **tokens, num_hidden_layers=3, num_attention_heads=2)
+    clip = CLIPTextConfig(
+        **{**sizes, "hidden_size": 8}, **tokens, num_hidden_layers=1, num_attention_heads=2
+    )
+    return HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval(),
+        tokenizer=tokenizer(32),
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip).eval(),
+        tokenizer_2=tokenizer(77),
+    )
+
+
 def image_to_video() -> CogVideoXImageToVideoPipeline:
     """CogVideoX that begins with an image: its latents are stacked on the noise."""
     parts = cogvideox().components
@@ -190,9 +240,35 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan22": wan22,
     "cogvideox": cogvideox,
     "cogvideox15": cogvideox15,
+    "hunyuanvideo": hunyuanvideo,
 }
 
+# the attention layers, which plans number in this order
+PATHS = {
+    "wan": tuple(f"blocks.{n}.attn1" for n in range(LAYERS)),
+    "cogvideox": tuple(f"transformer_blocks.{n}.attn1" for n in range(LAYERS)),
+    "hunyuanvideo": (
+        "transformer_blocks.0.attn",
+        "transformer_blocks.1.attn",
+        "single_transformer_blocks.0.attn",
+    ),
+}
+
+
+def paths(name: str) -> tuple[str, ...]:
+    """Of a pipeline."""
+    return next(own for family, own in PATHS.items() if name.startswith(family))
+
+
+def layout(name: str) -> TokenLayout:
+    """Of ``generate`` with a pipeline."""
+    grid = Grid(2 if name == "cogvideox15" else 3, 6, 4)
+    before, after = 10 * name.startswith("cogvideox"), 10 * (name == "hunyuanvideo")
+    return TokenLayout(grid, text_before=before, text_after=after)
+
+
 # what every test generates: 3 latent frames of 6 x 4 tokens (2 of them for 1.5), and text
+TRUE_GUIDANCE = {"true_cfg_scale": 3.0, "prompt_template": {"template": "{}", "crop_start": 0}}
 SHAPE = {"height": 96, "width": 64, "num_frames": 9}
 
 
@@ -210,6 +286,7 @@ def generate(
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(seed),
         **SHAPE,
+        **(TRUE_GUIDANCE if isinstance(pipe, HunyuanVideoPipeline) else {}),
         **options,
     }
     return pipe(**settings).frames

@@ -33,9 +33,9 @@ from visattn.workspace import workspace
 __all__ = ["rows_on_cpu"]
 
 NARROW = 768  # queries of a row below which its logits are written out
-LEAST = (1 << 17, 1 << 19)  # of a product, without and with a mask, below which they are not
-LOGITS = 1 << 22  # that are written out at a time
-MASKS = 1 << 21  # elements of the masks that a map keeps
+LEAST = (1 << 17, 1 << 18)  # of a product, without and with a mask, below which they are not
+LOGITS = 1 << 21  # that are written out at a time
+MASKS = 1 << 22  # elements of the masks that a map keeps
 PLACES = 1 << 22  # places of keys and tokens that a program keeps
 
 

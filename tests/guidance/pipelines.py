@@ -26,5 +26,6 @@ def generate(
     if type(pipe).__name__.startswith(("Flux", "StableDiffusion3")):
         return tiny_images.generate(pipe, steps=steps, guidance=guidance, **options)
     if not guidance:
-        options["guidance_scale"] = 1.0
+        kind = type(pipe).__name__
+        options["true_cfg_scale" if kind.startswith("Hunyuan") else "guidance_scale"] = 1.0
     return tiny.generate(pipe, steps=steps, **options)

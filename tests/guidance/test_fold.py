@@ -42,19 +42,14 @@ PIPELINES = {
     **pipelines.PIPELINES,
     "distilled": lambda: tiny_images.flux(guidance_embeds=True),
 }
-KINDS = ("wan21", "wan22", "cogvideox", "flux", "sd3")
-GRID = Grid(3, 6, 4)
+KINDS = ("wan21", "wan22", "cogvideox", "hunyuanvideo", "flux", "sd3")
 LAYOUTS = {
-    "wan21": TokenLayout(GRID),
-    "wan22": TokenLayout(GRID),
-    "cogvideox": TokenLayout(GRID, text_before=10),
+    **{name: tiny.layout(name) for name in ("wan21", "wan22", "cogvideox", "hunyuanvideo")},
     "flux": TokenLayout(Grid(1, 6, 4), text_before=tiny_images.TEXT),
     "sd3": TokenLayout(Grid(1, 6, 4), text_after=tiny_images.CLIP + tiny_images.TEXT),
 }
 PATHS = {
-    "wan21": [f"blocks.{n}.attn1" for n in range(3)],
-    "wan22": [f"blocks.{n}.attn1" for n in range(3)],
-    "cogvideox": [f"transformer_blocks.{n}.attn1" for n in range(3)],
+    **{name: tiny.paths(name) for name in ("wan21", "wan22", "cogvideox", "hunyuanvideo")},
     "flux": [f"{own}transformer_blocks.{n}.attn" for own in ("", "single_") for n in range(2)],
     "sd3": [f"transformer_blocks.{n}.attn" for n in range(3)],
 }
@@ -139,6 +134,8 @@ FOLDS = {
     "cogvideox": ("cogvideox", {}, usual),
     "cogvideox, no CFG": ("cogvideox", {"guidance": False}, usual),
     "cogvideox, dynamic": ("cogvideox", {"use_dynamic_cfg": True}, dynamic),
+    "hunyuanvideo, true CFG": ("hunyuanvideo", {}, usual),
+    "hunyuanvideo, distilled": ("hunyuanvideo", {"guidance": False, "guidance_scale": 5.0}, usual),
     "flux, true CFG": ("flux", {}, usual),
     "flux, no CFG": ("flux", {"guidance": False}, usual),
     "flux, distilled": ("distilled", {"guidance": False, "guidance_scale": 5.0}, usual),
@@ -551,7 +548,7 @@ def test_plan_of_density_1_changes_nothing(kind):
     pipe = PIPELINES[kind]()
     with guide(pipe, guidance(kind)):
         expected = generate(pipe)
-    every = (1.0, 1.0, 1.0) if kind in ("wan21", "wan22", "cogvideox") else (1, 1.0, 1.0)
+    every = (1.0, 1.0, 1.0) if kind in tiny.PIPELINES else (1, 1.0, 1.0)
     for plan in (Plan((Rule(Neighborhood(every)),)), Plan((Rule(Dense(), pass_="perturbed"),))):
         apart = kind in BATCHED and "perturbed" in plan.passes  # the pass has no prefix
         with sparse(pipe, plan), guide(pipe, guidance(kind)):

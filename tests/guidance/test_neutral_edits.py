@@ -21,7 +21,7 @@ from visattn.guidance import (
     Temperature,
 )
 
-KINDS = ("wan21", "cogvideox", "flux", "sd3")
+KINDS = ("wan21", "cogvideox", "hunyuanvideo", "flux", "sd3")
 
 
 def thirds(state):
@@ -85,6 +85,11 @@ OF_TEXT = {
 }
 
 
+# they need the normaliser of the softmax, which torch's attention with a mask does not give: where
+# that is of padding, it is computed without
+NORMALISED = ("keys for no head", "tokens of no head")
+
+
 @functools.cache
 def plain(kind):
     return generate(pipeline(kind), steps=1)
@@ -96,4 +101,8 @@ def test_what_is_neutral_changes_no_bit(kind, name):
     usual, pipe = plain(kind), pipeline(kind)
     text = "cross" if kind == "wan21" else "self"
     with visattn.steer(pipe, NEUTRAL[name] if name in NEUTRAL else OF_TEXT[name](text)):
-        assert generate(pipe, steps=1).equal(usual)
+        found = generate(pipe, steps=1)
+    if kind == "hunyuanvideo" and name in NORMALISED:
+        assert (found - usual).abs().max() < 5e-6
+    else:
+        assert found.equal(usual)

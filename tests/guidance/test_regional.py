@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tiny_images
 import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from guidance.allocations import check_linear, joint_state
 from guidance.test_compose import Tensors
 
@@ -18,7 +19,8 @@ from visattn.patterns import Dense, Neighborhood
 from visattn.plan import Plan, Rule
 from visattn.reference import pattern_mask
 
-KINDS = {"wan21": "cross", "wan22": "cross", "flux": "self", "sd3": "self"}
+KINDS = {"wan21": "cross", "wan22": "cross", "cogvideox": "self", "flux": "self", "sd3": "self"}
+BATCHED = ("cogvideox", "sd3")  # whose guidance doubles the batch
 BASE, REGIONS = "a square moves right", ("a red square", "a blue circle moves left")
 NEAR = Neighborhood((1, 3, 3))
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +44,7 @@ def settings(kind, **options):
     """As ``generate`` has them, for a call of ``regional``."""
     pipe = pipeline(kind)
     pipe.set_progress_bar_config(disable=True)
-    size = tiny.SHAPE if "wan" in kind else tiny_images.SHAPE
+    size = tiny.SHAPE if kind in tiny.PIPELINES else tiny_images.SHAPE
     return {
         "negative_prompt": "blue circle",
         "num_inference_steps": 2,
@@ -121,7 +123,7 @@ def check(kind, seen, ratio=0.0, layers=None, steps=(0, 1), pattern=None):
     """All calls against the definition; the numbers of those with regions."""
     found = set()
     for call, pass_, image, own in seen:
-        if pass_ == "uncond" and kind != "sd3":  # a call of its own, with its own text
+        if pass_ == "uncond" and kind not in BATCHED:  # a call of its own, with its own text
             every = torch.ones(own["q"].shape[2], own["k"].shape[2], dtype=torch.bool)
             if pattern is not None and call.kind != "cross":
                 every &= pattern_mask(pattern, call.layout)
@@ -170,10 +172,12 @@ def test_masks_are_within_a_plan(kind, ratio):
 def test_base_ratio_of_one_is_the_base_prompt_alone(kind, scale):
     regions = list(zip(REGIONS, masks(), strict=True))
     guidance = {"true_cfg_scale" if kind == "flux" else "guidance_scale": scale}
+    usual = plain(kind, prompt=BASE, **guidance)
     found = generate(kind, regions, base_ratio=1.0, **guidance)
-    torch.testing.assert_close(found, plain(kind, prompt=BASE, **guidance), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, usual, atol=1e-4, rtol=1e-4)
     other = generate(kind, regions, **guidance)
     assert (other - found).abs().max() > 1e-2
+    assert plain(kind, prompt=BASE, **guidance).equal(usual)  # nothing is left behind
 
 
 @kinds
@@ -204,8 +208,8 @@ def test_several_images_are_those_of_one(kind):
     regions = list(zip(REGIONS, masks(), strict=True))
     shape = generate(kind, regions).shape
     noise = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(1))
-    count = "num_videos_per_prompt" if "wan" in kind else "num_images_per_prompt"
-    both = generate(kind, regions, latents=noise, base_ratio=0.2, **{count: 2})
+    what = "videos" if kind in tiny.PIPELINES else "images"
+    both = generate(kind, regions, latents=noise, base_ratio=0.2, **{f"num_{what}_per_prompt": 2})
     for number in range(2):
         one = generate(kind, regions, latents=noise[number : number + 1], base_ratio=0.2)
         torch.testing.assert_close(both[number : number + 1], one, atol=1e-4, rtol=1e-4)
@@ -223,6 +227,53 @@ def test_frames_of_a_video_may_have_masks_of_their_own():
             rows = mask.flatten().bool()
             expected = masked(own, rows[:, None] == keys, call.factor)
             torch.testing.assert_close(own["out"], expected, atol=1e-5, rtol=1e-4)
+
+
+def with_positions(learned):
+    """CogVideoX with positions that are added to its tokens: to its grid as in 2B, or learned ones,
+    to its text too."""
+    parts = pipeline("cogvideox").components
+    own = parts["transformer"].config
+    config = {key: value for key, value in own.items() if not key.startswith("_")}
+    for kind in ("rotary", "learned"):
+        config[f"use_{kind}_positional_embeddings"] = learned
+    torch.manual_seed(6)
+    model = CogVideoXTransformer3DModel(**config)
+    if learned:
+        model.patch_embed.pos_embedding.normal_()
+    return CogVideoXPipeline(**{**parts, "transformer": model.eval()})
+
+
+@pytest.mark.parametrize(
+    ("learned", "size"),
+    [(False, {}), (False, {"height": 80, "num_frames": 5}), (True, {})],
+    ids=["added", "added at another size", "learned"],
+)
+def test_each_text_has_the_positions_of_a_text(learned, size):
+    pipe, everything = with_positions(learned), torch.ones(3, 2)
+    pipe.set_progress_bar_config(disable=True)
+    for text, ratio in ((REGIONS[0], 0.0), (BASE, 1.0)):
+        given = {"base_ratio": ratio, **settings("cogvideox", **size)}
+        found = regional(pipe, BASE, [(REGIONS[0], everything)], **given)[0]
+        alone = pipe(text, **settings("cogvideox", **size))[0]
+        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_of_the_text_are_put_back():
+    pipe, regions = with_positions(True), [(REGIONS[0], masks()[0])]
+    embed = pipe.transformer.patch_embed
+    before = embed.pos_embedding
+    given = settings("cogvideox", callback_on_step_end=stop)
+    with pytest.raises(ZeroDivisionError):
+        regional(pipe, BASE, regions, **given)
+    assert embed.pos_embedding is before
+    assert embed.max_text_seq_length == 10
+    with pytest.raises(ValueError, match="max_sequence_length=8 must be 10, the length of text"):
+        regional(pipe, BASE, regions, **settings("cogvideox", max_sequence_length=8))
+
+
+def stop(*_):
+    raise ZeroDivisionError
 
 
 @kinds
@@ -280,6 +331,6 @@ def test_what_cannot_be_is_refused(wrong, error, message):
 
 
 def test_pipelines_that_have_no_room_for_texts_are_refused():
-    for pipe in (pipeline("cogvideox"), pipeline("wan21").transformer):
-        with pytest.raises(TypeError, match="must be a pipeline of Wan, Flux, Stable Diffusion 3"):
+    for pipe in (pipeline("hunyuanvideo"), pipeline("wan21").transformer):
+        with pytest.raises(TypeError, match="of Wan, CogVideoX, Flux, Stable Diffusion 3: reg"):
             regional(pipe, BASE, [("a", torch.ones(2, 2))])

@@ -32,6 +32,7 @@ from visattn.guidance.state import run
 from visattn.guidance.windows import Windows
 
 KINDS = ("wan21", "cogvideox")
+VIDEOS = ("wan21", "wan22", "cogvideox", "cogvideox15")
 AXES = {"wan21": 2, "cogvideox": 1}
 PROMPTS = ("a red square moves right", "a blue circle moves left", "a red circle moves right")
 ALWAYS = ShareSettings(start=0, stop=1.0)
@@ -166,7 +167,7 @@ def test_weights_of_frames_sum_to_one_and_joining_undoes_splitting(length, overl
 # ---- the sequence
 
 
-@pytest.mark.parametrize("kind", tiny.PIPELINES)
+@pytest.mark.parametrize("kind", VIDEOS)
 def test_one_prompt_is_the_pipeline_to_the_bit(kind):
     own = sequence(kind, PROMPTS[:1], output_type="pt")
     plain = pipeline(kind)(PROMPTS[0], **settings(output_type="pt")).frames
@@ -267,7 +268,7 @@ def test_overlaps_are_equal_after_each_step(kind):
     torch.testing.assert_close(first, seen[-1][:1])
 
 
-@pytest.mark.parametrize("kind", tiny.PIPELINES)
+@pytest.mark.parametrize("kind", VIDEOS)
 def test_number_of_frames(kind):
     per_segment = 4 if kind == "cogvideox15" else 3
     for overlap, transitions in ((0.5, 0), (2, 1)):

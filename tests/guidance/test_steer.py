@@ -18,6 +18,7 @@ from visattn.guidance import (
     HeadSet,
     LabelBias,
     Perturb,
+    RedistributeSinks,
     RegionMask,
     ReplaceQueries,
     ScaleHeads,
@@ -499,6 +500,7 @@ MEMORY = {
     "scale heads": lambda _: ScaleHeads(scale=2.0),
     "replaced queries": lambda _: ReplaceQueries(source=1, stream="image"),
     "mixed queries": lambda _: MixQueries(source=1, samples=(0,)),
+    "sinks": lambda n: RedistributeSinks(sinks=torch.arange(n) % 100 == 0, scale=0.5),
 }
 
 

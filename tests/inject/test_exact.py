@@ -64,7 +64,8 @@ class Stop(Exception):
 
 def query_of_a_layer(pipe):
     modules = pipe.transformer.named_modules()
-    return next(module for path, module in modules if path.endswith("1.attn1.to_q"))
+    ends = ("blocks.1.attn1.to_q", "transformer_blocks.1.attn.to_q")
+    return next(module for path, module in modules if path.endswith(ends))
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])

@@ -32,10 +32,14 @@ def test_every_call_is_shown_and_nothing_changes(name, planned):
     assert places == wanted
     for o in seen:
         assert o.steps == 3
-        assert o.layer.endswith(f".{o.number}.attn1")
+        assert o.layer == tiny.paths(name)[o.number]
+        assert o.layout == tiny.layout(name)
         assert o.q.shape == (1 + batched, tiny.HEADS, o.layout.length, tiny.DIM)
         assert o.k.shape == o.v.shape == o.q.shape
         assert o.scale is None
+        # "a red square moves right" and "blue circle", each with the token at its end
+        texts = {"cond": [[6]], "uncond": [[3]]}[o.passes[0]] if name == "hunyuanvideo" else None
+        assert (None if o.text_lengths is None else o.text_lengths.tolist()) == texts
     if name == "wan22":
         assert {o.role for o in seen if o.step == 0} == {"transformer"}
         assert {o.role for o in seen if o.step == 2} == {"transformer_2"}

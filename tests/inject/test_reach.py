@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from visattn import Grid, TokenLayout
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Dense, Diagonal, MultiDiagonal, Neighborhood, Radial, Skip
 from visattn.plan import Plan, Rule
@@ -22,13 +21,9 @@ B = (Radial(0.2, rule="token"), Dense(), Dense(), Skip())
 C = (Diagonal(9), Diagonal(1), Diagonal(20), Dense())
 
 
-def path(name, number):
-    return f"{'blocks' if 'wan' in name else 'transformer_blocks'}.{number}.attn1"
-
-
 def plans(name):
     """Plans that tell apart all that a plan can tell apart, and who may run what by them."""
-    one, two = path(name, 1), path(name, 2)
+    _, one, two = tiny.paths(name)
     out = {
         "heads": Plan((Rule(A),)),
         "a layer": Plan((Rule(B, layer=one),)),
@@ -65,12 +60,6 @@ def named(plan, role, layer, number, step, pass_):
     return heads
 
 
-def layout_of(name):
-    if "wan" in name:
-        return TokenLayout(Grid(3, 6, 4))
-    return TokenLayout(Grid(2 if name.endswith("15") else 3, 6, 4), text_before=10)
-
-
 class Masked(TorchFunctionMode):
     """torch's attention with a mask per head and part of the batch, in float64."""
 
@@ -89,6 +78,8 @@ class Masked(TorchFunctionMode):
         q, k, v = (x.double() for x in given[:3])
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         mask = self.mask.repeat_interleave(len(q) // len(self.mask), 0)
+        padding = (kwargs or {}).get("attn_mask")
+        mask = mask if padding is None else mask & padding
         weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
         return (weights @ v).to(given[0].dtype)
 
@@ -112,7 +103,7 @@ class Record:
                 continue
             model.register_forward_hook(self.forward)
             for number in range(tiny.LAYERS):
-                module = model.get_submodule(path(name, number))
+                module = model.get_submodule(tiny.paths(name)[number])
                 module.register_forward_hook(self.hook(role, number, name), with_kwargs=True)
 
     def forward(self, *_):
@@ -121,7 +112,7 @@ class Record:
     def hook(self, role, number, name):
         def keep(module, args, kwargs, output):
             pass_ = ("uncond", "cond") if self.batched else (("cond", "uncond")[self.forwards],)
-            where = role, path(name, number), number, self.step
+            where = role, tiny.paths(name)[number], number, self.step
             self.calls.append((*where, pass_, args, dict(kwargs), output))
 
         return keep
@@ -136,7 +127,7 @@ CASES = [(name, key) for name in tiny.PIPELINES for key in plans(name)]
 
 @pytest.mark.parametrize(("name", "key"), CASES)
 def test_plan_reaches_the_calls_that_it_names_and_no_other(name, key):
-    plan, layout = plans(name)[key], layout_of(name)
+    plan, layout = plans(name)[key], tiny.layout(name)
     pipe = tiny.PIPELINES[name]()
     untouched = copy.deepcopy(pipe)
     apply_plan(pipe, plan)
@@ -177,9 +168,9 @@ def test_oracle_tells_a_wrong_head_from_the_right_one():
     *_, args, kwargs, output = record.calls[1]
     module = untouched.transformer.get_submodule("blocks.1.attn1")
     wrong = (A[1], A[0], *A[2:])
-    with torch.no_grad(), Masked([wrong], layout_of("wan21")):
+    with torch.no_grad(), Masked([wrong], tiny.layout("wan21")):
         assert (output - module(*args, **kwargs)).abs().max() > 1e-4
-    with torch.no_grad(), Masked([A], layout_of("wan21")):
+    with torch.no_grad(), Masked([A], tiny.layout("wan21")):
         assert (output - module(*args, **kwargs)).abs().max() < 1e-6
 
 
@@ -196,12 +187,12 @@ def test_backends_agree(name):
     assert (tiny.generate(pipe, steps=2) - out[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["wan21", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan21", "cogvideox", "hunyuanvideo"])
 def test_kernel_agrees(name):
     """One call, which is much for the interpreter."""
     pipe = tiny.PIPELINES[name]()
-    plan = Plan((Rule((Diagonal(3), Dense(), Dense(), Dense()), layer=path(name, 1)),))
-    options = {"steps": 1, "guidance_scale": 1.0}
+    plan = Plan((Rule((Diagonal(3), Dense(), Dense(), Dense()), layer=tiny.paths(name)[1]),))
+    options = {"steps": 1, "guidance_scale": 1.0, "negative_prompt": None}
     dense = tiny.generate(pipe, **options)
     out = []
     for backend in ("reference", "triton"):

@@ -89,8 +89,13 @@ def test_output_weights_with_and_without_an_adapter():
     assert torch.equal(output_weights(module), plain.weight)
     module.to_out = torch.nn.ModuleList([Half(plain)])
     torch.testing.assert_close(output_weights(module), 1.5 * plain.weight)
-    with pytest.raises(ValueError, match="no linear output projection"):
-        output_weights(torch.nn.Identity())
+    assert torch.equal(output_weights(module, torch.nn.Linear(9, 4)), output_weights(module))
+    module.to_out, module.inner_dim = None, 6  # a block of one stream, which projects all at once
+    both = torch.nn.Linear(6 + 3, 4)
+    assert torch.equal(output_weights(module, both), both.weight[:, :6])
+    for other in (torch.nn.Identity(), module):
+        with pytest.raises(ValueError, match="no linear output projection"):
+            output_weights(other)
 
 
 def tasks(calls, wrong=()):

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Architecture:
     Args:
         model: class name in diffusers.
         height, width: in pixels; num_frames: of the video; text: tokens.
-        config: ``num_layers``, and the class's arguments that are not its defaults.
+        config: ``num_layers`` (with those of one stream apart, where there are such, as
+            ``num_single_layers``), and the class's arguments that are not its defaults.
         steps: of a generation; patch: latents along the side of a token, in height and width.
         trained: it is the small model of the checkout, with its own configuration and weights.
 
@@ -75,7 +77,7 @@ class Architecture:
     @property
     def layers(self) -> int:
         """How many layers the whole model has."""
-        return int(self.config["num_layers"])
+        return layers_of(SimpleNamespace(**self.config))
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -86,6 +88,7 @@ class Architecture:
 
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
+HUNYUANVIDEO = "HunyuanVideoTransformer3DModel"
 SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 LARGE = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 LARGE_15 = LARGE | {"patch_size_t": 2, "patch_bias": False}
@@ -100,7 +103,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cogvideox-2b": Architecture(COGVIDEOX, 480, 720, 49, 226, {"num_layers": 30}),
     "cogvideox-5b": Architecture(COGVIDEOX, 480, 720, 49, 226, LARGE),
     "cogvideox1.5-5b": Architecture(COGVIDEOX, 768, 1360, 81, 226, LARGE_15),
+    "hunyuanvideo": Architecture(
+        HUNYUANVIDEO, 720, 1280, 129, 256, {"num_layers": 20, "num_single_layers": 40}
+    ),
 }
+
+
+def layers_of(config: Any) -> int:
+    """How many layers a denoiser has, by its configuration."""
+    return int(config.num_layers) + int(getattr(config, "num_single_layers", 0))
 
 
 def skeleton(architecture: Architecture, layers: int | None = None) -> Any:
@@ -122,7 +133,9 @@ def skeleton(architecture: Architecture, layers: int | None = None) -> Any:
             raise ValueError(
                 f"layers={layers} must be at most {architecture.layers}, which the model has"
             )
-        config["num_layers"] = layers
+        config["num_layers"] = first = min(layers, config["num_layers"])
+        if "num_single_layers" in config:
+            config["num_single_layers"] = layers - first
     with accelerate.init_empty_weights(include_buffers=False):
         model = getattr(diffusers, architecture.model)(**config)
     return model.eval().requires_grad_(False)
@@ -177,8 +190,8 @@ def _trained(layers: int | None, dtype: torch.dtype, device: torch.device | str)
 
 
 def operations(architecture: Architecture, model: Any) -> float:
-    """About how many multiplications and additions a step with both passes takes: of linear layers
-    at every token, and of self-attention.
+    """About how many multiplications and additions a step takes: of linear layers at every token,
+    and of self-attention.
 
     Args:
         model: of ``skeleton`` or ``build``.
@@ -190,14 +203,16 @@ def operations(architecture: Architecture, model: Any) -> float:
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     width = int(config.num_attention_heads * config.attention_head_dim)
     linear: float = 2.0 * weights * tokens
-    return 2.0 * (linear + 4.0 * tokens**2 * width * int(config.num_layers))
+    passes = 1 if architecture.model == HUNYUANVIDEO else 2
+    return passes * (linear + 4.0 * tokens**2 * width * layers_of(config))
 
 
 def step_inputs(
     architecture: Architecture, model: Any, timestep: torch.Tensor, seed: int = 0
 ) -> list[tuple[str, dict[str, Any]]]:
-    """What one denoising step with classifier-free guidance calls the model with: for Wan twice, a
-    pass each; for CogVideoX once, with both passes in the batch.
+    """What one denoising step calls the model with. With classifier-free guidance, for Wan twice, a
+    pass each; for CogVideoX once, with both passes in the batch. HunyuanVideo is told its guidance,
+    and called once; a quarter of its text is there and the rest is padding.
 
     Args:
         model: of ``build``; its dtype and device are those of what it is called with.
@@ -213,6 +228,7 @@ def step_inputs(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
+    arguments: dict[str, Any]
     if architecture.model == WAN:
         latents = noise(1, config.in_channels, frames, rows, columns)
         return [
@@ -226,8 +242,20 @@ def step_inputs(
             )
             for name in ("cond", "uncond")
         ]
+    if architecture.model == HUNYUANVIDEO:
+        mask = torch.zeros(1, architecture.text, device=device, dtype=dtype)
+        mask[:, : -(-architecture.text // 4)] = 1
+        arguments = {
+            "hidden_states": noise(1, config.in_channels, frames, rows, columns),
+            "timestep": timestep.expand(1),
+            "encoder_hidden_states": noise(1, architecture.text, config.text_embed_dim),
+            "encoder_attention_mask": mask,
+            "pooled_projections": noise(1, config.pooled_projection_dim),
+            "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype),
+        }
+        return [("cond", arguments)]
     latents = noise(1, frames, config.in_channels, rows, columns).expand(2, -1, -1, -1, -1)
-    arguments: dict[str, Any] = {
+    arguments = {
         "hidden_states": latents,
         "timestep": timestep.expand(2),
         "encoder_hidden_states": noise(2, architecture.text, config.text_embed_dim),

@@ -17,7 +17,7 @@ from visattn.bench.timing import Time, take_turns
 from visattn.cost import Calibration, layer_cost
 from visattn.execute import block_sizes, lower_cached
 from visattn.launch import launch_of
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, valid_keys
 from visattn.patterns import Dense, Pattern
 
 __all__ = ["AttentionTime", "WrongResult", "time_attention"]
@@ -153,12 +153,15 @@ def check(
     v: torch.Tensor,
     pattern: Pattern,
     layout: TokenLayout,
+    text_lengths: torch.Tensor | None = None,
 ) -> None:
     """Compare some queries with exact attention: ``max|ours - f64| <= 1.5 max|eager - f64| + 1
-    ulp``, eager being the same products in the dtype of q."""
+    ulp``, eager being the same products in the dtype of q; text_lengths: int64 ``[1, texts]``."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randperm(layout.length, generator=generator)[:ROWS]
     kept = pattern.allows(rows[:, None], torch.arange(layout.length), layout).to(q.device)
+    if text_lengths is not None:
+        kept = kept & valid_keys(text_lengths, layout)[0]
     scale = q.shape[3] ** -0.5
     worst: list[torch.Tensor] = []
     plain: list[torch.Tensor] = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.attention import choose_backend
-from visattn.bench.architectures import Architecture, step_inputs
+from visattn.bench.architectures import Architecture, layers_of, step_inputs
 from visattn.bench.attention import WrongResult, check
 from visattn.bench.timing import Time, take_turns
 from visattn.generation import Job, run_job
@@ -154,7 +154,7 @@ def time_step(
     share, density = _ratios(dense_attention, clocked), checked.density
     predicted = None if density is None else 1 / (1 - share.median * (1 - density))
     return StepTime(
-        layers=int(model.config.num_layers),
+        layers=layers_of(model.config),
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=str(checked.layout),
         calls=len(denoising.calls),
@@ -364,23 +364,28 @@ class Witness:
         if not call.heads_first:
             tensors = [x.transpose(1, 2) for x in tensors]
         moments = layer.attachment.moments(len(query))
+        lengths = layer.lengths(query, call)
         for number, (phase, pass_) in enumerate(moments):
             heads = layer.table.get((phase, pass_)) or layer.table.get((phase, ANY), ())
             sample = number * len(query) // len(moments)
+            own = slice(sample, sample + 1)
+            texts = None if lengths is None else lengths[own]
             kept = [
-                self._held(
-                    layer, pattern, [x[sample : sample + 1, head : head + 1] for x in tensors]
-                )
+                self._held(layer, pattern, [x[own, head : head + 1] for x in tensors], texts)
                 for head, pattern in enumerate(heads)
             ]
             self.densities.append(mean(kept) if kept else 1.0)
         return out
 
     def _held(
-        self, layer: Layer, pattern: HeadPattern, tensors: list[torch.Tensor]
+        self,
+        layer: Layer,
+        pattern: HeadPattern,
+        tensors: list[torch.Tensor],
+        text_lengths: torch.Tensor | None,
     ) -> float | None:
         """The density of a pattern, whose result on one head is checked if it is new; ``tensors``
-        are queries, keys, values and output ``[1, 1, L, D]``."""
+        are queries, keys, values and output ``[1, 1, L, D]``; text_lengths: ``[1, texts]``."""
         if not isinstance(pattern, Pattern):
             return layer.executed(pattern)
         if pattern not in self._known:
@@ -388,7 +393,7 @@ class Witness:
             self._known[pattern] = pattern.density(layout)
             if not isinstance(pattern, Skip) and not is_dense(pattern, layout):
                 q, k, v, out = tensors
-                check(out, q, k, v, pattern, layout)
+                check(out, q, k, v, pattern, layout, text_lengths)
         return self._known[pattern]
 
 

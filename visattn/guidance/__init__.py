@@ -40,6 +40,7 @@ from visattn.guidance.regional import regional
 from visattn.guidance.regions import LabelBias, RegionMask
 from visattn.guidance.sequence import WORD_SWAP, ShareSettings, generate_sequence
 from visattn.guidance.sharing import BorrowKeys, ShareKV
+from visattn.guidance.sinks import RedistributeSinks
 from visattn.guidance.state import State
 from visattn.guidance.steering import steer
 from visattn.guidance.subject_masks import SubjectMasks
@@ -75,6 +76,7 @@ __all__ = [
     "ProportionalAttention",
     "ReadTokens",
     "Reading",
+    "RedistributeSinks",
     "RegionMask",
     "ReplaceMap",
     "ReplaceQueries",

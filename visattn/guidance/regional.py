@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from visattn.layout import Grid
 
 __all__ = ["MixBase", "RegionBits", "regional"]
 
-FAMILIES = ("Wan", "Flux", "Stable Diffusion 3")
+FAMILIES = ("Wan", "CogVideoX", "Flux", "Stable Diffusion 3")
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 MOST = 60  # regions: a bit each, of 64
 
@@ -163,8 +164,8 @@ def regional(
     """Generate by a base prompt and prompts of regions.
 
     Args:
-        pipe: a pipeline of Wan, Flux.1 or Stable Diffusion 3; with a plan, ``steer`` or ``guide``
-            or without. What a sparse pattern leaves out stays out.
+        pipe: a pipeline of Wan, CogVideoX, Flux.1 or Stable Diffusion 3; with a plan, ``steer`` or
+            ``guide`` or without. What a sparse pattern leaves out stays out.
         prompt: the base prompt, that of the background.
         regions: of each the prompt and the mask, bool or from 0 to 1, ``[height, width]`` for all
             frames or ``[frames, height, width]``, of any size: a token of the latents is in a
@@ -175,15 +176,16 @@ def regional(
         layers: that have regions, numbers or paths as for an ``Edit`` (in Wan of its
             cross-attention); default: all.
         start, stop: the steps that have them, as for an ``Edit``; elsewhere only the base prompt is
-            seen. With Flux and Stable Diffusion 3 regions do not see each other's image either, so
-            that some steps at the beginning are best (the paper has 5 to 10), or a base ratio.
+            seen. But for Wan, regions do not see each other's image either, so that some steps at
+            the beginning are best (the paper has 5 to 10, for Flux), or a base ratio.
         call: arguments of the pipeline, such as its size, steps and ``negative_prompt``.
 
     Returns:
         What the pipeline gives. Texts are encoded each for itself and joined, the base prompt
         first; other edits count text tokens in this order. The pooled text embeddings that Flux and
         Stable Diffusion 3 have are those of the base prompt. The further attention that Stable
-        Diffusion 3.5 medium has for the image alone stays as it is.
+        Diffusion 3.5 medium has for the image alone stays as it is. Where CogVideoX adds positions
+        to its tokens, as its 2B does, each text has those of a text alone.
 
     Raises:
         TypeError, ValueError: the pipeline or an argument is something else, or a mask covers no
@@ -213,7 +215,7 @@ def regional(
     ]
     if base_ratio:
         edits.append(MixBase(bits=bits, ratio=base_ratio, attention=attention, passes=passes))
-    with steer(pipe, edits):
+    with _room(model, family.name, length, len(regions)), steer(pipe, edits):
         return pipe(**given)
 
 
@@ -283,24 +285,55 @@ def _encoded(
         given["prompt_embeds"] = _joined(found[0], count)
         given["pooled_prompt_embeds"] = found[1][:1].repeat(count, 1)
         return given, found[0].shape[1]
-    skip = {"clip_skip": given.get("clip_skip")}
-    more = {"do_classifier_free_guidance": False, **skip, **options}
-    found = pipe.encode_prompt(texts, None, None, **more)
+    options["do_classifier_free_guidance"] = False
+    minus = _negative(given, count)
+    if name == "CogVideoX":
+        found, away = (pipe.encode_prompt(own, **options) for own in (texts, minus))
+    else:
+        options["clip_skip"] = given.get("clip_skip")
+        found, away = (pipe.encode_prompt(own, None, None, **options) for own in (texts, minus))
+        given["pooled_prompt_embeds"] = found[2][:1].repeat(count, 1)
+        given["negative_pooled_prompt_embeds"] = away[2].repeat(count // len(minus), 1)
     given["prompt_embeds"] = _joined(found[0], count)
-    given["pooled_prompt_embeds"] = found[2][:1].repeat(count, 1)
-    negatives = [given.pop(f"negative_prompt{end}", None) or "" for end in ("", "_2", "_3")]
-    if any(negatives[1:]):
-        raise ValueError("negative_prompt_2 and _3 are not taken; give negative_prompt")
-    minus = [negatives[0]] if isinstance(negatives[0], str) else negatives[0]
-    if len(minus) not in (1, count):
-        raise ValueError(f"negative_prompt has {len(minus)} texts for {count} images; give one")
-    away = pipe.encode_prompt(minus, None, None, **more)
     # its copies beside the regions' texts are not seen
     given["negative_prompt_embeds"] = away[0].repeat(count // len(minus), len(texts), 1)
-    given["negative_pooled_prompt_embeds"] = away[2].repeat(count // len(minus), 1)
     return given, found[0].shape[1]
+
+
+def _negative(given: dict[str, Any], count: int) -> list[str]:
+    """The negative prompts, one or one for each of ``count`` images, taken out of the arguments."""
+    every = [given.pop(f"negative_prompt{end}", None) or "" for end in ("", "_2", "_3")]
+    if any(every[1:]):
+        raise ValueError("negative_prompt_2 and _3 are not taken; give negative_prompt")
+    minus: list[str] = [every[0]] if isinstance(every[0], str) else list(every[0])
+    if len(minus) not in (1, count):
+        raise ValueError(f"negative_prompt has {len(minus)} texts for {count} images; give one")
+    return minus
 
 
 def _joined(texts: torch.Tensor, count: int) -> torch.Tensor:
     """Texts ``[n, L, C]`` in one sequence, ``[count, n L, C]``."""
     return texts.flatten(0, 1)[None].repeat(count, 1, 1)
+
+
+@contextmanager
+def _room(model: Any, name: str, length: int, regions: int) -> Iterator[None]:
+    """Room for the texts of regions in the positions that some CogVideoX add to their tokens: those
+    of the text once more for each region."""
+    embed: Any = model.patch_embed if name == "CogVideoX" else None
+    if not hasattr(embed, "pos_embedding"):
+        yield
+        return
+    own, most = embed.pos_embedding, embed.max_text_seq_length
+    if length != most:
+        raise ValueError(
+            f"max_sequence_length={length} must be {most}, the length of text that this "
+            f"{type(model).__name__} has positions for"
+        )
+    embed.pos_embedding = torch.cat([own[:, :most].repeat(1, 1 + regions, 1), own[:, most:]], 1)
+    embed.max_text_seq_length = most * (1 + regions)
+    try:
+        yield
+    finally:
+        embed.pos_embedding = own.to(embed.pos_embedding.device)
+        embed.max_text_seq_length = most

@@ -10,6 +10,7 @@ import torch
 from visattn.attention import attention_by
 from visattn.dense import dense_with_lse
 from visattn.inject.op import Call
+from visattn.inject.padding import Padding
 from visattn.inject.parts import Part, Plain
 from visattn.layout import TokenLayout
 
@@ -25,7 +26,8 @@ class Computing:
     Args:
         layer: whose call it is; call: its arguments; own: what the pipeline runs without us, heads
             first; parts: what the plan has for it; layout: of its queries.
-        dim: of its heads; batch: of it; factor: of its logits.
+        dim: of its heads; batch: of it; factor: of its logits; padding: that its tensors are
+            without, and that its mask is of.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Computing:
         dim: int,
         batch: int,
         factor: float,
+        padding: Padding | None,
     ) -> None:
         self.layer, self.call, self.own, self.parts = layer, call, own, parts
         self.layout, self.dim, self.batch, self.factor = layout, dim, batch, factor
+        self.padding = padding
 
     def __call__(
         self,
@@ -58,7 +62,7 @@ class Computing:
         memory = layer.memories_of((planned,), q.shape[0], part, self.batch)[0]
         if not lse:
             own = self._dense_only
-            return layer.mixed(q, k, v, planned, layout, factor, own, memory), None
+            return layer.mixed(q, k, v, planned, layout, None, factor, own, memory), None
         backend = layer.attachment.backend
         found = attention_by(
             q, k, v, planned.heads, layout, None, None, factor, backend, True, memory
@@ -80,7 +84,7 @@ class Computing:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not lse:
             return self._dense_only(q, k, v), None
-        if self.call.mask is not None or self.call.causal:
+        if (self.call.mask is not None and self.padding is None) or self.call.causal:
             raise ValueError(
                 f"an edit of {self.layer.path} needs the normaliser of its softmax, which there is "
                 "not for a call with an attention mask; leave the layer out of the edit"
@@ -90,9 +94,10 @@ class Computing:
     def _dense_only(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """By the pipeline's own backend; by torch where the tensors are wider than its own, which
         backends that quantise would not stand."""
-        if q.shape[3] == self.dim:
-            return self.own(q, k, v)
-        return self.layer.by_torch(self.call._replace(scale=self.factor))(q, k, v)
+        plain = self.own
+        if q.shape[3] != self.dim:
+            plain = self.layer.by_torch(self.call._replace(scale=self.factor))
+        return (plain if self.padding is None else self.padding.around(plain))(q, k, v)
 
 
 @functools.lru_cache(maxsize=4096)

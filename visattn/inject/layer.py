@@ -14,6 +14,7 @@ from visattn.inject.computing import Computing
 from visattn.inject.guard import worthwhile
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
+from visattn.inject.padding import Padding, text_lengths_of
 from visattn.inject.parts import DENSE, Heads, Part, Plain
 from visattn.inject.watched import (
     ATTRIBUTE,
@@ -159,28 +160,31 @@ class Layer:
         parallel: Any = None,
     ) -> torch.Tensor:
         """The attention of the layer, tensors as ``call.heads_first`` says, in and out."""
+        layout = self.attachment.layout
+        lengths = self.lengths(query, call)
         for observer in self.observers:
-            observer(self._observation(query, key, value, call))
-        plain = self._plain(call, parallel)
-        parts = None if self.cross else self._parts(query, key, call, parallel)
+            observer(self._observation(query, key, value, call, lengths))
         if self.editor is not None:
-            edited = self.editor(self._caught(query, key, value, call, plain, parts))
+            edited = self._edited(query, key, value, call, parallel, lengths)
             if edited is not None:
-                self._count(parts, edited)
                 return edited if call.heads_first else edited.transpose(1, 2)
+        parts = self._parts(query, key, call, parallel, lengths is not None)
         if parts is None:
             self.dense_calls += 1
-            return plain(query, key, value)
-        layout = self.attachment.layout
+            return self._plain(call, parallel)(query, key, value)
         if not call.heads_first:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
-        own = heads_first(plain, call)
-        chunks = (x.chunk(len(parts)) for x in (query, key, value))
+        count = len(parts)
+        chunks = (x.chunk(count) for x in (query, key, value))
+        texts = [None] * count if lengths is None else lengths.chunk(count)
+        owns = [heads_first(self._plain(one, parallel), one) for one in call.parts(count)]
         memories = self.memories_of(parts, query.shape[0])
         outs = [
-            self.mixed(q, k, v, part, layout, call.scale, own, memory)
-            for q, k, v, part, memory in zip(*chunks, parts, memories, strict=True)
+            self.mixed(q, k, v, part, layout, text, call.scale, own, memory)
+            for q, k, v, part, text, own, memory in zip(
+                *chunks, parts, texts, owns, memories, strict=True
+            )
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         for memory in memories:
@@ -194,6 +198,58 @@ class Layer:
         text."""
         length = key.shape[2 if call.heads_first else 1]
         return self.cross and self.attachment.text_length not in (None, length)
+
+    def lengths(self, query: torch.Tensor, call: Call) -> torch.Tensor | None:
+        """Valid tokens of each text of a call, int64 ``[B, texts]``; None where all are."""
+        if self.cross or not self.attachment.family.padded:
+            return None
+        return text_lengths_of(call, self.attachment.layout, query.shape[0])
+
+    def _edited(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        parallel: Any,
+        lengths: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What the editor makes of a call, ``[B, H, L, D]``, or None; it sees no padding."""
+        assert self.editor is not None
+        whole = (query, key, value)
+        if not call.heads_first:
+            whole = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        own = heads_first(self._plain(call, parallel), call)
+        call = call._replace(heads_first=True)
+        if lengths is None:
+            return self._by_editor(*whole, call, own, parallel, None)
+        padding = Padding(self.attachment.layout, lengths, self.path)
+        q, k, v = map(padding.cut, whole)
+        before, self.attachment.tokens = self.attachment.tokens, padding.tokens
+        try:
+            edited = self._by_editor(q, k, v, call, own, parallel, padding)
+        finally:
+            self.attachment.tokens = before
+        return None if edited is None else padding.back(edited)
+
+    def _by_editor(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        own: Plain,
+        parallel: Any,
+        padding: Padding | None,
+    ) -> torch.Tensor | None:
+        """The same of tensors ``[B, H, L, D]`` without a padding; ``own``: their attention without
+        us, and with the padding."""
+        assert self.editor is not None
+        parts = self._parts(query, key, call, parallel, padding is not None)
+        edited = self.editor(self._caught(query, key, value, call, own, parts, padding))
+        if edited is not None:
+            self._count(parts, edited)
+        return edited
 
     def _count(self, parts: tuple[Part, ...] | None, tensor: torch.Tensor) -> None:
         """Note a call for the summary."""
@@ -215,27 +271,32 @@ class Layer:
         call: Call,
         plain: Plain,
         parts: tuple[Part, ...] | None,
+        padding: Padding | None,
     ) -> Caught:
-        """The call as an editor sees it."""
-        seen = self._observation(query, key, value, call)
+        """The call as an editor sees it, heads first."""
+        seen = self._observation(query, key, value, call, None)
         layout, keys = seen.layout, seen.k.shape[2]
         kind: Kind = "cross" if self.cross else "joint" if layout.texts else "self"
         own = TokenLayout.from_tokens((("text", keys),)) if self.cross else layout
         batch, _, _, dim = seen.q.shape
         factor = dim**-0.5 if call.scale is None else call.scale
-        first = heads_first(plain, call)
         return Caught(
             **vars(seen),
             kind=kind,
             kv_layout=own,
             factor=factor,
             sparse=parts is not None,
-            kernel=Computing(self, call, first, parts, layout, dim, batch, factor),
-            masked=call.mask is not None or call.causal,
+            kernel=Computing(self, call, plain, parts, layout, dim, batch, factor, padding),
+            masked=(call.mask is not None and padding is None) or call.causal,
         )
 
     def _observation(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        lengths: torch.Tensor | None,
     ) -> Observation:
         tensors = (query, key, value)
         q, k, v = tensors if call.heads_first else (x.transpose(1, 2) for x in tensors)
@@ -253,6 +314,7 @@ class Layer:
             v=v,
             layout=attachment.layout,
             scale=call.scale,
+            text_lengths=lengths,
         )
 
     def _plain(self, call: Call, parallel: Any) -> Plain:
@@ -271,9 +333,17 @@ class Layer:
         return functools.partial(scaled_dot_product_attention, **_arguments(call))
 
     def _parts(
-        self, query: torch.Tensor, key: torch.Tensor, call: Call, parallel: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        call: Call,
+        parallel: Any,
+        padded: bool,
     ) -> tuple[Part, ...] | None:
-        """What the heads run in each equal part of the batch, or None where all is dense."""
+        """What the heads run in each equal part of the batch, or None where all is dense; padded:
+        the call's mask is that of padding alone."""
+        if self.cross:
+            return None
         axis = 2 if call.heads_first else 1
         length, keys, heads = query.shape[axis], key.shape[axis], query.shape[3 - axis]
         layout = self.attachment.layout
@@ -281,7 +351,7 @@ class Layer:
         if parts is None:
             return None
         reason = None
-        if call.mask is not None:
+        if call.mask is not None and not padded:
             reason = "it is given an attention mask"
         elif call.causal or call.dropout:
             reason = "it is causal or has dropout"
@@ -354,6 +424,7 @@ class Layer:
         v: torch.Tensor,
         part: Part,
         layout: TokenLayout,
+        lengths: torch.Tensor | None,
         scale: float | None,
         own: Plain,
         memory: Memory,
@@ -365,17 +436,19 @@ class Layer:
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads) -> torch.Tensor:
             if torch.compiler.is_compiling():  # after a graph break
-                return sparse_attention(q, k, v, heads, layout, scale=scale, backend=backend)
+                return sparse_attention(
+                    q, k, v, heads, layout, text_lengths=lengths, scale=scale, backend=backend
+                )
             rows = self.attachment.audit
             with_lse = rows > 0 and not part.products  # which have none
             found = attention_by(
-                q, k, v, heads, layout, None, None, scale, backend, with_lse, memory
+                q, k, v, heads, layout, None, lengths, scale, backend, with_lse, memory
             )
             out, lse = found if isinstance(found, tuple) else (found, None)
             if rows:
                 factor = q.shape[3] ** -0.5 if scale is None else scale
                 with torch.no_grad():
-                    own = audit(q, k, v, out, lse, layout, None, factor, rows, memory.step or 0)
+                    own = audit(q, k, v, out, lse, layout, lengths, factor, rows, memory.step or 0)
                 memory.audited = (heads, own)
             return out
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, valid_keys
 
 __all__ = ["Observation", "Observer"]
 
@@ -24,6 +24,8 @@ class Observation:
         q: ``[B, H, L, D]``; k, v: ``[B, Hk, L, D]``. They are the model's own tensors: look only.
         layout: what the tokens are.
         scale: of the logits; None is ``D ** -0.5``.
+        text_lengths: valid tokens of each text, int64 ``[B, texts]``, whose others no query sees;
+            None: all are.
     """
 
     role: str
@@ -37,6 +39,13 @@ class Observation:
     v: torch.Tensor
     layout: TokenLayout
     scale: float | None
+    text_lengths: torch.Tensor | None = field(default=None, kw_only=True)
+
+    def valid(self, sample: int) -> torch.Tensor | None:
+        """The keys that a sample has, bool ``[L]``; None: all."""
+        if self.text_lengths is None:
+            return None
+        return valid_keys(self.text_lengths[sample : sample + 1], self.layout)[0]
 
 
 Observer = Callable[[Observation], None]

@@ -33,6 +33,12 @@ class Call(NamedTuple):
     grouped: bool
     heads_first: bool
 
+    def parts(self, count: int) -> list[Call]:
+        """Of equal parts of the batch."""
+        if self.mask is None or self.mask.shape[0] == 1:
+            return [self] * count
+        return [self._replace(mask=mask) for mask in self.mask.chunk(count)]
+
 
 def register_layer(layer: Layer, number: torch.Tensor | None = None) -> torch.Tensor:
     """A number for a layer, int64, 0-d, on the CPU; written into ``number`` where one is given."""

@@ -183,6 +183,7 @@ def attention_rows(
     rows: torch.Tensor,
     *,
     scale: float | None = None,
+    valid: torch.Tensor | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[RowChunk]:
     """The exact softmax of some query rows, in chunks.
@@ -196,6 +197,7 @@ def attention_rows(
             ``H``.
         rows: int64 ``[R]``, for example ``RowSample.tokens``.
         scale: of the logits; None is ``D ** -0.5``.
+        valid: keys that are seen, bool ``[L]``; the others have weight 0. None: all are.
         max_bytes: no tensor is made that is larger, unless one row is.
 
     Yields:
@@ -215,6 +217,7 @@ def attention_rows(
     wide = max(1, min(max_bytes // (4 * tokens * max(count, q.shape[2])), heads))
     span = max(1, max_bytes // (4 * wide * q.shape[2]))  # of keys converted at a time
     rows = rows.to(q.device)
+    unseen = None if valid is None else ~valid.to(q.device)
     for head in range(0, heads, wide):
         own = slice(head, min(head + wide, heads))
         shared = torch.arange(own.start, own.stop, device=q.device) // group
@@ -225,6 +228,8 @@ def attention_rows(
             for key in range(0, tokens, span):
                 near = slice(key, key + span)
                 weights[..., near] = queries @ k[shared, near].float().transpose(1, 2)
+            if unseen is not None:
+                weights.masked_fill_(unseen, -torch.inf)
             top = weights.amax(-1, keepdim=True)
             total = weights.sub_(top).exp_().sum(-1, keepdim=True)
             yield RowChunk(own, part, weights.div_(total), (top + total.log()).squeeze(-1))

@@ -190,7 +190,7 @@ class Sampler:
             if self.passes is None or pass_ in self.passes or pass_ == ANY_PASS:
                 key = Key(observation.role, observation.number, observation.layer, pass_)
                 q, k = observation.q[number, heads], observation.k[number, shared]
-                self._read(key, q, k, observation, measures)
+                self._read(key, q, k, observation.valid(number), observation, measures)
 
     def _wanted(self, observation: Observation) -> bool:
         place = observation.role, observation.layer
@@ -237,10 +237,15 @@ class Sampler:
         key: Key,
         q: torch.Tensor,
         k: torch.Tensor,
+        valid: torch.Tensor | None,
         observation: Observation,
         measures: Measures,
     ) -> None:
-        options: dict[str, Any] = {"scale": observation.scale, "max_bytes": self.max_bytes}
+        options: dict[str, Any] = {
+            "scale": observation.scale,
+            "valid": valid,
+            "max_bytes": self.max_bytes,
+        }
         tally = measures(attention_rows(q, k, self.sample.tokens, **options), len(q))
         if not bool(torch.isfinite(tally.frame).all()):
             raise ValueError(

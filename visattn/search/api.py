@@ -514,8 +514,9 @@ def _point(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in (*keys, "pattern")} | {"speed": row["predicted"]}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _mean(values: Sequence[float]) -> float | None:
+    """None where there are none."""
+    return math.fsum(values) / len(values) if values else None
 
 
 def _attention_share(own: Search) -> float:

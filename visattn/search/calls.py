@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from visattn.inject import Observation
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, valid_keys
 from visattn.readout import ANY_PASS
 
 __all__ = ["Call", "Place", "calls_of", "spread_steps"]
@@ -24,7 +24,8 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One sample of a call: ``q [H, L, D]``, ``k, v [Hk, L, D]``."""
+    """One sample of a call: ``q [H, L, D]``, ``k, v [Hk, L, D]``; valid tokens of each text, int64
+    ``[1, texts]``, or None."""
 
     place: Place
     layer: str
@@ -33,6 +34,12 @@ class Call(NamedTuple):
     v: torch.Tensor
     layout: TokenLayout
     scale: float
+    text_lengths: torch.Tensor | None = None
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """The keys that are seen, bool ``[L]``; None: all."""
+        return None if self.text_lengths is None else valid_keys(self.text_lengths, self.layout)[0]
 
 
 def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[Call]:
@@ -51,6 +58,7 @@ def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[Call]
     scale = observation.q.shape[3] ** -0.5 if observation.scale is None else observation.scale
     passes = observation.passes or (ANY_PASS,)
     each = observation.q.shape[0] // len(passes)
+    lengths = observation.text_lengths
     for number, pass_ in enumerate(passes):
         own = number * each  # of several samples with one noise each, the first speaks for all
         place = Place(observation.role, observation.number, pass_, observation.step)
@@ -62,6 +70,7 @@ def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[Call]
             observation.v[own],
             observation.layout,
             scale,
+            None if lengths is None else lengths[own : own + 1],
         )
 
 

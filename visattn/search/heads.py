@@ -9,15 +9,25 @@ import torch
 __all__ = ["output_weights"]
 
 
-def output_weights(module: Any) -> torch.Tensor:
+def output_weights(module: Any, shared: Any = None) -> torch.Tensor:
     """The output projection of an attention module, float32 ``[out, H D]``: a linear layer, or one
     that adapters or quantisation stand in front of, which is asked for the images of the unit
     vectors.
 
+    Args:
+        shared: the linear layer that projects the outputs of a module without a projection of its
+            own, and behind them those of others.
+
     Raises:
-        ValueError: the module has no output projection that is linear.
+        ValueError: there is no output projection that is linear.
     """
-    layer = module.to_out[0] if hasattr(module, "to_out") else None
+    own = getattr(module, "to_out", None)
+    if own is None and shared is not None:
+        return _weights(module, shared)[:, : module.inner_dim]
+    return _weights(module, None if own is None else own[0])
+
+
+def _weights(module: Any, layer: Any) -> torch.Tensor:
     if type(layer) is torch.nn.Linear:
         weight: torch.Tensor = layer.weight
         return weight.detach().float()

@@ -62,7 +62,9 @@ class Learner:
                 self.numbers = [self._numbers(grid) for grid in self.grids]
             tables = [torch.empty(0)] * len(self.grids)
             finite = True
-            for chunk in attention_rows(call.q, call.k, self.rows, scale=call.scale):
+            for chunk in attention_rows(
+                call.q, call.k, self.rows, scale=call.scale, valid=call.valid
+            ):
                 finite = finite and bool(torch.isfinite(chunk.lse).all())
                 for at, grid in enumerate(self.grids):
                     own = self._table(grid, at, chunk.weights, chunk.rows)
@@ -85,7 +87,9 @@ class Learner:
         row = torch.cat(
             [
                 chunk.weights[:, 0, start : start + grid.numel].cpu()
-                for chunk in attention_rows(call.q, call.k, torch.tensor([token]), scale=call.scale)
+                for chunk in attention_rows(
+                    call.q, call.k, torch.tensor([token]), scale=call.scale, valid=call.valid
+                )
             ]
         ).unflatten(1, grid.shape)
         key = call.place.role, call.place.number

@@ -49,8 +49,9 @@ class Clips:
         return len(self.clips)
 
     def values(self, name: str, key: str) -> list[float]:
-        """A number of every clip."""
-        return [float(item.value[name][key]) for _, _, item in self.clips]
+        """A number of every clip that has it; images have no flicker."""
+        found = [item.value[name][key] for _, _, item in self.clips]
+        return [float(value) for value in found if value is not None]
 
     def psnr(self, name: str) -> Interval:
         """Against dense, in dB."""

@@ -162,7 +162,9 @@ class Scorer:
         exact = torch.empty(heads, len(self.rows), call.v.shape[2], device=call.q.device)
         count = len(self.pool.options(layer, 0)) - 1
         sums = torch.zeros(heads, count - len(self.pool.dynamic), 3, dtype=torch.float64)
-        for chunk in attention_rows(call.q, call.k, self.rows, scale=call.scale):
+        for chunk in attention_rows(
+            call.q, call.k, self.rows, scale=call.scale, valid=call.valid
+        ):
             for place, head in enumerate(range(chunk.heads.start, chunk.heads.stop)):
                 own, v = chunk.weights[place], call.v[head // group].float()
                 exact[head, chunk.rows] = out = own @ v
@@ -250,12 +252,20 @@ class Scorer:
             if pattern in self._broken:
                 continue
             try:
-                out = sparse_attention(q, k, v, pattern, call.layout, scale=call.scale)[0][:, rows]
+                every = sparse_attention(
+                    q,
+                    k,
+                    v,
+                    pattern,
+                    call.layout,
+                    text_lengths=call.text_lengths,
+                    scale=call.scale,
+                )
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._broken.add(pattern)
                 self.failures[f"{family}: {pattern}"] = " ".join(str(error).split())[:300]
                 continue
-            apart = exact - out.float()
+            apart = exact - every[0][:, rows].float()
             found[:, number, 0] = ((apart @ gram) * apart).sum((-2, -1)).double().cpu()
             found[:, number, 1] = apart.square().sum((-2, -1)).double().cpu()
         return found

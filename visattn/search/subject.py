@@ -77,7 +77,13 @@ class Subject:
 
     def weights(self, layer: Layer) -> torch.Tensor:
         """The output projection of a layer, float32 ``[out, H D]``."""
-        return output_weights(self.modules[layer])
+        role, _ = layer
+        model = models_of(self.pipe)[role]
+        family = family_of(model)
+        assert family is not None
+        block = model.get_submodule(self.paths[layer].rpartition(".")[0])
+        shared = getattr(block, family.shared_output, None) if family.shared_output else None
+        return output_weights(self.modules[layer], shared)
 
     def job(self, prompt: str, seed: int) -> Job:
         """A generation."""

@@ -1,0 +1,35 @@
+"""HunyuanVideo: joint attention with the text behind, in blocks of two streams and then of one.
+Padding of the text is masked; guidance is what the model is told, and true guidance makes a call of
+each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from visattn.layout import Tokens
+from visattn.pipelines.family import Family
+
+__all__ = ["HUNYUANVIDEO"]
+
+
+def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
+    """``hidden_states`` is ``[B, C, T, H, W]``. The text has room for all tokens of
+    ``encoder_hidden_states``, of which as many are valid as ``encoder_attention_mask`` counts."""
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch = config.patch_size
+    text = arguments["encoder_hidden_states"].shape[1]
+    grid = ("grid", frames // config.patch_size_t, height // patch, width // patch)
+    return (grid, ("text", text))
+
+
+HUNYUANVIDEO = Family(
+    name="HunyuanVideo",
+    models=("HunyuanVideoTransformer3DModel",),
+    layers=r"(single_)?transformer_blocks\.\d+\.attn",
+    tokens=tokens,
+    blocks=(r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
+    image_output=0,
+    shared_output="proj_out",
+    padded=True,
+)

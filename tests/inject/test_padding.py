@@ -1,0 +1,141 @@
+"""HunyuanVideo masks the padding of its text: plans and edits go by the valid tokens."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from visattn.guidance import BorrowKeys, Perturb, steer
+from visattn.inject import apply_plan, observe, remove_plan, summary
+from visattn.patterns import Dense, Diagonal, Neighborhood
+from visattn.plan import Plan, Rule
+from visattn.selectors import TopBlocks
+
+PLAN = Plan((Rule((Diagonal(3), Dense(), Neighborhood((1, 3, 3)), Diagonal(9))),))
+PROMPTS = ["a red square moves right", "blue circle"]  # 6 and 3 tokens with the one at the end
+
+
+def generate(pipe, prompt, latents, **options):
+    return tiny.generate(pipe, prompt=prompt, negative_prompt=None, latents=latents, **options)
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(2, 4, 3, 12, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("plan", [PLAN, Plan((Rule(TopBlocks(0.5)),))], ids=["static", "dynamic"])
+def test_prompts_of_different_lengths_in_a_batch_are_what_they_are_alone(plan, latents):
+    pipe = tiny.hunyuanvideo()
+    apply_plan(pipe, plan, guard=False)
+    both = generate(pipe, PROMPTS, latents)
+    assert all(row.sparse_calls == 3 and row.reason is None for row in summary(pipe).layers)
+    alone = [generate(pipe, p, x[None]) for p, x in zip(PROMPTS, latents, strict=True)]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
+    remove_plan(pipe)
+    assert (generate(pipe, PROMPTS, latents) - both).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["dense", "plan"])
+def test_what_the_padding_holds_changes_nothing(planned, latents, monkeypatch):
+    """Here of the text as the blocks get it."""
+    pipe = tiny.hunyuanvideo()
+    if planned:
+        apply_plan(pipe, PLAN)
+    expected = generate(pipe, PROMPTS, latents)
+    own = pipe.transformer.context_embedder.forward
+
+    def other(text, timestep, mask):
+        out = own(text, timestep, mask)
+        return torch.where(mask[..., None] > 0, out, out + 100.0)
+
+    monkeypatch.setattr(pipe.transformer.context_embedder, "forward", other)
+    assert (generate(pipe, PROMPTS, latents) - expected).abs().max() < 1e-6
+
+
+def test_another_mask_stays_dense_and_says_so(caplog, latents):
+    pipe = tiny.hunyuanvideo()
+    module = pipe.transformer.transformer_blocks[0].attn
+
+    def per_query(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        return args, kwargs | {"attention_mask": mask.expand(-1, -1, mask.shape[-1], -1)}
+
+    module.register_forward_pre_hook(per_query, with_kwargs=True)
+    dense = generate(pipe, PROMPTS[0], latents[:1])
+    apply_plan(pipe, Plan((Rule(PLAN.rules[0].patterns, layer="transformer_blocks.0.attn"),)))
+    assert torch.equal(generate(pipe, PROMPTS[0], latents[:1]), dense)
+    (row,) = summary(pipe).layers
+    assert (row.sparse_calls, row.reason) == (0, "it is given an attention mask")
+    assert "transformer_blocks.0.attn stays dense: it is given an attention mask" in caplog.text
+
+
+def test_audit_does_not_count_what_is_masked(latents):
+    """A pattern that keeps all keys of the video and of the text leaves nothing out."""
+    pipe = tiny.hunyuanvideo()
+    every = Neighborhood((3, 5, 4))  # all but a row or two of the grid
+    apply_plan(pipe, every, audit=8)
+    generate(pipe, PROMPTS[1], latents[:1])
+    for row in summary(pipe).layers:
+        assert 0 < row.dropped < 0.5 and 0 < row.error < 0.5
+
+
+# ---- edits
+
+
+def edited(pipe, prompt, latents, edits, plan=None):
+    if plan is not None:
+        apply_plan(pipe, plan)
+    with steer(pipe, edits):
+        return generate(pipe, prompt, latents, steps=1)
+
+
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["dense", "plan"])
+def test_an_edit_sees_the_valid_tokens_alone(plan, latents):
+    """The same as with a text that has no padding at all."""
+    mean, query = Perturb(target="mean", heads={0: 1.0, 3: 0.5}), Perturb(target="mean_query")
+    edits = [mean, replace(query, heads=[2])]
+    found = edited(tiny.hunyuanvideo(), PROMPTS[0], latents[:1], edits, plan)
+    pipe = tiny.hunyuanvideo()
+    if plan is not None:
+        apply_plan(pipe, plan)
+    with steer(pipe, edits):
+        short = generate(pipe, PROMPTS[0], latents[:1], steps=1, max_sequence_length=6)
+    torch.testing.assert_close(found, short, rtol=0, atol=1e-5)
+    plain = generate(pipe, PROMPTS[0], latents[:1], steps=1)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_an_edit_of_texts_of_different_lengths_is_refused(latents):
+    with pytest.raises(ValueError, match="whose texts have 3 and 6 valid tokens") as refusal:
+        edited(tiny.hunyuanvideo(), PROMPTS, latents, [Perturb(heads=[1])])
+    assert "give one prompt at a time" in str(refusal.value)
+
+
+def test_keys_are_borrowed_without_padding(latents):
+    """Of another sample with as long a text."""
+    two = [PROMPTS[0], "a blue circle moves left"]
+    pipe = tiny.hunyuanvideo()
+    edits = [BorrowKeys(sources=(1,), samples=(0,))]
+    with steer(pipe, edits):
+        padded = generate(pipe, two, latents, steps=1)
+        bare = generate(pipe, two, latents, steps=1, max_sequence_length=6)
+    torch.testing.assert_close(padded, bare, rtol=0, atol=1e-5)
+    assert (padded - generate(pipe, two, latents, steps=1))[0].abs().max() > 1e-3
+
+
+def test_observed_lengths_say_what_the_layer_computes(latents):
+    pipe = tiny.hunyuanvideo()
+    module, outputs, seen = pipe.transformer.transformer_blocks[1].attn, [], []
+    module.register_forward_hook(lambda *args: outputs.append(args[-1][0]))
+    with observe(pipe, seen.append, ["transformer_blocks.1.attn"]):
+        generate(pipe, PROMPTS, latents, steps=1)
+    (o,), (output,) = seen, outputs
+    assert o.text_lengths.tolist() == [[6], [3]]
+    valid = torch.stack([o.valid(0), o.valid(1)])[:, None, None]
+    heads = scaled_dot_product_attention(o.q, o.k, o.v, attn_mask=valid)
+    video = heads.transpose(1, 2).flatten(2)[:, : o.layout.grids[0][1].numel]
+    with torch.no_grad():
+        assert torch.allclose(module.to_out[0](video), output, atol=1e-6)
