@@ -239,6 +239,17 @@ def test_record_holds_all_that_made_it_and_no_secret(capsys):
     assert size.items() <= record["output"].items()
 
 
+def test_a_model_with_padded_text_and_true_guidance(capsys):
+    own = ["generate", "a red square", "--model", "hunyuanvideo", *SIZE, "-o", "clip.mp4"]
+    guidance = ["--negative-prompt", "a blue circle", "--true-cfg-scale", "2"]
+    good(capsys, *own, *guidance, "--plan", "diagonal(4)")
+    record = json.loads(Path("clip.mp4.json").read_text())
+    settings = {"true_cfg_scale": 2.0, "guidance_scale": 6.0, "negative_prompt": "a blue circle"}
+    assert settings.items() <= record["settings"].items()
+    layers = record["summary"]["layers"]
+    assert [row["sparse_calls"] for row in layers] == [4] * tiny.LAYERS  # 2 steps of 2 passes
+
+
 # ---- a file of prompts
 
 

@@ -176,6 +176,11 @@ BAD = {
     "truncated image": (own("--image", "cut.png"), "cut.png"),
     "image for text alone": (own("--image", "image.png"), "WanPipeline takes no image"),
     "no image for image to video": (model("i2v"), "needs the image"),
+    "true guidance of another model": (own("--true-cfg-scale", "2"), "takes no true_cfg_scale"),
+    "negative prompt that is not looked at": (
+        model("hunyuanvideo", "--negative-prompt", "blue"),
+        "negative_prompt is not looked at by HunyuanVideoPipeline at true_cfg_scale=1; give",
+    ),
     "missing lora": (own("--lora", "./no-lora"), "no-lora"),
     "missing hub lora": (own("--lora", "user/no-such"), "user/no-such"),
     "empty lora": (own("--lora", "empty-lora"), "empty-lora"),

@@ -10,17 +10,19 @@ import tiny_images
 import torch
 
 from visattn.generation import run_job
-from visattn.inject import apply_plan, observe, summary
+from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.patterns import Diagonal
 from visattn.readout import attention_rows
+from visattn.search.replay import Recorder, Replay
 from visattn.search.score import Pool, Scorer
 from visattn.search.subject import Subject
 from visattn.search.tiles import tile_grids
 from visattn.selectors import TopBlocks
 
+TRUE = {"negative_prompt": "a blue circle", "true_cfg_scale": 2.0}
 IMAGE = {"height": 32, "width": 48, "num_inference_steps": 3}
 MODELS = {
-    "hunyuanvideo": (tiny.hunyuanvideo, search_runner.CALL, 3),
+    "hunyuanvideo": (tiny.hunyuanvideo, search_runner.CALL | TRUE, 3),
     "flux": (tiny_images.flux, IMAGE, 4),
 }
 
@@ -82,3 +84,22 @@ def test_rows_without_some_keys():
     torch.testing.assert_close(chunk.weights, logits.softmax(-1))
     torch.testing.assert_close(chunk.lse, logits.logsumexp(-1))
     assert (chunk.weights[..., ~valid] == 0).all()
+
+
+def test_error_is_that_of_true_guidance():
+    """And not of the scale that the model is told."""
+    pipe = tiny.hunyuanvideo()
+    plan = Diagonal(5)
+    found = {}
+    for scale in (1.5, 3.0):
+        recorder = Recorder(pipe, [1], scale)
+        with recorder.listening():
+            tiny.generate(pipe, steps=2, true_cfg_scale=scale)
+        passes = {own.name: own.output.double() for own in recorder.calls}
+        replay = Replay(pipe, recorder.calls)
+        with sparse(replay.stand, plan):
+            planned = {own.name: replay._run(own).double() for own in recorder.calls}
+        exact, other = (x["uncond"] + scale * (x["cond"] - x["uncond"]) for x in (passes, planned))
+        found[scale] = replay.error(plan)
+        assert found[scale] == pytest.approx(float((other - exact).norm() / exact.norm()) ** 2)
+    assert found[1.5] != pytest.approx(found[3.0], rel=0.01)

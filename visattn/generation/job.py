@@ -28,7 +28,8 @@ Progress = Callable[[int, int, float], None]
 
 COUNTS = ("height", "width", "num_frames", "num_inference_steps")
 # Fields of a job that go into the pipeline's call under their own names, when they are given.
-CALL = ("prompt", "negative_prompt", *COUNTS, "guidance_scale", "image")
+SCALES = ("guidance_scale", "true_cfg_scale")
+CALL = ("prompt", "negative_prompt", *COUNTS, *SCALES, "image")
 # What pipelines raise in the midst of a call, besides the sentences of their checks.
 BROKEN = (RuntimeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 MAX_SEED = 2**63 - 1
@@ -47,7 +48,8 @@ class Job:
         seed: of a generator on the CPU, so that the noise is the same on every device; at least 0
             and below 2^63.
         height, width: in pixels; num_frames; num_inference_steps: denoising steps; each at least 1.
-        guidance_scale: finite.
+        guidance_scale, true_cfg_scale: finite; where a pipeline takes both, the first is what its
+            model is told, and the second that of classifier-free guidance.
         image: file of the first frame, for image-to-video pipelines.
         fps: frames per second of an mp4, above 0 and at most 1000.
         guidance: guidances of ``visattn.guidance.text``, one or several, as texts or as what they
@@ -65,6 +67,7 @@ class Job:
     num_frames: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
     image: str | None = None
     fps: float = 16.0
     guidance: tuple[Any, ...] = ()
@@ -83,9 +86,9 @@ class Job:
                 raise TypeError(f"{name}={value!r} must be an integer")
             if not least <= value <= MAX_SEED:
                 raise ValueError(f"{name}={value} must be at least {least} and below 2**63")
-        for name in ("guidance_scale", "fps"):
+        for name in (*SCALES, "fps"):
             value = getattr(self, name)
-            if value is None and name == "guidance_scale":
+            if value is None and name in SCALES:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r} must be a number")
@@ -184,6 +187,13 @@ def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
         if name not in parameters:
             remedy = "; take an image-to-video model" if name == "image" else ""
             raise ValueError(f"{kind} takes no {name}; leave it out{remedy}")
+    if job.negative_prompt is not None and "true_cfg_scale" in parameters:
+        scale = options.get("true_cfg_scale", parameters["true_cfg_scale"].default)
+        if not scale > 1:
+            raise ValueError(
+                f"negative_prompt is not looked at by {kind} at true_cfg_scale={scale:g}; give a "
+                "true_cfg_scale above 1, which takes a second pass, or leave negative_prompt out"
+            )
     if job.image is not None:
         options["image"] = read_picture(job.image)
     elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:

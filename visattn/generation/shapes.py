@@ -8,20 +8,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from visattn.generation.job import Job
+from visattn.generation.job import COUNTS, SCALES, Job
 
 __all__ = ["SHAPES_FILE", "read_shapes", "shape_of"]
 
 SHAPES_FILE = "visattn_shapes.json"
 DEFAULT = "default"
-KEYS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+KEYS = (*COUNTS, *SCALES)
 assert set(KEYS) <= {field.name for field in fields(Job)}
 
 
 def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The shapes that lie in a model's folder, by name: ``visattn_shapes.json`` holds an object of
-    objects with ``height``, ``width``, ``num_frames``, ``num_inference_steps`` and
-    ``guidance_scale``. A folder without it, or a hub id, has none.
+    objects with ``height``, ``width``, ``num_frames``, ``num_inference_steps``,
+    ``guidance_scale`` and ``true_cfg_scale``. A folder without it, or a hub id, has none.
 
     Raises:
         ValueError: the file is something else.

@@ -43,10 +43,18 @@ class Recorded:
 
 
 class Recorder:
-    """Keeps the calls of a pipeline's denoisers at some steps."""
+    """Keeps the calls of a pipeline's denoisers at some steps.
 
-    def __init__(self, pipe: Any, steps: Collection[int]) -> None:
-        self.pipe, self.steps = pipe, steps
+    Args:
+        pipe: the pipeline; steps: that are kept.
+        true_scale: of classifier-free guidance, where the pipeline does not say it: what some say
+            is what their model is told.
+    """
+
+    def __init__(
+        self, pipe: Any, steps: Collection[int], true_scale: float | None = None
+    ) -> None:
+        self.pipe, self.steps, self.true_scale = pipe, steps, true_scale
         self.calls: list[Recorded] = []
 
     @contextmanager
@@ -115,7 +123,9 @@ class _Hook:
         arguments = dict(zip(own.names, args, strict=False)) | kwargs
         arguments.pop("return_dict", None)
         first = output[0] if isinstance(output, tuple) else output.sample
-        guidance = getattr(self.recorder.pipe, "_guidance_scale", None)
+        guidance = self.recorder.true_scale
+        if guidance is None:
+            guidance = getattr(self.recorder.pipe, "_guidance_scale", None)
         assert step is not None
         self.recorder.calls.append(
             Recorded(

@@ -219,7 +219,8 @@ class Search:
         def task(prompt: str, seed: int) -> Task:
             def run() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                 learner = Learner(self.all_read, self.block, 2 * self.settings.tiles, 8)
-                recorder = Recorder(self.subject.pipe, self.all_read)
+                true_scale = self.subject.call.get("true_cfg_scale")
+                recorder = Recorder(self.subject.pipe, self.all_read, true_scale)
                 with observe(self.subject.pipe, learner), recorder.listening():
                     self.subject.generate(prompt, seed)
                 (value, tensors), (calls, others) = learner.item(), recorder.item()
