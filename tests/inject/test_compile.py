@@ -43,6 +43,7 @@ def close(x, y):
 
 WAYS = ("wrapped", "in place", "blocks")
 CASES = [(name, way) for name in ("wan21", "cogvideox") for way in WAYS]
+CASES.append(("hunyuanvideo", "wrapped"))
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
