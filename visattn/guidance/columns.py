@@ -40,11 +40,11 @@ def token_weights(
 ) -> torch.Tensor:
     """``P[i, j]`` for some rows of a stream and keys: float32 ``[b, H, rows, keys]`` (float64 for
     float64)."""
-    assert state.lse is not None
-    wide = state.lse.dtype
+    lse = state.normaliser
+    wide = lse.dtype
     q, k = logit_tensors(state, rows, stream)
     logits = q.to(wide) @ k[:, :, keys].to(wide).mT * state.call.factor
-    return (logits - state.lse[:, :, rows, None]).exp()
+    return (logits - lse[:, :, rows, None]).exp()
 
 
 def weighed_values(
@@ -171,11 +171,10 @@ class ScaleTokens(Edit):
 
     def _rows(self, state: State, tokens: torch.Tensor, add: torch.Tensor) -> None:
         """The rows of the tokens over the image's keys."""
-        assert state.lse is not None
         image = state.image
         q, k = logit_tensors(state, tokens, "text")
         own, lse = dense_with_lse(q, k[:, :, image], state.v[:, :, image], state.call.factor)
-        share = (lse - state.lse[:, :, tokens]).exp()[..., None]
+        share = (lse - state.normaliser[:, :, tokens]).exp()[..., None]
         add[:, :, tokens] += ((self.scale - 1) * share * own.to(share)).to(add.dtype)
 
 

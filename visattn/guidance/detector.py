@@ -258,6 +258,7 @@ class _MixedTokens(Edit):
             kernel = state.out[:, :, rows], state.lse[:, :, rows]
             merged = merge_attention([kernel[0].to(wide), added], [kernel[1], total])
             new = merged[0].to(out.dtype)
-            out[:, :, rows] = torch.where(heads[..., None], new, kernel[0])
-            lse[:, :, rows] = torch.where(heads, merged[1], kernel[1])
+            chosen = heads & (kernel[1] > -torch.inf)  # what a plan skips stays 0
+            out[:, :, rows] = torch.where(chosen[..., None], new, kernel[0])
+            lse[:, :, rows] = torch.where(chosen, merged[1], kernel[1])
         state.out, state.lse = out, lse

@@ -97,8 +97,7 @@ class Perturb(Edit):
                 weights = torch.cat([logits, own], -1).softmax(-1)
                 new = weights[..., :-1] @ v_text.to(wide) + weights[..., -1:] * v
             else:
-                assert state.lse is not None
-                weights = (logits - state.lse[:, :, part, None].to(wide)).exp()
+                weights = (logits - state.normaliser[:, :, part, None].to(wide)).exp()
                 new = weights @ v_text.to(wide) + (1 - weights.sum(-1, keepdim=True)) * v
             out[:, :, part] = new.to(out.dtype)
         return out

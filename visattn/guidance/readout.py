@@ -136,8 +136,7 @@ class ReadTokens(Edit):
     ) -> torch.Tensor:
         """The normaliser of the rows of the image, ``[samples, H, image tokens]``."""
         if state.call.kind != "cross" and not (self.exact and state.call.sparse):
-            assert state.lse is not None
-            return state.lse[chosen][:, :, state.image]
+            return state.normaliser[chosen][:, :, state.image]
         if state.call.kind != "cross":
             _refuse_borrowed(state)
         return dense_with_lse(q, k, k, state.call.factor)[1]

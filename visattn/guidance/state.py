@@ -70,6 +70,13 @@ class State:
         """First and end of the text segments among the keys."""
         return tuple((start, start + n) for start, n in self.call.kv_layout.texts)
 
+    @property
+    def normaliser(self) -> torch.Tensor:
+        """``lse``, by which weights are ``exp(logit - lse)``: 0 in rows that have no key at all, as
+        of heads that a plan skips."""
+        assert self.lse is not None
+        return self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
+
     def rows(self, stream: Stream) -> list[slice]:
         """The query rows of a stream, as slices."""
         if stream == "all":
@@ -146,6 +153,7 @@ def run(state: State, active: Active) -> torch.Tensor:
 
 def attend(state: State, edits: Iterable[Edit]) -> tuple[torch.Tensor, torch.Tensor | None]:
     needs = any(edit.needs_lse for edit in edits) or bool(state.borrowed)
+    needs = needs or (state.call.sparse and not _same_gains(state))  # which tells skipped heads
     out, lse = _own(state, state.k, needs, _gained(state, "image"))
     if state.call.kind != "cross":
         _text_rows(state, out, lse)
@@ -155,9 +163,9 @@ def attend(state: State, edits: Iterable[Edit]) -> tuple[torch.Tensor, torch.Ten
         assert lse is not None
         bias = one.strength.to(other_lse).log().reshape(1, -1, 1)
         merged, total = merge_attention([out[n], other], [lse[n], other_lse + bias])
-        chosen = one.strength.to(out.device)[None, :, None, None] > 0
-        out[n] = torch.where(chosen, merged, out[n])
-        lse[n] = torch.where(chosen[..., 0], total, lse[n])
+        chosen = (one.strength.to(out.device)[None, :, None] > 0) & (lse[n] > -torch.inf)
+        out[n] = torch.where(chosen[..., None], merged, out[n])
+        lse[n] = torch.where(chosen, total, lse[n])
     return out, lse
 
 
@@ -187,7 +195,7 @@ def _own(
     out = out[..., : state.v.shape[3]]
     if sparse:
         assert lse is not None
-        alone = lse < -1e4
+        alone = (lse < -1e4) & (lse > -torch.inf)  # rows that the plan leaves no key stay 0
     else:
         alone = rowless(state.biases, state.q)
     return rescued(state, out, lse, alone)
@@ -204,9 +212,14 @@ def _gained(state: State, stream: Stream) -> torch.Tensor | None:
     return k
 
 
+def _same_gains(state: State) -> bool:
+    """Whether the rows of text and image have the same gains."""
+    return all(stream == "all" for stream, *_ in state.gains)
+
+
 def _text_rows(state: State, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Text rows whose gains are not those of the image's, which are computed again, densely."""
-    if all(stream == "all" for stream, *_ in state.gains):
+    if _same_gains(state):
         return
     gained = _gained(state, "text")
     keys = state.k if gained is None else gained
@@ -217,6 +230,8 @@ def _text_rows(state: State, out: torch.Tensor, lse: torch.Tensor | None) -> Non
             biases = [bias.rows(rows) for bias in state.biases]
             alone = rowless(biases, q)  # which have been rescued
             q, k, v = biased(q, k, v, biases, state.call.factor)
+        if lse is not None:
+            alone = alone | (lse[:, :, rows] == -torch.inf)
         own, own_lse = dense_with_lse(q, k, v, state.call.factor)
         own = own[..., : state.v.shape[3]]
         out[:, :, rows] = torch.where(alone[..., None], out[:, :, rows], own)
