@@ -181,6 +181,10 @@ BAD = {
         model("hunyuanvideo", "--negative-prompt", "blue"),
         "negative_prompt is not looked at by HunyuanVideoPipeline at true_cfg_scale=1; give",
     ),
+    "true guidance from nothing": (
+        model("hunyuanvideo", "--true-cfg-scale", "2"),
+        "true_cfg_scale=2 guides away from a negative_prompt.*give negative_prompt",
+    ),
     "missing lora": (own("--lora", "./no-lora"), "no-lora"),
     "missing hub lora": (own("--lora", "user/no-such"), "user/no-such"),
     "empty lora": (own("--lora", "empty-lora"), "empty-lora"),

@@ -9,6 +9,7 @@ import tiny
 import torch
 from guidance.allocations import check_linear, joint_state
 from guidance.pipelines import generate, pipeline
+from tokenizers.processors import TemplateProcessing
 
 import visattn
 from visattn.guidance import BorrowKeys, Edit, LabelBias, ScaleTokens, Temperature
@@ -92,6 +93,24 @@ def test_heads_weigh_by_strength_and_layers_are_those_named(kind):
     weights = torch.tensor([1.0, 0.0, 0.5, 0.0])
     expected = dense_columns(call, q, k, texts, weights=weights).mT.unflatten(2, GRIDS[kind])
     torch.testing.assert_close(readout.maps("cond", -1).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_behind_a_template_count_from_the_crop():
+    """As HunyuanVideo's pipeline crops it, with the begin of the text."""
+    own = tiny.tokenizer(32)
+    begin = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    own.backend_tokenizer.post_processor = begin
+    template = {"template": "moves right {} moves", "crop_start": 3}
+    prompt = "a red square moves"
+    kept = own(template["template"].format(prompt))["input_ids"][3:]
+    found = real_tokens(own, prompt, template)
+    assert found == (0, 1, 2, 3)
+    assert [tiny.WORDS[kept[n]] for n in found] == prompt.split()
+    assert phrase_tokens(own, prompt, "square", template) == (2,)
+    assert phrase_tokens(own, prompt, "square") == (3,)  # without it, behind the begin
+    for wrong in ({"template": "no place", "crop_start": 3}, {"template": "{}"}):
+        with pytest.raises(ValueError, match="must have a template with one .* and crop_start"):
+            real_tokens(own, prompt, wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

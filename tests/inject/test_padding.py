@@ -7,8 +7,9 @@ import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.guidance import BorrowKeys, Perturb, steer
-from visattn.inject import apply_plan, observe, remove_plan, summary
+from visattn.guidance import NAG, BorrowKeys, Perturb, SoftPAG, guide, steer
+from visattn.inject import apply_plan, layer, observe, remove_plan, summary
+from visattn.inject.attachment import attached
 from visattn.patterns import Dense, Diagonal, Neighborhood
 from visattn.plan import Plan, Rule
 from visattn.selectors import TopBlocks
@@ -111,7 +112,55 @@ def test_an_edit_sees_the_valid_tokens_alone(plan, latents):
 def test_an_edit_of_texts_of_different_lengths_is_refused(latents):
     with pytest.raises(ValueError, match="whose texts have 3 and 6 valid tokens") as refusal:
         edited(tiny.hunyuanvideo(), PROMPTS, latents, [Perturb(heads=[1])])
-    assert "give one prompt at a time" in str(refusal.value)
+    assert "give prompts of as many tokens, or one at a time" in str(refusal.value)
+
+
+def test_what_is_not_edited_may_have_texts_of_different_lengths(latents):
+    """Steps and passes without an edit, and the uncond pass of a guided generation."""
+    pipe = tiny.hunyuanvideo()
+    plain = generate(pipe, PROMPTS, latents, steps=2)
+    late = steer(pipe, [Perturb(heads=[1], start=2)])
+    with pytest.raises(ValueError, match="no attention call"), late:
+        assert torch.equal(generate(pipe, PROMPTS, latents, steps=2), plain)
+    two = {"prompt": ["a red square", "a blue circle"], "negative_prompt": ["a", PROMPTS[0]]}
+    with guide(pipe, SoftPAG({1: [0]}, scale=2.0)):
+        found = tiny.generate(pipe, latents=latents, steps=2, **two)
+    alone = []
+    for n in range(2):
+        one = {name: texts[n] for name, texts in two.items()}
+        with guide(pipe, SoftPAG({1: [0]}, scale=2.0)):
+            alone.append(tiny.generate(pipe, latents=latents[n : n + 1], steps=2, **one))
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_texts_of_other_lengths_are_no_other_geometry(caplog, latents):
+    pipe = tiny.hunyuanvideo()
+    apply_plan(pipe, replace(PLAN, geometry=tiny.layout("hunyuanvideo")))
+    with steer(pipe, [Perturb(heads=[1])]):
+        for prompt in PROMPTS:
+            generate(pipe, prompt, latents[:1], steps=1)
+    assert "the plan was made at" not in caplog.text
+    generate(pipe, PROMPTS[0], latents[:1, :, :2], steps=1)
+    assert "the plan was made at 3x6x4 + text(10) and runs at 2x6x4 + text(10)" in caplog.text
+
+
+def test_few_lengths_are_remembered(monkeypatch, latents):
+    monkeypatch.setattr(layer, "MEMORIES", 2)
+    pipe = tiny.hunyuanvideo()
+    apply_plan(pipe, TopBlocks(0.5), guard=False)
+    with steer(pipe, [Perturb(heads=[1])]):
+        found = [generate(pipe, " ".join(["a"] * n), latents[:1], steps=1) for n in range(1, 5)]
+        again = generate(pipe, "a", latents[:1], steps=1)
+    assert torch.equal(again, found[0])
+    own = attached(pipe.transformer).layers
+    assert [len(one.memories) for one in own] == [2] * tiny.LAYERS
+
+
+def test_a_second_text_of_its_own_length_is_refused():
+    pipe = tiny.hunyuanvideo()
+    own = guide(pipe, NAG("blue circle"))
+    with pytest.raises(ValueError, match="take negative_prompt with true_cfg_scale above 1"), own:
+        pass
 
 
 def test_keys_are_borrowed_without_padding(latents):

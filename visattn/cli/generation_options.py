@@ -30,7 +30,11 @@ JOB_OPTIONS = {
     "num_frames": (int, "N", "frames (default: the model's)"),
     "num_inference_steps": (int, "N", "denoising steps (default: the model's)"),
     "guidance_scale": (float, "X", "guidance scale (default: the model's)"),
-    "true_cfg_scale": (float, "X", "that of a second pass, for models that are told the other"),
+    "true_cfg_scale": (
+        float,
+        "X",
+        "scale away from the negative prompt, for models that are told the other",
+    ),
     "fps": (float, "X", "frames per second of an mp4 (default 16)"),
     "image": (str, "FILE", "the first frame, for image-to-video pipelines"),
 }

@@ -194,6 +194,11 @@ def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
                 f"negative_prompt is not looked at by {kind} at true_cfg_scale={scale:g}; give a "
                 "true_cfg_scale above 1, which takes a second pass, or leave negative_prompt out"
             )
+    elif job.true_cfg_scale is not None and job.true_cfg_scale > 1:
+        raise ValueError(
+            f"true_cfg_scale={job.true_cfg_scale:g} guides away from a negative_prompt, without "
+            f"which {kind} does not look at it; give negative_prompt, if only an empty one"
+        )
     if job.image is not None:
         options["image"] = read_picture(job.image)
     elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:

@@ -194,8 +194,8 @@ class SkipRandomBlocks(SkipBlock):
 class ShuffleTokens(BlockEdit):
     """Blocks get their image tokens in another order, and give them back in theirs (token
     perturbation guidance, Rajabi et al. 2025, arXiv 2506.10036). A new order for every step and
-    block. For denoisers whose blocks depend on the order: Wan, Flux, and CogVideoX with a rotary
-    embedding.
+    block. For denoisers whose blocks depend on the order: Wan, HunyuanVideo, Flux, and CogVideoX
+    with a rotary embedding.
 
     Args:
         share: of the tokens that change places.

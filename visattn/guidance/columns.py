@@ -28,9 +28,14 @@ def text_keys(state: State, tokens: tuple[int, ...]) -> torch.Tensor:
     every = [place for first, end in state.texts for place in range(first, end)]
     for token in tokens:
         if token >= len(every):
+            where = "" if state.pass_ is None else f" in the {state.pass_} pass"
             raise ValueError(
-                f"tokens has {token}, and {state.call.layer} has {len(every)} text tokens"
-                + ("" if every else "; for a model with cross-attention give attention='cross'")
+                f"tokens has {token}, and {state.call.layer} has {len(every)} text tokens{where}; "
+                + (
+                    "give passes=('cond',) for tokens that the prompt alone has"
+                    if every
+                    else "for a model with cross-attention give attention='cross'"
+                )
             )
     return torch.tensor([every[token] for token in tokens], device=state.q.device)
 

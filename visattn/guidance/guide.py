@@ -129,7 +129,7 @@ class _Guided:
         if passes is None:
             raise ValueError(
                 f"the pass of this call of {self.role} is not known, so that it cannot be guided; "
-                "guide the pipeline that runs"
+                "guide the pipeline that runs, if it is one that says its passes"
             )
         step, steps = own.step()
         sample = sample_of(out)

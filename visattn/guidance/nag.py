@@ -136,6 +136,13 @@ class NAG(Window, InPass):
             return _nothing
         known = known_denoisers(pipe)
         alone = isinstance(pipe, torch.nn.Module)
+        for _, family in known.values():
+            if family.padded:
+                raise ValueError(
+                    f"NAG doubles a call for a second text, and those of {family.name} have "
+                    "lengths of their own, which it does not give; take negative_prompt with "
+                    "true_cfg_scale above 1"
+                )
         crossed = all(family.cross for _, family in known.values())
         models = {role: model for role, (model, _) in known.items()}
         text = _Text(self, pipe, models)

@@ -17,6 +17,7 @@ from visattn.guidance.state import State, run
 from visattn.inject.apply import editing, known_denoisers
 from visattn.inject.attachment import attached, attention_layers, cross_layers, describe
 from visattn.inject.caught import Caught, Editor
+from visattn.inject.observation import Observation
 
 __all__ = ["Steering", "check_switches", "check_touched", "enter", "place", "steer"]
 
@@ -39,21 +40,32 @@ class Steering:
     def __post_init__(self) -> None:
         earlier = self.before.every if isinstance(self.before, Steering) else []
         own = [(self, n, edit, where) for n, (edit, where) in enumerate(self.edits)]
-        self.every: list[tuple[Steering, int, Edit, dict[str, torch.Tensor]]] = [*earlier, *own]
+        self.every: list[Entry] = [*earlier, *own]
         self.paths = frozenset(path for *_, where in self.every for path in where)
 
-    def __call__(self, call: Caught) -> torch.Tensor | None:
+    def wants(self, call: Observation) -> bool:
+        return any(self._active(call))
+
+    def _active(self, call: Observation) -> list[list[Entry]]:
+        """What is edited of each equal part of the batch.
+
+        Raises:
+            ValueError: an edit is for some passes or steps, and that of the call is not known.
+        """
         here = [entry for entry in self.every if entry[0].on and call.layer in entry[3]]
         now = [entry for entry in here if _in_time(entry[2], call)]
-        if not now:
-            return None
         passes: tuple[str | None, ...] = call.passes or (None,)
         if call.passes is None and any(edit.passes for _, _, edit, _ in now):
             raise ValueError(
                 f"an edit is for the {' and '.join(_wanted(now))} pass, and the pass of this call "
-                f"of {call.role} is not known; steer the pipeline that runs"
+                f"of {call.role} is not known; steer the pipeline that runs, if it is one that "
+                "says its passes"
             )
-        active = [[e for e in now if not e[2].passes or pass_ in e[2].passes] for pass_ in passes]
+        return [[e for e in now if not e[2].passes or pass_ in e[2].passes] for pass_ in passes]
+
+    def __call__(self, call: Caught) -> torch.Tensor | None:
+        passes: tuple[str | None, ...] = call.passes or (None,)
+        active = self._active(call)
         if not any(active):
             return None
         outs = []
@@ -71,6 +83,10 @@ class Steering:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+# a steering, the number of an edit in it, the edit, and its strengths by layer
+Entry = tuple[Steering, int, Edit, dict[str, torch.Tensor]]
+
+
 def _check_streams(edits: Sequence[Edit], state: State) -> None:
     for edit in edits:
         if edit.stream == "text" and not state.rows("text"):
@@ -80,7 +96,7 @@ def _check_streams(edits: Sequence[Edit], state: State) -> None:
             )
 
 
-def _in_time(edit: Edit, call: Caught) -> bool:
+def _in_time(edit: Edit, call: Observation) -> bool:
     if edit.start == 0 and edit.stop == 1.0 and isinstance(edit.stop, float):
         return True
     if call.step is None or call.steps is None:

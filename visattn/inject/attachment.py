@@ -215,7 +215,11 @@ class Attachment:
             for pattern in dict.fromkeys(p for heads in layer.table.values() for p in heads):
                 _check(pattern, layout, layer.path)
         made_for = self.plan.geometry
-        if made_for is not None and made_for != layout:
+        alike = made_for == layout or (
+            # of a padded text the length says nothing
+            self.family.padded and made_for is not None and made_for.grids == layout.grids
+        )
+        if made_for is not None and not alike:
             logger.warning(
                 "%s: the plan was made at %s and runs at %s: fractions in its patterns follow the "
                 "grid, token counts stay",
@@ -249,7 +253,8 @@ class Attachment:
         if passes is None:
             raise ValueError(
                 f"plan tells {' and '.join(self.plan.passes)} passes apart, and the pass of this "
-                f"call of {self.role} is not known; apply the plan to the pipeline that runs"
+                f"call of {self.role} is not known; apply the plan to the pipeline that runs, if "
+                "it is one that says its passes"
             )
         return tuple((phase, pass_) for pass_ in passes)
 

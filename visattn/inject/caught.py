@@ -64,6 +64,10 @@ class Editor(Protocol):
 
     paths: frozenset[str]
 
+    def wants(self, call: Observation) -> bool:
+        """Whether it edits a call, by its layer, step and passes."""
+        ...
+
     def __call__(self, call: Caught) -> torch.Tensor | None:
         """The attention ``[B, H, Lq, D]``, or None where nothing is edited."""
         ...

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Layer"]
 
+MEMORIES = 64  # of a layer; texts of many lengths would have as many
+
 Moments = tuple[tuple[int, str], ...]
 
 
@@ -216,6 +218,8 @@ class Layer:
     ) -> torch.Tensor | None:
         """What the editor makes of a call, ``[B, H, L, D]``, or None; it sees no padding."""
         assert self.editor is not None
+        if not self.editor.wants(self._observation(query, key, value, call, lengths)):
+            return None
         whole = (query, key, value)
         if not call.heads_first:
             whole = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
@@ -411,6 +415,8 @@ class Layer:
         found = []
         for number, part in enumerate(parts, first):
             key = (batch, attachment.layout, passes, number, len(parts), part.heads)
+            if key not in self.memories and len(self.memories) >= MEMORIES:
+                self.memories.pop(next(iter(self.memories)))
             memory = self.memories.setdefault(key, Memory())
             self.latest = key[:2]
             memory.begin(None if passes is None else step, steps)

@@ -47,7 +47,8 @@ class Padding:
             found = " and ".join(str(sum(own)) for own in each)
             raise ValueError(
                 f"an edit of {path} is of a batch whose texts have {found} valid tokens, and it "
-                "can be made of texts of one length; give one prompt at a time"
+                "can be made of texts of one length; give prompts of as many tokens, or one at a "
+                "time"
             )
         left = iter(each[0])
         every = (
