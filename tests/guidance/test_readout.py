@@ -109,7 +109,7 @@ def test_tokens_behind_a_template_count_from_the_crop():
     assert phrase_tokens(own, prompt, "square", template) == (2,)
     assert phrase_tokens(own, prompt, "square") == (3,)  # without it, behind the begin
     for wrong in ({"template": "no place", "crop_start": 3}, {"template": "{}"}):
-        with pytest.raises(ValueError, match="must have a template with one .* and crop_start"):
+        with pytest.raises(ValueError, match=r"must have a template with one .* and crop_start"):
             real_tokens(own, prompt, wrong)
 
 
