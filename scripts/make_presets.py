@@ -21,8 +21,10 @@ from visattn.patterns import (
     Diagonal,
     HeadPattern,
     MultiDiagonal,
+    Neighborhood,
     Pattern,
     Radial,
+    SlidingTile,
     Stripe,
     Union,
 )
@@ -41,9 +43,15 @@ SPARSE_VIDEOGEN = (
     "Xi et al. 2025, Sparse VideoGen, arXiv 2502.01776; "
     "scripts of svg-project/Sparse-VideoGen at 5ce7b01"
 )
+SLIDING_TILE = (
+    "Zhang et al. 2025, Sliding Tile Attention, arXiv 2502.04507; "
+    "hao-ai-lab/FastVideo, branch sta_do_not_delete"
+)
+NEIGHBORHOOD = "Hassani et al. 2025, Generalized Neighborhood Attention, arXiv 2504.16922"
 WAN_21 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 WAN_21_IMAGE = "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
 WAN_22 = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+HUNYUAN = "hunyuanvideo-community/HunyuanVideo"
 BOTH = ("transformer", "transformer_2")
 
 
@@ -70,6 +78,19 @@ class Preset(NamedTuple):
     note: str | None = None
     architecture: str = "wan2.1-14b"
     roles: tuple[str, ...] = ("transformer",)
+
+
+def sparse_videogen_beside_text(grid: Grid, text: int, share: float) -> OnlineChoice:
+    """A band in raster or in (h, w, t) order, whichever suits a head better, without a sink.
+
+    Args:
+        text: tokens that see and are seen by all, which the share includes; the width is rounded
+            down to blocks of 128, and the band ends before it.
+    """
+    tokens = grid.numel + text
+    share -= 2 * text / tokens
+    width = int(tokens * (1 - (1 - share) ** 0.5)) // 128 * 128 - 1
+    return OnlineChoice((Diagonal(width), MultiDiagonal(width)), rows=64)
 
 
 def sparse_videogen(grid: Grid, share: float) -> OnlineChoice:
@@ -172,6 +193,69 @@ PRESETS = {
         setting="sparsity 0.3, first_times_fp 0.35, first_layers_fp 0.03, num_sampled_rows 64",
         note="each head chooses between two static patterns at run time; 0.03 of 40 layers is "
         "taken as 2",
+    ),
+    "hunyuanvideo-radial": Preset(
+        HUNYUAN,
+        "117 frames of 768x1280",
+        Grid(30, 48, 80),
+        50,
+        Radial(decay=0.95),
+        dense_layers=(),
+        dense_steps=(12, 0),
+        source=RADIAL,
+        setting="decay 0.95, no sink, dense_layers 0, dense_timesteps 12",
+        architecture="hunyuanvideo",
+    ),
+    "hunyuanvideo-radial-509-frames": Preset(
+        HUNYUAN,
+        "509 frames of 720x1280",
+        Grid(128, 45, 80),
+        50,
+        Radial(decay=1.0),
+        dense_layers=(0, 1),
+        dense_steps=(2, 0),
+        source=RADIAL,
+        setting="decay 1, no sink, dense_layers 2, dense_timesteps 2, at four times the length",
+        note="longer videos want the authors' LoRA, whose weights are not released",
+        architecture="hunyuanvideo",
+    ),
+    "hunyuanvideo-sparse-videogen": Preset(
+        HUNYUAN,
+        "129 frames of 720x1280",
+        Grid(33, 45, 80),
+        50,
+        sparse_videogen_beside_text(Grid(33, 45, 80), 256, 0.25),
+        dense_layers=(0, 1),
+        dense_steps=(0.1, 0),
+        source=SPARSE_VIDEOGEN,
+        setting="sparsity 0.25, first_times_fp 0.1, first_layers_fp 0.03, num_sampled_rows 64",
+        note="each head chooses between two static patterns at run time; 0.03 of 60 layers is "
+        "taken as 2",
+        architecture="hunyuanvideo",
+    ),
+    "hunyuanvideo-sliding-tile": Preset(
+        HUNYUAN,
+        "117 frames of 768x1280",
+        Grid(30, 48, 80),
+        50,
+        SlidingTile((6, 8, 8), (5, 5, 5)),
+        dense_layers=(),
+        dense_steps=(0, 0),
+        source=SLIDING_TILE,
+        setting="training-free, tiles of (6, 8, 8), window (30, 40, 40)",
+        architecture="hunyuanvideo",
+    ),
+    "hunyuanvideo-neighborhood": Preset(
+        HUNYUAN,
+        "117 frames of 768x1280",
+        Grid(30, 48, 80),
+        50,
+        Neighborhood((18, 24, 24), stride=(16, 8, 8)),
+        dense_layers=(),
+        dense_steps=(15, 0),
+        source=NEIGHBORHOOD,
+        setting="window (18, 24, 24), stride (16, 8, 8), 15 dense steps",
+        architecture="hunyuanvideo",
     ),
 }
 

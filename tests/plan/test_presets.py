@@ -1,5 +1,6 @@
 """The presets: what the script writes, and that each fits the model and the grid that it names."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -31,10 +32,10 @@ def script():
     return make_presets
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def model(architecture):
     """Paths of the layers of the real configuration, and what it is."""
-    own = ARCHITECTURES["wan2.1-14b"]
+    own = ARCHITECTURES[architecture]
     with quiet():
         whole = skeleton(own)
     family = FAMILIES[own.model]
@@ -50,10 +51,9 @@ def test_files_are_what_the_script_writes(script):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_preset_fits_its_model_and_grid(name, model, script):
+def test_preset_fits_its_model_and_grid(name, script):
     plan = read_plan(FOLDER / name)
-    layers, denoiser = model
-    assert script.PRESETS[name].architecture == "wan2.1-14b"
+    layers, denoiser = model(script.PRESETS[name].architecture)
     for role in plan.denoisers:
         plan.fits(role, denoiser, layers)
         tables = [plan.table(role, n, layers, denoiser.heads) for n in range(len(layers))]
@@ -89,6 +89,9 @@ DENSITIES = {
     "wan2.2-a14b-radial": 0.3525,
     "wan2.1-14b-radial-161-frames": 0.260,
     "wan2.1-14b-sparse-videogen": 0.340,
+    "hunyuanvideo-radial": 0.2746,
+    "hunyuanvideo-sliding-tile": 0.4167,
+    "hunyuanvideo-neighborhood": 0.09,
 }
 
 
@@ -96,6 +99,14 @@ DENSITIES = {
 def test_densities_are_the_published_ones(name, density):
     plan = Plan.from_pretrained(FOLDER / name)
     assert plan.provenance["density"] == pytest.approx(density, abs=6e-4)
+
+
+def test_density_beside_the_text_is_the_published_one():
+    """Of all pairs, with the text seen by all and seeing all."""
+    plan = Plan.from_pretrained(FOLDER / "hunyuanvideo-sparse-videogen")
+    video, text = plan.geometry.length, 256
+    pairs = plan.provenance["density"] * video**2 + 2 * video * text + text**2
+    assert pairs / (video + text) ** 2 == pytest.approx(0.2489, abs=1e-4)
 
 
 def test_sink_of_a_temporal_band_is_in_its_own_order():
