@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cli import good, refused, run
+from cli import ROOT, good, refused, run
 
 from visattn import Grid, TokenLayout
 from visattn.bench import SHAPES, WrongResult, pipeline
@@ -72,6 +72,9 @@ LAYOUTS = {
 }
 SMALL = {"wan": WAN, "cogvideox": COGVIDEOX, "hunyuanvideo": HUNYUANVIDEO}
 LOCAL = Neighborhood((3, 3, 3))
+PART_OF_HUNYUANVIDEO = ("--model", "hunyuanvideo", "--layers", "1", "--num-frames", "9")
+PART_OF_HUNYUANVIDEO += ("--height", "64", "--width", "64")
+PRESET = str(ROOT / "assets" / "plans" / "presets" / "hunyuanvideo-radial")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -278,6 +281,10 @@ def test_fewer_layers_are_said_and_what_fails_does_not_end_it(
         (("--num-frames", "10"), "num_frames=10 must be 1 more than a multiple of 4"),
         (("--model", "cogvideox-2b", "--generate"), "--generate needs a whole pipeline"),
         (("--plan", "none"), "--plan none is dense"),
+        (
+            (*PART_OF_HUNYUANVIDEO, "--plan", PRESET),
+            "hunyuanvideo-radial is for all of its 60 layers; leave --layers out",
+        ),
         (("--plan", "nothing(3)"), "unknown pattern 'nothing'"),
         (("--repeats", "0"), "--repeats 0 must be at least 1"),
     ],

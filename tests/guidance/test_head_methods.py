@@ -264,6 +264,11 @@ def test_sinks_that_cannot_be_are_refused(sinks, message):
 
 def test_redistribution_that_cannot_be_is_refused():
     sinks = marked(FIRST)[1]
+    for wrong in ((0,), 3, "first"):
+        with pytest.raises(TypeError, match="must be a bool tensor that says of each key"):
+            RedistributeSinks(sinks=wrong, scale=0.5)
+    with pytest.raises(TypeError, match=r"sinks=None\) must be a bool tensor"):
+        edited(RedistributeSinks(sinks=lambda _: None, scale=0.5), *tensors(FIRST), FIRST)
     for scale in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="must be from 0 to 1; 1 is no change"):
             RedistributeSinks(sinks=sinks, scale=scale)

@@ -164,6 +164,21 @@ def test_paths_of_every_family_are_known(kind):
     assert layer_paths([Plan(denoisers={"unet": Denoiser("Other", 3, 4)})]) == {}
 
 
+def test_a_plan_that_names_all_layers_of_two_stacks_is_shown_in_their_order():
+    kind = "HunyuanVideoTransformer3DModel"
+    paths = [f"{own}transformer_blocks.{n}.attn" for own in ("", "single_") for n in (2, 10)]
+    rules = [Rule(Diagonal(2 + n), layer=path) for n, path in enumerate(reversed(paths))]
+    denoisers = {"transformer": Denoiser(kind, 4, 2)}
+    plan = Plan(tuple(rules), denoisers=denoisers, geometry=GRID)
+    assert layer_paths([plan]) == {"transformer": paths}
+    view = view_plan(plan, paths=layer_paths([plan]))
+    assert view.density is not None
+    text = plan_text(view)
+    assert "other layers" not in text
+    assert [text.index(path) for path in paths] == sorted(text.index(path) for path in paths)
+    assert layer_paths([replace(plan, rules=plan.rules[1:])]) == {}
+
+
 def test_nothing_of_a_file_controls_the_terminal(capsys, saved):
     evil = "\x1b[2J\r\u202e\n"
     own = {evil: evil, "b": {evil: [evil]}}

@@ -37,8 +37,10 @@ def test_wrong_calls_and_pipelines():
         visattn.search(tiny.wan21().transformer, ["a"])
 
 
-def test_a_candidate_that_is_none():
-    with pytest.raises(ValueError, match=r"candidates holds 'bands'; families are band, "):
+def test_a_candidate_that_is_none(monkeypatch):
+    """It is refused before anything is generated."""
+    monkeypatch.delattr(stages.Search, "look")
+    with pytest.raises(ValueError, match="candidates holds 'bands'; families are 'band', "):
         search_runner.run(None, candidates=("bands",))
 
 

@@ -80,6 +80,16 @@ class Architecture:
         return layers_of(SimpleNamespace(**self.config))
 
     @property
+    def step_words(self) -> str:
+        """What a step calls it with, as ``step_inputs`` gives it."""
+        words = {
+            WAN: "two calls, a pass each",
+            COGVIDEOX: "one call with both passes",
+            HUNYUANVIDEO: "one call of one pass, which is told its guidance",
+        }
+        return words[self.model]
+
+    @property
     def latents(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns; frames fill whole patches, as the pipelines see to."""
         patch = int(self.config.get("patch_size_t", 1))

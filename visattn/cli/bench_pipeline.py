@@ -27,7 +27,6 @@ PLANS = ("neighborhood((0.5, 0.5, 0.5))", "top_blocks(0.25)")
 MOST_OPERATIONS, MOST_BYTES = 1e12, 8e9
 PROMPT = "a red square moves right over the night"
 # Of the denoiser, in a step with classifier-free guidance.
-CALLS = {1: "one call with both passes", 2: "two calls, a pass each"}
 
 
 class Row(NamedTuple):
@@ -81,6 +80,13 @@ def run(args: argparse.Namespace) -> Output:
         )
     models = {name: read_model(name, args, machine) for name in names}
     plans = {text: read_one(text) for text in args.plan or PLANS}
+    for text, plan in plans.items():
+        for denoiser in plan.denoisers.values():
+            if args.layers is not None and denoiser.layers != args.layers:
+                raise ValueError(
+                    f"--layers {args.layers} runs a part of the model, and --plan {text} is for "
+                    f"all of its {denoiser.layers} layers; leave --layers out, or give a pattern"
+                )
     found: dict[str, list[Row]] = {}
     failed: list[str] = []
     for name, architecture in models.items():
@@ -195,7 +201,7 @@ def table(machine: Machine, models: dict[str, Architecture], found: dict[str, li
         lines += [
             "",
             f"{name}, {weights}, {first.layers}{part} layers, {first.parameters / 1e6:.1f} M "
-            f"parameters, {first.tokens} tokens; a step is {CALLS[first.calls]}",
+            f"parameters, {first.tokens} tokens; a step is {architecture.step_words}",
             "density  dense step  attention   plan step  attention  speedup (quartiles)    "
             "predicted  plan",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 from visattn.layout import TokenLayout
 from visattn.patterns.parse import known_kinds
 from visattn.pipelines.families import FAMILIES
-from visattn.plan import Plan
+from visattn.pipelines.family import Family
+from visattn.plan import ANY, Plan
 from visattn.plan.difference import difference
+from visattn.plan.places import by_number
 from visattn.plan.source import as_plan, is_pattern
 from visattn.plan.text import difference_text, plan_text
 from visattn.plan.view import view_plan
@@ -67,15 +70,25 @@ def show_difference(
 
 def layer_paths(plans: Sequence[Plan]) -> dict[str, list[str]]:
     """The paths of the attention layers of the denoisers that plans name, where their family is
-    known and numbers them."""
+    known and numbers them, or a plan names all of them."""
     paths: dict[str, list[str]] = {}
     for plan in plans:
         for role, denoiser in plan.denoisers.items():
             family = FAMILIES.get(denoiser.kind)
-            parts = [] if family is None else family.layers.replace("\\.", ".").split("\\d+")
-            if family is None or len(parts) != 2:
+            if family is None:
                 continue
-            own = [f"{parts[0]}{number}{parts[1]}" for number in range(denoiser.layers)]
-            if all(re.fullmatch(family.layers, path) for path in own):
+            form = family.layers.replace("\\.", ".")
+            own = [form.replace("\\d+", str(number)) for number in range(denoiser.layers)]
+            if not all(re.fullmatch(family.layers, path) for path in own):
+                named = {rule.layer for rule in plan.rules if rule.role in (role, ANY)} - {ANY}
+                own = sorted(named, key=functools.partial(_in_order, family))
+            if len(own) == denoiser.layers:
                 paths[role] = own
     return paths
+
+
+def _in_order(family: Family, path: str) -> tuple[int, list[tuple[int, str]]]:
+    """Where a layer stands in its denoiser: by the stack of its block, then by number."""
+    block = path.rpartition(".")[0]
+    stacks = [number for number, own in enumerate(family.blocks) if re.fullmatch(own, block)]
+    return (*stacks, len(family.blocks))[0], by_number(path)

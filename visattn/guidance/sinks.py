@@ -43,6 +43,8 @@ class RedistributeSinks(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not callable(self.sinks) and not isinstance(self.sinks, torch.Tensor):
+            raise TypeError(_wrong_sinks(self.sinks))
         allowed = "from 0 to 1; 1 is no change"
         check_number("RedistributeSinks", "scale", self.scale, allowed, lambda own: 0 <= own <= 1)
         if self.attention != "self":
@@ -75,6 +77,8 @@ class RedistributeSinks(Edit):
     def _sinks(self, state: State, text: torch.Tensor) -> torch.Tensor:
         """Which keys are sinks, bool ``[b or 1, Lk]``."""
         given = self.sinks(state) if callable(self.sinks) else self.sinks
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(_wrong_sinks(given))
         sinks = given.to(text.device)
         samples, length = state.k.shape[0], state.k.shape[2]
         if sinks.dtype != torch.bool or sinks.shape not in ((length,), (samples, length)):
@@ -116,3 +120,10 @@ class RedistributeSinks(Edit):
         other.biases = [*state.biases, Bias(table, rows, left_out.to(torch.int64), heads)]
         other.gains = state.gains
         return attend(other, ())[0]
+
+
+def _wrong_sinks(given: object) -> str:
+    return (
+        f"RedistributeSinks(sinks={given!r}) must be a bool tensor that says of each key whether "
+        "it is a sink, or a function of the call that gives one"
+    )

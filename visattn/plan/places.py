@@ -65,7 +65,7 @@ def places_of(plans: Sequence[Plan], paths: Paths) -> tuple[Place, ...]:
     places = []
     for role in roles:
         own = [rule for rule in rules if rule.role in (role, ANY)]
-        named = sorted({rule.layer for rule in own} - {ANY}, key=_by_number)
+        named = sorted({rule.layer for rule in own} - {ANY}, key=by_number)
         denoiser = _denoiser(role, plans)
         if denoiser is None:
             sizes = {len(rule.patterns) for rule in own if isinstance(rule.patterns, tuple)}
@@ -106,7 +106,7 @@ def _denoiser(role: str, plans: Sequence[Plan]) -> Denoiser | None:
     return found[0] if found else None
 
 
-def _by_number(path: str) -> list[tuple[int, str]]:
+def by_number(path: str) -> list[tuple[int, str]]:
     """An order in which ``blocks.9`` comes before ``blocks.10``."""
     parts = re.split(r"(\d+)", path)  # by turns words and numbers
     return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]

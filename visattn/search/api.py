@@ -179,9 +179,9 @@ def search(
     front = best_by_speed(findings)
     if not front:
         raise ValueError(
-            "no plan is faster than dense here: "
-            f"{1e3 * own.table.times.dense:.3g} ms of attention in a layer are too few to save; "
-            "search at the size that you generate at"
+            f"no plan is faster than dense here, where attention is {_attention_share(own):.0%} of "
+            f"a generation, {1e3 * own.table.times.dense:.3g} ms in a layer: more tokens or more "
+            "steps have more to save"
         )
     if target_speedup is not None and target_speedup not in front:
         raise ValueError(

@@ -17,7 +17,7 @@ from visattn._version import __version__
 from visattn.execute import block_sizes
 from visattn.inject import Observation, observe
 from visattn.launch import launch_of
-from visattn.layout import TokenLayout
+from visattn.layout import Grid, TokenLayout
 from visattn.patterns import Dense, HeadPattern, Pattern, Skip, parse_pattern
 from visattn.plan import Plan
 from visattn.search.calls import calls_of, spread_steps
@@ -109,6 +109,7 @@ class Search:
         self.subject, self.prompts, self.held_out = subject, list(prompts), list(held_out)
         self.phases, self.settings = phases, settings or Settings()
         self.candidates, self.deadline, self.scorer = candidates, deadline, scorer
+        self._check_candidates(Grid(4, 8, 8), 64)  # where every family has members
         self.notes: list[str] = []
         self.others: list[Search] = []  # the same at other shapes
         self.wanted: list[HeadPattern] = []  # patterns that are timed
@@ -259,7 +260,7 @@ class Search:
         Args:
             like: the search whose candidates these are, at another shape.
         """
-        self._check_candidates()
+        self._check_candidates(self.layout.grids[0][1], self.block)
         self.rules = self._rules() if like is None else like.rules
         times = self._measured("rules", [own for _, own in self.rules])
         self.slow = {
@@ -331,15 +332,14 @@ class Search:
             stencils,
         )
 
-    def _check_candidates(self) -> None:
+    def _check_candidates(self, grid: Grid, block: int) -> None:
         """Raise ValueError for a name that is no family."""
-        families = [*static_families(self.layout.grids[0][1], self.block), "stencil"]
-        families += dynamic_families(self.block)
+        families = [*static_families(grid, block), "stencil", *dynamic_families(block)]
         for own in self.candidates or ():
             if isinstance(own, str) and "(" not in own and own not in families:
                 raise ValueError(
-                    f"candidates holds {own!r}; families are {', '.join(families)}, or give a "
-                    "pattern as in 'radial(decay=0.2)'"
+                    f"candidates holds {own!r}; families are {', '.join(map(repr, families))}, or "
+                    "give a pattern as in 'radial(decay=0.2)'"
                 )
 
     def _rules(self) -> list[tuple[str, HeadPattern]]:
