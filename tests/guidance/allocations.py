@@ -72,6 +72,7 @@ def joint_state(
         v: torch.Tensor,
         heads: tuple[int, ...] | None = None,
         lse: bool = False,
+        again: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return dense_with_lse(q, k, v, 0.3)
 

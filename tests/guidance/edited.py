@@ -37,7 +37,7 @@ def caught(q, k, v, layout, pattern=None, kv_layout=None, step=0, steps=4, backe
     factor = q.shape[3] ** -0.5
     kind = "cross" if kv_layout is not None else "joint" if layout.texts else "self"
 
-    def kernel(part, q, k, v, heads=None, lse=False):
+    def kernel(part, q, k, v, heads=None, lse=False, again=False):
         if pattern is None:
             return dense_with_lse(q, k, v, factor)
         return sparse_attention(

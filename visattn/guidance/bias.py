@@ -76,9 +76,12 @@ def _tables(
     left = torch.where(allowed, table, 0.0) / factor
     for _ in range(2 if dtype.itemsize < 4 else 1):  # what half precision cannot say, in two parts
         if bool(left.any()):
-            part = left.to(dtype).to(left.dtype)
-            out.append((part, 1.0))
-            left = left - part
+            unit, most = 1.0, float(left.abs().max())
+            while most / unit > torch.finfo(dtype).max / 2:
+                unit *= 2
+            part = (left / unit).to(dtype).to(left.dtype)
+            out.append((part, unit))
+            left = left - part * unit
     return out or [(torch.zeros_like(table), 1.0)]
 
 

@@ -56,7 +56,7 @@ class ReplaceMap(Edit):
                 "the source has not; leave one out of the layer"
             )
         other = _as_source(state, source, chosen)
-        other.out, other.lse = attend(other, [self])
+        other.out, other.lse = attend(other, [self], again=True)
         new = other.out
         if self.tokens:
             keys = text_keys(state, self.tokens)

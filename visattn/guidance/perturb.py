@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from visattn.dense import dense_with_lse
+from visattn.guidance.bias import FORBIDDEN
 from visattn.guidance.edit import Edit
 from visattn.guidance.state import State, logit_tensors
 
@@ -94,7 +95,8 @@ class Perturb(Edit):
             logits = q @ k_text.to(wide).mT * factor
             if self.target == "self_and_text":
                 own = (q * keys[:, :, part].to(wide)).sum(-1, keepdim=True) * factor
-                weights = torch.cat([logits, own], -1).softmax(-1)
+                gone = torch.cat([logits, own], -1).amax(-1, keepdim=True) < -FORBIDDEN / 2
+                weights = torch.cat([logits, own.masked_fill(gone, 0.0)], -1).softmax(-1)
                 new = weights[..., :-1] @ v_text.to(wide) + weights[..., -1:] * v
             else:
                 weights = (logits - state.normaliser[:, :, part, None].to(wide)).exp()

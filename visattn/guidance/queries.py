@@ -119,6 +119,13 @@ class Temperature(Edit):
                 f"Temperature(keys='text') has no text keys at {state.call.layer}; for a model "
                 "with cross-attention give attention='cross'"
             )
+        counted = sum(rows.stop - rows.start for rows in [state.image, *state.rows("text")])
+        if self.stream != "all" and counted != state.q.shape[2]:
+            raise ValueError(
+                f"Temperature(keys={self.keys!r}, stream={self.stream!r}): {state.call.layer} has "
+                "tokens that are neither the text nor the first image, whose rows it cannot leave "
+                "as they are; take stream='all' or keys='all'"
+            )
         factor = torch.ones(state.q.shape[0], state.q.shape[1], dtype=torch.float64)
         factor[state.samples(self)] = 1 + strength.double() * (1 / self.temperature - 1)
         for first, end in segments:

@@ -145,7 +145,7 @@ class MixBase(Edit):
         queries = functools.partial(self.bits.queries, base=True)
         mask = RegionMask(q_bits=queries, k_bits=self.bits.keys, attention=self.attention)
         mask.apply(other, torch.ones_like(strength))
-        new, _ = attend(other, ())
+        new, _ = attend(other, (), again=True)
         state.change("out", new, self, strength * self.ratio)
 
 

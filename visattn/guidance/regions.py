@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.guidance.bias import Bias
+from visattn.guidance.bias import FORBIDDEN, Bias
 from visattn.guidance.edit import Edit
 from visattn.guidance.state import State
 
@@ -22,7 +22,7 @@ class LabelBias(Edit):
     """``S[i, j] += table[label of query i, label of key j]``.
 
     Args:
-        table: float ``[n, m]``; minus infinity: the pair is not seen.
+        table: float ``[n, m]``, at most 1e4; below -1e4, as minus infinity: the pair is not seen.
         q_labels: of the queries, whole numbers ``[Lq]``, or ``[b, Lq]`` for each sample of a pass,
             or a function of the call (a State) that gives them at each call.
         k_labels: the same of the keys.
@@ -44,11 +44,17 @@ class LabelBias(Edit):
                 f"LabelBias(table=...) has the shape {list(self.table.shape)}; it must be "
                 "[labels of queries, labels of keys], without NaN"
             )
+        if bool((self.table > FORBIDDEN / 2).any()):
+            raise ValueError(
+                f"LabelBias(table=...) has {float(self.table.max()):g}; biases must be at most "
+                f"{FORBIDDEN / 2:g}, and those below {-FORBIDDEN / 2:g} forbid the pair"
+            )
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         q_labels = self._labels("q_labels", state, state.q.shape[2], self.table.shape[0])
         k_labels = self._labels("k_labels", state, state.k.shape[2], self.table.shape[1])
         table = self.table.to(torch.float32)
+        table = table.masked_fill(table < -FORBIDDEN / 2, -torch.inf)
         chosen = state.samples(self)
         whole = len(chosen) == state.q.shape[0] and self.stream == "all"
         if not whole:  # a label of its own for the rows that nothing happens to
@@ -63,9 +69,14 @@ class LabelBias(Edit):
     def _labels(self, name: str, state: State, length: int, count: int) -> torch.Tensor:
         given: Labels = getattr(self, name)
         labels = given(state) if callable(given) else given
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"LabelBias({name}={labels!r}) must be a tensor of whole numbers")
         labels = labels.to(state.q.device, torch.int64)
         labels = labels[None] if labels.ndim == 1 else labels
-        if labels.shape[1] != length or len(labels) not in (1, state.q.shape[0]):
+        if labels.ndim != 2 or labels.shape[1] != length or len(labels) not in (
+            1,
+            state.q.shape[0],
+        ):
             raise ValueError(
                 f"LabelBias({name}=...) has the shape {list(labels.shape)}, and {state.call.layer} "
                 f"has {length} tokens there in {state.q.shape[0]} samples"

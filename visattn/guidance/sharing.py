@@ -149,6 +149,11 @@ class BorrowKeys(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attention != "self":
+            raise ValueError(
+                "BorrowKeys(attention='cross') is not possible: it takes tokens of the image, and "
+                "the keys of cross-attention are text; take attention='self'"
+            )
         object.__setattr__(self, "sources", numbers_of("BorrowKeys(sources=...)", self.sources))
         check_share("BorrowKeys", self.share)
 
@@ -158,11 +163,16 @@ class BorrowKeys(Edit):
         count = image.stop - image.start
         if tokens is None:
             tokens = torch.ones(state.q.shape[0], count, dtype=torch.bool)
-        if not isinstance(tokens, torch.Tensor) or tokens.shape != (state.q.shape[0], count):
-            shape = list(getattr(tokens, "shape", ()))
+        if (
+            not isinstance(tokens, torch.Tensor)
+            or tokens.dtype != torch.bool
+            or tokens.shape != (state.q.shape[0], count)
+        ):
+            shape, dtype = (getattr(tokens, name, None) for name in ("shape", "dtype"))
             raise ValueError(
-                f"BorrowKeys(tokens=...) has the shape {shape}; {state.call.layer} has "
-                f"{state.q.shape[0]} samples of {count} image tokens"
+                f"BorrowKeys(tokens=...) has the shape {list(shape or ())} and the dtype {dtype}; "
+                f"it must be bool, and {state.call.layer} has {state.q.shape[0]} samples of "
+                f"{count} image tokens"
             )
         for source in self.sources:
             state.source(self, source)

@@ -26,7 +26,8 @@ class RedistributeSinks(Edit):
     logits: ``log p`` for sinks and ``log(1 + (1 - p) a / b)`` for those others. As ``a / b`` is
     another number in each row and head, it is made as ``O <- p O + (1 - p) (t O_text + (1 - t)
     O_image)``: ``O_text`` is the attention to the text that is no sink, which weighs ``t``, and
-    ``O_image`` that to the others alone, which is computed besides, within the plan's pattern.
+    ``O_image`` that to the others alone, which is computed besides, within the plan's pattern (a
+    dynamic one chooses for it anew).
 
     Args:
         sinks: which keys are sinks, text or image, bool ``[Lk]``, or ``[b, Lk]`` for each sample of
@@ -119,7 +120,7 @@ class RedistributeSinks(Edit):
         other = State(state.call, state.part, state.pass_, state.q, state.k, state.v)
         other.biases = [*state.biases, Bias(table, rows, left_out.to(torch.int64), heads)]
         other.gains = state.gains
-        return attend(other, ())[0]
+        return attend(other, (), again=True)[0]
 
 
 def _wrong_sinks(given: object) -> str:

@@ -151,10 +151,14 @@ def run(state: State, active: Active) -> torch.Tensor:
     return state.out
 
 
-def attend(state: State, edits: Iterable[Edit]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(
+    state: State, edits: Iterable[Edit], again: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention of a call as the edits before it have made it; again: a further one, beside
+    that of the call."""
     needs = any(edit.needs_lse for edit in edits) or bool(state.borrowed)
     needs = needs or (state.call.sparse and not _same_gains(state))  # which tells skipped heads
-    out, lse = _own(state, state.k, needs, _gained(state, "image"))
+    out, lse = _own(state, state.k, needs, _gained(state, "image"), again)
     if state.call.kind != "cross":
         _text_rows(state, out, lse)
     for one in state.borrowed:
@@ -183,15 +187,15 @@ def logit_tensors(
 
 
 def _own(
-    state: State, k: torch.Tensor, needs: bool, gained: torch.Tensor | None
+    state: State, k: torch.Tensor, needs: bool, gained: torch.Tensor | None, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention to the keys of the call itself."""
     keys = k if gained is None else gained
     if not state.biases:
-        return state.call.kernel(state.part, state.q, keys, state.v, None, needs)
+        return state.call.kernel(state.part, state.q, keys, state.v, None, needs, again)
     q, wide_k, wide_v = biased(state.q, keys, state.v, state.biases, state.call.factor)
     sparse = state.call.sparse
-    out, lse = state.call.kernel(state.part, q, wide_k, wide_v, None, needs or sparse)
+    out, lse = state.call.kernel(state.part, q, wide_k, wide_v, None, needs or sparse, again)
     out = out[..., : state.v.shape[3]]
     if sparse:
         assert lse is not None

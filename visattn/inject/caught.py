@@ -25,6 +25,8 @@ class Kernel(Protocol):
             wider than that of the call, whose scale stays.
         heads: numbers of the heads that ``q`` has, ascending; None: all of them.
         lse: whether the LSE ``[b, H', Lq]`` is given too.
+        again: whether this is a further attention of a call, of which dynamic patterns remember
+            nothing; they choose for it alone.
     """
 
     def __call__(
@@ -35,6 +37,7 @@ class Kernel(Protocol):
         v: torch.Tensor,
         heads: tuple[int, ...] | None = None,
         lse: bool = False,
+        again: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 

@@ -13,6 +13,7 @@ from visattn.inject.op import Call
 from visattn.inject.padding import Padding
 from visattn.inject.parts import Part, Plain
 from visattn.layout import TokenLayout
+from visattn.selectors import Memory
 
 if TYPE_CHECKING:
     from visattn.inject.layer import Layer
@@ -54,12 +55,16 @@ class Computing:
         v: torch.Tensor,
         heads: tuple[int, ...] | None = None,
         lse: bool = False,
+        again: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         planned = self._part(part, heads)
         if planned is None:
             return self._dense(q, k, v, lse)
         layer, layout, factor = self.layer, self.layout, self.factor
-        memory = layer.memories_of((planned,), q.shape[0], part, self.batch)[0]
+        if again:
+            memory = Memory()
+        else:
+            memory = layer.memories_of((planned,), q.shape[0], part, self.batch)[0]
         if not lse:
             own = self._dense_only
             return layer.mixed(q, k, v, planned, layout, None, factor, own, memory), None

@@ -73,6 +73,8 @@ class ClusterBlocks(ArrangedSelector):
         ):
             seen = _role(x, other) if self.metric == "interaction" else x
             first = None if past.centres is None else past.centres[place]
+            if first is not None and first.shape[3] != x.shape[3]:
+                first = None  # tensors that an edit has made wider
             iterations = self.iterations if first is None else self.warm
             owner, found = kmeans(seen, min(clusters, x.shape[2]), iterations, first)
             centres.append(found)
