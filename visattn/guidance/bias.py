@@ -5,6 +5,7 @@ dense or sparse, and no map is made.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -75,10 +76,9 @@ def _tables(
         out.append((torch.where(allowed, 0.0, -unit), unit))
     left = torch.where(allowed, table, 0.0) / factor
     for _ in range(2 if dtype.itemsize < 4 else 1):  # what half precision cannot say, in two parts
-        if bool(left.any()):
-            unit, most = 1.0, float(left.abs().max())
-            while most / unit > torch.finfo(dtype).max / 2:
-                unit *= 2
+        most = float(left.abs().max())
+        if most:
+            unit = 2.0 ** max(0, math.ceil(math.log2(2 * most / torch.finfo(dtype).max)))
             part = (left / unit).to(dtype).to(left.dtype)
             out.append((part, unit))
             left = left - part * unit

@@ -45,11 +45,11 @@ def token_weights(
 ) -> torch.Tensor:
     """``P[i, j]`` for some rows of a stream and keys: float32 ``[b, H, rows, keys]`` (float64 for
     float64)."""
-    lse = state.normaliser
+    lse = state.normaliser(rows)
     wide = lse.dtype
     q, k = logit_tensors(state, rows, stream)
     logits = q.to(wide) @ k[:, :, keys].to(wide).mT * state.call.factor
-    return (logits - lse[:, :, rows, None]).exp()
+    return (logits - lse[..., None]).exp()
 
 
 def weighed_values(
@@ -179,7 +179,7 @@ class ScaleTokens(Edit):
         image = state.image
         q, k = logit_tensors(state, tokens, "text")
         own, lse = dense_with_lse(q, k[:, :, image], state.v[:, :, image], state.call.factor)
-        share = (lse - state.normaliser[:, :, tokens]).exp()[..., None]
+        share = (lse - state.normaliser(tokens)).exp()[..., None]
         add[:, :, tokens] += ((self.scale - 1) * share * own.to(share)).to(add.dtype)
 
 

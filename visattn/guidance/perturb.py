@@ -99,7 +99,7 @@ class Perturb(Edit):
                 weights = torch.cat([logits, own.masked_fill(gone, 0.0)], -1).softmax(-1)
                 new = weights[..., :-1] @ v_text.to(wide) + weights[..., -1:] * v
             else:
-                weights = (logits - state.normaliser[:, :, part, None].to(wide)).exp()
+                weights = (logits - state.normaliser(part)[..., None].to(wide)).exp()
                 new = weights @ v_text.to(wide) + (1 - weights.sum(-1, keepdim=True)) * v
             out[:, :, part] = new.to(out.dtype)
         return out

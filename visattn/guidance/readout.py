@@ -136,7 +136,7 @@ class ReadTokens(Edit):
     ) -> torch.Tensor:
         """The normaliser of the rows of the image, ``[samples, H, image tokens]``."""
         if state.call.kind != "cross" and not (self.exact and state.call.sparse):
-            return state.normaliser[chosen][:, :, state.image]
+            return state.normaliser(state.image)[chosen]
         if state.call.kind != "cross":
             _refuse_borrowed(state)
         return dense_with_lse(q, k, k, state.call.factor)[1]

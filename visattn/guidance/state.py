@@ -70,12 +70,12 @@ class State:
         """First and end of the text segments among the keys."""
         return tuple((start, start + n) for start, n in self.call.kv_layout.texts)
 
-    @property
-    def normaliser(self) -> torch.Tensor:
-        """``lse``, by which weights are ``exp(logit - lse)``: 0 in rows that have no key at all, as
-        of heads that a plan skips."""
+    def normaliser(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """``lse`` of some rows, by which weights are ``exp(logit - lse)``: 0 in rows that have no
+        key at all, as of heads that a plan skips."""
         assert self.lse is not None
-        return self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
+        own = self.lse[:, :, rows]
+        return own.masked_fill(own == -torch.inf, torch.inf)
 
     def rows(self, stream: Stream) -> list[slice]:
         """The query rows of a stream, as slices."""

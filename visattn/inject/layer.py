@@ -166,11 +166,11 @@ class Layer:
         lengths = self.lengths(query, call)
         for observer in self.observers:
             observer(self._observation(query, key, value, call, lengths))
+        parts = self._parts(query, key, call, parallel, lengths is not None)
         if self.editor is not None:
-            edited = self._edited(query, key, value, call, parallel, lengths)
+            edited = self._edited(query, key, value, call, parallel, lengths, parts)
             if edited is not None:
                 return edited if call.heads_first else edited.transpose(1, 2)
-        parts = self._parts(query, key, call, parallel, lengths is not None)
         if parts is None:
             self.dense_calls += 1
             return self._plain(call, parallel)(query, key, value)
@@ -215,23 +215,27 @@ class Layer:
         call: Call,
         parallel: Any,
         lengths: torch.Tensor | None,
+        parts: tuple[Part, ...] | None,
     ) -> torch.Tensor | None:
         """What the editor makes of a call, ``[B, H, L, D]``, or None; it sees no padding."""
         assert self.editor is not None
-        if not self.editor.wants(self._observation(query, key, value, call, lengths)):
-            return None
+        if lengths is not None:  # to be read, and copied by
+            seen = self._observation(query, key, value, call, lengths)
+            if not self.editor.wants(seen):
+                return None
         whole = (query, key, value)
         if not call.heads_first:
             whole = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         own = heads_first(self._plain(call, parallel), call)
         call = call._replace(heads_first=True)
         if lengths is None:
-            return self._by_editor(*whole, call, own, parallel, None)
+            return self._by_editor(*whole, call, own, parts, None)
         padding = Padding(self.attachment.layout, lengths, self.path)
         q, k, v = map(padding.cut, whole)
         before, self.attachment.tokens = self.attachment.tokens, padding.tokens
         try:
-            edited = self._by_editor(q, k, v, call, own, parallel, padding)
+            parts = self._parts(q, k, call, parallel, True)
+            edited = self._by_editor(q, k, v, call, own, parts, padding)
         finally:
             self.attachment.tokens = before
         return None if edited is None else padding.back(edited)
@@ -243,13 +247,12 @@ class Layer:
         value: torch.Tensor,
         call: Call,
         own: Plain,
-        parallel: Any,
+        parts: tuple[Part, ...] | None,
         padding: Padding | None,
     ) -> torch.Tensor | None:
         """The same of tensors ``[B, H, L, D]`` without a padding; ``own``: their attention without
         us, and with the padding."""
         assert self.editor is not None
-        parts = self._parts(query, key, call, parallel, padding is not None)
         edited = self.editor(self._caught(query, key, value, call, own, parts, padding))
         if edited is not None:
             self._count(parts, edited)
