@@ -315,6 +315,32 @@ def test_failing_items_are_told_at_the_end(capsys):
     assert sum(row["error"] is not None for row in rows) == 13
 
 
+def test_an_error_of_any_type_ends_one_item_alone(capsys, monkeypatch):
+    forward = WanTransformer3DModel.forward
+
+    def broken(self, *args, **options):
+        monkeypatch.setattr(WanTransformer3DModel, "forward", forward)
+        raise NameError("name 'ftfy' is not defined")
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", broken)
+    code, out, err = run(capsys, *prompts('{"prompt": "a"}', '{"prompt": "a", "output": "b"}'))
+    assert (code, out.startswith("wrote all/b: ")) == (1, True)
+    told = "visattn: error: line 1: WanPipeline broke down: NameError: name 'ftfy' is not defined"
+    assert err.splitlines()[-1] == told
+
+    def refused(*args, **options):
+        raise AssertionError("of a library")
+
+    monkeypatch.setattr("visattn.cli.generate.read_one_plan", refused)
+    code, out, err = run(capsys, *GENERATE)
+    assert (code, out) == (2, "")
+    assert err == "visattn: error: AssertionError: of a library (VISATTN_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("VISATTN_DEBUG", "1")
+    code, _, err = run(capsys, *GENERATE)
+    assert (code, err.splitlines()[0]) == (2, "Traceback (most recent call last):")
+    assert err.endswith("\nvisattn: error: AssertionError: of a library\n")
+
+
 def test_nothing_is_printed_when_all_items_fail(capsys):
     code, out, err = run(capsys, *prompts('{"prompt": "a", "height": 95}', "{}"))
     assert (code, out) == (1, "")
@@ -437,6 +463,10 @@ def test_what_breaks_in_a_pipeline_is_one_sentence(pipe, monkeypatch):
     faults = {
         "broke down: RuntimeError: two lines": RuntimeError("two\nlines"),
         "broke down: IndexError": IndexError(),
+        "broke down: NameError: 'ftfy' is not defined": NameError("'ftfy' is not defined"),
+        "broke down: AssertionError$": AssertionError(),
+        "broke down: ModuleNotFoundError: no x": ModuleNotFoundError("no x"),
+        "broke down: Exception: limit": Exception("limit"),
         "out of memory: 3 GiB": torch.OutOfMemoryError("3 GiB"),
     }
     for words, fault in faults.items():

@@ -2,7 +2,8 @@
 
 Wrong input ends with exit code 2 and one line on stderr; nothing is printed on stdout before a
 command ends. Where parts of the work failed and the rest was done, the exit code is 1 and stderr
-has a line for each.
+has a line for each. An error of any type is one line; with ``VISATTN_DEBUG=1`` in the environment
+its traceback is shown before it.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
 from visattn.cli import bench, compare, env, generate, inspect, search, search_heads, show
 from visattn.cli.output import Output, error_line
-from visattn.execute import BackendUnavailable
-from visattn.generation import GenerationError
+from visattn.generation.errors import REFUSALS, sentence
 
 __all__ = ["main"]
 
+DEBUG = "VISATTN_DEBUG"  # the environment variable that shows the traceback of an error
 PARTLY_FAILED, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 
@@ -100,7 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return PIPE_CLOSED
-    except (ValueError, TypeError, OSError, BackendUnavailable, GenerationError) as error:
-        sys.stderr.write(error_line(str(error)))
+    except Exception as error:  # libraries raise all kinds
+        debug = bool(os.environ.get(DEBUG))
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug or isinstance(error, REFUSALS) else f" ({DEBUG}=1 shows where)"
+        sys.stderr.write(error_line(f"{sentence(error)}{hint}"))
         return FAILED
     return PARTLY_FAILED if failures else 0

@@ -16,7 +16,7 @@ from visattn.cli.env import version_of
 from visattn.cli.machine import Machine, add_machine, at_least_one, read_machine
 from visattn.cli.output import Output
 from visattn.generation import Job, Loading, default_model, load_pipeline, shape_of
-from visattn.generation.loading import reason
+from visattn.generation.errors import reason
 from visattn.generation.quiet import quiet
 from visattn.plan import Plan, read_plan
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from visattn.generation.job import BROKEN, Job, Progress, Result, run_job
+from visattn.generation.errors import sentence
+from visattn.generation.job import Job, Progress, Result, run_job
 from visattn.generation.loading import Loading, load_pipeline
 from visattn.generation.quiet import quiet
 from visattn.generation.record import (
@@ -27,8 +28,6 @@ from visattn.plan import Plan
 __all__ = ["Item", "Outcome", "generate_all", "read_prompts", "seeded"]
 
 JOB_KEYS = tuple(field.name for field in fields(Job))
-# What one generation may fail with while the others go on.
-FAILURES = (*BROKEN, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -198,19 +197,19 @@ def generate_all(
             if record is not None:
                 outcomes.append(Outcome(item, "kept", record=record))
                 continue
-        except FAILURES as error:
+        except Exception as error:  # the other items go on
             if not keep_going:
                 raise
-            outcomes.append(Outcome(item, "failed", str(error)))
+            outcomes.append(Outcome(item, "failed", sentence(error)))
             continue
         session.load()  # an error here is that of all items
         try:
             record = session.generate(item, None if progress is None else progress(item))
             outcomes.append(Outcome(item, "made", record=record))
-        except FAILURES as error:
+        except Exception as error:  # the other items go on
             if not keep_going:
                 raise
-            outcomes.append(Outcome(item, "failed", str(error)))
+            outcomes.append(Outcome(item, "failed", sentence(error)))
     return outcomes
 
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from visattn.execute import BackendUnavailable
-from visattn.generation.loading import reason
+from visattn.generation.errors import REFUSALS, GenerationError, reason, sentence
 from visattn.generation.quiet import quiet
 from visattn.guidance.named import guided
 from visattn.guidance.text import guidance_text, parse_guidances
 from visattn.inject.front import kind_of
 
-__all__ = ["GenerationError", "Job", "Progress", "Result", "run_job"]
+__all__ = ["Job", "Progress", "Result", "run_job"]
 
 # Called after each denoising step: how many are done, of how many, and the seconds since the start.
 Progress = Callable[[int, int, float], None]
@@ -30,13 +29,7 @@ COUNTS = ("height", "width", "num_frames", "num_inference_steps")
 # Fields of a job that go into the pipeline's call under their own names, when they are given.
 SCALES = ("guidance_scale", "true_cfg_scale")
 CALL = ("prompt", "negative_prompt", *COUNTS, *SCALES, "image")
-# What pipelines raise in the midst of a call, besides the sentences of their checks.
-BROKEN = (RuntimeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 MAX_SEED = 2**63 - 1
-
-
-class GenerationError(RuntimeError):
-    """A pipeline could not make its frames; the message says why in a line."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +148,10 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
                 f"out of memory: {reason(error)}; use --cpu-offload model, --vae-tiling, fewer "
                 f"frames or a smaller size"
             ) from error
-        except BROKEN as error:
-            if isinstance(error, (GenerationError, BackendUnavailable)):
-                raise
-            raise GenerationError(
-                f"{type(pipe).__name__} broke down: {type(error).__name__}: {reason(error)}"
-            ) from error
+        except REFUSALS:
+            raise
+        except Exception as error:  # libraries raise all kinds
+            raise GenerationError(f"{type(pipe).__name__} broke down: {sentence(error)}") from error
         finally:
             pipe._progress_bar_config = bars if bars is not None else {}
         seconds = time.perf_counter() - started

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from visattn.generation.checksums import check_checksums
+from visattn.generation.errors import reason
 from visattn.generation.quiet import quiet
 
 __all__ = ["DTYPES", "OFFLOADS", "Loading", "Lora", "default_model", "load_pipeline", "pick_device"]
@@ -31,17 +32,6 @@ INDEX = "model_index.json"
 SMALL_MODEL = Path(__file__).resolve().parents[2] / "assets" / "models" / "tiny-wan"
 # By its authors' advice this VAE decodes in float32 whatever the denoiser runs in.
 FLOAT32_VAE = "AutoencoderKLWan"
-# What loading raises on files that are missing, cut short or not what they say, besides
-# SafetensorError.
-UNLOADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-)
 
 
 def default_model() -> str:
@@ -221,7 +211,6 @@ def _check_model(model: str) -> None:
 
 def _from_pretrained(loading: Loading, device: torch.device) -> Any:
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
     kind: Any = DiffusionPipeline
     model = loading.model
@@ -241,7 +230,7 @@ def _from_pretrained(loading: Loading, device: torch.device) -> Any:
         if not isinstance(index, dict) or "_class_name" not in index:
             raise ValueError(f"its {INDEX} names no pipeline class")
         return kind.from_pretrained(model, dtype=_dtype(loading, device, index), **options)
-    except (*UNLOADABLE, SafetensorError) as error:
+    except Exception as error:  # of any library that reads a part
         raise ValueError(f"model {model!r} cannot be loaded: {reason(error)}") from error
 
 
@@ -260,8 +249,6 @@ def _dtype(loading: Loading, device: torch.device, index: Mapping[str, Any]) -> 
 def _load_loras(pipe: Any, loading: Loading) -> None:
     if not loading.loras:
         return
-    from safetensors import SafetensorError
-
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"{type(pipe).__name__} takes no LoRA")
     names = []
@@ -275,7 +262,7 @@ def _load_loras(pipe: Any, loading: Loading) -> None:
                 use_safetensors=True,
                 token=loading.token,
             )
-        except (*UNLOADABLE, SafetensorError) as error:
+        except Exception as error:  # of diffusers, peft or safetensors
             raise ValueError(f"lora {lora.lora_id!r} cannot be loaded: {reason(error)}") from error
         if not any(name in own for own in pipe.get_list_adapters().values()):
             raise ValueError(
@@ -299,7 +286,7 @@ def _set_options(pipe: Any, loading: Loading) -> None:
             raise ValueError(f"{type(denoiser).__name__} has no choice of attention backends")
         try:
             denoiser.set_attention_backend(backend)
-        except (ValueError, ImportError, RuntimeError) as error:
+        except Exception as error:  # of the package behind the backend
             raise ValueError(
                 f"attention_backend={backend!r} cannot be used: {reason(error)}"
             ) from error
@@ -311,7 +298,7 @@ def _set_options(pipe: Any, loading: Loading) -> None:
                 denoiser.compile_repeated_blocks(**loading.compile)
             else:
                 denoiser.compile(**loading.compile)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of torch.compile
             raise ValueError(
                 f"compile={dict(loading.compile)!r} is refused: {reason(error)}"
             ) from error
@@ -322,7 +309,7 @@ def _place(pipe: Any, loading: Loading, device: torch.device) -> None:
         return
     try:
         _move(pipe, loading, device)
-    except (RuntimeError, ImportError) as error:
+    except Exception as error:  # of torch, or of accelerate's hooks
         raise ValueError(
             f"model {loading.model!r} cannot be put on {device}: {reason(error)}; --cpu-offload "
             f"keeps parts of it in the memory of the CPU"
@@ -340,11 +327,3 @@ def _move(pipe: Any, loading: Loading, device: torch.device) -> None:
         )
     else:
         pipe.to(device)
-
-
-def reason(error: BaseException) -> str:
-    """What an error of another library says, in one line of readable length."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (LookupError, AttributeError)) or not text:
-        text = f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= 300 else f"{text[:297]}..."
