@@ -123,6 +123,16 @@ def test_sink_of_a_temporal_band_is_in_its_own_order():
     assert not kept[:, 172:].any()
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "sparse-videogen" in name])
+def test_first_layers_are_rounded_down(name, script):
+    """``math.floor(first_layers_fp * num_layers)`` in the authors' scripts: one of 40 and of 60."""
+    plan = read_plan(FOLDER / name)
+    [own] = {denoiser.layers for denoiser in plan.denoisers.values()}
+    assert "first_layers_fp 0.03" in plan.provenance["setting"]
+    assert plan.dense_layers == tuple(range(int(0.03 * own))) == (0,)
+    assert "layers" not in plan.provenance["note"]
+
+
 def test_auto_names_the_presets_of_a_model(tmp_path, monkeypatch):
     folder = tmp_path / "Wan2.2-T2V-A14B-Diffusers"
     folder.mkdir()
