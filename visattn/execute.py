@@ -12,6 +12,7 @@ import torch
 
 from visattn.blockmap import BlockMap, MapCache, PartialPolicy
 from visattn.blockwise import blockwise_attention, blockwise_backward
+from visattn.launch import on_device
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
 from visattn.reference import reference_attention
@@ -113,6 +114,7 @@ def lower_cached(
     )
 
 
+@on_device
 def execute(
     spec: Spec,
     backend: str,

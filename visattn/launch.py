@@ -1,14 +1,20 @@
-"""How kernels are launched for a tensor: tiles, warps and stages."""
+"""How kernels are launched for a tensor: the device, tiles, warps and stages."""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from visattn.kernels.targets import Launch, backward_settings, launch_settings, target_of
 
-__all__ = ["backward_launch_of", "interpreting", "launch_of"]
+__all__ = ["backward_launch_of", "interpreting", "launch_of", "on_device"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # where Triton's interpreter runs the kernels
 INTERPRETED = Launch(32, 32, 4, 1)
@@ -18,6 +24,19 @@ INTERPRETED_BACKWARD = ((32, 32), (16, 8), 4, 1)
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET``), as tests do."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def on_device(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with the device of its first tensor as the current one: Triton launches on the
+    current device, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        first = next(item for item in args if isinstance(item, torch.Tensor))
+        with torch.cuda.device_of(first):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def launch_of(q: torch.Tensor) -> Launch:

@@ -10,7 +10,7 @@ import torch
 from visattn.blockmap import BlockMap, MapCache
 from visattn.devicemaps import DeviceMaps, device_maps
 from visattn.kernels.targets import Launch
-from visattn.launch import backward_launch_of, interpreting, launch_of
+from visattn.launch import backward_launch_of, interpreting, launch_of, on_device
 from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
 from visattn.trial import Variant, trusted
@@ -43,6 +43,7 @@ def why_unavailable(q: torch.Tensor) -> str | None:
     return None
 
 
+@on_device
 def triton_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -96,6 +97,7 @@ def triton_attention(
     )
 
 
+@on_device
 def triton_backward(
     q: torch.Tensor,
     k: torch.Tensor,

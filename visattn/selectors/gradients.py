@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from visattn.launch import backward_launch_of
+from visattn.launch import backward_launch_of, on_device
 from visattn.layout import TokenLayout
 from visattn.selectors.attend import first_order, means_of, sampled_bias, sampled_tokens, valid_side
 from visattn.selectors.device import kernel_attend
@@ -60,6 +60,7 @@ class LevelAttention(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
+@on_device
 def gradients(
     q: torch.Tensor,
     k: torch.Tensor,
