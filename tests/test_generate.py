@@ -174,22 +174,69 @@ def test_options_that_change_the_frames(capsys, plain, option):
     assert not torch.equal(to_bytes(read_video("clip")), plain)
 
 
-def test_lora_is_put_on_by_its_weight(capsys, plain):
+def save_lora(folder, seed=9):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe = tiny.wan21()
-    torch.manual_seed(9)
+    model = tiny.wan_transformer(0)
+    torch.manual_seed(seed)
     config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    pipe.transformer.add_adapter(config)
-    weights = get_peft_model_state_dict(pipe.transformer)
-    WanPipeline.save_lora_weights("lora", transformer_lora_layers=weights)
+    model.add_adapter(config)
+    weights = get_peft_model_state_dict(model)
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=weights)
+
+
+def test_lora_is_put_on_by_its_weight(capsys, plain):
+    save_lora("lora")
     with_scale = json.dumps({"lora_id": "lora", "lora_scale": 0.0, "adapter_name": "mine"})
     good(capsys, *GENERATE, "-o", "full", "--lora", "lora")
     good(capsys, *GENERATE, "-o", "none", "--lora", with_scale)
     assert not torch.equal(to_bytes(read_video("full")), plain)
     assert torch.equal(to_bytes(read_video("none")), plain)
     assert read_record("none")["model"]["loras"][0]["lora_scale"] == 0.0
+
+
+def test_lora_is_put_on_both_denoisers_or_on_the_one_that_is_named(capsys):
+    """Wan 2.2 has two; LoRAs for it often come as two files."""
+    save_lora("high", 9)
+    save_lora("low", 10)
+    out = good(capsys, *GENERATE, "--model", "wan22", "-o", "clip", "--lora", "high")
+    note = "lora 'high' is on transformer and transformer_2; its key 'role' puts it on one"
+    assert f"note: {note}\n" in out and read_record("clip")["notes"] == [note]
+    both = load_pipeline(Loading("wan22", loras=(Lora("high", 0.5),)))
+    files = {"transformer": Lora("high", 0.5, role="transformer")}
+    files["transformer_2"] = Lora.read(
+        '{"lora_id": "low", "lora_scale": 2, "role": "transformer_2", "adapter_name": "mine"}'
+    )
+    apart = load_pipeline(Loading("wan22", loras=tuple(files.values())))
+    bare = tiny.wan22()
+
+    def weight(pipe, role):
+        """The first query projection with its active adapters merged into it."""
+        return getattr(pipe, role).blocks[0].attn1.to_q(torch.eye(tiny.HEADS * tiny.DIM))
+
+    def delta(pipe, role):
+        return weight(pipe, role) - weight(bare, role)
+
+    with torch.no_grad():
+        one, other = delta(both, "transformer"), delta(both, "transformer_2")
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+        assert one.abs().max() > 1e-3
+        torch.testing.assert_close(delta(apart, "transformer"), one, atol=1e-6, rtol=1e-4)
+        save = load_pipeline(Loading("wan22", loras=(Lora("low", 2.0),)))
+        low = delta(save, "transformer_2")
+        torch.testing.assert_close(delta(apart, "transformer_2"), low, atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(low, one, atol=1e-3)
+
+
+def test_second_denoiser_has_a_guidance_scale_of_its_own(capsys):
+    argv = [*GENERATE, "--model", "wan22", "-o"]
+    good(capsys, *argv, "same", "--guidance-scale", "5", "--guidance-scale-2", "5")
+    good(capsys, *argv, "none", "--guidance-scale", "5")
+    good(capsys, *argv, "other", "--guidance-scale", "5", "--guidance-scale-2", "2")
+    same, none, other = map(read_video, ("same", "none", "other"))
+    assert torch.equal(same, none) and not torch.equal(same, other)
+    assert read_record("other")["settings"]["guidance_scale_2"] == 2.0
 
 
 # ---- what it records
@@ -511,5 +558,11 @@ def test_token_is_shown_nowhere():
     loading = Loading("m", token="hf_secret", loras=(Lora.read('{"lora_id": "a/b"}'),))
     assert "hf_secret" not in repr(loading) + json.dumps(loading.record())
     assert loading.record()["loras"] == [
-        {"lora_id": "a/b", "lora_scale": 1.0, "adapter_name": None, "weight_name": None}
+        {
+            "lora_id": "a/b",
+            "lora_scale": 1.0,
+            "adapter_name": None,
+            "weight_name": None,
+            "role": None,
+        }
     ]

@@ -193,6 +193,19 @@ BAD = {
     "lora of no id": (own("--lora", '{"lora_scale": 1}'), "lacks the key 'lora_id'"),
     "lora of another key": (own("--lora", '{"lora_id": "a", "scale": 1}'), "unknown key 'scale'"),
     "lora scale nan": (own("--lora", '{"lora_id": "a", "lora_scale": NaN}'), "lora_scale=nan"),
+    "lora of no such role": (
+        own("--lora", '{"lora_id": "a", "role": "vae"}'),
+        "role='vae' of a LoRA must be one of transformer, transformer_2",
+    ),
+    "lora of a denoiser that is not there": (
+        own("--lora", '{"lora_id": "a", "role": "transformer_2"}'),
+        "lora 'a' is for role 'transformer_2', but WanPipeline takes a LoRA for transformer$",
+    ),
+    "loras of one name": (
+        own(*["--lora", '{"lora_id": "a", "adapter_name": "b"}'] * 2),
+        "adapter_name='b' is that of two LoRAs",
+    ),
+    "second guidance scale of one denoiser": (own("--guidance-scale-2", "2"), "guidance_scale_2"),
     "missing prompts": ([*PLAIN, "--prompts", "no.jsonl", "-o", "new"], "no.jsonl"),
     "empty prompts": ([*PLAIN, "--prompts", "empty.jsonl", "-o", "new"], "is empty"),
     "prompts no text": ([*PLAIN, "--prompts", "latin.jsonl", "-o", "new"], "no UTF-8"),

@@ -52,7 +52,27 @@ def any_error_is_a_line(folder: Path) -> str:
     return "a NameError is one line for each prompt"
 
 
+def lora_is_on_both(folder: Path) -> str:
+    import tiny
+    from diffusers import WanPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from visattn.generation import Loading, Lora, load_pipeline
+
+    model = tiny.wan_transformer(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    WanPipeline.save_lora_weights("lora", transformer_lora_layers=get_peft_model_state_dict(model))
+    found = []
+    for own in (Lora("lora"), Lora.read('{"lora_id": "lora", "role": "transformer_2"}')):
+        pipe = load_pipeline(Loading(saved("wan22"), loras=(own,)))
+        found.append(sorted(pipe.get_list_adapters()))
+    assert found == [["transformer", "transformer_2"], ["transformer_2"]], found
+    return "a LoRA is on both denoisers of Wan 2.2, or on the one that its role names"
+
+
 CASES = (
     Case("image-to-video of Wan dies of a missing ftfy", cleans_prompts),
     Case("an error of an unforeseen type ends a batch", any_error_is_a_line),
+    Case("a LoRA for Wan 2.2 is on one of two denoisers", lora_is_on_both),
 )

@@ -103,3 +103,12 @@ def test_error_is_that_of_true_guidance():
         found[scale] = replay.error(plan)
         assert found[scale] == pytest.approx(float((other - exact).norm() / exact.norm()) ** 2)
     assert found[1.5] != pytest.approx(found[3.0], rel=0.01)
+
+
+def test_error_of_the_second_denoiser_is_that_of_its_own_guidance():
+    pipe = tiny.wan22()
+    recorder = Recorder(pipe, range(3))
+    with recorder.listening():
+        tiny.generate(pipe, guidance_scale=3.0, guidance_scale_2=1.5)
+    found = {(own.role, own.guidance) for own in recorder.calls}
+    assert found == {("transformer", 3.0), ("transformer_2", 1.5)}

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE.jsonl",
         help="a JSON object a line: prompt, and any of negative_prompt, seed, height, width, "
-        "num_frames, num_inference_steps, guidance_scale, true_cfg_scale, fps, image, guidance, "
-        "output",
+        "num_frames, num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale, fps, "
+        "image, guidance, output",
     )
     parser.add_argument(
         "--output",

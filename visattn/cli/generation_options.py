@@ -30,6 +30,7 @@ JOB_OPTIONS = {
     "num_frames": (int, "N", "frames (default: the model's)"),
     "num_inference_steps": (int, "N", "denoising steps (default: the model's)"),
     "guidance_scale": (float, "X", "guidance scale (default: the model's)"),
+    "guidance_scale_2": (float, "X", "that of the second denoiser (default: guidance scale)"),
     "true_cfg_scale": (
         float,
         "X",
@@ -77,7 +78,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         metavar="LORA",
-        help='path or hub id, or \'{"lora_id": ..., "lora_scale": 0.8}\'; repeat to stack',
+        help='path or hub id, or \'{"lora_id": ..., "lora_scale": 0.8}\', with "weight_name" for one '
+        'file of a folder and "role" for one of two denoisers (default: both); repeat to stack',
     )
     for name, text in (
         ("trust_remote_code", "allow code of the model's repository to run"),

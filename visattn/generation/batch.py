@@ -7,13 +7,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from visattn.generation.errors import sentence
 from visattn.generation.job import Job, Progress, Result, run_job
-from visattn.generation.loading import Loading, load_pipeline
+from visattn.generation.loading import Loading, load_pipeline, lora_notes
 from visattn.generation.quiet import quiet
 from visattn.generation.record import (
     make_record,
@@ -223,6 +223,7 @@ class _Session:
         self.new_folders = new_folders
         self.pipe: Any = None
         self.load_seconds = 0.0
+        self.notes: list[str] = []
 
     def request(self, job: Job) -> dict[str, Any]:
         own = request_of(job, self.loading, self.plan, self.backend)
@@ -255,6 +256,7 @@ class _Session:
         started = time.perf_counter()
         pipe = load_pipeline(self.loading)
         self.load_seconds = time.perf_counter() - started
+        self.notes = lora_notes(pipe, self.loading)
         self.apply(pipe)  # a plan for another model fails all items
         self.pipe = pipe
 
@@ -276,6 +278,7 @@ class _Session:
             )
         self.apply(self.pipe)  # anew, so that the calls of this item are counted
         result = run_job(self.pipe, item.job, progress=progress)
+        result = replace(result, notes=(*self.notes, *result.notes))
         numbers = None if self.plan is None else summary(self.pipe).numbers()
         record = make_record(
             request,

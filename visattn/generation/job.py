@@ -27,7 +27,7 @@ Progress = Callable[[int, int, float], None]
 
 COUNTS = ("height", "width", "num_frames", "num_inference_steps")
 # Fields of a job that go into the pipeline's call under their own names, when they are given.
-SCALES = ("guidance_scale", "true_cfg_scale")
+SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 CALL = ("prompt", "negative_prompt", *COUNTS, *SCALES, "image")
 MAX_SEED = 2**63 - 1
 
@@ -43,6 +43,7 @@ class Job:
         height, width: in pixels; num_frames; num_inference_steps: denoising steps; each at least 1.
         guidance_scale, true_cfg_scale: finite; where a pipeline takes both, the first is what its
             model is told, and the second that of classifier-free guidance.
+        guidance_scale_2: of the second denoiser, where there are two; None is ``guidance_scale``.
         image: file of the first frame, for image-to-video pipelines.
         fps: frames per second of an mp4, above 0 and at most 1000.
         guidance: guidances of ``visattn.guidance.text``, one or several, as texts or as what they
@@ -60,6 +61,7 @@ class Job:
     num_frames: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     true_cfg_scale: float | None = None
     image: str | None = None
     fps: float = 16.0
@@ -205,7 +207,7 @@ def _settings(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(parameter.default, (int, float, str, type(None)))
     }
     given = {name: value for name, value in options.items() if name != "image"}
-    names = (*CALL, "guidance_scale_2", "max_sequence_length", "eta", "use_dynamic_cfg")
+    names = (*CALL, "max_sequence_length", "eta", "use_dynamic_cfg")
     values = defaults | given
     return {name: values[name] for name in names if name in values and name != "image"}
 

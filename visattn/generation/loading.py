@@ -15,8 +15,18 @@ import torch
 from visattn.generation.checksums import check_checksums
 from visattn.generation.errors import reason
 from visattn.generation.quiet import quiet
+from visattn.plan import ROLES
 
-__all__ = ["DTYPES", "OFFLOADS", "Loading", "Lora", "default_model", "load_pipeline", "pick_device"]
+__all__ = [
+    "DTYPES",
+    "OFFLOADS",
+    "Loading",
+    "Lora",
+    "default_model",
+    "load_pipeline",
+    "lora_notes",
+    "pick_device",
+]
 
 DTYPES = {
     "float16": torch.float16,
@@ -27,7 +37,6 @@ DTYPES = {
     "fp32": torch.float32,
 }
 OFFLOADS = ("model", "group", "sequential")
-DENOISERS = ("transformer", "transformer_2", "unet")
 INDEX = "model_index.json"
 SMALL_MODEL = Path(__file__).resolve().parents[2] / "assets" / "models" / "tiny-wan"
 # By its authors' advice this VAE decodes in float32 whatever the denoiser runs in.
@@ -51,12 +60,17 @@ def default_model() -> str:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA adapter: folder, file or hub id, its weight, and names where there are several."""
+    """A LoRA adapter: folder, file or hub id, its weight, and names where there are several.
+
+    ``role`` is the denoiser that it is for, such as ``"transformer_2"``. With None it is put on
+    every denoiser of the pipeline: Wan 2.2 has two.
+    """
 
     lora_id: str
     lora_scale: float = 1.0
     adapter_name: str | None = None
     weight_name: str | None = None
+    role: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_id, str) or not self.lora_id:
@@ -68,6 +82,8 @@ class Lora:
         for name in ("adapter_name", "weight_name"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"{name}={getattr(self, name)!r} of a LoRA must be a string")
+        if self.role is not None and self.role not in ROLES:
+            raise ValueError(f"role={self.role!r} of a LoRA must be one of {', '.join(ROLES)}")
 
     @classmethod
     def read(cls, text: str) -> Lora:
@@ -138,6 +154,14 @@ class Loading:
             raise ValueError(f"cpu_offload={self.cpu_offload!r} must be one of {allowed}")
         if self.cpu_offload is not None and self.device == "balanced":
             raise ValueError("cpu_offload needs one device, not 'balanced'")
+        names = self.adapters()
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"adapter_name={twice!r} is that of two LoRAs; give each its own")
+
+    def adapters(self) -> list[str]:
+        """The names of the LoRAs as adapters."""
+        return [own.adapter_name or f"lora_{number}" for number, own in enumerate(self.loras)]
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON values, without the token."""
@@ -251,25 +275,53 @@ def _load_loras(pipe: Any, loading: Loading) -> None:
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"{type(pipe).__name__} takes no LoRA")
-    names = []
-    for number, lora in enumerate(loading.loras):
-        name = lora.adapter_name or f"lora_{number}"
+    names = loading.adapters()
+    for name, lora in zip(names, loading.loras, strict=True):
+        roles = _roles_of_lora(pipe, lora)
         try:
-            pipe.load_lora_weights(
-                lora.lora_id,
-                adapter_name=name,
-                weight_name=lora.weight_name,
-                use_safetensors=True,
-                token=loading.token,
-            )
+            for role in roles:
+                pipe.load_lora_weights(
+                    lora.lora_id,
+                    adapter_name=name,
+                    weight_name=lora.weight_name,
+                    use_safetensors=True,
+                    token=loading.token,
+                    **({"load_into_transformer_2": True} if role == "transformer_2" else {}),
+                )
         except Exception as error:  # of diffusers, peft or safetensors
             raise ValueError(f"lora {lora.lora_id!r} cannot be loaded: {reason(error)}") from error
         if not any(name in own for own in pipe.get_list_adapters().values()):
             raise ValueError(
                 f"lora {lora.lora_id!r} holds no weights for the parts of {type(pipe).__name__}"
             )
-        names.append(name)
     pipe.set_adapters(names, adapter_weights=[float(lora.lora_scale) for lora in loading.loras])
+
+
+def _roles_of_lora(pipe: Any, lora: Lora) -> list[str]:
+    """The denoisers that a LoRA is put on."""
+    adaptable = getattr(pipe, "_lora_loadable_modules", ROLES)
+    roles = [role for role in ROLES if role in adaptable and getattr(pipe, role, None) is not None]
+    if lora.role is None:
+        return roles
+    if lora.role not in roles:
+        raise ValueError(
+            f"lora {lora.lora_id!r} is for role {lora.role!r}, but {type(pipe).__name__} takes a "
+            f"LoRA for {' or '.join(roles) or 'none'}"
+        )
+    return [lora.role]
+
+
+def lora_notes(pipe: Any, loading: Loading) -> list[str]:
+    """A line for each LoRA that was put on several denoisers, as no role was asked for."""
+    found: Mapping[str, list[str]] = pipe.get_list_adapters() if loading.loras else {}
+    notes = []
+    for name, lora in zip(loading.adapters(), loading.loras, strict=True):
+        roles = [role for role in ROLES if name in found.get(role, ())]
+        if lora.role is None and len(roles) > 1:
+            notes.append(
+                f"lora {lora.lora_id!r} is on {' and '.join(roles)}; its key 'role' puts it on one"
+            )
+    return notes
 
 
 def _set_options(pipe: Any, loading: Loading) -> None:
@@ -279,7 +331,7 @@ def _set_options(pipe: Any, loading: Loading) -> None:
             if enable is None:
                 raise ValueError(f"the VAE of {type(pipe).__name__} has no {option}")
             enable()
-    denoisers = [part for name in DENOISERS if (part := getattr(pipe, name, None)) is not None]
+    denoisers = [part for name in ROLES if (part := getattr(pipe, name, None)) is not None]
     backend = loading.attention_backend
     for denoiser in denoisers if backend is not None else ():
         if not hasattr(denoiser, "set_attention_backend"):

@@ -21,7 +21,8 @@ assert set(KEYS) <= {field.name for field in fields(Job)}
 def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The shapes that lie in a model's folder, by name: ``visattn_shapes.json`` holds an object of
     objects with ``height``, ``width``, ``num_frames``, ``num_inference_steps``,
-    ``guidance_scale`` and ``true_cfg_scale``. A folder without it, or a hub id, has none.
+    ``guidance_scale``, ``guidance_scale_2`` and ``true_cfg_scale``. A folder without it, or a hub
+    id, has none.
 
     Raises:
         ValueError: the file is something else.

@@ -125,7 +125,10 @@ class _Hook:
         first = output[0] if isinstance(output, tuple) else output.sample
         guidance = self.recorder.true_scale
         if guidance is None:
-            guidance = getattr(self.recorder.pipe, "_guidance_scale", None)
+            pipe = self.recorder.pipe
+            guidance = getattr(pipe, "_guidance_scale", None)
+            if self.role == "transformer_2":
+                guidance = getattr(pipe, "_guidance_scale_2", guidance)
         assert step is not None
         self.recorder.calls.append(
             Recorded(
