@@ -78,7 +78,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         metavar="LORA",
-        help='path or hub id, or \'{"lora_id": ..., "lora_scale": 0.8}\', with "weight_name" for one '
+        help='path or hub id, or \'{"lora_id": ..., "lora_scale": 0.8}\', with "weight_name" for a '
         'file of a folder and "role" for one of two denoisers (default: both); repeat to stack',
     )
     for name, text in (
