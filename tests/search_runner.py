@@ -37,7 +37,7 @@ PROMPTS = ["a red square moves right", "a blue circle moves left", "a red circle
 SETTINGS = Settings(steps=2, tiles=2, rows=4, replays=4, pairs=2, pictures=1)
 
 
-def made_up(patterns, q, k, v, layout, scale):
+def made_up(patterns, q, k, v, layout, dense_attention):
     """A layer takes a twentieth of a second, and a pattern as much of it as it keeps pairs."""
     found = {repr(Dense()): Seconds(0.0125, 0.05)}
     failures = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
 import visattn.inject.guard as guard
+import visattn.inject.watch as watch
 from visattn.cost import Calibration, device_name
 from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.patterns import Dense, Diagonal, Skip, Stripe
@@ -26,8 +28,8 @@ def calibrated(monkeypatch):
     asked = []
 
     def put(found):
-        def own(device, dtype, head_size):
-            asked.append((torch.device(device).type, dtype, head_size))
+        def own(device, dtype, head_size, dense_attention):
+            asked.append((torch.device(device).type, dtype, head_size, dense_attention.name))
             return found
 
         monkeypatch.setattr(guard, "calibration_of", own)
@@ -44,7 +46,7 @@ def test_slow_heads_run_dense_and_are_told_once(calibrated, caplog):
     with caplog.at_level(logging.WARNING, "visattn"):
         assert torch.equal(tiny.generate(pipe), dense)
         tiny.generate(pipe)
-    assert set(asked) == {("cpu", torch.float32, 16)}
+    assert set(asked) == {("cpu", torch.float32, 16, "native")}
     said = [line for line in caplog.messages if "Diagonal(width=3) runs dense" in line]
     assert len(said) == 1
     assert "guard=False or VISATTN_GUARD=0 runs it all the same" in said[0]
@@ -135,3 +137,119 @@ def test_a_plan_that_was_measured_here_is_not_guarded(calibrated, monkeypatch):
         asked.clear()
         tiny.generate(pipe)
         assert bool(asked) == bool(guarded)
+
+
+def test_it_is_compared_with_the_backend_that_the_pipeline_runs(calibrated):
+    """The one of its processors, or the one that is active in the process."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    pipe = tiny.wan21()
+    asked = calibrated(SLOW)
+    apply_plan(pipe, Diagonal(3), guard=True)
+    with attention_backend("_native_math"):
+        tiny.generate(pipe)
+    assert {name for *_, name in asked} == {"_native_math"}
+    asked.clear()
+    pipe.transformer.set_attention_backend("_native_math")
+    tiny.generate(pipe)  # decided already
+    assert not asked
+    pipe.transformer.set_attention_backend("native")
+    tiny.generate(pipe)
+    assert {name for *_, name in asked} == {"native"}
+
+
+def test_dense_attention_of_a_backend_is_what_is_timed(monkeypatch):
+    """It is called with tensors of the calibration, heads first."""
+    from diffusers.models import attention_dispatch
+
+    from visattn.inject.dense_attention import dense_attention
+
+    pipe = tiny.wan21()
+    pipe.transformer.set_attention_backend("_native_math")
+    own = dense_attention(pipe.transformer.blocks[0].attn1)
+    assert own.name == "_native_math"
+    q, k, v = torch.randn(3, 1, 4, 24, 16)
+    seen = []
+    real = attention_dispatch._AttentionBackendRegistry._backends["_native_math"]
+
+    def run(*args, **kwargs):
+        seen.append(kwargs["query"].shape)
+        return real(*args, **kwargs)
+
+    monkeypatch.setitem(
+        attention_dispatch._AttentionBackendRegistry._backends, own_name(own.name), run
+    )
+    out = own.run(q, k, v)
+    assert seen == [(1, 24, 4, 16)]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def own_name(name):
+    """A backend of diffusers by its name."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return AttentionBackendName(name)
+
+
+@pytest.fixture
+def one_second_calls(monkeypatch):
+    """The clock of the watch goes on by a second at each look."""
+    clock = iter(range(10**9))
+    monkeypatch.setattr(watch.time, "thread_time", lambda: float(next(clock)))
+
+
+def run_calls(pipe, count):
+    """Generations until every layer has had so many calls."""
+    for _ in range(count):
+        tiny.generate(pipe)
+
+
+def test_calls_that_contradict_the_file_have_the_device_measured_again(
+    calibrated, one_second_calls, monkeypatch, caplog
+):
+    """A file that was made on a busy machine has dense attention too slow."""
+    pipe = tiny.wan21()
+    dense = tiny.generate(pipe)
+    wrong = replace(FAST, dense=1e-8)  # much less than the second that calls take
+    calibrated(wrong)
+    measured = []
+
+    def again(*args):
+        measured.append(args)
+        calibrated(SLOW)
+        return True
+
+    monkeypatch.setattr(guard, "measured_again", again)
+    apply_plan(pipe, Diagonal(3), guard=True)
+    with caplog.at_level(logging.WARNING, "visattn"):
+        run_calls(pipe, watch.CALLS + 1)
+    assert measured
+    assert {row.reason for row in summary(pipe).layers} == {
+        "none of its heads would be faster than dense attention"
+    }
+    assert torch.equal(tiny.generate(pipe), dense)
+    assert any("the device has been measured again" in line for line in caplog.messages)
+
+
+def test_calls_that_contradict_a_second_measurement_run_dense(
+    calibrated, one_second_calls, monkeypatch
+):
+    pipe = tiny.wan21()
+    dense = tiny.generate(pipe)
+    calibrated(replace(FAST, dense=1e-8))
+    monkeypatch.setattr(guard, "measured_again", lambda *_: False)
+    apply_plan(pipe, Diagonal(3), guard=True)
+    run_calls(pipe, 2 * watch.CALLS + 1)
+    assert torch.equal(tiny.generate(pipe), dense)
+    for row in summary(pipe).layers:
+        assert "its sparse calls take 1e+03 ms" in row.reason, row
+
+
+def test_calls_that_hold_are_not_measured_again(calibrated, monkeypatch):
+    pipe = tiny.wan21()
+    calibrated(FAST)  # which has dense attention take a millisecond a pair
+    monkeypatch.setattr(guard, "measured_again", lambda *_: pytest.fail("it was measured again"))
+    apply_plan(pipe, Diagonal(3), guard=True)
+    run_calls(pipe, watch.CALLS + 1)
+    assert all(row.dense_calls == 0 for row in summary(pipe).layers)

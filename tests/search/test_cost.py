@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from visattn import TokenLayout, sparse_attention
 from visattn.blockmap import BlockMap
-from visattn.cost import calibration as module
-from visattn.cost.calibration import CASES, HEADS, Calibration, calibrate, calibration_of, fit
+from visattn.cost import (
+    TORCH,
+    Calibration,
+    DenseAttention,
+    Timing,
+    calibrate,
+    calibration_of,
+    clock,
+    interleaved,
+)
+from visattn.cost import kept as module
+from visattn.cost.calibration import CASES, DENSE_QUERIES, HEADS, TOKENS, fit
 from visattn.execute import block_sizes, lower_cached
 from visattn.layout import Grid
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Radial, Skip, Stripe
@@ -44,6 +56,7 @@ def cache(tmp_path, monkeypatch):
     """A cache of the test's own."""
     monkeypatch.setenv("VISATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "_FOUND", {})
+    monkeypatch.setattr(module, "_AGAIN", set())
     return tmp_path / "cache"
 
 
@@ -92,27 +105,30 @@ def test_plain_torch_counts_what_it_multiplies(name: str, monkeypatch: pytest.Mo
     assert work.rows == seen["products"] or pattern == Skip()
 
 
-def planted(rates: Calibration) -> Callable[[str, Callable[[], object]], float]:
-    """A clock of a machine that takes just what the rates say."""
+def planted(
+    rates: Calibration,
+) -> Callable[[Mapping[str, Callable[[], object]]], dict[str, Timing]]:
+    """The times of a machine that takes just what the rates say."""
     from visattn.cost.model import seconds_of
 
-    def clock(name: str, run: Callable[[], object]) -> float:
-        tokens = module.TOKENS["cpu"]
+    def seconds(name: str) -> float:
+        tokens = TOKENS["cpu"]
         if name == "dense":
-            return rates.dense * HEADS * tokens**2
+            return rates.dense * HEADS * DENSE_QUERIES["cpu"] * tokens
         layout, pattern = CASES[name](tokens, max(rates.block))
         work = work_of(
             lower_cached(pattern, layout, None, *rates.block), "blockwise", HEADS, rates.head_size
         )
         return seconds_of([work], rates)
 
-    return clock
+    return lambda functions: {name: Timing(seconds(name), 0.1) for name in functions}
 
 
 def test_calibration_finds_planted_rates() -> None:
     found = calibrate("cpu", timer=planted(PLANTED))
     assert found.block == PLANTED.block and found.backend == "blockwise"
     assert found.dense == pytest.approx(PLANTED.dense, rel=1e-6)
+    assert found.dense_by == "native" and found.spread == 0.1
     for name in ("launch", "row", "full", "partial", "broad", "moved"):
         assert getattr(found, name) == pytest.approx(getattr(PLANTED, name), rel=0.02), name
     for pattern in (Neighborhood((3, 5, 5)), Radial(), Stripe(), Diagonal(100)):
@@ -132,9 +148,11 @@ def test_it_is_measured_once_for_a_device_and_version(
 ) -> None:
     made: list[tuple[str, torch.dtype, int]] = []
 
-    def fake(device: torch.device, dtype: torch.dtype, head_size: int) -> Calibration:
+    def fake(
+        device: torch.device, dtype: torch.dtype, head_size: int, dense_attention: DenseAttention
+    ) -> Calibration:
         made.append((str(device), dtype, head_size))
-        return replace(PLANTED, head_size=head_size)
+        return replace(PLANTED, head_size=head_size, dense_by=dense_attention.name)
 
     monkeypatch.setattr(module, "calibrate", fake)
     first = calibration_of("cpu")
@@ -142,18 +160,12 @@ def test_it_is_measured_once_for_a_device_and_version(
     module._FOUND.clear()  # another process
     assert calibration_of("cpu") == first and len(made) == 1
     assert calibration_of("cpu", head_size=128).head_size == 128 and len(made) == 2
-    for damage in ("", "{", '{"key": 3}', "[]", json.dumps({"key": "another"})):
-        module._FOUND.clear()
-        for path in cache.iterdir():
-            path.write_text(damage)
-        before = len(made)
-        assert calibration_of("cpu") == first and len(made) == before + 1
-    module._FOUND.clear()
-    for path in cache.iterdir():
-        value = json.loads(path.read_text())
-        path.write_text(json.dumps(value | {"full": -1.0}))
+    other = DenseAttention("another", TORCH.run)
+    assert calibration_of("cpu", dense_attention=other).dense_by == "another" and len(made) == 3
+    assert calibration_of("cpu") == first and len(made) == 3
     before = len(made)
-    assert calibration_of("cpu") == first and len(made) == before + 1
+    assert module.measured_again("cpu", torch.float32, 64) and len(made) == before + 1
+    assert not module.measured_again("cpu", torch.float32, 64) and len(made) == before + 1
     module._FOUND.clear()
     monkeypatch.setattr(module, "__version__", "later")
     calibration_of("cpu")
@@ -161,12 +173,108 @@ def test_it_is_measured_once_for_a_device_and_version(
     assert not [path for path in cache.iterdir() if path.suffix != ".json"]
 
 
+def _altered(**values: object) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda path: (path.unlink(), make(path))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_text(""),
+    "half": lambda path: path.write_text("{"),
+    "list": lambda path: path.write_text("[]"),
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe"),
+    "deep": lambda path: path.write_text("[" * 30000),
+    "large": lambda path: path.write_text(path.read_text() + " " * 10**6),
+    "another key": _altered(key="another"),
+    "no such field": _altered(extra=1.0),
+    "negative": _altered(full=-1.0),
+    "not a number": _altered(dense=math.nan),
+    "infinite": _altered(row=math.inf),
+    "absurd": _altered(dense=1e300),
+    "zero": _altered(full=0.0),
+    "a text": _altered(launch="1"),
+    "a truth": _altered(slots=True),
+    "block of one": _altered(block=[64]),
+    "block of texts": _altered(block=["64", "64"]),
+    "another backend": _altered(backend="cuda"),
+    "pipe": _replaced(os.mkfifo),
+    "endless": _replaced(lambda path: path.symlink_to("/dev/zero")),
+    "folder": _replaced(Path.mkdir),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_cannot_be_right_is_measured_again(
+    damage: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(module, "calibrate", lambda *_, **__: made.append(1) or PLANTED)
+    calibration_of("cpu")
+    DAMAGES[damage](next(cache.iterdir()))
+    module._FOUND.clear()
+    assert calibration_of("cpu") == PLANTED and len(made) == 2
+
+
+def test_what_a_busy_machine_gives_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = replace(PLANTED, spread=module.STEADY + 0.1)
+    monkeypatch.setattr(module, "calibrate", lambda *_, **__: busy)
+    assert calibration_of("cpu") == busy
+    assert not cache.exists()
+
+
+class BusyMachine:
+    """Another process takes the core for 50 ms after every 30 ms of ours, and the machine is slower
+    in every second round: short calls fit between, and long ones do not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ours = 0.0
+        monkeypatch.setattr(clock.time, "thread_time", lambda: self.ours)
+        monkeypatch.setattr(
+            clock.time, "perf_counter", lambda: self.ours + 0.05 * (self.ours // 0.03)
+        )
+
+    def work(self, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.ours += seconds
+
+        return run
+
+
+def test_a_busy_machine_does_not_make_long_calls_look_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = BusyMachine(monkeypatch)
+    calls = {"dense": machine.work(0.2), "short": machine.work(0.001)}
+    found = interleaved(calls, torch.device("cpu"), seconds=2.0)
+    assert found["dense"].seconds == pytest.approx(0.2)
+    assert found["short"].seconds == pytest.approx(0.001)
+    assert found["dense"].spread == pytest.approx(0, abs=1e-6)
+
+
+def test_functions_take_turns_in_slices_of_equal_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = BusyMachine(monkeypatch)
+    order: list[str] = []
+
+    def named(name: str, seconds: float) -> Callable[[], None]:
+        run = machine.work(seconds)
+        return lambda: (order.append(name), run())[1]
+
+    interleaved({"a": named("a", 0.02), "b": named("b", 0.005)}, torch.device("cpu"), seconds=0.0)
+    turns = [["a"], ["b"] * 4] * clock.LEAST_ROUNDS
+    assert order == ["a", "a", "b", "b", *(name for turn in turns for name in turn)]
+
+
 def test_a_cache_that_cannot_be_written_does_no_harm(
     tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISATTN_CACHE", str(tmp_path / "file" / "below"))
-    monkeypatch.setattr(module, "calibrate", lambda *_: PLANTED)
+    monkeypatch.setattr(module, "calibrate", lambda *_, **__: PLANTED)
     with caplog.at_level(logging.WARNING, "visattn"):
         assert calibration_of("cpu") == PLANTED
     assert "the calibration is not kept" in caplog.text

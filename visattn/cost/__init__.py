@@ -1,18 +1,26 @@
 """What a plan costs: counts of its work, times the seconds that a device takes for each."""
 
-from visattn.cost.calibration import Calibration, calibrate, calibration_of, device_name
+from visattn.cost.calibration import TORCH, Calibration, DenseAttention, calibrate, device_name
+from visattn.cost.clock import Timing, interleaved, now
+from visattn.cost.kept import calibration_of, measured_again
 from visattn.cost.model import LayerCost, crossover, layer_cost, step_speedup
 from visattn.cost.work import Work, work_of
 
 __all__ = [
+    "TORCH",
     "Calibration",
+    "DenseAttention",
     "LayerCost",
+    "Timing",
     "Work",
     "calibrate",
     "calibration_of",
     "crossover",
     "device_name",
+    "interleaved",
     "layer_cost",
+    "measured_again",
+    "now",
     "step_speedup",
     "work_of",
 ]

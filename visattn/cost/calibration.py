@@ -1,40 +1,49 @@
-"""What a device takes for each kind of work: eight short measurements, kept in a file."""
+"""What a device takes for each kind of work: eight short measurements."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import math
-import os
 import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn._version import __version__
 from visattn.attention import choose_backend, sparse_attention
+from visattn.cost.clock import Timing, interleaved
 from visattn.cost.work import Work, work_of
 from visattn.execute import block_sizes, lower_cached
-from visattn.files import write_whole
 from visattn.launch import launch_of
 from visattn.layout import Grid, TokenLayout
 from visattn.patterns import Diagonal, Neighborhood, Pattern
 
-__all__ = ["Calibration", "calibrate", "calibration_of", "device_name"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TORCH", "Calibration", "DenseAttention", "calibrate", "device_name"]
 
 HEADS = 4
 TOKENS = {"cpu": 4096, "cuda": 16384}
+DENSE_QUERIES = {"cpu": 512, "cuda": 16384}  # on a CPU as few as make a slice of the usual length
 SWEEPS = 2000
-LEAST = 3  # times that each is measured, at least
-_FOUND: dict[str, Calibration] = {}
+
+
+class DenseAttention(NamedTuple):
+    """Dense attention of a pipeline, which sparse attention is compared with.
+
+    Attributes:
+        name: of its attention backend, as diffusers writes it.
+        run: takes q, k and v, ``[B, H, L, D]``, and gives the output.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+TORCH = DenseAttention("native", _by_torch)
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,11 @@ class Calibration:
         launch: of a call, whatever it does; row: of a row of blocks; full, partial: of a block
             without and with a mask, ``slots`` of which run at a time; broad: as full, in rows of
             192 queries and more on a CPU.
-        moved: of an element that is copied; dense: of a query and key of one head in torch's
-            dense attention.
+        moved: of an element that is copied; dense: of a query and key of one head in the
+            pipeline's dense attention.
+        dense_by: the attention backend of that dense attention.
+        spread: how far the median of the rounds is above the least, as a share of the least; the
+            greatest over the measurements. It is large where the machine was busy.
     """
 
     device: str
@@ -65,30 +77,11 @@ class Calibration:
     broad: float
     moved: float
     dense: float
+    dense_by: str = TORCH.name
+    spread: float = 0.0
 
 
-Timer = Callable[[str, Callable[[], object]], float]
-
-
-def calibration_of(
-    device: torch.device | str, dtype: torch.dtype = torch.float32, head_size: int = 64
-) -> Calibration:
-    """The calibration of a device, measured once for each device, thread count, dtype, head size
-    and version of visattn, torch and triton (about two seconds), and then read from
-    ``$VISATTN_CACHE``, by default ``~/.cache/visattn``. A file that cannot be read is measured
-    again; one that cannot be written is said once and does no harm.
-    """
-    device = torch.device(device)
-    key = _key(device, dtype, head_size)
-    if key not in _FOUND:
-        path = _folder() / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        found = _read(path, key)
-        if found is None:
-            logger.info("visattn: measuring %s once, about two seconds", device_name(device))
-            found = calibrate(device, dtype, head_size)
-            _write(path, key, found)
-        _FOUND[key] = found
-    return _FOUND[key]
+Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Timing]]
 
 
 @torch.no_grad()
@@ -97,6 +90,7 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     head_size: int = 64,
     *,
+    dense_attention: DenseAttention = TORCH,
     seconds: float = 2.0,
     timer: Timer | None = None,
 ) -> Calibration:
@@ -104,9 +98,11 @@ def calibrate(
 
     Args:
         device: a CPU, or a GPU that the kernels run on.
-        dtype: float32, or on a GPU float16 or bfloat16 too; head_size: D.
-        seconds: to measure for, about; each measurement runs three times at least.
-        timer: gives the seconds of a named measurement, for tests; default: the least of several.
+        dtype: float32, or on a GPU float16 or bfloat16 too.
+        head_size: D.
+        dense_attention: that sparse attention is compared with.
+        seconds: to measure for, about; each measurement has three rounds at least.
+        timer: gives the timing of each function by name, for tests; default: ``interleaved``.
     """
     device = torch.device(device)
     tokens = TOKENS["cuda" if device.type == "cuda" else "cpu"]
@@ -119,23 +115,24 @@ def calibrate(
     block = launch_of(q)[:2] if backend == "triton" else block_sizes(tokens)
     gpu = device.type == "cuda"
     slots = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 1
-    clock = timer or _clock(device, seconds / (1 + len(CASES)))
-
-    def case(name: str) -> tuple[float, Work]:
-        layout, pattern = CASES[name](tokens, max(block))
-        own = (x[:, :, : layout.length] for x in (q, k, v))
-        a, b, c = (x.contiguous() for x in own)
-        work = work_of(lower_cached(pattern, layout, None, *block), backend, HEADS, head_size)
-        return clock(name, lambda: sparse_attention(a, b, c, pattern, layout)), work
-
-    dense = clock("dense", lambda: scaled_dot_product_attention(q, k, v)) / (HEADS * tokens**2)
+    queries = q[:, :, : DENSE_QUERIES["cuda" if gpu else "cpu"]].contiguous()
+    functions: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense_attention.run(queries, k, v)
+    }
+    works: list[Work] = []
+    for name, make in CASES.items():
+        layout, pattern = make(tokens, max(block))
+        functions[name] = _call(pattern, layout, *(x[:, :, : layout.length] for x in (q, k, v)))
+        block_map = lower_cached(pattern, layout, None, *block)
+        works.append(work_of(block_map, backend, HEADS, head_size))
+    timings = timer(functions) if timer else interleaved(functions, device, seconds)
+    dense = timings["dense"].seconds / (HEADS * queries.shape[2] * tokens)
     block_dense = dense * block[0] * block[1] * slots
-    found = [case(name) for name in CASES]
-    times = [slots * x for x, _ in found]
-    counts = [(slots, w.rows, w.full, w.partial, w.broad, slots * w.moved) for _, w in found]
+    times = [slots * timings[name].seconds for name in CASES]
+    counts = [(slots, w.rows, w.full, w.partial, w.broad, slots * w.moved) for w in works]
     least = [0.0, 0.0, *[0.5 * block_dense] * 3, 0.0]
     launch, row, full, partial, broad, moved = fit(times, counts, least)
-    if not any(work.broad for _, work in found):
+    if not any(work.broad for work in works):
         broad = full
     return Calibration(
         device=device_name(device),
@@ -151,7 +148,16 @@ def calibrate(
         broad=broad,
         moved=moved,
         dense=dense,
+        dense_by=dense_attention.name,
+        spread=max(timing.spread for timing in timings.values()),
     )
+
+
+def _call(
+    pattern: Pattern, layout: TokenLayout, *tensors: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    q, k, v = (x.contiguous() for x in tensors)
+    return lambda: sparse_attention(q, k, v, pattern, layout)
 
 
 def fit(
@@ -202,71 +208,18 @@ CASES: dict[str, Callable[[int, int], tuple[TokenLayout, Pattern]]] = {
 }
 
 
-def _clock(device: torch.device, seconds: float) -> Timer:
-    """The least of as many runs as fit, three at least, after one that is not counted: what else
-    the machine does can only add to it."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def least(name: str, run: Callable[[], object]) -> float:
-        run()
-        wait()
-        end = time.perf_counter() + seconds
-        found: list[float] = []
-        while len(found) < LEAST or (time.perf_counter() < end and len(found) < 100):
-            begin = time.perf_counter()
-            run()
-            wait()
-            found.append(time.perf_counter() - begin)
-        return min(found)
-
-    return least
-
-
 def device_name(device: torch.device) -> str:
-    """What a device is called: a GPU by its name, a CPU by its kind and torch's threads."""
+    """What a device is called: a GPU by its name, a CPU by its model and torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
-def _key(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def _processor() -> str:
+    """The model of the CPU where the system tells it, or its kind."""
     try:
-        import triton
-
-        triton_version = str(triton.__version__)
-    except ImportError:
-        triton_version = "none"
-    versions = (__version__, torch.__version__, triton_version, platform.node())
-    return "|".join([device_name(device), str(dtype), str(head_size), *versions])
-
-
-def _folder() -> Path:
-    own = os.environ.get("VISATTN_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visattn"
-
-
-def _read(path: Path, key: str) -> Calibration | None:
-    try:
-        value: Any = json.loads(path.read_text())
-        if value.pop("key") != key:
-            return None
-        value["block"] = tuple(value["block"])
-        found = Calibration(**value)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None
-    rates = (found.launch, found.row, found.full, found.partial, found.moved, found.dense)
-    good = all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in rates)
-    return found if good and found.slots > 0 and found.full > 0 and found.dense > 0 else None
-
-
-def _write(path: Path, key: str, found: Calibration) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"key": key} | asdict(found), indent=1).encode())
-    except OSError as error:
-        logger.warning("visattn: the calibration is not kept: %s", error)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, (*models, platform.processor(), platform.machine())))

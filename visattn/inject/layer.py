@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from visattn.attention import attention_by, choose_backend, sparse_attention
 from visattn.inject.caught import Caught, Editor, Kind
 from visattn.inject.computing import Computing
-from visattn.inject.guard import worthwhile
+from visattn.inject.decision import Decision, Guard
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
 from visattn.inject.padding import Padding, text_lengths_of
@@ -71,7 +71,7 @@ class Layer:
         self.reason: str | None = None  # of the last dense call that the plan did not ask for
         self.memories: dict[tuple[object, ...], Memory] = {}
         self.latest: tuple[object, ...] = ()  # what keys of the last call's memories begin with
-        self._guards: dict[tuple[object, ...], tuple[Part, ...]] = {}
+        self._guard = Guard()
         self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
         self.number = register_layer(self)
 
@@ -166,14 +166,16 @@ class Layer:
         lengths = self.lengths(query, call)
         for observer in self.observers:
             observer(self._observation(query, key, value, call, lengths))
-        parts = self._parts(query, key, call, parallel, lengths is not None)
+        decision = self._decided(query, key, call, parallel, lengths is not None)
+        parts = decision.parts
         if self.editor is not None:
             edited = self._edited(query, key, value, call, parallel, lengths, parts)
             if edited is not None:
                 return edited if call.heads_first else edited.transpose(1, 2)
         if parts is None:
             self.dense_calls += 1
-            return self._plain(call, parallel)(query, key, value)
+            with decision.timed(query):
+                return self._plain(call, parallel)(query, key, value)
         if not call.heads_first:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
@@ -182,13 +184,14 @@ class Layer:
         texts = [None] * count if lengths is None else lengths.chunk(count)
         owns = [heads_first(self._plain(one, parallel), one) for one in call.parts(count)]
         memories = self.memories_of(parts, query.shape[0])
-        outs = [
-            self.mixed(q, k, v, part, layout, text, call.scale, own, memory)
-            for q, k, v, part, text, own, memory in zip(
-                *chunks, parts, texts, owns, memories, strict=True
-            )
-        ]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        with decision.timed(query):
+            outs = [
+                self.mixed(q, k, v, part, layout, text, call.scale, own, memory)
+                for q, k, v, part, text, own, memory in zip(
+                    *chunks, parts, texts, owns, memories, strict=True
+                )
+            ]
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
         for memory in memories:
             if memory.broken is not None and memory.broken.device.type == "cpu":
                 self.warn(memory)  # on another device reading waits: the summary does
@@ -234,7 +237,7 @@ class Layer:
         q, k, v = map(padding.cut, whole)
         before, self.attachment.tokens = self.attachment.tokens, padding.tokens
         try:
-            parts = self._parts(q, k, call, parallel, True)
+            parts = self._decided(q, k, call, parallel, True).parts
             edited = self._by_editor(q, k, v, call, own, parts, padding)
         finally:
             self.attachment.tokens = before
@@ -339,24 +342,24 @@ class Layer:
         """torch's attention, heads first."""
         return functools.partial(scaled_dot_product_attention, **_arguments(call))
 
-    def _parts(
+    def _decided(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         call: Call,
         parallel: Any,
         padded: bool,
-    ) -> tuple[Part, ...] | None:
-        """What the heads run in each equal part of the batch, or None where all is dense; padded:
-        the call's mask is that of padding alone."""
+    ) -> Decision:
+        """What the heads run in each equal part of the batch; padded: the call's mask is that of
+        padding alone."""
         if self.cross:
-            return None
+            return Decision(None)
         axis = 2 if call.heads_first else 1
         length, keys, heads = query.shape[axis], key.shape[axis], query.shape[3 - axis]
         layout = self.attachment.layout
         parts = self._at(self.attachment.moments(query.shape[0]), layout)
         if parts is None:
-            return None
+            return Decision(None)
         reason = None
         if call.mask is not None and not padded:
             reason = "it is given an attention mask"
@@ -370,25 +373,10 @@ class Layer:
             reason = f"it has {heads} heads where the plan has {self.heads}"
         if reason is not None:
             self.tell(reason)
-            return None
-        return self._guarded(parts, query, layout)
-
-    def _guarded(
-        self, parts: tuple[Part, ...], query: torch.Tensor, layout: TokenLayout
-    ) -> tuple[Part, ...] | None:
-        """The parts without the heads that would be slower than dense ones. Worked out once."""
+            return Decision(None)
         if not self.attachment.guard or not _can_measure(query):
-            return parts
-        key = (parts, layout, query.device, query.dtype, query.shape)
-        if key not in self._guards:
-            one = query[: max(1, len(query) // len(parts))]
-            tell = self.attachment.tell
-            own = {p: Part(worthwhile(p.heads, one, layout, tell), layout) for p in parts}
-            self._guards[key] = tuple(own[part] for part in parts)
-            if not any(part.sparse for part in self._guards[key]):
-                self.tell("none of its heads would be faster than dense attention")
-        guarded = self._guards[key]
-        return guarded if any(part.sparse for part in guarded) else None
+            return Decision(parts)
+        return self._guard.decide(self, parts, query, layout)
 
     def _at(self, moments: Moments, layout: TokenLayout) -> tuple[Part, ...] | None:
         """The parts of a batch at the moments of its parts, one where they are alike; None where

@@ -3,7 +3,6 @@ output, and the time of a step."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from visattn.cost import now
 from visattn.inject import Observation, observe, sparse
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import attached
@@ -185,12 +185,11 @@ class Replay:
             else sparse(self.stand, plan, backend=backend, guard=False)
         )
         with planned:
-            self._wait()
-            begin = time.perf_counter()
+            device = self.calls[0].output.device
+            begin = now(device)
             for own in self.calls:
                 self._run(own)
-            self._wait()
-            return time.perf_counter() - begin
+            return now(device) - begin
 
     @torch.no_grad()
     def observed(self, observer: Any, number: int) -> None:
@@ -214,11 +213,6 @@ class Replay:
         with model.cache_context(own.name) if named else nullcontext():
             out: torch.Tensor = model(**own.arguments, return_dict=False)[0]
         return out
-
-    def _wait(self) -> None:
-        device = next(next(iter(self.models.values())).parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def _guided_error(found: Sequence[tuple[Recorded, torch.Tensor]]) -> float:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import choose_backend, sparse_attention
+from visattn.cost import TORCH, DenseAttention, interleaved
 from visattn.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern
 
 __all__ = ["HeadTimes", "Seconds", "measure", "parted"]
 
-LEAST, MOST = 3, 15  # runs of a pattern
-SPAN = 0.06  # seconds that its runs may take, beyond the least
+SPAN = 0.06  # seconds that the calls of a pattern may take
 DENSE = repr(Dense())
 
 
@@ -74,13 +72,16 @@ def measure(
     k: torch.Tensor,
     v: torch.Tensor,
     layout: TokenLayout,
-    scale: float | None,
+    dense_attention: DenseAttention = TORCH,
 ) -> tuple[dict[str, Seconds], dict[str, str]]:
-    """Time patterns, and dense attention, on a call; the least of several runs, as what else the
-    machine does can only add to it.
+    """Time patterns, and dense attention, on a call; all of them take turns.
 
     Args:
-        q: ``[1, H, L, D]``, as a pipeline has it; k, v: ``[1, Hk, L, D]``.
+        patterns: to time, besides ``Dense()``.
+        q: ``[1, H, L, D]``, as a pipeline has it.
+        k, v: ``[1, Hk, L, D]``.
+        layout: of the tokens.
+        dense_attention: what the pipeline runs where a head is dense.
 
     Returns:
         Seconds by written form; and why some could not run.
@@ -91,49 +92,44 @@ def measure(
 
     def of_all(pattern: HeadPattern) -> Callable[[], object]:
         if pattern == Dense():
-            return lambda: scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1)
-        return lambda: sparse_attention(q, k, v, pattern, layout, scale=scale)
+            return lambda: dense_attention.run(q, k, v)
+        return lambda: sparse_attention(q, k, v, pattern, layout)
 
     def of_one(pattern: HeadPattern) -> Callable[[], object]:
         def run() -> None:
             own = q[:, index], k[:, shared], v[:, shared]
             if pattern == Dense():
-                out = scaled_dot_product_attention(*own, scale=scale)
+                out = dense_attention.run(*own)
             else:
-                out = sparse_attention(*own, pattern, layout, scale=scale)
+                out = sparse_attention(*own, pattern, layout)
             torch.empty_like(q[:, :1])[:] = out
 
         return run
 
-    found: dict[str, Seconds] = {}
+    functions: dict[str, Callable[[], object]] = {}
     failures: dict[str, str] = {}
     for pattern in (Dense(), *dict.fromkeys(patterns)):
+        name = repr(pattern)
+        own = {f"all {name}": of_all(pattern)}
+        if not one:
+            own[f"alone {name}"] = of_one(pattern)
         try:
-            every = _least(of_all(pattern), q.device)
-            alone = every if one else _least(of_one(pattern), q.device)
-            found[repr(pattern)] = Seconds(alone, every)
+            for function in own.values():
+                function()
         except (RuntimeError, ValueError, MemoryError) as error:
-            failures[repr(pattern)] = " ".join(str(error).split())[:300]
-    return found, failures
+            failures[name] = " ".join(str(error).split())[:300]
+        else:
+            functions |= own
+    times = interleaved(functions, q.device, SPAN * len(functions))
+    names = [name.removeprefix("all ") for name in functions if name.startswith("all ")]
+    return {
+        name: Seconds(
+            times["all " + name if one else "alone " + name].seconds, times["all " + name].seconds
+        )
+        for name in names
+    }, failures
 
 
 def parted(q: torch.Tensor) -> bool:
     """Whether heads of different patterns run one after the other."""
     return choose_backend("auto", q).backend == "blockwise"
-
-
-def _least(run: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    run()
-    wait()
-    found: list[float] = []
-    end = time.perf_counter() + SPAN
-    while len(found) < LEAST or (len(found) < MOST and time.perf_counter() < end):
-        begin = time.perf_counter()
-        run()
-        wait()
-        found.append(time.perf_counter() - begin)
-    return min(found)

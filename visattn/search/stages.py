@@ -16,6 +16,7 @@ import torch
 from visattn._version import __version__
 from visattn.execute import block_sizes
 from visattn.inject import Observation, observe
+from visattn.inject.dense_attention import dense_attention
 from visattn.launch import launch_of
 from visattn.layout import Grid, TokenLayout
 from visattn.patterns import Dense, HeadPattern, Pattern, Skip, parse_pattern
@@ -426,7 +427,9 @@ class Search:
             numbers = [n for n, own in enumerate(self.replay.calls) if own.role == middle[0]]
             self.replay.observed(keep, numbers[0])
             q, k, v = seen[0]
-            times, failures = measure(patterns, q, k, v, self.layout, None)
+            times, failures = measure(
+                patterns, q, k, v, self.layout, dense_attention(self.subject.modules[middle])
+            )
             return {"seconds": {k: list(v) for k, v in times.items()}, "failures": failures}, {}
 
         asked = {"patterns": [repr(own) for own in patterns]}

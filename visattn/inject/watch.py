@@ -1,0 +1,64 @@
+"""The first calls of a guarded layer, beside the seconds that were predicted for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["Watch"]
+
+CALLS = 5
+
+
+class Watch:
+    """Times the first calls of a layer.
+
+    On a CPU it takes the CPU time of the calling thread. On a GPU it takes the time between two
+    events, which a later call reads when they are done, so that nothing waits.
+
+    Args:
+        limit: seconds; a layer whose first calls all take longer contradicts its prediction.
+        sparse: whether something sparse runs.
+        last: whether the device has been measured again already.
+    """
+
+    def __init__(self, limit: float, sparse: bool, last: bool) -> None:
+        self.limit, self.sparse, self.last = limit, sparse, last
+        self.seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether enough calls have been timed."""
+        return len(self.seconds) >= CALLS
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether every call that was timed took longer than the limit."""
+        return self.done and min(self.seconds) > self.limit
+
+    @contextmanager
+    def call(self, device: torch.device) -> Iterator[None]:
+        """Time what runs inside, unless enough calls have been timed."""
+        if self.done:
+            yield
+        elif device.type == "cpu":
+            begin = time.thread_time()
+            yield
+            self.seconds.append(time.thread_time() - begin)
+        else:
+            self._collect()
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._events.append(pair)
+
+    def _collect(self) -> None:
+        """Read the events of calls that have ended."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.pop(0)
+            self.seconds.append(begin.elapsed_time(end) / 1e3)
