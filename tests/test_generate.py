@@ -229,6 +229,12 @@ def test_lora_is_put_on_both_denoisers_or_on_the_one_that_is_named(capsys):
         assert not torch.allclose(low, one, atol=1e-3)
 
 
+def test_an_empty_negative_prompt_without_guidance_is_none(capsys):
+    good(capsys, *GENERATE, "-o", "clip", "--guidance-scale", "1", "--negative-prompt", " ")
+    good(capsys, *GENERATE, "-o", "none", "--guidance-scale", "1")
+    assert torch.equal(read_video("clip"), read_video("none"))
+
+
 def test_second_denoiser_has_a_guidance_scale_of_its_own(capsys):
     argv = [*GENERATE, "--model", "wan22", "-o"]
     good(capsys, *argv, "same", "--guidance-scale", "5", "--guidance-scale-2", "5")

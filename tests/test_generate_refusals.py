@@ -181,6 +181,13 @@ BAD = {
         model("hunyuanvideo", "--negative-prompt", "blue"),
         "negative_prompt is not looked at by HunyuanVideoPipeline at true_cfg_scale=1; give",
     ),
+    **{
+        f"negative prompt of {name} without guidance": (
+            model(name, "--negative-prompt", "blue", "--guidance-scale", "1"),
+            "negative_prompt is not looked at by .*Pipeline at guidance_scale=1; .*'nag:",
+        )
+        for name in ("wan", "wan22", "cogvideox")
+    },
     "true guidance from nothing": (
         model("hunyuanvideo", "--true-cfg-scale", "2"),
         "true_cfg_scale=2 guides away from a negative_prompt.*give negative_prompt",

@@ -71,8 +71,16 @@ def lora_is_on_both(folder: Path) -> str:
     return "a LoRA is on both denoisers of Wan 2.2, or on the one that its role names"
 
 
+def negative_prompt_is_not_ignored(folder: Path) -> str:
+    argv = ("generate", "a", "--model", saved("cogvideox"), *SIZE, "-o", "out")
+    code, _, err = command(*argv, "--guidance-scale", "1", "--negative-prompt", "blue")
+    assert code == 2 and "not looked at" in err and "nag:" in err, err
+    return "a negative prompt without guidance is refused, with two remedies"
+
+
 CASES = (
     Case("image-to-video of Wan dies of a missing ftfy", cleans_prompts),
     Case("an error of an unforeseen type ends a batch", any_error_is_a_line),
     Case("a LoRA for Wan 2.2 is on one of two denoisers", lora_is_on_both),
+    Case("a negative prompt without guidance is ignored", negative_prompt_is_not_ignored),
 )

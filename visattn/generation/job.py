@@ -192,6 +192,14 @@ def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
             f"true_cfg_scale={job.true_cfg_scale:g} guides away from a negative_prompt, without "
             f"which {kind} does not look at it; give negative_prompt, if only an empty one"
         )
+    elif (job.negative_prompt or "").strip() and "guidance_scale" in parameters:
+        scale = options.get("guidance_scale", parameters["guidance_scale"].default)
+        if isinstance(scale, (int, float)) and not scale > 1:
+            raise ValueError(
+                f"negative_prompt is not looked at by {kind} at guidance_scale={scale:g}; give a "
+                "guidance_scale above 1, which takes a second pass, or leave negative_prompt out "
+                "and give --guidance 'nag:negative_prompt=TEXT', which takes none"
+            )
     if job.image is not None:
         options["image"] = read_picture(job.image)
     elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
