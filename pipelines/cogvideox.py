@@ -31,4 +31,5 @@ COGVIDEOX = Family(
     blocks=(r"transformer_blocks\.\d+",),
     ordered=lambda config: config.use_rotary_positional_embeddings,  # not those of 2B
     image_output=0,
+    frame_rate=lambda pipe: 16.0 if pipe.transformer.config.patch_size_t else 8.0,  # 1.5 has 16
 )

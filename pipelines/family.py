@@ -15,6 +15,10 @@ def _always(_: Any) -> bool:
     return True
 
 
+def _sixteen(_: Any) -> float:
+    return 16.0
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of denoisers.
@@ -43,6 +47,8 @@ class Family:
             its own, whose first inputs are the module's outputs.
         padded: whether its attention is given a mask of keys ``[B, 1, 1, L]`` that leaves out the
             padding of its text, and nothing else; the first tokens of a text are the valid ones.
+        frame_rate: frames per second of the videos that a pipeline of it makes, by its authors,
+            from the pipeline.
     """
 
     name: str
@@ -58,3 +64,4 @@ class Family:
     image_output: int = 1
     shared_output: str = ""
     padded: bool = False
+    frame_rate: Callable[[Any], float] = _sixteen

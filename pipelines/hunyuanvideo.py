@@ -32,4 +32,5 @@ HUNYUANVIDEO = Family(
     image_output=0,
     shared_output="proj_out",
     padded=True,
+    frame_rate=lambda pipe: 24.0,
 )

@@ -25,4 +25,6 @@ WAN = Family(
     tokens=tokens,
     cross=r"blocks\.\d+\.attn2",
     blocks=(r"blocks\.\d+",),
+    # the 5B of 2.2, which has a timestep for each token, has more
+    frame_rate=lambda pipe: 24.0 if pipe.config.get("expand_timesteps") else 16.0,
 )

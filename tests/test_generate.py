@@ -21,15 +21,19 @@ from visattn.generation import (
     Loading,
     Lora,
     load_pipeline,
+    read_prompts,
     read_record,
     run_job,
 )
+from visattn.generation.job import frame_rate
 from visattn.generation.loading import _dtype, pick_device
+from visattn.generation.prompts import read_prompt_lines
 from visattn.generation.quiet import quiet
 from visattn.inject import apply_plan
 from visattn.metrics import psnr
-from visattn.plan import Plan
-from visattn.video import read_video, to_bytes, write_video
+from visattn.patterns import Diagonal
+from visattn.plan import Plan, Rule, read_plan
+from visattn.video import read_rate, read_video, to_bytes, write_video
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -394,6 +398,63 @@ def test_an_error_of_any_type_ends_one_item_alone(capsys, monkeypatch):
     assert err.endswith("\nvisattn: error: AssertionError: of a library\n")
 
 
+LONG = "x" * 10**6
+ODD_LINES = {  # a line, and the words about it
+    '{"prompt": null}': "it has no prompt",
+    '{"prompt": 3}': "prompt=3 must be text",
+    '{"prompt": "\\ud800"}': "no character of Unicode",
+    '{"prompt": "a", "negative_prompt": "\\udfff"}': "no character of Unicode",
+    '{"prompt": "a", "prompt": "b"}': "it holds the key 'prompt' twice",
+    '{"prompt": "a", "seed": true}': "seed=True must be an integer",
+    '{"prompt": "a", "fps": NaN}': "it holds NaN",
+    '{"prompt": "a", "guidance": 5}': "guidance",
+    '{"prompt": "a", "output": ["a"]}': "must be the name",
+    '{"prompt": "a", "output": "a\\u001b[31m.png"}': "must be a name of printable characters",
+    '{"prompt": "a", "output": "a\\nb.png"}': "must be a name of printable characters",
+    '{"prompt": "a", "output": "link/a.png"}': "leads out of the output folder by a link",
+    f'{{"prompt": "a", "output": "{LONG}"}}': "too long",
+    f'{{"prompt": "a", "{LONG}": 1}}': "it has the unknown key 'xxx",
+    f'{{"prompt": "a", "image": "{LONG}"}}': "too long",
+    f'{{"prompt": "a", "fps": "{LONG}"}}': "must be a number",
+}
+
+
+def test_odd_lines_are_told_in_a_line_each(capsys):
+    Path("away").mkdir()
+    Path("all").mkdir()
+    Path("all/link").symlink_to("../away")
+    code, out, err = run(capsys, *prompts(*ODD_LINES), "--num-frames", "1")
+    assert (code, out) == (1, "")
+    lines = err.splitlines()
+    assert [line.split(": ")[2] for line in lines] == [
+        f"line {n}" for n in range(1, len(ODD_LINES) + 1)
+    ]
+    for line, words in zip(lines, ODD_LINES.values(), strict=True):
+        assert words in line and len(line) < 2100 and line.isprintable(), line[:300]
+    assert os.listdir("away") == [] and os.listdir("all") == ["link"]
+
+
+def test_names_of_a_command_line_are_shown_without_control_characters(capsys):
+    out = good(capsys, *GENERATE, "--num-frames", "1", "-o", "a\x1b[31m\u202eb.png")
+    assert out.startswith("wrote a\\x1b[31m\\u202eb.png: 1 frame")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_prompts_of_every_marked_encoding(capsys, encoding):
+    text = '{"prompt": "café \u2028 a"}\r\n\r\n{"prompt": "b"}\r\n'
+    Path("p.jsonl").write_bytes(text.encode(encoding))
+    items = read_prompts("p.jsonl", "all", {})
+    assert [(own.label, own.job.prompt) for own in items] == [
+        ("line 1", "café \u2028 a"),
+        ("line 3", "b"),
+    ]
+    Path("p.txt").write_bytes("café \u2028 a\r\n\rb\n".encode(encoding))
+    assert read_prompt_lines("p.txt") == ["café \u2028 a", "b"]
+    plan = Plan((Rule(Diagonal(4)),))
+    Path("plan.json").write_bytes(plan.to_json().encode(encoding))
+    assert read_plan("plan.json") == plan
+
+
 def test_nothing_is_printed_when_all_items_fail(capsys):
     code, out, err = run(capsys, *prompts('{"prompt": "a", "height": 95}', "{}"))
     assert (code, out) == (1, "")
@@ -572,3 +633,25 @@ def test_token_is_shown_nowhere():
             "role": None,
         }
     ]
+
+
+RATES = {"wan21": 16, "wan22": 16, "cogvideox": 8, "cogvideox15": 16, "hunyuanvideo": 24}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_frame_rate_is_that_of_the_model(name):
+    pipe = tiny.PIPELINES[name]()
+    assert frame_rate(pipe) == RATES[name]
+    if name == "wan22":  # the 5B
+        pipe.register_to_config(expand_timesteps=True)
+        assert frame_rate(pipe) == 24
+
+
+def test_mp4_has_the_frame_rate_of_the_model_or_that_which_is_given(capsys):
+    argv = ["generate", "a", "--model", "cogvideox", *SIZE]
+    good(capsys, *argv, "-o", "own.mp4")
+    good(capsys, *argv, "-o", "given.mp4", "--fps", "12.5")
+    assert (read_rate("own.mp4"), read_rate("given.mp4")) == (8, 12.5)
+    assert read_record("own.mp4")["settings"]["fps"] == 8
+    good(capsys, "compare", "own.mp4", "given.mp4", "-o", "both.mp4")
+    assert read_rate("both.mp4") == 8

@@ -75,6 +75,11 @@ def other_files():
     Path("latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
     Path("one.jsonl").write_text('{"prompt": "a", "promt": "b"}\n')
     Path("cut.jsonl").write_text('{"prompt": "a\n')
+    Path("comma.jsonl").write_text('{"prompt": "a"},\n{"prompt": "b"},\n')
+    Path("array.jsonl").write_text('[{"prompt": "a"}, {"prompt": "b"}]\n')
+    Path("pretty.jsonl").write_text('{\n  "prompt": "a"\n}\n')
+    Path("pretty-array.jsonl").write_text('[\n  {"prompt": "a"},\n]\n')
+    Path("utf16.jsonl").write_bytes('{"prompt": "a"}'.encode("utf-16-le"))
     Path("fine.jsonl").write_text('{"prompt": "a"}\n')
     Path("empty-lora").mkdir()
     Path("text-lora").mkdir()
@@ -218,7 +223,27 @@ BAD = {
     "prompts no text": ([*PLAIN, "--prompts", "latin.jsonl", "-o", "new"], "no UTF-8"),
     "prompts is a folder": ([*PLAIN, "--prompts", "full", "-o", "new"], "directory"),
     "prompts of one wrong key": ([*PLAIN, "--prompts", "one.jsonl", "-o", "new"], "'promt'"),
-    "prompts of one cut line": ([*PLAIN, "--prompts", "cut.jsonl", "-o", "new"], "no JSON"),
+    "prompts of one cut line": ([*PLAIN, "--prompts", "cut.jsonl", "-o", "new"], "not JSON"),
+    "prompts with a comma": (
+        [*PLAIN, "--prompts", "comma.jsonl", "-o", "new"],
+        "line 1: it ends in a comma; a line is a JSON object and nothing else$",
+    ),
+    **{
+        f"prompts as {name}": (
+            [*PLAIN, "--prompts", f"{name}.jsonl", "-o", "new"],
+            "must hold a JSON object a line",
+        )
+        for name in ("array", "pretty", "pretty-array")
+    },
+    "prompts of another encoding": (
+        [*PLAIN, "--prompts", "utf16.jsonl", "-o", "new"],
+        "holds the character NUL; save it as UTF-8",
+    ),
+    "bytes that are no UTF-8": (
+        ["generate", "caf\udce9", "--model", "wan", *SIZE],
+        r"prompt='caf\\udce9' holds '\\udce9', which is no character of Unicode",
+    ),
+    "guidance no Unicode": (own("--guidance", "nag:negative_prompt=\udce9"), "no character"),
     "prompts to nowhere": ([*PLAIN, "--prompts", "fine.jsonl"], "needs --output"),
     "prompts to a file": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "a.mp4"], "must be a folder"),
     "prompts to no folder": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "no/new"], "not there"),

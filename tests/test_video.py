@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from visattn import video
 from visattn.metrics import psnr
@@ -227,3 +227,61 @@ def test_huge_picture_is_refused(monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match=r"a\.png"):
             read_picture("a.png")
+
+
+PICTURES = {  # modes and files as cameras and editors write them
+    "turned.jpg": ("RGB", {"exif": 6}),
+    "turned.png": ("RGB", {"exif": 3}),
+    "mirrored.jpg": ("L", {"exif": 2}),
+    "a.png": ("RGBA", {}),
+    "la.png": ("LA", {}),
+    "l.png": ("L", {}),
+    "1.png": ("1", {}),
+    "p.png": ("P", {}),
+    "pt.png": ("P", {"transparency": 3}),
+    "cmyk.jpg": ("CMYK", {}),
+    "lab.tif": ("LAB", {}),
+    "f.tif": ("F", {}),
+    "moves.gif": ("P", {"save_all": True}),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_read_as_diffusers_reads_them(name):
+    from diffusers.utils import load_image
+
+    mode, options = PICTURES[name]
+    noise = torch.randint(0, 256, (12, 8, 4), generator=torch.Generator().manual_seed(0))
+    picture = Image.frombytes("RGBA", (8, 12), bytes(noise.flatten().tolist()))
+    picture = picture.convert("RGB").convert(mode) if mode != "RGBA" else picture
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options = {"exif": exif}
+    if "save_all" in options:
+        options = {**options, "append_images": [ImageOps.flip(picture)]}
+    picture.save(name, **options)
+    own, theirs = read_picture(name), load_image(name)
+    assert own.mode == "RGB"
+    assert own.size == theirs.size and own.tobytes() == theirs.tobytes()
+
+
+def test_picture_of_16_bits_is_scaled_and_other_wide_ones_are_refused():
+    """Pillow's own conversion cuts values off at 255."""
+    values = torch.tensor([[0, 257, 32896], [65535, 128, 129]])
+    wide = Image.frombytes("I;16", (3, 2), values.to(torch.uint16).numpy().tobytes())
+    for name in ("wide.png", "wide.tif"):
+        wide.save(name)
+        levels = [0, 1, 128, 255, 0, 1]
+        assert list(read_picture(name).tobytes()[::3]) == levels
+    Image.frombytes("I", (3, 2), values.to(torch.int32).numpy().tobytes()).save("i.tif")
+    with pytest.raises(ValueError, match=r"'i.tif' .* I values from 0 to 65535, not 0 to 255"):
+        read_picture("i.tif")
+
+
+def test_folder_that_is_a_link_is_replaced_and_nothing_is_left(frames, folder):
+    (folder / "away").mkdir()
+    (folder / "clip").symlink_to("away")
+    write_video(frames[:1], "clip")
+    assert left() == ["away", "clip"] and not (folder / "clip").is_symlink()
+    assert os.listdir("away") == []

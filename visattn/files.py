@@ -1,12 +1,22 @@
-"""Files that are written whole or not at all, and files that are read with a limit."""
+"""Files that are written whole or not at all, and files of others, read with a limit or as text."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from pathlib import Path
 
-__all__ = ["read_limited", "write_whole"]
+__all__ = ["read_limited", "read_text", "write_whole"]
+
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -41,3 +51,25 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(target)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The text of a file in UTF-8, or in the encoding of its byte order mark, with lines that end
+    in ``\\n``.
+
+    Args:
+        path: of the file; what: it is called in a sentence, as in ``"plan"``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such text, or holds the character NUL.
+    """
+    data = Path(path).read_bytes()
+    encoding = next((own for mark, own in MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} {str(path)!r} is no UTF-8 text") from None
+    if "\0" in text:
+        raise ValueError(f"{what} {str(path)!r} holds the character NUL; save it as UTF-8 text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visattn.picture import save_png
 
@@ -28,6 +28,7 @@ __all__ = [
     "encode_video",
     "kind_of",
     "read_picture",
+    "read_rate",
     "read_video",
     "to_bytes",
     "write_video",
@@ -38,7 +39,7 @@ Kind = Literal["mp4", "png", "folder"]
 FRAME_NAME = re.compile(r"\d{4,}\.png")
 # H.264 at a constant quality that is hard to tell from the frames (0 is lossless, 51 the worst).
 CRF = 16
-# What the readers of Pillow and of imageio raise on files that are not theirs or are cut short.
+# What imageio raises on files that are not its own or are cut short.
 UNREADABLE = (OSError, ValueError, RuntimeError, IndexError, KeyError, SyntaxError)
 
 
@@ -156,8 +157,23 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     return _stack([read_picture(file) for file in files], source)
 
 
+def read_rate(path: str | os.PathLike[str]) -> float | None:
+    """Frames per second of an mp4; None of what says none.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+    """
+    if kind_of(path) != "mp4":
+        return None
+    ffmpeg = _ffmpeg()
+    with _ffmpeg_errors(Path(path), "read as a video"), ffmpeg.get_reader(path) as reader:
+        return float(reader.get_meta_data()["fps"]) or None
+
+
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file as RGB.
+    """An image file as RGB, turned as its EXIF says, as ``diffusers.utils.load_image`` reads it.
+
+    Pictures of 16 bits are scaled to 8, which Pillow and diffusers do not: there they are white.
 
     Raises:
         ValueError: it is no image, or is cut short.
@@ -167,11 +183,28 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return Image.open(file).convert("RGB")
+                picture = Image.open(file)
+                return _rgb(ImageOps.exif_transpose(picture), picture.format)
         except UnidentifiedImageError:
             raise ValueError(f"{os.fspath(path)!r} is no image") from None
-        except (*UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except Exception as error:  # readers of damaged files raise all kinds
             raise ValueError(f"{os.fspath(path)!r} is no image that can be read: {error}") from None
+
+
+def _rgb(picture: Image.Image, form: str | None) -> Image.Image:
+    """A picture of any mode as RGB; ``form`` is that of its file."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        extrema: Any = picture.getextrema()  # a pair, as there is one channel
+        low, high = extrema
+        if picture.mode.startswith("I;16") or (form == "PNG" and high <= 65535):
+            picture = picture.convert("I").point(lambda value: value * (255 / 65535) + 0.5)
+        elif not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"it holds {picture.mode} values from {low} to {high}, not 0 to 255; save it with "
+                "8 bits a channel"
+            )
+        picture = picture.convert("L")
+    return picture.convert("RGB")
 
 
 def to_bytes(frames: torch.Tensor) -> torch.Tensor:
@@ -258,7 +291,7 @@ def _replace_folder(part: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -78,9 +78,68 @@ def negative_prompt_is_not_ignored(folder: Path) -> str:
     return "a negative prompt without guidance is refused, with two remedies"
 
 
+def photograph_is_turned(folder: Path) -> str:
+    from PIL import Image
+
+    from visattn.video import read_picture
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 96)).save("turned.jpg", exif=exif)
+    assert read_picture("turned.jpg").size == (96, 64)
+    Image.frombytes("I;16", (1, 1), bytes((0, 128))).save("wide.png")
+    assert read_picture("wide.png").getpixel((0, 0)) == (128, 128, 128)
+    return "a photograph is turned as its EXIF says, and 16 bits are scaled to 8"
+
+
+def frame_rate_is_the_models(folder: Path) -> str:
+    from visattn.video import read_rate
+
+    code, _, err = command("generate", "a", "--model", saved("cogvideox"), *SIZE, "-o", "a.mp4")
+    assert code == 0, err
+    assert read_rate("a.mp4") == 8
+    return "CogVideoX writes 8 frames a second"
+
+
+ODD = {
+    "a JSON array": ('[{"prompt": "a"}]', "a JSON object a line"),
+    "commas": ('{"prompt": "a"},', "ends in a comma"),
+    "no prompt": ('{"prompt": null}', "has no prompt"),
+    "a key twice": ('{"prompt": "a", "prompt": "b"}', "twice"),
+    "half of a pair": ('{"prompt": "\\ud800"}', "no character of Unicode"),
+    "an escape": ('{"prompt": "a", "output": "\\u001b[31m.png"}', "printable"),
+    "a link": ('{"prompt": "a", "output": "link/a.png"}', "leads out"),
+    "a long name": ('{"prompt": "a", "output": "%s"}' % ("x" * 10**6), "too long"),
+}
+
+
+def odd_lines_are_refused(folder: Path) -> str:
+    Path("out").mkdir()
+    Path("out/link").symlink_to(folder)
+    for name, (line, words) in ODD.items():
+        Path("odd.jsonl").write_text(f"{line}\n")
+        code, out, err = command("generate", "--prompts", "odd.jsonl", *SIZE, "-o", "out")
+        assert code in (1, 2) and not out and words in err, (name, err[:300])
+        assert err.count("\n") == 1 and len(err) < 2100 and err[:-1].isprintable(), name
+    return f"{len(ODD)} odd lines of prompts are told in a short line each"
+
+
+def marks_are_no_text(folder: Path) -> str:
+    from visattn.generation.prompts import read_prompt_lines
+
+    for encoding in ("utf-8-sig", "utf-16"):
+        Path("p.txt").write_bytes("a red square\r\nb".encode(encoding))
+        assert read_prompt_lines("p.txt") == ["a red square", "b"]
+    return "a byte order mark is no part of the first prompt"
+
+
 CASES = (
     Case("image-to-video of Wan dies of a missing ftfy", cleans_prompts),
     Case("an error of an unforeseen type ends a batch", any_error_is_a_line),
     Case("a LoRA for Wan 2.2 is on one of two denoisers", lora_is_on_both),
     Case("a negative prompt without guidance is ignored", negative_prompt_is_not_ignored),
+    Case("a photograph lies on its side", photograph_is_turned),
+    Case("a video has the frame rate of another model", frame_rate_is_the_models),
+    Case("an odd line of prompts", odd_lines_are_refused),
+    Case("a byte order mark is part of a prompt", marks_are_no_text),
 )

@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
 from visattn.cli import bench, compare, env, generate, inspect, search, search_heads, show
-from visattn.cli.output import Output, error_line
+from visattn.cli.output import Output, error_line, plain
 from visattn.generation.errors import REFUSALS, sentence
 
 __all__ = ["main"]
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, failures = output if isinstance(output, Output) else Output(output)
         encoding = sys.stdout.encoding or "utf-8"
         if text or not failures:
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            print(plain(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
         sys.stderr.writelines(map(error_line, failures))
     except SystemExit as stop:  # from argparse: help, version, or a usage error it has printed
         return stop.code if isinstance(stop.code, int) else 0

@@ -92,15 +92,21 @@ def write_output(
     text: str,
 ) -> None:
     """The numbers, a page, or A and B side by side."""
-    from visattn.video import write_video
+    from visattn.video import read_rate, write_video
 
+    if args.fps is not None:
+        fps = float(args.fps)
+    elif "settings" in numbers:  # of the pipeline that made them
+        fps = float(numbers["settings"].get("fps", 16.0))
+    else:
+        fps = read_rate(args.inputs[0]) or read_rate(args.inputs[1]) or 16.0
     if Path(args.output).suffix.lower() == ".html":
-        page = page_of(a, b, found, numbers, args.fps or 16.0)
+        page = page_of(a, b, found, numbers, fps)
         write_page(page, args.output)
     elif Path(args.output).suffix.lower() == ".json":
         write_whole(args.output, f"{text}\n".encode())
     else:
-        write_video(torch.cat([a, b], 2), args.output, fps=args.fps or 16.0)
+        write_video(torch.cat([a, b], 2), args.output, fps=fps)
 
 
 def read_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

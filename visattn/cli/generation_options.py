@@ -36,7 +36,7 @@ JOB_OPTIONS = {
         "X",
         "scale away from the negative prompt, for models that are told the other",
     ),
-    "fps": (float, "X", "frames per second of an mp4 (default 16)"),
+    "fps": (float, "X", "frames per second of an mp4 (default: the model's)"),
     "image": (str, "FILE", "the first frame, for image-to-video pipelines"),
 }
 MODEL_OPTIONS = {

@@ -7,12 +7,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from visattn.files import read_text
 from visattn.generation.errors import sentence
-from visattn.generation.job import Job, Progress, Result, run_job
+from visattn.generation.job import FPS, Job, Progress, Result, run_job
 from visattn.generation.loading import Loading, load_pipeline, lora_notes
 from visattn.generation.quiet import quiet
 from visattn.generation.record import (
@@ -24,6 +26,7 @@ from visattn.generation.record import (
 )
 from visattn.inject import apply_plan, summary
 from visattn.plan import Plan
+from visattn.plan.reading import parse_json, shown
 
 __all__ = ["Item", "Outcome", "generate_all", "read_prompts", "seeded"]
 
@@ -104,10 +107,8 @@ def read_prompts(
         OSError: the file cannot be read.
         ValueError: it is no text, holds no line, or not one that can be read.
     """
-    try:
-        text = Path(path).read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompts file {str(path)!r} is no UTF-8 text") from None
+    text = read_text(path, "prompts file")
+    _check_lines(text, str(path))
     items, taken = [], set[Path]()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -115,9 +116,10 @@ def read_prompts(
         label = f"line {number}"
         try:
             job, output = _read_line(line, number, Path(folder), defaults)
-            if output in taken:
-                raise ValueError(f"output {str(output)!r} is that of an earlier line")
-            taken.add(output)
+            place = output.resolve()
+            if place in taken:
+                raise ValueError(f"output {shown(str(output))} is that of an earlier line")
+            taken.add(place)
         except (TypeError, ValueError) as error:
             items.append(Item(label, None, None, str(error)))
         else:
@@ -135,26 +137,41 @@ def read_prompts(
 def _read_line(
     line: str, number: int, folder: Path, defaults: Mapping[str, Any]
 ) -> tuple[Job, Path]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is no JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"is no JSON object but {type(value).__name__}")
+    if line.rstrip().endswith(","):
+        raise ValueError("it ends in a comma; a line is a JSON object and nothing else")
+    value = parse_json(line, "it")
     for key in value:
         if key not in (*JOB_KEYS, "output"):
-            raise ValueError(f"has the unknown key {key!r}; keys are {', '.join(JOB_KEYS)}, output")
-    if "prompt" not in value:
-        raise ValueError("has no prompt")
+            names = ", ".join(JOB_KEYS)
+            raise ValueError(f"it has the unknown key {shown(key)}; keys are {names}, output")
+    if value.get("prompt") is None:
+        raise ValueError("it has no prompt")
     output = value.pop("output", None)
     job = Job(**{**defaults, **{key: own for key, own in value.items() if own is not None}})
     if output is None:
         output = f"{number:04d}.{'png' if job.num_frames == 1 else 'mp4'}"
     if not isinstance(output, str) or not output.strip("/"):
-        raise TypeError(f"output={output!r} must be the name of a file or folder")
+        raise TypeError(f"output={shown(output)} must be the name of a file or folder")
+    if not output.isprintable():
+        raise ValueError(f"output={shown(output)} must be a name of printable characters")
     if Path(output).is_absolute() or ".." in Path(output).parts:
-        raise ValueError(f"output={output!r} must be a name inside the output folder")
+        raise ValueError(f"output={shown(output)} must be a name inside the output folder")
+    if not (folder / output).parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"output={shown(output)} leads out of the output folder by a link")
     return job, folder / output
+
+
+def _check_lines(text: str, path: str) -> None:
+    """Refuse JSON of other forms with one sentence for all of its lines."""
+    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    with suppress(ValueError, RecursionError):
+        if first == "{" or isinstance(json.loads(text), list):
+            first = "["
+    if first == "[":
+        raise ValueError(
+            f"prompts file {path!r} holds JSON over several lines, or a JSON array; it must hold a "
+            "JSON object a line, without commas between them, as `jq -c '.[]'` writes an array"
+        )
 
 
 def generate_all(
@@ -288,7 +305,7 @@ class _Session:
             summary=numbers,
             load_seconds=self.load_seconds,
         )
-        self._write(item.output, result, item.job.fps, record)
+        self._write(item.output, result, record)
         return record
 
     def frames_of(self, job: Job) -> int:
@@ -299,11 +316,11 @@ class _Session:
         count = parameter.default if job.num_frames is None else job.num_frames
         return count if isinstance(count, int) else 2
 
-    def _write(self, output: Path, result: Result, fps: float, record: Mapping[str, Any]) -> None:
+    def _write(self, output: Path, result: Result, record: Mapping[str, Any]) -> None:
         from visattn.video import write_video
 
         if self.new_folders:
             output.parent.mkdir(parents=True, exist_ok=True)
         record_path(output).unlink(missing_ok=True)  # it would be that of other frames
-        write_video(result.frames, output, fps=fps)
+        write_video(result.frames, output, fps=result.settings.get("fps", FPS))
         write_record(output, record)

@@ -18,7 +18,9 @@ from visattn.generation.errors import REFUSALS, GenerationError, reason, sentenc
 from visattn.generation.quiet import quiet
 from visattn.guidance.named import guided
 from visattn.guidance.text import guidance_text, parse_guidances
+from visattn.inject.apply import family_of, models_of
 from visattn.inject.front import kind_of
+from visattn.plan.reading import shown
 
 __all__ = ["Job", "Progress", "Result", "run_job"]
 
@@ -30,6 +32,7 @@ COUNTS = ("height", "width", "num_frames", "num_inference_steps")
 SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 CALL = ("prompt", "negative_prompt", *COUNTS, *SCALES, "image")
 MAX_SEED = 2**63 - 1
+FPS = 16.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Job:
             model is told, and the second that of classifier-free guidance.
         guidance_scale_2: of the second denoiser, where there are two; None is ``guidance_scale``.
         image: file of the first frame, for image-to-video pipelines.
-        fps: frames per second of an mp4, above 0 and at most 1000.
+        fps: frames per second of an mp4, above 0 and at most 1000; None is that of the model.
         guidance: guidances of ``visattn.guidance.text``, one or several, as texts or as what they
             say.
 
@@ -64,34 +67,37 @@ class Job:
     guidance_scale_2: float | None = None
     true_cfg_scale: float | None = None
     image: str | None = None
-    fps: float = 16.0
+    fps: float | None = None
     guidance: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str):
-            raise TypeError(f"prompt={self.prompt!r} must be text")
-        for name in ("negative_prompt", "image"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be text")
+        for name in ("prompt", "negative_prompt", "image"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "prompt"):
+                raise TypeError(f"{name}={shown(value)} must be text")
+        _check_unicode("prompt", self.prompt)
+        _check_unicode("negative_prompt", self.negative_prompt or "")
         for name in (*COUNTS, "seed"):
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is None and name != "seed":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} must be an integer")
+                raise TypeError(f"{name}={shown(value)} must be an integer")
             if not least <= value <= MAX_SEED:
-                raise ValueError(f"{name}={value} must be at least {least} and below 2**63")
+                raise ValueError(f"{name}={shown(value)} must be at least {least} and below 2**63")
         for name in (*SCALES, "fps"):
             value = getattr(self, name)
-            if value is None and name in SCALES:
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} must be a number")
+                raise TypeError(f"{name}={shown(value)} must be a number")
             if not math.isfinite(value):
                 raise ValueError(f"{name}={value} must be finite")
-        if not 0 < self.fps <= 1000:
+        if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must be above 0 and at most 1000")
         object.__setattr__(self, "guidance", parse_guidances(self.guidance))
+        for own in self.guidance:
+            _check_unicode("guidance", guidance_text(own))
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON values, and the hash of the image file."""
@@ -102,6 +108,18 @@ class Job:
         return out
 
 
+def _check_unicode(name: str, text: str) -> None:
+    """Refuse text that no tokenizer takes: half of a surrogate pair, and bytes that Python could
+    not read as UTF-8 and keeps as such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}={shown(text)} holds {text[error.start]!r}, which is no character of Unicode; "
+            "write it in UTF-8"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Result:
     """What a pipeline made.
@@ -110,7 +128,8 @@ class Result:
         frames: float32 ``[T, H, W, 3]`` in [0, 1] on the CPU, before any encoding.
         seconds: of the whole call: text encoder, denoising, decoder.
         step_seconds: of each denoising step but the first, whose beginning is not seen.
-        settings: the values that the call ran with, the pipeline's defaults among them.
+        settings: the values that the call ran with, the pipeline's defaults among them, and of a
+            video its frames per second.
         notes: what diffusers and visattn had to say, and what differs from what was asked for.
     """
 
@@ -132,6 +151,8 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
     """
     options = _call_options(pipe, job)
     settings = _settings(pipe, options)
+    if "num_frames" in _parameters(pipe):
+        settings["fps"] = frame_rate(pipe) if job.fps is None else job.fps
     options["generator"] = torch.Generator("cpu").manual_seed(job.seed)
     options["output_type"] = "pt"
     bars = getattr(pipe, "_progress_bar_config", None)
@@ -164,6 +185,13 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
         settings=settings,
         notes=(*said, *_differences(job, frames)),
     )
+
+
+def frame_rate(pipe: Any) -> float:
+    """Frames per second of the videos that a pipeline makes: as its family's authors have it, and
+    16 for a family that is not known."""
+    families = filter(None, map(family_of, models_of(pipe).values()))
+    return next((family.frame_rate(pipe) for family in families), FPS)
 
 
 def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from visattn.files import read_text
+
 __all__ = ["PROMPTS_FILE", "model_prompts", "read_prompt_lines"]
 
 PROMPTS_FILE = "visattn_prompts.json"
@@ -17,11 +19,8 @@ def read_prompt_lines(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         OSError: it cannot be read; ValueError: it is no text, or holds none.
     """
-    try:
-        text = Path(path).read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompts file {str(path)!r} is no UTF-8 text") from None
-    found = [line.strip() for line in text.splitlines() if line.strip()]
+    text = read_text(path, "prompts file")
+    found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
         raise ValueError(f"prompts file {str(path)!r} is empty; it holds a prompt a line")
     return found

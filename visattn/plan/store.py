@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from visattn.files import write_whole
+from visattn.files import read_text, write_whole
 
 __all__ = ["PLAN_FILE", "find", "load", "push", "save"]
 
@@ -75,10 +75,7 @@ def load(path: Path, what: str = "plan") -> str:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{what} {str(path)!r} has {size} bytes; a {what} has at most {MAX_BYTES}")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{what} {str(path)!r} is no UTF-8 text") from None
+    return read_text(path, what)
 
 
 def push(

@@ -82,6 +82,6 @@ def clip_of(
             }
         value[name] = own
         if name in pictures:
-            data = encode_video(found.frames, fps=job.fps)
+            data = encode_video(found.frames, fps=found.settings.get("fps", 16.0))
             videos[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return value, videos
