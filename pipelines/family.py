@@ -33,6 +33,8 @@ class Family:
             shapes, and values only where these do not say it.
         batch: the passes of a batch that guidance has doubled, in its order; empty where each pass
             is a call of its own.
+        calls: the passes of a step in their order, where its pipelines make a call of each; some do
+            not name them.
         cross: regular expression of its cross-attention to text; empty where it has none.
         blocks: a regular expression for each stack of blocks that its denoiser runs one after the
             other, which the module paths of its blocks match in full.
@@ -56,6 +58,7 @@ class Family:
     layers: str
     tokens: Callable[[Any, Mapping[str, Any]], Tokens]
     batch: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
     cross: str = ""
     blocks: tuple[str, ...] = ()
     timestep_unit: int = 1

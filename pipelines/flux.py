@@ -97,6 +97,7 @@ FLUX = Family(
     models=("FluxTransformer2DModel",),
     layers=r"(single_)?transformer_blocks\.\d+\.attn",
     tokens=tokens,
+    calls=("cond", "uncond"),
     blocks=(r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
     timestep_unit=1000,
     shared_output="proj_out",

@@ -28,6 +28,7 @@ HUNYUANVIDEO = Family(
     models=("HunyuanVideoTransformer3DModel",),
     layers=r"(single_)?transformer_blocks\.\d+\.attn",
     tokens=tokens,
+    calls=("cond", "uncond"),
     blocks=(r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
     image_output=0,
     shared_output="proj_out",

@@ -23,6 +23,7 @@ WAN = Family(
     models=("WanTransformer3DModel",),
     layers=r"blocks\.\d+\.attn1",
     tokens=tokens,
+    calls=("cond", "uncond"),
     cross=r"blocks\.\d+\.attn2",
     blocks=(r"blocks\.\d+",),
     # the 5B of 2.2, which has a timestep for each token, has more

@@ -360,8 +360,8 @@ def _handler(
         windowed = edit.start != 0 or edit.stop != 1.0
         if windowed and (step is None or steps is None):
             raise ValueError(
-                f"{type(edit).__name__} is for some steps, and the step of this call is not known; "
-                "steer the pipeline that runs"
+                f"{type(edit).__name__} is for some steps, and "
+                + own.unknown("step", "start=0 and stop=1.0", "steer")
             )
         if windowed and not in_window(edit.start, edit.stop, step or 0, steps or 1):
             return inner(*args, **kwargs)
@@ -370,8 +370,8 @@ def _handler(
             passes = own.passes(batch)
             if passes is None:
                 raise ValueError(
-                    f"{type(edit).__name__} is for the {' and '.join(edit.passes)} pass, and the "
-                    "pass of this call is not known; steer the pipeline that runs"
+                    f"{type(edit).__name__} is for the {' and '.join(edit.passes)} pass, and "
+                    + own.unknown("pass", "passes=None", "steer")
                 )
             each = torch.tensor([pass_ in edit.passes for pass_ in passes])
             rows = each.repeat_interleave(batch // len(passes))

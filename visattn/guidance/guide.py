@@ -128,8 +128,8 @@ class _Guided:
             passes = ("cond",)  # a denoiser that is alone
         if passes is None:
             raise ValueError(
-                f"the pass of this call of {self.role} is not known, so that it cannot be guided; "
-                "guide the pipeline that runs, if it is one that says its passes"
+                "guidance cannot be added, as "
+                + own.unknown("pass", "another pipeline of the family", "guide")
             )
         step, steps = own.step()
         sample = sample_of(out)

@@ -327,8 +327,8 @@ class _Doubled:
         passes = own.passes(batch) or (("cond",) if self.alone else None)
         if passes is None:
             raise ValueError(
-                f"the pass of this call of {own.role} is not known, so that NAG cannot guide it; "
-                "guide the pipeline that runs"
+                "NAG cannot guide, as "
+                + own.unknown("pass", "another pipeline of the family", "guide")
             )
         guided = [pass_ for pass_ in passes if pass_ in self.nag.guided]
         step, steps = own.step()

@@ -149,8 +149,8 @@ class _Updated:
         passes = own.passes(arguments["hidden_states"].shape[0])
         if step is None or steps is None or passes is None:
             raise ValueError(
-                f"the step or the pass of this call of {self.role} is not known, so that its "
-                "latents cannot be updated; update those of the pipeline that runs"
+                "latents cannot be updated, as "
+                + own.unknown("step or pass", "another pipeline of the family", "guide")
             )
         return step, steps, passes
 

@@ -16,10 +16,20 @@ import torch
 
 from visattn.attention import Backend
 from visattn.inject.caught import Editor
+from visattn.inject.front import put_front, take_front
 from visattn.inject.guard import guards
 from visattn.inject.layer import Layer
-from visattn.inject.moment import Context, Guidance, PipeRef, passes_of, runs, step_of
+from visattn.inject.moment import (
+    Batch,
+    Context,
+    PipeRef,
+    pass_named,
+    passes_in,
+    runs,
+    step_of,
+)
 from visattn.inject.observation import Observer
+from visattn.inject.running import Announced, Calls, is_stock, run_of, says_where
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
 from visattn.pipelines.family import Family
@@ -28,6 +38,7 @@ from visattn.plan import ANY, Denoiser, Plan
 __all__ = ["Attachment", "attached", "attention_layers", "cross_layers", "describe"]
 
 ATTRIBUTE = "_visattn"
+SAID = "_visattn_passes"  # what stands in for a pipeline says its passes by
 logger = logging.getLogger("visattn")
 
 
@@ -97,10 +108,12 @@ class Attachment:
         self.tokens: Tokens = ()
         # weak: code that is compiled does not come by here, and must not find that of an old call
         self.timestep_ref: Callable[[], torch.Tensor | None] = _nothing
+        self.text_ref: Callable[[], torch.Tensor | None] = _nothing
         self.context: Context | None = None
         self.text_length: int | None = None  # of the running call, where it says it
         self.aside = False  # whether the pipeline makes a perturbed call of its own
-        self.guidance = Guidance()
+        self.batch, self.calls = Batch(), Calls()
+        self.announced, self.announcing = Announced(), PipeRef()
         self.told: set[str] = set()
         self.observers, self.audit, self.editor = observers, audit, editor
         device = next(model.parameters()).device
@@ -160,6 +173,10 @@ class Attachment:
         for layer in self.layers:
             layer.install()
         self.handle = self.model.register_forward_pre_hook(_begin, with_kwargs=True)
+        pipe = self.pipe()
+        if pipe is not None and not says_where(pipe, bool(self.family.batch)):
+            put_front(pipe, self.announced)
+            self.announcing = PipeRef(pipe)
         if hasattr(type(self.model), "cache_context"):
             own = types.MethodType(_cache_context, self.model)
             self.model.cache_context = own  # type: ignore[assignment]
@@ -170,6 +187,10 @@ class Attachment:
             self.handle.remove()
             self.handle = None
             self.model.__dict__.pop("cache_context", None)
+        pipe = self.announcing()
+        if pipe is not None:
+            take_front(pipe, self.announced)
+            self.announcing = PipeRef()
         for layer in self.layers:
             layer.remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
@@ -230,8 +251,9 @@ class Attachment:
         self._layouts[tokens] = layout
         return layout
 
-    def moments(self, batch: int) -> tuple[tuple[int, str], ...]:
+    def moments(self, batch: int, masked: bool = False) -> tuple[tuple[int, str], ...]:
         """Phase and pass of each equal part of a batch; phase -1 is a step that stays dense.
+        ``masked``: whether the call has a mask.
 
         Raises:
             ValueError: the plan depends on a step or pass that is not known.
@@ -241,22 +263,32 @@ class Attachment:
             step, steps = self.step()
             if step is None or steps is None:
                 raise ValueError(
-                    f"plan depends on the denoising step, and the step of this call of {self.role} "
-                    "is not known; apply the plan to the pipeline that runs"
+                    "plan depends on the denoising step, and "
+                    + self.unknown("step", "a plan without dense_steps and phases")
                 )
             phase = self.plan.phase_at(step, steps)
         if phase is None:
             return ((-1, ANY),)
         if not self.plan.passes:
             return ((phase, ANY),)
-        passes = self.passes(batch)
+        passes = self.passes(batch, masked)
         if passes is None:
             raise ValueError(
-                f"plan tells {' and '.join(self.plan.passes)} passes apart, and the pass of this "
-                f"call of {self.role} is not known; apply the plan to the pipeline that runs, if "
-                "it is one that says its passes"
+                f"plan tells {' and '.join(self.plan.passes)} passes apart, and "
+                + self.unknown("pass", "a plan without passes in its rules")
             )
         return tuple((phase, pass_) for pass_ in passes)
+
+    def unknown(self, what: str, instead: str, act: str = "apply the plan to") -> str:
+        """Why a step or pass is not known, and what to do: ``act`` the right pipeline, or use
+        something else instead."""
+        pipe, why = self.pipe(), f"the {what} of this call of {self.role} is not known: "
+        if pipe is None:
+            return f"{why}no pipeline is known that runs it; {act} the pipeline that runs"
+        name = type(pipe).__name__
+        if not runs(pipe, self.timestep, self.family.timestep_unit):
+            return f"{why}{name} is not the pipeline that runs; {act} the pipeline that runs"
+        return f"{why}{name} does not say it here; use {instead}"
 
     def note(self, arguments: Mapping[str, Any]) -> None:
         """Take from the arguments of a call that begins what tells its step and passes."""
@@ -265,28 +297,48 @@ class Attachment:
         self.text_length = text.shape[1] if isinstance(text, torch.Tensor) else None
         if not torch.compiler.is_compiling():
             timestep = arguments.get("timestep")
-            self.timestep_ref = _nothing
+            self.timestep_ref = self.text_ref = _nothing
             if isinstance(timestep, torch.Tensor):
                 self.timestep_ref = weakref.ref(timestep)
+            if isinstance(text, torch.Tensor):
+                self.text_ref = weakref.ref(text)
+                pipe = self.pipe()
+                run = None if pipe is None else run_of(pipe)
+                if run is not None and self.context is None:
+                    self.calls.note(run, pipe.scheduler, text)
 
     def step(self) -> tuple[int | None, int | None]:
         """The denoising step and the number of steps, where they are known."""
         return step_of(self.context, self.pipe(), self.timestep, self.family.timestep_unit)
 
-    def passes(self, batch: int) -> tuple[str, ...] | None:
-        """The pass of each equal part of a batch, where it is known."""
+    def passes(self, batch: int, masked: bool = False) -> tuple[str, ...] | None:
+        """The pass of each equal part of the batch of an attention call, where it is known.
+        ``masked``: whether the call has a mask."""
         if self.aside:
             return ("perturbed",)
-        pipe, order = self.pipe(), self.family.batch
-        here = bool(order) and runs(pipe, self.timestep, self.family.timestep_unit)
-        guided = self.guidance(pipe) if here else None
-        passes = passes_of(self.context, guided, order)
-        return None if passes is None or batch % len(passes) or self.halved(batch) else passes
+        timestep, size = self.timestep, batch
+        if timestep is not None and timestep.ndim and len(timestep) != 1:
+            size = len(timestep)  # of the denoiser's batch, of which a cache may compute a part
+        passes = pass_named(self.context) or getattr(self.pipe(), SAID, None)
+        passes = passes or self._unnamed(size)
+        return None if passes is None else passes_in(passes, size, batch, masked)
 
-    def halved(self, batch: int) -> bool:
-        """Whether a cache has taken a part of the batch away since the model was called."""
-        timestep = self.timestep
-        return timestep is not None and timestep.ndim > 0 and len(timestep) not in (1, batch)
+    def _unnamed(self, size: int) -> tuple[str, ...] | None:
+        """The passes in a batch of ``size`` samples to which the pipeline gives no name."""
+        pipe, order = self.pipe(), self.family.batch
+        if pipe is None or not runs(pipe, self.timestep, self.family.timestep_unit):
+            return None
+        named = None if self.context is None else self.context.name
+        if order:
+            known = named == "cond_uncond" or is_stock(pipe)
+            return self.batch(pipe, order, size) if known else None
+        run = run_of(pipe)
+        if run is None or named is not None or not is_stock(pipe):
+            return None
+        if not run.guided():
+            return ("cond",)
+        pass_ = self.calls.pass_of(run, self.text_ref(), self.family.calls)
+        return None if pass_ is None else (pass_,)
 
 
 def _check(pattern: HeadPattern, layout: TokenLayout, path: str) -> None:

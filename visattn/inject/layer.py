@@ -112,7 +112,8 @@ class Layer:
     def tell(self, reason: str) -> None:
         """Note why a call is dense where the plan has something sparse; say it once."""
         self.reason = reason
-        self.attachment.tell(f"{self.path} stays dense: {reason}")
+        which = f"some calls of {self.path} stay" if self.sparse_calls else f"{self.path} stays"
+        self.attachment.tell(f"{which} dense: {reason}")
 
     def executed(self, pattern: HeadPattern) -> float | None:
         """Share of the keys that a dynamic pattern has had computed, the mean of its last choices;
@@ -318,7 +319,7 @@ class Layer:
             number=(attachment.cross_paths if self.cross else attachment.paths).index(self.path),
             step=step,
             steps=steps,
-            passes=attachment.passes(q.shape[0]),
+            passes=attachment.passes(q.shape[0], call.mask is not None),
             q=q,
             k=k,
             v=v,
@@ -357,7 +358,8 @@ class Layer:
         axis = 2 if call.heads_first else 1
         length, keys, heads = query.shape[axis], key.shape[axis], query.shape[3 - axis]
         layout = self.attachment.layout
-        parts = self._at(self.attachment.moments(query.shape[0]), layout)
+        moments = self.attachment.moments(query.shape[0], call.mask is not None)
+        parts = self._at(moments, layout)
         if parts is None:
             return Decision(None)
         reason = None

@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Context", "Guidance", "PipeRef", "passes_of", "runs", "step_of"]
+from visattn.inject.running import is_announced, run_of
+
+__all__ = [
+    "Batch",
+    "Context",
+    "PipeRef",
+    "index_of",
+    "pass_named",
+    "passes_in",
+    "runs",
+    "schedule_of",
+    "step_of",
+]
 
 # the names that pipelines and guiders give their calls
 PASS_OF = {
@@ -62,18 +74,42 @@ def schedule_of(pipe: Any) -> torch.Tensor | None:
     return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
 
 
+def current_of(pipe: Any) -> torch.Tensor | None:
+    """The timestep at which a pipeline stands: as it says it, or else, while its call is under way,
+    as its scheduler counts."""
+    current, timesteps = getattr(pipe, "_current_timestep", None), schedule_of(pipe)
+    if isinstance(current, torch.Tensor):
+        return current
+    if timesteps is None or run_of(pipe) is None:
+        return None
+    index = index_of(pipe) or 0
+    return timesteps[index] if index < len(timesteps) else None
+
+
+def index_of(pipe: Any) -> int | None:
+    """The step at which the scheduler of a pipeline stands; before the first step, the one that it
+    was told to begin at."""
+    scheduler = getattr(pipe, "scheduler", None)
+    found = getattr(scheduler, "_step_index", None)
+    found = getattr(scheduler, "_begin_index", None) if found is None else found
+    return found if isinstance(found, int) else None
+
+
 def runs(pipe: Any, timestep: torch.Tensor | None, unit: int = 1) -> bool:
     """Whether a pipeline is the one that makes a call of its denoiser: it stands at the timestep of
     the call, or at one of its present schedule where that of the call is not known. Another may
-    share the denoiser, and one that was interrupted stays where it was. A pipeline that does not
-    say where it stands runs where the timestep is one of its schedule, which another must not
-    share. ``unit``: what it divides timesteps by."""
-    current, timesteps = getattr(pipe, "_current_timestep", None), schedule_of(pipe)
+    share the denoiser and the scheduler, and one that was interrupted stays where it was. A
+    pipeline whose calls are announced runs inside them. ``unit``: what it divides timesteps by."""
+    timesteps = schedule_of(pipe)
     if timesteps is None:
         return False
-    if not hasattr(pipe, "_current_timestep"):
+    announced = is_announced(pipe)
+    if announced and run_of(pipe) is None:
+        return False
+    if not announced and not hasattr(pipe, "_current_timestep"):
         return timestep is not None and place(timestep, timesteps) is not None
-    if not isinstance(current, torch.Tensor):
+    current = current_of(pipe)
+    if current is None:
         return False
     if timestep is None:
         return place(current, timesteps) is not None
@@ -96,7 +132,8 @@ def step_of(
         return None, None
     step = None if timestep is None else place(timestep, timesteps)
     if step is None and runs(pipe, timestep, unit):
-        current = pipe._current_timestep
+        current = current_of(pipe)
+        assert current is not None
         step = place(current, timesteps)
         if step is None:
             found = (timesteps == current.to(timesteps.device)).nonzero()
@@ -104,31 +141,57 @@ def step_of(
     return step, len(timesteps)
 
 
-class Guidance:
-    """Whether guidance has doubled the batch of a pipeline. The pipeline says its scale, and a
+class Batch:
+    """The passes in the batch of a pipeline. The pipeline says the scale of its guidance, and a
     dynamic one moves from step to step, through 1 as well, while the batch stays what it was: the
-    scale at the first call of a schedule decides."""
+    scale at the first call of a schedule decides, until the batch has another size. Then guidance
+    was switched off or on in between, and the present scale decides, if the size fits it."""
 
     def __init__(self) -> None:
         self._timesteps: object = None
-        self._on = False
+        self._passes: tuple[str, ...] = ()
+        self._size = 0
 
-    def __call__(self, pipe: Any) -> bool | None:
+    def __call__(self, pipe: Any, order: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        """Those of a batch of ``size`` samples, where they are known; ``order``: of a batch that
+        guidance has doubled."""
         scale = getattr(pipe, "_guidance_scale", None)
         if not isinstance(scale, (int, float)):
             return None
+        now = order if scale > 1 else ("cond",)
+        if getattr(pipe, "do_perturbed_attention_guidance", False):
+            now = (*now, "perturbed")
         timesteps = schedule_of(pipe)
         if timesteps is None or timesteps is not self._timesteps:
-            self._timesteps, self._on = timesteps, scale > 1
-        return self._on
+            self._timesteps, self._passes, self._size = timesteps, now, size
+        if size == self._size:
+            return self._passes
+        fits = now != self._passes and size * len(self._passes) == self._size * len(now)
+        return now if fits else None
 
 
-def passes_of(
-    context: Context | None, guided: bool | None, order: tuple[str, ...]
+def passes_in(
+    passes: tuple[str, ...], size: int, batch: int, masked: bool
 ) -> tuple[str, ...] | None:
-    """The passes in a batch. ``order``: those of a batch that guidance has doubled."""
-    if context is not None and context.name in PASS_OF:
-        return (PASS_OF[context.name],)
-    if not order or guided is None:
+    """The passes in an attention call.
+
+    Args:
+        passes: in the batch of the denoiser, which has ``size`` samples.
+        batch: samples of the call. Layers of perturbed attention guidance make two calls: one for
+            the perturbed samples, which has a mask, and one for those before them.
+        masked: whether the call has a mask.
+    """
+    if batch % len(passes) == 0 and batch == size:
+        return passes
+    if passes[-1] != "perturbed" or len(passes) == 1 or size % len(passes):
         return None
-    return order if guided else ("cond",)
+    each = size // len(passes)
+    if masked:
+        return passes[-1:] if batch == each else None
+    return passes[:-1] if batch == size - each else None
+
+
+def pass_named(context: Context | None) -> tuple[str, ...] | None:
+    """The pass that a pipeline gives its name."""
+    named = None if context is None else PASS_OF.get(context.name)
+    return None if named is None else (named,)

@@ -152,6 +152,7 @@ class Stand:
         self.scheduler = SimpleNamespace(timesteps=None)
         self._current_timestep: torch.Tensor | None = None
         self._guidance_scale: float | None = None
+        self._visattn_passes: tuple[str, ...] | None = None
 
 
 class Replay:
@@ -209,6 +210,7 @@ class Replay:
         self.stand.scheduler.timesteps = own.schedule
         self.stand._current_timestep = own.schedule[own.step]
         self.stand._guidance_scale = own.guidance
+        self.stand._visattn_passes = own.passes
         named = own.name is not None and hasattr(model, "cache_context")
         with model.cache_context(own.name) if named else nullcontext():
             out: torch.Tensor = model(**own.arguments, return_dict=False)[0]

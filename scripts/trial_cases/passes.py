@@ -1,0 +1,73 @@
+"""Steps, passes and counts of calls on pipelines of every kind, and plans that do nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny_images
+import variants
+
+from trial_cases.case import Case
+from visattn import patterns
+from visattn.inject import apply_plan, observe, summary
+from visattn.plan import Plan, Rule
+
+PASSED = Plan((Rule(patterns.Diagonal(2), pass_="cond"),), dense_steps=(1, 0))
+
+
+def _seen(pipe: Any, generate: Any, layer: int = 0) -> list[tuple[str, ...] | None]:
+    found: list[tuple[str, ...] | None] = []
+    with observe(pipe, lambda call: found.append(call.passes) if call.number == layer else None):
+        generate()
+    return found
+
+
+def _pag(_: Path) -> str:
+    pipe = variants.sd3_pag()
+    options: dict[str, Any] = {"num_images_per_prompt": 2, "steps": 1}
+    whole = _seen(pipe, lambda: tiny_images.generate(pipe, **options))
+    assert whole == [("uncond", "cond", "perturbed")], whole
+    return "a batch of six is uncond, cond and perturbed, two each"
+
+
+def _cutoff(_: Path) -> str:
+    def end(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        if step == 0:
+            pipe._guidance_scale = 0.0
+            for name in ("prompt_embeds", "pooled_prompt_embeds"):
+                tensors[name] = tensors[name].chunk(2)[1]
+        return tensors
+
+    pipe = tiny_images.sd3()
+    options: dict[str, Any] = {
+        "prompt": ["a red square", "blue circle"],
+        "negative_prompt": ["a", "blue"],
+        "callback_on_step_end": end,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "pooled_prompt_embeds"],
+    }
+    found = _seen(pipe, lambda: tiny_images.generate(pipe, **options))
+    assert found == [("uncond", "cond"), ("cond",), ("cond",)], found
+    return "after guidance has ended, all of the batch is cond"
+
+
+def _silent(name: str, steps: int) -> Any:
+    def run(_: Path) -> str:
+        pipe = variants.PIPELINES[name]()
+        apply_plan(pipe, PASSED, guard=False)
+        variants.generate(name, pipe, False)
+        row = summary(pipe).layers[0]
+        assert (row.sparse_calls, row.reason) == (steps, None), row
+        return f"{type(pipe).__name__}: {steps} sparse calls a layer"
+
+    return run
+
+
+CASES = (
+    Case("passes of SD3 PAG with several images", _pag),
+    Case("guidance that ends within a run", _cutoff),
+    *(
+        Case(f"plan by step and pass on {name}", _silent(name, 2 if name in variants.FIRST else 3))
+        for name in ("flux img2img", "flux fill", "wan v2v", "skyreels i2v")
+    ),
+)
