@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -25,6 +26,7 @@ from visattn.generation import (
     read_record,
     run_job,
 )
+from visattn.generation.cut_texts import cut_texts
 from visattn.generation.job import frame_rate
 from visattn.generation.loading import _dtype, pick_device
 from visattn.generation.prompts import read_prompt_lines
@@ -655,3 +657,53 @@ def test_mp4_has_the_frame_rate_of_the_model_or_that_which_is_given(capsys):
     assert read_record("own.mp4")["settings"]["fps"] == 8
     good(capsys, "compare", "own.mp4", "given.mp4", "-o", "both.mp4")
     assert read_rate("both.mp4") == 8
+
+
+LIMITS = {  # of the tokenizers that read the prompt, at the limits that these calls have
+    "wan21": {"tokenizer": 512},
+    "cogvideox": {"tokenizer": 226},
+    "hunyuanvideo": {"tokenizer_2": 77},
+    "flux": {"tokenizer": 12, "tokenizer_2": 512},
+    "sd3": {"tokenizer": 12, "tokenizer_2": 12, "tokenizer_3": 256},
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_tokens_that_are_cut_off_are_counted(name):
+    import tiny_images
+
+    pipe = getattr(tiny if name in tiny.PIPELINES else tiny_images, name)()
+    kinds = [type(part) for part in pipe.components.values()]
+    with cut_texts(pipe) as lines:
+        encode(pipe, " ".join(["red"] * 5))
+        assert lines == []
+        encode(pipe, " ".join(["red"] * 600 + ["blue"]))
+    assert [type(part) for part in pipe.components.values()] == kinds
+    found = {}
+    for line in lines:
+        part, limit, cut = re.match(r"(\w+) takes (\d+) tokens; (\d+) more of a text", line).groups()
+        assert int(cut) == 602 - int(limit)  # words, and the token of the end
+        assert line.count("red") or int(cut) == 1
+        found[part] = int(limit)
+    assert LIMITS[name].items() <= found.items()
+
+
+def encode(pipe, prompt):
+    """The texts alone, as the pipeline's call encodes them."""
+    with quiet():
+        if "HunyuanVideo" in type(pipe).__name__:
+            pipe._get_clip_prompt_embeds(prompt)
+        elif hasattr(pipe, "text_encoder_3"):
+            pipe.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+        elif hasattr(pipe, "text_encoder_2"):
+            pipe.encode_prompt(prompt, None)
+        else:
+            limit = 512 if "Wan" in type(pipe).__name__ else 226
+            pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=limit)
+
+
+def test_cut_prompts_are_noted(capsys):
+    prompt = " ".join(["red"] * 513)
+    out = good(capsys, "generate", prompt, "--model", "wan", *SIZE, "-o", "clip")
+    assert "note: tokenizer takes 512 tokens; 2 more of a text are cut off: 'red red'\n" in out
+    assert len(read_record("clip")["notes"]) == 1

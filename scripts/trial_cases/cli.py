@@ -133,6 +133,14 @@ def marks_are_no_text(folder: Path) -> str:
     return "a byte order mark is no part of the first prompt"
 
 
+def cut_prompts_are_noted(folder: Path) -> str:
+    prompt = " ".join(["red"] * 520)
+    argv = ("--model", saved("wan21"), *SIZE, "--num-frames", "1", "-o", "a.png")
+    code, out, err = command("generate", prompt, *argv)
+    assert code == 0 and "note: tokenizer takes 512 tokens; 9 more of a text" in out, out + err
+    return "9 tokens over the limit of 512 are noted"
+
+
 CASES = (
     Case("image-to-video of Wan dies of a missing ftfy", cleans_prompts),
     Case("an error of an unforeseen type ends a batch", any_error_is_a_line),
@@ -142,4 +150,5 @@ CASES = (
     Case("a video has the frame rate of another model", frame_rate_is_the_models),
     Case("an odd line of prompts", odd_lines_are_refused),
     Case("a byte order mark is part of a prompt", marks_are_no_text),
+    Case("the end of a long prompt is cut without a word", cut_prompts_are_noted),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from visattn.generation.cut_texts import cut_texts
 from visattn.generation.errors import REFUSALS, GenerationError, reason, sentence
 from visattn.generation.quiet import quiet
 from visattn.guidance.named import guided
@@ -156,7 +157,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
     options["generator"] = torch.Generator("cpu").manual_seed(job.seed)
     options["output_type"] = "pt"
     bars = getattr(pipe, "_progress_bar_config", None)
-    with quiet() as said:
+    with quiet() as said, cut_texts(pipe) as cut:
         started = time.perf_counter()
         ends: list[float] = []
         if "callback_on_step_end" in _parameters(pipe):
@@ -183,7 +184,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
         seconds=seconds,
         step_seconds=tuple(b - a for a, b in itertools.pairwise(ends)),
         settings=settings,
-        notes=(*said, *_differences(job, frames)),
+        notes=(*said, *cut, *_differences(job, frames)),
     )
 
 
