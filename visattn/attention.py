@@ -8,6 +8,7 @@ from typing import Literal, overload
 
 import torch
 
+from visattn.ambient import cast_for_attention
 from visattn.checks import check_lengths, check_patterns, check_scale, check_tensors
 from visattn.execute import (
     BACKENDS,
@@ -152,6 +153,9 @@ def sparse_attention(
     over the transposed block lists; through dynamic patterns for the blocks that were chosen, and
     not under ``torch.compile``. ``torch.compile(fullgraph=True)`` sees one
     op; patterns and layouts are then made outside the compiled function.
+
+    Under ``torch.autocast`` q, k and v are cast to its dtype, as torch's own attention does;
+    nothing inside is computed in a narrower dtype than without it.
     """
     if torch.compiler.is_compiling():
         return _compiled(
@@ -176,6 +180,7 @@ def attention_by(
     memory: Memory,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``sparse_attention`` with the choices of earlier steps that dynamic patterns may keep."""
+    q, k, v = cast_for_attention(q, k, v)
     check_tensors(q, k, v)
     patterns = check_patterns(pattern, q.shape[1])
     paired_layouts(layout, kv_layout)
@@ -213,6 +218,7 @@ def _compiled(
     keys = None if kv_layout is None else id(kv_layout)
     handle = handle_of(tuple([id(item) for item in heads]), id(layout), keys, backend)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    q, k, v = cast_for_attention(q, k, v)
     with_lse = return_lse or wants_gradients(q, k, v)
     out, lse = attention_op(q, k, v, handle, text_lengths, factor, with_lse)
     return (out, lse) if return_lse else out

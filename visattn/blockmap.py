@@ -22,6 +22,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 
+from visattn.ambient import lasting
 from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import SequenceBlocks
 from visattn.predicates import Predicate
@@ -70,6 +71,7 @@ class BlockMap:
         return self.k_blocks.size
 
     @cached_property
+    @lasting
     def visits(self) -> torch.Tensor:
         """Key blocks visited by each query block, int64 ``[Nq]``."""
         return (self.bounds[:, 4] - self.bounds[:, 0]).long()

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from visattn.ambient import lasting
 from visattn.blockmap import BlockMap
 from visattn.rows import (
     Mask,
@@ -193,6 +194,7 @@ class _Program:
             count * dim if copied else 0,
         )
 
+    @lasting
     def ordered(self, side: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """As ``rows.ordered``, with places that are worked out once."""
         blocks = self.block_map.q_blocks if side == "q" else self.block_map.k_blocks
@@ -209,6 +211,7 @@ class _Program:
         found = torch.index_select(by_token.view(-1, x.shape[3]), 0, places, out=out)
         return found.view(-1, x.shape[2], x.shape[3])
 
+    @lasting
     def back(self, out: torch.Tensor) -> torch.Tensor:
         """``[B * H, L, D]`` in token order."""
         order = self.block_map.q_blocks.index
@@ -226,6 +229,7 @@ class _Program:
 _PROGRAMS: WeakKeyDictionary[BlockMap, dict[tuple[int, int, int], _Program]] = WeakKeyDictionary()
 
 
+@lasting
 def _program(block_map: BlockMap, batch: int, heads: int, dim: int) -> _Program:
     """Of a map, made once for a number of heads; that of the last one is kept."""
     own = _PROGRAMS.setdefault(block_map, {})
@@ -245,6 +249,7 @@ class _Masks:
         self.found: dict[tuple[tuple[tuple[int, int, int], ...], ...], Mask] = {}
         self.numel = 0
 
+    @lasting
     def of(
         self, rows: list[Row], own: tuple[tuple[tuple[int, int, int], ...], ...]
     ) -> Mask | None:

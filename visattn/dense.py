@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from visattn.ambient import plain_torch
 from visattn.execute import wants_gradients
 
 __all__ = ["dense_with_lse"]
@@ -13,6 +14,7 @@ HALF = torch.float16, torch.bfloat16
 LOGITS = 1 << 22  # of a product in plain torch, so that memory stays that of the inputs
 
 
+@plain_torch()
 def dense_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

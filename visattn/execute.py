@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.ambient import plain_torch
 from visattn.blockmap import BlockMap, MapCache, PartialPolicy
 from visattn.blockwise import blockwise_attention, blockwise_backward
 from visattn.launch import on_device
@@ -115,6 +116,7 @@ def lower_cached(
 
 
 @on_device
+@plain_torch()
 def execute(
     spec: Spec,
     backend: str,
@@ -271,6 +273,7 @@ def _static(
     return blockwise_attention(q, k, v, blockwise_maps(spec), text_lengths, scale, with_lse)
 
 
+@plain_torch()
 def execute_backward(
     spec: Spec,
     backend: str,

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import torch
 
+from visattn.ambient import lasting
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -35,9 +37,11 @@ T = TypeVar("T")
 
 
 def on_cpu(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function compute geometry on the CPU, whatever default device a user has set."""
+    """Let a function compute geometry on the CPU, whatever default device a user has set; what it
+    makes may be kept."""
 
     @functools.wraps(function)
+    @lasting
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch.device("cpu"):
             return function(*args, **kwargs)

@@ -8,6 +8,8 @@ import threading
 
 import torch
 
+from visattn.ambient import lasting
+
 __all__ = ["workspace"]
 
 KEPT = 1 << 26  # bytes of a tensor that is kept for the next call, at most
@@ -23,6 +25,7 @@ class _Kept(threading.local):
 _KEPT = _Kept()
 
 
+@lasting
 def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
     """A tensor of any values on the CPU, in the dtype of ``like``, in the memory that the last one
     of this name and thread had."""

@@ -11,6 +11,7 @@ import torch
 
 from visattn.guidance.edit import Edit, Stream, check_number, numbers_of
 from visattn.guidance.state import State
+from visattn.layout import on_cpu
 
 __all__ = ["BlurQueries", "ReplaceQueries", "Temperature"]
 
@@ -62,6 +63,7 @@ class BlurQueries(Edit):
 
 
 @lru_cache(maxsize=256)
+@on_cpu
 def blur_matrix(size: int, sigma: float) -> torch.Tensor:
     """A Gaussian blur of a line with reflected borders as a matrix, float64 ``[size, size]``."""
     if sigma > INFINITE:

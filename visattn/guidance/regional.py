@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
+from visattn.ambient import lasting
 from visattn.guidance.edit import Edit, Stream, check_number, check_window, in_window
 from visattn.guidance.heads import Layers
 from visattn.guidance.regions import RegionMask
@@ -107,6 +108,7 @@ class RegionBits:
             )
         bits[places] = own.repeat_interleave(self.length)
 
+    @lasting
     def _image_of(self, grid: Grid) -> torch.Tensor:
         """Bits of the tokens of a grid."""
         bits = torch.zeros(grid.numel, dtype=torch.int64)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from visattn.ambient import lasting
 from visattn.guidance.edit import Edit
 from visattn.guidance.heads import HeadSet, Layers
 from visattn.guidance.queries import ReplaceQueries
@@ -250,6 +251,7 @@ def ir_diffusion(
         return out
 
     @functools.cache
+    @lasting
     def shifts(shape: tuple[int, int, int]) -> list[list[torch.Tensor]]:
         pairs = zip(seen.cpu(), own.cpu(), strict=True)
         return [_shifts(*(mask.reshape(shape) for mask in pair)) for pair in pairs]

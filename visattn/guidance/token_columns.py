@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from visattn.ambient import plain_torch
 from visattn.dense import dense_with_lse
 
 __all__ = ["columns_by_lse", "row_chunks", "token_columns"]
@@ -18,6 +19,7 @@ __all__ = ["columns_by_lse", "row_chunks", "token_columns"]
 LOGITS = 1 << 22  # of a product, so that memory stays that of the inputs
 
 
+@plain_torch()
 def token_columns(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -44,6 +46,7 @@ def token_columns(
     return found
 
 
+@plain_torch()
 def columns_by_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -83,6 +86,7 @@ class _TokenColumns(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @plain_torch()
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, lse, keys, groups, weights = ctx.saved_tensors
         wide, factor = lse.dtype, ctx.factor

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from visattn.ambient import plain_torch
 from visattn.guidance.calls import part_of
 from visattn.guidance.latent_update import LatentUpdate
 from visattn.guidance.partial_forward import LayerMean, PartialForward
@@ -88,9 +89,10 @@ class _Latents:
         with torch.enable_grad():
             own = latents.clone().requires_grad_(True)
             partial(call(own.to(dtype)))
-            maps = partial.sink.maps(self.update.normalise)
-            loss = self.update.losses(maps, self.maps)
-            (slope,) = torch.autograd.grad(loss.sum(), own)
+            with plain_torch():
+                maps = partial.sink.maps(self.update.normalise)
+                loss = self.update.losses(maps, self.maps)
+                (slope,) = torch.autograd.grad(loss.sum(), own)
         return loss.detach(), slope, maps.detach()
 
     def step(self, step: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from visattn.ambient import callers_autocast
 from visattn.attention import attention_by
 from visattn.dense import dense_with_lse
 from visattn.inject.op import Call
@@ -46,6 +47,7 @@ class Computing:
         self.layer, self.call, self.own, self.parts = layer, call, own, parts
         self.layout, self.dim, self.batch, self.factor = layout, dim, batch, factor
         self.padding = padding
+        self.autocast = callers_autocast()
 
     def __call__(
         self,
@@ -102,7 +104,9 @@ class Computing:
         plain = self.own
         if q.shape[3] != self.dim:
             plain = self.layer.by_torch(self.call._replace(scale=self.factor))
-        return (plain if self.padding is None else self.padding.around(plain))(q, k, v)
+        plain = plain if self.padding is None else self.padding.around(plain)
+        with self.autocast():
+            return plain(q, k, v)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.ambient import plain_torch
 from visattn.cost import (
     Calibration,
     DenseAttention,
@@ -51,6 +52,7 @@ def guards(wanted: bool | None, plan: Plan, device: torch.device) -> bool:
     return measured is None or measured != device_name(device)
 
 
+@plain_torch()
 def worthwhile(
     heads: tuple[HeadPattern, ...],
     q: torch.Tensor,
@@ -86,6 +88,7 @@ def worthwhile(
     return Verdict((DENSE,) * len(heads), margin * planned.seconds)
 
 
+@plain_torch()
 def measure_again(q: torch.Tensor, dense_attention: DenseAttention) -> bool:
     """Measure the device anew, since a call contradicts what is kept; False where this process has
     done so before."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from visattn.ambient import cast_for_attention, plain_torch
 from visattn.attention import attention_by, choose_backend, sparse_attention
 from visattn.inject.caught import Caught, Editor, Kind
 from visattn.inject.computing import Computing
@@ -165,8 +166,11 @@ class Layer:
         """The attention of the layer, tensors as ``call.heads_first`` says, in and out."""
         layout = self.attachment.layout
         lengths = self.lengths(query, call)
+        given = query, key, value
+        query, key, value = cast_for_attention(*given)
         for observer in self.observers:
-            observer(self._observation(query, key, value, call, lengths))
+            with plain_torch():
+                observer(self._observation(query, key, value, call, lengths))
         decision = self._decided(query, key, call, parallel, lengths is not None)
         parts = decision.parts
         if self.editor is not None:
@@ -176,7 +180,7 @@ class Layer:
         if parts is None:
             self.dense_calls += 1
             with decision.timed(query):
-                return self._plain(call, parallel)(query, key, value)
+                return self._plain(call, parallel)(*given)
         if not call.heads_first:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
@@ -257,7 +261,9 @@ class Layer:
         """The same of tensors ``[B, H, L, D]`` without a padding; ``own``: their attention without
         us, and with the padding."""
         assert self.editor is not None
-        edited = self.editor(self._caught(query, key, value, call, own, parts, padding))
+        caught = self._caught(query, key, value, call, own, parts, padding)
+        with plain_torch():
+            edited = self.editor(caught)
         if edited is not None:
             self._count(parts, edited)
         return edited

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from visattn.ambient import cast_for_attention
 from visattn.layout import Tokens
 
 if TYPE_CHECKING:
@@ -120,11 +121,13 @@ def layer_attention(
             "compiled attention with a plan has no gradient; train without torch.compile, or run "
             "under torch.no_grad()"
         )
+    query, key, value = cast_for_attention(query, key, value)
+    (mask,) = cast_for_attention(call.mask)
     out: torch.Tensor = layer_op(
         query,
         key,
         value,
-        call.mask,
+        mask,
         layer.number,
         packed(layer.attachment.tokens),
         call.dropout,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from visattn.layout import TokenLayout
+from visattn.ambient import lasting
+from visattn.layout import TokenLayout, on_cpu
 from visattn.patterns import Dense, HeadPattern, Pattern
 from visattn.selectors import Agent
 
@@ -32,6 +33,7 @@ class Part:
         self.kernels, self.products = False in agents, True in agents
         self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @lasting
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense and the other heads as indices on a device, which they are copied to once."""
         if device not in self._indices:
@@ -42,7 +44,8 @@ class Part:
         return self._indices[device]
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=4096)
+@on_cpu
 def is_dense(pattern: HeadPattern, layout: TokenLayout) -> bool:
     """Whether a pattern keeps every pair of a layout. A few rows tell most patterns apart, so that
     the pairs are seldom counted."""

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ambient import plain_torch
+
 # Red, green and blue in [0, 1].
 COLOURS: Mapping[str, tuple[float, float, float]] = {
     "red": (0.88, 0.10, 0.10),
@@ -297,6 +299,7 @@ def _standardised(outlines: Tensor) -> Tensor:
     return F.normalize(outlines - outlines.mean(-1, keepdim=True), dim=-1)
 
 
+@plain_torch()
 def _object(weights: Tensor) -> str | None:
     """Return the name of the nearest template to the outline of ``weights`` ``[F, H, W]``."""
     seen = _standardised(outline(weights).flatten())
@@ -306,6 +309,7 @@ def _object(weights: Tensor) -> str | None:
     return names[int((templates @ seen).argmax())]
 
 
+@plain_torch()
 def object_margin(frames: Tensor, caption: str) -> float:
     """Return how much nearer the outline of what is seen is to the object of ``caption`` than to
     any other, from -2 to 2: above 0 where ``score_prompt`` sees it, and 0 where nothing is seen.

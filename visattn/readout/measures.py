@@ -34,6 +34,7 @@ from functools import cached_property
 
 import torch
 
+from visattn.ambient import lasting, plain_torch
 from visattn.layout import Grid, check_count
 from visattn.orders import Triple
 from visattn.readout.rows import MAX_BYTES, RowChunk, RowSample, TileSample
@@ -172,6 +173,8 @@ class Measures:
     # ---- what does not depend on the weights
 
     @cached_property
+    @lasting
+    @plain_torch()
     def half(self) -> torch.Tensor:
         """Whether a row is in the second half of the grid, bool ``[R]``."""
         _, height, width = shape = self.sample.grid.shape
@@ -179,6 +182,8 @@ class Measures:
         return self.places[axis] >= shape[axis] / 2
 
     @cached_property
+    @lasting
+    @plain_torch()
     def averages(self) -> torch.Tensor:
         """Weights of the rows in means, float32 ``[2 + tiles, R]``: over both halves, then over
         every sampled tile of each tiling. NaN for a half without rows."""
@@ -194,6 +199,8 @@ class Measures:
         return torch.cat(parts)
 
     @cached_property
+    @lasting
+    @plain_torch()
     def reach(self) -> torch.Tensor:
         """The share of the rows for which each place of ``Tally.around`` is inside the grid,
         float32 ``[at, ay, ax]``."""
@@ -201,11 +208,15 @@ class Measures:
         return torch.einsum("rt,ry,rx->tyx", t, y, x).cpu() / len(self.sample)
 
     @cached_property
+    @lasting
+    @plain_torch()
     def profile_reach(self) -> torch.Tensor:
         """The share of the rows for which each frame of ``Tally.profile`` exists, ``[2 T - 1]``."""
         return self._frame_offsets(slice(None))[1].float().mean(0).cpu()
 
     @cached_property
+    @lasting
+    @plain_torch()
     def chance(self) -> Tally:
         """The measures of uniform attention on the same rows, with ``H = 1``."""
         t, y, x = self.around
@@ -227,6 +238,7 @@ class Measures:
 
     # ---- what does
 
+    @plain_torch()
     def __call__(self, chunks: Iterable[RowChunk], heads: int) -> Tally:
         """The measures of ``heads`` heads from chunks that cover their rows once."""
         sample, grid = self.sample, self.sample.grid

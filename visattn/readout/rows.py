@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.layout import Grid, TokenLayout, check_count
+from visattn.ambient import lasting, plain_torch
+from visattn.layout import Grid, TokenLayout, check_count, on_cpu
 from visattn.orders import HilbertOrder, SequenceBlocks
 from visattn.readout.tiles import Tiling
 
@@ -70,6 +71,7 @@ class RowSample:
         return self.layout.grids[self.number][0]
 
     @cached_property
+    @lasting
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(t, h, w)`` of the rows, int64 ``[R]`` each."""
         return self.grid.coordinates(self.tokens - self.start)
@@ -130,6 +132,7 @@ def draw_rows(
 
 
 @lru_cache(maxsize=16)
+@on_cpu
 def _draw(
     layout: TokenLayout,
     tilings: tuple[Tiling, ...],
@@ -224,12 +227,25 @@ def attention_rows(
         for row in range(0, len(rows), count):
             part = slice(row, min(row + count, len(rows)))
             queries = q[own, rows[part]].float() * factor
-            weights = torch.empty(*queries.shape[:2], tokens, device=q.device)
-            for key in range(0, tokens, span):
-                near = slice(key, key + span)
-                weights[..., near] = queries @ k[shared, near].float().transpose(1, 2)
-            if unseen is not None:
-                weights.masked_fill_(unseen, -torch.inf)
-            top = weights.amax(-1, keepdim=True)
-            total = weights.sub_(top).exp_().sum(-1, keepdim=True)
-            yield RowChunk(own, part, weights.div_(total), (top + total.log()).squeeze(-1))
+            yield RowChunk(own, part, *_softmax(queries, k, shared, span, unseen))
+
+
+@plain_torch()
+def _softmax(
+    queries: torch.Tensor,
+    k: torch.Tensor,
+    heads: torch.Tensor,
+    span: int,
+    unseen: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and LSE of queries ``[h, r, D]`` that are multiplied by the factor already, by the
+    key heads ``heads``, ``span`` keys at a time."""
+    weights = torch.empty(*queries.shape[:2], k.shape[1], device=k.device)
+    for key in range(0, k.shape[1], span):
+        near = slice(key, key + span)
+        weights[..., near] = queries @ k[heads, near].float().transpose(1, 2)
+    if unseen is not None:
+        weights.masked_fill_(unseen, -torch.inf)
+    top = weights.amax(-1, keepdim=True)
+    total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+    return weights.div_(total), (top + total.log()).squeeze(-1)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from visattn.ambient import plain_torch
+
 __all__ = ["output_weights"]
 
 
@@ -27,6 +29,7 @@ def output_weights(module: Any, shared: Any = None) -> torch.Tensor:
     return _weights(module, None if own is None else own[0])
 
 
+@plain_torch()
 def _weights(module: Any, layer: Any) -> torch.Tensor:
     if type(layer) is torch.nn.Linear:
         weight: torch.Tensor = layer.weight

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.layout import on_cpu
+
 __all__ = ["Option", "best_choice", "frontier", "pareto"]
 
 BINS = 2000  # of a budget, at least
@@ -75,6 +77,7 @@ def frontier(groups: Sequence[Sequence[Option]], points: int) -> list[Option]:
 Step = list[int]  # the costs of a group's options in bins
 
 
+@on_cpu
 def _solve(
     groups: Sequence[Sequence[Option]], budget: float
 ) -> tuple[list[torch.Tensor], list[Step], torch.Tensor] | None:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from visattn.layout import Grid, TokenLayout
+from visattn.layout import Grid, TokenLayout, on_cpu
 from visattn.orders import Triple
 from visattn.patterns import Stencil
 from visattn.readout import Tiling, default_tilings
@@ -23,6 +23,7 @@ class TileGrid:
         tile: tokens of a tile per axis; layout: with a grid.
     """
 
+    @on_cpu
     def __init__(self, tile: Triple, layout: TokenLayout) -> None:
         tiling = Tiling(tile)
         self.tile, self.layout = tile, layout
@@ -39,6 +40,7 @@ class TileGrid:
         return "x".join(map(str, self.tile))
 
     @cached_property
+    @on_cpu
     def owner(self) -> torch.Tensor:
         """The tile of each token, int64 ``[L]``; -1 outside the grid."""
         out = torch.full((self.layout.length,), -1)
@@ -46,6 +48,7 @@ class TileGrid:
         out[self.tokens[self.exists]] = number[self.exists]
         return out
 
+    @on_cpu
     def offset(self, q_tile: torch.Tensor, k_tile: torch.Tensor) -> torch.Tensor:
         """The number of the offset of key tiles from query tiles, broadcast."""
         out = torch.zeros(torch.broadcast_shapes(q_tile.shape, k_tile.shape), dtype=torch.long)
@@ -57,11 +60,13 @@ class TileGrid:
         return out
 
     @cached_property
+    @on_cpu
     def pairs(self) -> torch.Tensor:
         """How many pairs of tiles are apart by each offset, int64 ``[m]``."""
         sides = [n - (torch.arange(2 * n - 1) - n + 1).abs() for n in self.count.shape]
         return (sides[0][:, None, None] * sides[1][:, None] * sides[2]).flatten()
 
+    @on_cpu
     def triple(self, number: int) -> Triple:
         """The offset of a number."""
         t, h, w = (int(x) for x in self.sides.coordinates(torch.tensor(number)))
@@ -80,6 +85,7 @@ def tile_grids(layout: TokenLayout, block: int) -> list[TileGrid]:
     return [TileGrid(own.tile, layout) for own in tilings if isinstance(own.tile, tuple)]
 
 
+@on_cpu
 def stencil_of(
     grid: TileGrid, offsets: torch.Tensor, columns: torch.Tensor, share: float
 ) -> Stencil | None:

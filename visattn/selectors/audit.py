@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from visattn.ambient import plain_torch
 from visattn.layout import TokenLayout, valid_keys
 
 __all__ = ["Audit", "audit", "audited_rows"]
@@ -40,6 +41,7 @@ def audited_rows(layout: TokenLayout, rows: int, step: int, device: torch.device
     return tokens[(at + step * PRIME) % len(tokens)]
 
 
+@plain_torch()
 def audit(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from visattn.ambient import plain_torch
 from visattn.launch import backward_launch_of, on_device
 from visattn.layout import TokenLayout
 from visattn.selectors.attend import first_order, means_of, sampled_bias, sampled_tokens, valid_side
@@ -50,6 +51,7 @@ class LevelAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @plain_torch()
     def backward(
         ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from visattn.ambient import lasting
 from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import Order, SequenceBlocks, sequence_blocks
 
@@ -39,6 +40,7 @@ class Side:
         return len(self.grid)
 
     @functools.cached_property
+    @lasting
     def exists(self) -> torch.Tensor:
         """Which tokens are there, bool ``[G, G', N, size]``."""
         offset = torch.arange(self.size, device=self.length.device)
@@ -50,16 +52,19 @@ class Side:
         return Side(self.size, tokens, length, self.grid[rows])
 
     @functools.cached_property
+    @lasting
     def tokens32(self) -> torch.Tensor:
         """The tokens as the kernels read them."""
         return self.tokens.int().contiguous()
 
     @functools.cached_property
+    @lasting
     def length32(self) -> torch.Tensor:
         """The lengths as the kernels read them."""
         return self.length.int().contiguous()
 
     @functools.cached_property
+    @lasting
     def some(self) -> torch.Tensor:
         """Grid blocks that are not empty, uint8 ``[G, G', N]``."""
         return ((self.length > 0) & self.grid).to(torch.uint8).contiguous()
