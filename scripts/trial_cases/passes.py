@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_images
+import torch
 import variants
 
 from trial_cases.case import Case
@@ -63,7 +64,22 @@ def _silent(name: str, steps: int) -> Any:
     return run
 
 
+def _adapter(_: Path) -> str:
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+
+    pipe = tiny_images.sd3()
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(64, 8, 16, 16))
+    apply_plan(pipe, patterns.Diagonal(2), guard=False)
+    given = {"ip_hidden_states": torch.ones(2, 4, 8), "temb": torch.ones(2, 16)}
+    tiny_images.generate(pipe, joint_attention_kwargs=given)
+    found = {(row.sparse_calls, row.dense_calls, row.reason) for row in summary(pipe).layers}
+    assert found == {(3, 0, None)}, found
+    return "3 sparse calls a layer, none dense"
+
+
 CASES = (
+    Case("SD3 with an IP-Adapter", _adapter),
     Case("passes of SD3 PAG with several images", _pag),
     Case("guidance that ends within a run", _cutoff),
     *(

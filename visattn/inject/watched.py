@@ -84,10 +84,13 @@ def watched_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 class _Catch(TorchFunctionMode):
-    """Takes the calls of ``scaled_dot_product_attention`` inside one module."""
+    """Takes the calls of ``scaled_dot_product_attention`` inside one call of a module. The first is
+    the layer's own, and so are others of as many queries and keys; a call of another length is what
+    an adapter attends to beside, as an image."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
+        self.lengths: tuple[int, int] | None = None
         super().__init__()
 
     def __torch_function__(
@@ -95,11 +98,11 @@ class _Catch(TorchFunctionMode):
     ) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return _sdpa(self.layer, *args, **(kwargs or {}))
+        return _sdpa(self, *args, **(kwargs or {}))
 
 
 def _sdpa(
-    layer: Layer,
+    catch: _Catch,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -110,6 +113,13 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """torch's attention, ``[B, H, L, D]``, of a layer."""
+    layer, lengths = catch.layer, (query.shape[2], key.shape[2])
+    if catch.lengths is None:
+        catch.lengths = lengths
+    elif lengths != catch.lengths:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     call = Call(attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=True)
     if torch.compiler.is_compiling():
         return layer_attention(layer, query, key, value, call)
