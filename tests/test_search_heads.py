@@ -216,7 +216,6 @@ BAD_GUIDANCE = {
     "softpag:heads=0:7": "names head 7",
     "softpag:heads=far.json": "heads are of another model",
     "slg:blocks=7": "names block 7",
-    "pag:policy=ii_identity": "has no text tokens",
     "slg:blocks=1,start=5,stop=9": "has changed no attention call",
 }
 

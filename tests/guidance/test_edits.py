@@ -238,16 +238,20 @@ def test_entropy_grows_with_the_temperature():
 
 @pytest.mark.parametrize("grid", [Grid(1, 5, 8), Grid(3, 4, 5), Grid(1, 2, 3)])
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 2.5])
-def test_blur_is_a_convolution_with_reflected_borders(grid, sigma):
+@pytest.mark.parametrize("whole", [False, True])
+def test_blur_is_a_convolution_with_reflected_borders(grid, sigma, whole):
+    """By default with no more taps than an axis has tokens, or one more where that is even, as the
+    authors' code on square images."""
     layout = TokenLayout(grid, text_before=3)
     q, k, v = tensors(layout)
-    taps = math.ceil(6 * sigma)
-    taps += taps % 2 == 0
-    at = torch.arange(taps, dtype=torch.float64) - taps // 2
-    kernel = (-0.5 * (at / sigma) ** 2).exp()
-    kernel = kernel / kernel.sum()
     image = q[:, :, 3:].unflatten(2, grid.shape)
     for axis, size in enumerate(grid.shape):
+        taps = math.ceil(6 * sigma)
+        taps += taps % 2 == 0
+        taps = taps if whole else min(taps, size + (size % 2 == 0))
+        at = torch.arange(taps, dtype=torch.float64) - taps // 2
+        kernel = (-0.5 * (at / sigma) ** 2).exp()
+        kernel = kernel / kernel.sum()
         own = image.movedim(2 + axis, -1)
         inside = [min(n % period, -n % period) for n in range(-(taps // 2), size + taps // 2)] if (
             period := 2 * (size - 1)
@@ -256,7 +260,8 @@ def test_blur_is_a_convolution_with_reflected_borders(grid, sigma):
         image = F.conv1d(padded, kernel[None, None]).reshape(own.shape).movedim(-1, 2 + axis)
     new = q.clone()
     new[:, :, 3:] = image.flatten(2, 4)
-    close(edited(BlurQueries(sigma=sigma), q, k, v, layout), attention(new, k, v, layout))
+    blur = BlurQueries(sigma=sigma, whole_kernel=whole)
+    close(edited(blur, q, k, v, layout), attention(new, k, v, layout))
 
 
 @layouts
@@ -271,7 +276,7 @@ def test_blur_at_its_ends(layout):
     close(found[:, :, image], row.expand_as(found[:, :, image]))
     if layout.texts:
         assert found[:, :, text_of(layout)].equal(plain[:, :, text_of(layout)])
-    assert blur_matrix(4, 40.0).sum(1).sub(1).abs().max() < 1e-12
+    assert blur_matrix(4, 40.0, True).sum(1).sub(1).abs().max() < 1e-12
 
 
 def test_queries_of_another_sample():

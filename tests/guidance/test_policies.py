@@ -151,26 +151,26 @@ def test_strength_one_hides_values_that_are_not_finite():
     assert bool((state.out[:, 0] == 1).all()) and bool(state.out[:, 1].isnan().all())
 
 
-def test_text_policies_need_text():
-    pipe = tiny.wan21()
-    for policy in ("ii_identity", "ii_renorm"):
-        with (
-            pytest.raises(ValueError, match=r"no text tokens; take target='value'"),
-            guide(pipe, softpag(policy)),
-        ):
-            tiny.generate(pipe, steps=1)
+def test_without_text_tokens_the_policies_are_the_identity():
+    pipe, found = tiny.wan21(), []
+    for policy in ("all", "ii_identity", "ii_renorm"):
+        with guide(pipe, softpag(policy)):
+            found.append(tiny.generate(pipe, steps=1))
+    assert found[1].equal(found[0])
+    assert found[2].equal(found[0])
     with pytest.raises(ValueError, match="targets are value, uniform and mean_query"):
         softpag("ii_renorm", "uniform")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pag_and_seg_are_policies_and_targets(kind):
-    """PAG is the identity for image rows; SEG's limit is the mean query of all image tokens."""
+    """PAG has image rows keep the text's logits and their own, as that of SD3 in diffusers; SEG's
+    limit is the mean query of all image tokens."""
     pipe = pipeline(kind)
     found = []
     for own in (
         PAG(layers=LAYER),
-        SoftPAG({LAYER: None}, policy="image_rows"),
+        SoftPAG({LAYER: None}, policy="ii_identity"),
         SEG(layers=LAYER),
         SoftPAG({LAYER: None}, policy="image_rows", target="mean_query"),
     ):

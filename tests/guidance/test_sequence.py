@@ -95,8 +95,9 @@ def predicted(kind, latents, t, texts, empty):
 
 
 @torch.no_grad()
-def loop(kind, prompts, overlap, generator):
-    """The sequence as one sample of the scheduler, its prediction blended from the segments'."""
+def loop(kind, prompts, overlap, generator, segments):
+    """The sequence as one sample of the scheduler, its prediction blended from those of segments,
+    each as often as it is named."""
     pipe = pipeline(kind)
     axis, count = AXES[kind], len(prompts)
     total = LENGTH + (count - 1) * (LENGTH - overlap)
@@ -110,7 +111,9 @@ def loop(kind, prompts, overlap, generator):
     times, before = pipe.scheduler.timesteps, None
     for n, t in enumerate(times):
         added, weights = torch.zeros_like(own), torch.zeros_like(own)
-        for number, part in enumerate(windows_of(kind, own, overlap, count)):
+        parts = windows_of(kind, own, overlap, count)
+        for number in segments:
+            part = parts[number]
             one = predicted(kind, part, t, texts[number : number + 1], empty[:1])
             start = number * (LENGTH - overlap)
             added.narrow(axis, start, LENGTH).add_(one * weight.reshape(along))
@@ -149,7 +152,7 @@ def own_keys(state):
 
 @pytest.mark.parametrize(("length", "overlap"), [(3, 1), (7, 3), (13, 6), (5, 4), (4, 0)])
 def test_weights_of_frames_sum_to_one_and_joining_undoes_splitting(length, overlap):
-    windows = Windows(4, length, overlap, 1)
+    windows = Windows((0, 1, 2, 3), length, overlap, 1)
     whole = torch.randn(1, windows.total, 2)
     parts = windows.split(whole)
     assert parts.shape == (4, length, 2)
@@ -219,12 +222,14 @@ def scheduled(request):
     pipe.scheduler = before
 
 
-def test_blending_is_that_of_the_whole_sequence_in_one_scheduler(scheduled):
+@pytest.mark.parametrize(("pairs", "segments"), [(True, (0, 1, 1, 2)), (False, (0, 1, 2))])
+def test_blending_is_that_of_the_whole_sequence_in_one_scheduler(scheduled, pairs, segments):
+    """Overlaps of more than half a segment, where the middle one counts twice in pairs."""
     _, kind = scheduled
     generator = torch.Generator().manual_seed(7)
-    options = {"latents": noise(kind, 7), "generator": torch.Generator().manual_seed(7)}
-    out = sequence(kind, PROMPTS, overlap=1, share=None, **options)
-    expected = loop(kind, PROMPTS, 1, generator)
+    options = {"latents": noise(kind, 5), "generator": torch.Generator().manual_seed(7)}
+    out = sequence(kind, PROMPTS, overlap=2, share=None, pairs=pairs, **options)
+    expected = loop(kind, PROMPTS, 2, generator, segments)
     assert float(expected.abs().max()) > 1
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
 
@@ -233,7 +238,7 @@ def test_blending_samples_after_the_step_is_the_same_but_for_the_noise(scheduled
     """Multistep schedulers and the corrector of UniPC keep a history of each segment, which was not
     blended: they are linear in it, so that it is as if it had been."""
     name, kind = scheduled
-    windows = Windows(2, LENGTH, 1, AXES[kind])
+    windows = Windows((0, 1), LENGTH, 1, AXES[kind])
 
     def blended(pipe, step, timestep, tensors):
         return {"latents": windows.split(windows.join(tensors["latents"]))}
@@ -259,7 +264,9 @@ def test_overlaps_are_equal_after_each_step(kind):
     out = sequence(kind, PROMPTS, overlap=2, share=ALWAYS, callback_on_step_end=callback)
     assert len(seen) == STEPS
     for latents in seen:
-        assert len(latents) == 3
+        assert len(latents) == 4
+        assert latents[1].equal(latents[2])  # the middle segment, once in each pair
+        latents = latents[[0, 1, 3]]
         for before, after in itertools.pairwise(latents):
             tail = before.narrow(AXES[kind] - 1, 1, 2)
             assert tail.equal(after.narrow(AXES[kind] - 1, 0, 2))
@@ -293,28 +300,30 @@ def test_transitions_have_interpolated_embeddings(kind):
     texts, empty = pipe.encode_prompt(
         list(PROMPTS[:2]), "blue circle", True, max_sequence_length=10
     )
-    rows = [texts[0] + (texts[1] - texts[0]) * n / 3 for n in range(4)]
-    own = given[0] if kind == "wan21" else given[0][4:]
+    rows = [texts[0] + (texts[1] - texts[0]) * n / 3 for n in (0, 1, 1, 2, 2, 3)]
+    own = given[0] if kind == "wan21" else given[0][6:]
     torch.testing.assert_close(own, torch.stack(rows), atol=1e-6, rtol=1e-6)
-    other = given[1] if kind == "wan21" else given[0][:4]
-    torch.testing.assert_close(other, empty[:1].expand(4, -1, -1), atol=1e-6, rtol=1e-6)
+    other = given[1] if kind == "wan21" else given[0][:6]
+    torch.testing.assert_close(other, empty[:1].expand(6, -1, -1), atol=1e-6, rtol=1e-6)
 
 
 # ---- sharing
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_segment_has_the_keys_of_the_one_before_where_it_is_told(kind):
+@pytest.mark.parametrize(("pairs", "sources"), [(True, [0, 0, 2, 2]), (False, [0, 0, 1])])
+def test_each_segment_has_the_keys_of_the_one_before_where_it_is_told(kind, pairs, sources):
+    """In pairs the first of two has its own."""
     SEEN.clear()
     share = ShareSettings(layers=[0, 2], start=1, stop=3)
     with visattn.steer(pipeline(kind), Spy()):
-        sequence(kind, PROMPTS, overlap=1, share=share)
+        sequence(kind, PROMPTS, overlap=1, share=share, pairs=pairs)
     assert len(SEEN) == STEPS * 3 * 2
     assert {state.pass_ for state in SEEN} == {"cond", "uncond"}
     for state in SEEN:
         k, v = own_keys(state)
         shared = state.call.number in (0, 2) and state.call.step in (1, 2)
-        before = [0, 0, 1] if shared else [0, 1, 2]
+        before = sources if shared else [*range(len(sources))]
         assert state.k.equal(k[before])
         assert state.v.equal(v[before])
 
@@ -352,7 +361,7 @@ def gathered(state, subjects, tokens):
     image = torch.arange(state.image.start, state.image.stop)
     text = torch.tensor([p for first, end in state.texts for p in range(first, end)], dtype=int)
     out = (q @ k.mT * state.call.factor).softmax(-1) @ v
-    for sample in range(1, len(q)):
+    for sample in (1, 3):  # the second of each pair
         both = []
         for wanted in (True, False):
             keys = torch.cat([text, image[subjects[sample - 1] == wanted]])
@@ -374,7 +383,7 @@ def test_mask_guided_sharing_is_that_of_restricted_keys(kind):
     spies = [Spy(layers=[2], start=1, stop=2), Spy(layers=[0, 1], attention=attention)]
     with visattn.steer(pipeline(kind), spies):
         sequence(kind, PROMPTS, overlap=1, share=share, masks=["square", "circle", "circle"])
-    tokens = [(2,), (2,), (2,)]
+    tokens = [(2,)] * 4
     maps = []
     for state in SEEN:
         if state.call.step == 1 and state.call.number < 2 and state.pass_ == "cond":
@@ -389,7 +398,7 @@ def test_mask_guided_sharing_is_that_of_restricted_keys(kind):
     checked = [state for state in SEEN if state.call.number == 2]
     assert len(checked) == 2  # both passes
     for state in checked:
-        assert state.k.equal(own_keys(state)[0][[0, 0, 1]])
+        assert state.k.equal(own_keys(state)[0][[0, 0, 2, 2]])
         torch.testing.assert_close(state.out, gathered(state, subjects, tokens), atol=1e-5, rtol=0)
 
 

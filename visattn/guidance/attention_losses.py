@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import conv2d, pad
 
-__all__ = ["astar_retention", "astar_segregation", "attend_and_excite"]
+__all__ = ["SIGMA", "astar_retention", "astar_segregation", "attend_and_excite"]
+
+SIGMA = math.sqrt(0.5)  # standard deviation of the authors' blur, in tokens
 
 
 def astar_segregation(maps: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,7 @@ def astar_retention(maps: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
 
 
 def attend_and_excite(
-    maps: torch.Tensor, subjects: Sequence[int], *, sharpness: float = 100.0, sigma: float = 0.5
+    maps: torch.Tensor, subjects: Sequence[int], *, sharpness: float = 100.0, sigma: float = SIGMA
 ) -> torch.Tensor:
     """How little the most neglected subject is attended to anywhere: ``max_m (1 - max_x A^m)``,
     with ``A`` the softmax over tokens of ``sharpness`` times the maps, blurred in each frame by a 3
@@ -49,7 +51,9 @@ def attend_and_excite(
     Args:
         maps: of all real tokens, without padding and begin or end.
         subjects: numbers of the subjects among them.
-        sigma: of the Gaussian, in tokens.
+        sigma: standard deviation of the Gaussian, in tokens. The default is that of the authors'
+            code, whose kernel ``exp(-(x / (2 s))^2)`` with its parameter ``s = 0.5`` has the
+            standard deviation ``sqrt(0.5)``; the paper's is 0.5.
     """
     if not subjects:
         raise ValueError("attend_and_excite has no subjects; give numbers of tokens")

@@ -209,7 +209,7 @@ class PAG(Guidance):
     """
 
     layers: Layers = None
-    policy: Policy = "image_rows"
+    policy: Policy = "ii_identity"
 
     def edits(self) -> list[Edit | BlockEdit]:
         layers = self.layers
@@ -225,14 +225,19 @@ class SEG(Guidance):
     """Smoothed energy guidance: blurred queries (Hong 2024, arXiv 2408.00760).
 
     Args:
-        layers: as of PAG; sigma: in tokens, infinite by default: the mean query.
+        layers: as of PAG.
+        sigma: in tokens, infinite by default: the mean query.
+        whole_kernel: as of BlurQueries.
     """
 
     layers: Layers = None
     sigma: float = INFINITE + 1
+    whole_kernel: bool = False
 
     def edits(self) -> list[Edit | BlockEdit]:
-        return [BlurQueries(layers=self.layers, sigma=self.sigma)]
+        return [
+            BlurQueries(layers=self.layers, sigma=self.sigma, whole_kernel=self.whole_kernel)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,17 +259,18 @@ class SLG(Guidance):
 
 @dataclass(frozen=True, kw_only=True)
 class STG(Guidance):
-    """Spatiotemporal skip guidance: the attention of blocks, or the blocks, are skipped (Hyung et
-    al. 2024, arXiv 2411.18664).
+    """Spatiotemporal skip guidance: blocks, or their attention, are skipped (Hyung et al. 2024,
+    arXiv 2411.18664).
 
     Args:
-        blocks: numbers of blocks; the paper's: CogVideoX 11, HunyuanVideo 2, LTX 19, Mochi 34.
-        what: ``attention`` or ``block``.
+        blocks: numbers of blocks. Those of the released pipelines, which skip whole blocks: 11 of
+            CogVideoX, 2 of HunyuanVideo, 19 of LTX, 34 of Mochi.
+        what: ``block`` or ``attention``.
     """
 
     scale: float = 1.0
     blocks: int | Sequence[int] = 11
-    what: Literal["attention", "block"] = "attention"
+    what: Literal["attention", "block"] = "block"
 
     def edits(self) -> list[Edit | BlockEdit]:
         return [SkipBlock(blocks=self.blocks, what=self.what)]
@@ -327,7 +333,8 @@ class CFGZeroStar:
     perturbed guidance ``w (c - p)`` is added.
 
     Args:
-        zero_init: steps that give 0: an int counts them, a float is a share of the steps.
+        zero_init: steps that give 0: an int counts them, a float is a share of the steps. The
+            authors' ``zero_steps=n`` is ``zero_init=n + 1`` here.
     """
 
     zero_init: int | float = 1

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from visattn.guidance.attention_losses import (
+    SIGMA,
     astar_retention,
     astar_segregation,
     attend_and_excite,
@@ -159,7 +160,7 @@ class AttendAndExcite(LatentUpdate):
     Args:
         subjects: numbers of the subjects' tokens, among ``real``.
         sharpness: of the softmax over the real tokens, which leaves padding and begin or end out.
-        sigma: of the blur, in tokens.
+        sigma: of the blur, in tokens, as of ``attend_and_excite``.
 
     Maps are ``raw``, as in the paper: divided by the real tokens' sum they are of the order of 1,
     where the softmax at a sharpness of 100 is saturated and has no gradient; take 10 then.
@@ -170,7 +171,7 @@ class AttendAndExcite(LatentUpdate):
     normalise: Literal["raw", "real"] = "raw"
     subjects: Sequence[int] = ()
     sharpness: float = 100.0
-    sigma: float = 0.5
+    sigma: float = SIGMA
     refine: Mapping[int | float, float] = field(
         default_factory=lambda: {0: 0.95, 0.2: 0.5, 0.4: 0.2}
     )

@@ -34,6 +34,7 @@ class Perturb(Edit):
             the token itself.
             ``self_for_image``: the same rows, the weights of the text kept and those of the image
             given to the token itself.
+            Where a layer has no text tokens, the last two are the token's own value.
     """
 
     target: Target = "value"
@@ -62,13 +63,9 @@ class Perturb(Edit):
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         if self.target in OF_IMAGE:
-            if not state.texts:
-                raise ValueError(
-                    f"Perturb(target={self.target!r}) is for joint attention, and "
-                    f"{state.call.layer} has no text tokens; take target='value'"
-                )
             edit = replace(self, stream="image")
-            state.change("out", self._of_image(state), edit, strength)
+            new = self._of_image(state) if state.texts else state.v.expand_as(state.out)
+            state.change("out", new, edit, strength)
             return
         if self.target == "value":
             new = state.v

@@ -28,10 +28,13 @@ class BlurQueries(Edit):
             of all of its grid. The kernel has ``ceil(6 sigma)`` taps, made odd, and reflects at the
             borders, as often as it has to.
         axes: the axes that are blurred, of ``thw``.
+        whole_kernel: whether the kernel keeps all of its taps on an axis that is shorter. By
+            default it has at most as many as the axis has tokens, or one more where that is even.
     """
 
     sigma: float
     axes: str = "thw"
+    whole_kernel: bool = False
     stage: ClassVar[str] = "query"
     streams: ClassVar[tuple[Stream, ...]] = ("all", "image")
 
@@ -53,7 +56,7 @@ class BlurQueries(Edit):
             blurred = own.unflatten(2, grid.shape)
             for axis, size in zip("thw", grid.shape, strict=True):
                 if axis in self.axes:
-                    matrix = blur_matrix(size, self.sigma).to(own)
+                    matrix = blur_matrix(size, self.sigma, self.whole_kernel).to(own)
                     at = 2 + "thw".index(axis)
                     blurred = (blurred.movedim(at, -1) @ matrix.mT).movedim(-1, at)
             blurred = blurred.flatten(2, 4)
@@ -62,14 +65,18 @@ class BlurQueries(Edit):
         state.change("q", new, self, strength)
 
 
+def _odd(count: int) -> int:
+    return count + (count % 2 == 0)
+
+
 @lru_cache(maxsize=256)
 @on_cpu
-def blur_matrix(size: int, sigma: float) -> torch.Tensor:
+def blur_matrix(size: int, sigma: float, whole_kernel: bool) -> torch.Tensor:
     """A Gaussian blur of a line with reflected borders as a matrix, float64 ``[size, size]``."""
     if sigma > INFINITE:
         return torch.full((size, size), 1 / size, dtype=torch.float64)
-    taps = math.ceil(6 * sigma)
-    half = (taps + (taps % 2 == 0)) // 2
+    taps = _odd(math.ceil(6 * sigma))
+    half = (taps if whole_kernel else min(taps, _odd(size))) // 2
     at = torch.arange(-half, half + 1)
     weights = (-0.5 * (at.double() / sigma) ** 2).exp()
     weights = weights / weights.sum()

@@ -31,7 +31,8 @@ MINE = ("prompt", "prompt_embeds", "num_videos_per_prompt")
 
 @dataclass(frozen=True, kw_only=True)
 class ShareSettings:
-    """Where each segment attends to the keys and values of the one before it.
+    """Where each segment attends to the keys and values of the one before it (``pairs`` of
+    ``generate_sequence`` says to which).
 
     Args:
         layers: as for an ``Edit``; default: the last sixth, which are 25 to 29 of CogVideoX's 30.
@@ -65,14 +66,16 @@ def generate_sequence(
     share: ShareSettings | None = SHARE,
     blend: bool = True,
     masks: Sequence[str] | None = None,
+    pairs: bool = True,
     **call: Any,
 ) -> Any:
     """One continuous video from several prompts.
 
-    A segment of the pipeline's length for each prompt, and for each transition between two, are the
-    samples of one call of the pipeline, so that memory grows as the number of segments does. They
-    begin with windows of one noise; each attends to the keys and values of the one before; where
-    they overlap they are blended in each step; the sequence is decoded once, by the pipeline.
+    There is a segment of the pipeline's length for each prompt, and for each transition between
+    two. Segments are samples of one call of the pipeline, so that memory grows as their number
+    does. They begin with windows of one noise; each attends to the keys and values of the one
+    before; where they overlap they are blended in each step; the sequence is decoded once, by the
+    pipeline.
 
     Args:
         pipe: a text-to-video pipeline of Wan or CogVideoX; with a plan, ``steer`` or ``guide`` or
@@ -87,6 +90,10 @@ def generate_sequence(
             they are blended at the end.
         masks: the subject's word in each prompt: then the subject of a segment attends to that of
             the one before, and the rest to the rest. Segments of a transition have both words.
+        pairs: whether each two neighbours are denoised as a pair, so that a segment between two
+            others is there twice: once with the keys and values of the one before it, which has its
+            own there, and once with its own; both count in the blend. False: each segment is there
+            once, with those of the one before as that attends itself, at about half the cost.
         call: arguments of the pipeline. ``num_frames`` is that of a segment, ``generator`` one,
             ``latents`` those of the whole sequence, and what ``callback_on_step_end`` is given are
             the segments' latents.
@@ -116,7 +123,7 @@ def generate_sequence(
         raise ValueError(f"masks={masks!r} are for sharing, and share is None; leave one out")
     if len(listed) == 1:
         return pipe(prompt=listed, **call)
-    segments = _Segments(pipe, _frame_axis(pipe), len(listed), transitions, overlap)
+    segments = _Segments(pipe, _frame_axis(pipe), len(listed), transitions, overlap, pairs)
     edits = [] if share is None else _sharing(pipe, share, segments, listed, masks)
     given = call.pop("callback_on_step_end", None)
     inputs = call.pop("callback_on_step_end_tensor_inputs", None) or []
@@ -137,7 +144,13 @@ def generate_sequence(
 
 
 class _Segments:
-    """The segments of a sequence, in what a call of a pipeline does with them."""
+    """The segments of a sequence, in what a call of a pipeline does with them.
+
+    Attributes:
+        of_sample: the segment of each sample.
+        sources: for each sample whose keys and values are shared, that sample and its source.
+        between: for each sample a prompt, the next one, and how far its segment is between them.
+    """
 
     def __init__(
         self,
@@ -146,15 +159,21 @@ class _Segments:
         prompts: int,
         transitions: int,
         overlap: int | float,
+        pairs: bool,
     ) -> None:
         self.pipe, self.axis, self.prompts, self.overlap = pipe, axis, prompts, overlap
         each = transitions + 1
-        # a prompt, the next one, and how far the segment is between them
+        count = (prompts - 1) * each + 1
+        self.of_sample = tuple(range(count))
+        self.sources = [(n, n - 1) for n in range(1, count)]
+        if pairs:
+            self.of_sample = tuple(n + own for n in range(count - 1) for own in range(2))
+            self.sources = [(n, n - 1) for n in range(1, len(self.of_sample), 2)]
         self.between = [
             (number // each, min(number // each + 1, prompts - 1), number % each / each)
-            for number in range((prompts - 1) * each + 1)
+            for number in self.of_sample
         ]
-        self.windows = Windows(len(self.between), 1, 0, axis)  # until their length is known
+        self.windows = Windows(self.of_sample, 1, 0, axis)  # until their length is known
 
     def encoded(self, encode: Any) -> Any:
         """``encode_prompt`` that gives embeddings of the segments for those of the prompts."""
@@ -189,7 +208,7 @@ class _Segments:
                     f"overlap={own!r} must be from 0 to {length - 1}, since a segment has {length} "
                     "latent frames, or a share of them below 1.0"
                 )
-            self.windows = Windows(len(self.between), length, common, self.axis)
+            self.windows = Windows(self.of_sample, length, common, self.axis)
             total = self.windows.total
             bound.arguments.update(batch_size=1, num_frames=(total - 1) * ratio + 1)
             noise: torch.Tensor = prepare(*bound.args, **bound.kwargs)
@@ -220,7 +239,7 @@ class _Segments:
         return (
             isinstance(value, torch.Tensor)
             and value.ndim > self.axis
-            and value.shape[0] == self.windows.count
+            and value.shape[0] == len(self.windows.segments)
             and value.shape[self.axis] == self.windows.length
         )
 
@@ -294,12 +313,11 @@ def _sharing(
     if wanted is None:
         wanted = range(len(paths) - max(1, round(len(paths) / 6)), len(paths))
     chosen = sorted(paths.index(path) for path in Edit(layers=wanted).place(paths, 1).strengths)
-    count = len(segments.between)
     window: dict[str, Any] = {"start": share.start, "stop": share.stop}
     # the last first: what a segment gives are keys and values of its own
     edits: list[Edit] = [
-        ShareKV(source=n, samples=(n + 1,), layers=chosen, **window)
-        for n in reversed(range(count - 1))
+        ShareKV(source=source, samples=(sample,), layers=chosen, **window)
+        for sample, source in reversed(segments.sources)
     ]
     if masks is None:
         return edits
@@ -327,7 +345,7 @@ def _sharing(
         q_bits=functools.partial(_query_bits, subjects),
         k_bits=functools.partial(_key_bits, subjects),
         layers=chosen,
-        samples=tuple(range(1, count)),
+        samples=tuple(sample for sample, _ in segments.sources),
         **window,
     )
     return [*subjects.edits, *edits, mask]
@@ -348,7 +366,8 @@ def _query_bits(subjects: SubjectMasks, state: State) -> torch.Tensor:
 
 
 def _key_bits(subjects: SubjectMasks, state: State) -> torch.Tensor:
-    """What the keys of each segment are, which are those of the one before; text is both."""
+    """What the keys of each sample are, which are those of the sample before where they are shared;
+    text is both."""
     bits = torch.full((state.k.shape[0], state.k.shape[2]), SUBJECT | REST)
     own = torch.where(subjects(state).cpu(), SUBJECT, REST)
     bits[1:, state.image] = own[:-1]
