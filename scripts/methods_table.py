@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from visattn.guidance.methods import EDITS, METHODS
 from visattn.patterns import PATTERNS
 from visattn.patterns.parse import DYNAMIC
 from visattn.selectors import SELECTORS
@@ -31,6 +32,8 @@ def groups() -> dict[str, list[type | object]]:
     return {
         "Static patterns": list(PATTERNS.values()),
         "Dynamic patterns": list(dict.fromkeys((SELECTORS | DYNAMIC).values())),
+        "Guidance": list(METHODS),
+        "Edits of attention": list(EDITS),
     }
 
 

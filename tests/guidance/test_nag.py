@@ -55,7 +55,7 @@ def encode(pipe, text):
         return pipe.encode_prompt(text, **more, max_sequence_length=10)[0]
 
 
-def rule(plus, minus, scale=3.0, tau=2.5, alpha=0.25, norm="l1", formulation="extrapolate"):
+def rule(plus, minus, scale=4.0, tau=2.5, alpha=0.25, norm="l2", formulation="official"):
     """NAG of ``[b, H, L, D]``, token by token."""
     out = plus.clone()
     for b in range(plus.shape[0]):
@@ -177,9 +177,9 @@ def test_norm_is_held_at_tau_and_only_above_it(norm, order):
 def test_norms_and_formulations_differ_as_they_say():
     torch.manual_seed(0)
     plus, minus = torch.randn(2, 1, 3, 9, 4)
-    l1, l2 = (NAG("a", scale=8.0, norm=norm).away(plus, minus) for norm in ("l1", "l2"))
+    l1, l2 = (NAG("a", scale=9.0, norm=norm).away(plus, minus) for norm in ("l1", "l2"))
     assert not torch.allclose(l1, l2)
-    shifted = NAG("a", scale=9.0, formulation="official").away(plus, minus)
+    shifted = NAG("a", scale=8.0, norm="l1", formulation="extrapolate").away(plus, minus)
     assert shifted.equal(l1)
 
 
@@ -219,8 +219,8 @@ def test_generation_equals_the_oracle(kind, guidance):
 def test_nothing_changes_at_alpha_zero_and_at_the_neutral_scale(kind):
     pipe = PIPELINES[kind]()
     plain, before = generate(pipe), traces(pipe)
-    neutral = {"scale": 1.0, "formulation": "official"}
-    for options in ({"alpha": 0.0}, {"scale": 0.0}, neutral):
+    neutral = {"scale": 0.0, "formulation": "extrapolate"}
+    for options in ({"alpha": 0.0}, {"scale": 1.0}, neutral):
         with guide(pipe, NAG(NEGATIVE, **options)):
             assert generate(pipe).equal(plain)
     assert traces(pipe) == before

@@ -16,7 +16,15 @@ SIGMA = math.sqrt(0.5)  # standard deviation of the authors' blur, in tokens
 
 def astar_segregation(maps: torch.Tensor) -> torch.Tensor:
     """How much the maps of subjects overlap: ``sum over pairs of sum_x min(A^m, A^n) / sum_x (A^m +
-    A^n)`` (A-STAR, Agarwal et al. 2023, arXiv 2306.14544). From 0 to half the number of pairs."""
+    A^n)`` (A-STAR, Agarwal et al. 2023, arXiv 2306.14544). From 0 to half the number of pairs.
+
+    Source:
+        Agarwal et al. (2023), "A-STAR", arXiv 2306.14544.
+    Default:
+        paper.
+    Differences:
+        none
+    """
     flat = maps.flatten(2)
     total = flat.new_zeros(flat.shape[0])
     for m in range(1, flat.shape[1]):
@@ -32,6 +40,13 @@ def astar_retention(maps: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
     Args:
         layout: ``B``, where each subject was a step before or is to be: 0 or 1, ``[samples or 1,
             tokens, frames, height, width]``.
+
+    Source:
+        Agarwal et al. (2023), "A-STAR", arXiv 2306.14544.
+    Default:
+        paper.
+    Differences:
+        none
     """
     if layout.shape[1:] != maps.shape[1:] or layout.shape[0] not in (1, maps.shape[0]):
         raise ValueError(
@@ -54,6 +69,14 @@ def attend_and_excite(
         sigma: standard deviation of the Gaussian, in tokens. The default is that of the authors'
             code, whose kernel ``exp(-(x / (2 s))^2)`` with its parameter ``s = 0.5`` has the
             standard deviation ``sqrt(0.5)``; the paper's is 0.5.
+
+    Source:
+        Chefer et al. (2023), "Attend-and-Excite", arXiv 2301.13826. Code:
+        github.com/yuval-alaluf/Attend-and-Excite (commit 163efdf).
+    Default:
+        code. ``sigma=0.5`` is the Gaussian of the paper.
+    Differences:
+        none
     """
     if not subjects:
         raise ValueError("attend_and_excite has no subjects; give numbers of tokens")

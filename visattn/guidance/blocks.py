@@ -113,6 +113,14 @@ class SkipBlock(BlockEdit):
 
     Args:
         what: ``block``, ``attention`` (self-attention or joint attention) or ``feedforward``.
+
+    Source:
+        Hyung et al. (2024), "Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling",
+        arXiv 2411.18664. Code: github.com/junhahyung/STGuidance (commit f2b7482).
+    Default:
+        code. The released pipelines skip whole blocks.
+    Differences:
+        none
     """
 
     what: Literal["block", "attention", "feedforward"] = "block"
@@ -168,6 +176,13 @@ class SkipRandomBlocks(SkipBlock):
 
     Args:
         share: of the blocks, at least one; seed: of the draws.
+
+    Source:
+        Chen et al. (2025), "S2-Guidance", arXiv 2508.12880.
+    Default:
+        paper. No code was released.
+    Differences:
+        - At least one block is skipped.
     """
 
     blocks: int | Sequence[int] | None = None
@@ -200,6 +215,13 @@ class ShuffleTokens(BlockEdit):
     Args:
         share: of the tokens that change places.
         seed: of the orders.
+
+    Source:
+        Rajabi et al. (2025), "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036.
+    Default:
+        paper. Its code was not compared with.
+    Differences:
+        - Tokens get back their places after each block, as blocks of transformers have positions.
     """
 
     share: float = 1.0

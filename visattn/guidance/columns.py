@@ -99,6 +99,16 @@ class ScaleTokens(Edit):
         renormalise: rows then sum to 1 again: ``log s`` is added to the logits.
         both_ways: in joint attention the rows of these tokens also see the image by ``s`` times its
             weight (DiTCtrl).
+
+    Source:
+        Hertz et al. (2022), "Prompt-to-Prompt Image Editing with Cross-Attention Control", arXiv
+        2208.01626. Cai et al. (2024), "DiTCtrl", arXiv 2412.18597. Code:
+        github.com/TencentARC/DiTCtrl (commit f1348b5). Chen et al. (2024), "MotionCLR", arXiv
+        2410.18977.
+    Default:
+        paper.
+    Differences:
+        none
     """
 
     tokens: tuple[int, ...]
@@ -193,6 +203,14 @@ class ScaleHeads(Edit):
 
     Args:
         scale: 1 changes nothing.
+
+    Source:
+        This project; the scaling of head outputs by "VHR" for language models is the same
+        operation.
+    Default:
+        own.
+    Differences:
+        none
     """
 
     scale: float

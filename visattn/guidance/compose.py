@@ -29,6 +29,14 @@ class ComposeObject(Edit):
         source_mask: which tokens of the reference these are, as many in the same order; default:
             those at the same places. Keys and queries carry the rotary positions of the reference.
         rows: whether the object's rows are overwritten too.
+
+    Source:
+        Wang et al. (2024), "PrimeComposer", arXiv 2403.05053.
+    Default:
+        paper.
+    Differences:
+        - The code overwrites logits; here keys and queries are replaced, which gives the same
+          logits.
     """
 
     source: int
@@ -94,6 +102,13 @@ def region_constrained(
         mask: its region, bool ``[image tokens]`` or ``[frames, height, width]``.
         attention: ``cross``, or ``self`` where text is part of the sequence.
         samples, start, stop: as for an ``Edit``.
+
+    Source:
+        Wang et al. (2024), "PrimeComposer", arXiv 2403.05053.
+    Default:
+        paper.
+    Differences:
+        none
     """
     named = numbers_of("region_constrained(tokens=...)", tokens)
     outside = (mask.flatten() == 0).to(torch.int64)
@@ -146,6 +161,13 @@ def prime_composer(
         tokens: the object's text tokens; none: attention to text is as it is.
         attention: where text is: ``cross``, or ``self`` where it is part of the sequence.
         stop: the end of the composing.
+
+    Source:
+        Wang et al. (2024), "PrimeComposer", arXiv 2403.05053.
+    Default:
+        paper. The released code often leaves the list of tokens empty.
+    Differences:
+        - Blending of the background is the caller's.
     """
     edits: list[Edit] = [
         ComposeObject(

@@ -64,6 +64,16 @@ class DetectorGuidance:
     their normaliser is the guided one.
 
     ``steer(pipe, guidance.edits())`` makes it; it is for one generation at a time.
+
+    Source:
+        Liu et al. (2023), "Detector Guidance for Multi-Object Text-to-Image Generation", arXiv
+        2306.02236.
+    Default:
+        paper.
+    Differences:
+        - The trained detector is replaced by thresholded maps, by masks of the caller or by a
+          function.
+        - ``sigma`` of the blur is a choice of this project.
     """
 
     def __init__(

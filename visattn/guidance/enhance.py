@@ -29,6 +29,16 @@ class EnhanceVideo(Edit):
     Args:
         weight: the authors' for CogVideoX is 3.4, for HunyuanVideo 4, for Wan 4; from ``-T`` on the
             gain is 1.
+
+    Source:
+        Luo et al. (2025), "Enhance-A-Video", arXiv 2502.07508. Code:
+        github.com/NUS-HPC-AI-Lab/Enhance-A-Video (commit 16a7899).
+    Default:
+        code.
+    Differences:
+        - The gain is one for each sample; the code takes one for a whole batch.
+        - The gain is put on the output of attention; the code puts it behind the output projection
+          and its bias.
     """
 
     weight: float = 4.0

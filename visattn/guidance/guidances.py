@@ -114,6 +114,14 @@ class SoftPAG(Guidance):
 
     Where strength, scale, policy or target are left out, they are those of the HeadSet, or else 1,
     3, ``all`` and ``value``.
+
+    Source:
+        Ahn et al. (2025), "Where and How to Perturb", arXiv
+        2506.10978. Code: github.com/cvlab-kaist/HeadHunter (commit 3828d1c).
+    Default:
+        code. All rows of joint attention are moved, as in the published results.
+    Differences:
+        - ``scale`` is that of the published results, 3; the command line of the code has 5.
     """
 
     heads: HeadSet | Mapping[int | str, object] | None = None
@@ -206,6 +214,16 @@ class PAG(Guidance):
     Args:
         layers: numbers or paths of attention layers; None: all.
         policy: as of SoftPAG.
+
+    Source:
+        Ahn et al. (2024), "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance",
+        arXiv 2403.17377. Code: github.com/huggingface/diffusers (commit ff0f7af), the attention
+        processor of its pipeline for Stable Diffusion 3.
+    Default:
+        code. It is the only published form for joint attention; without text tokens it is the
+        paper's identity.
+    Differences:
+        - By default all layers are perturbed; published settings name one or a few.
     """
 
     layers: Layers = None
@@ -228,6 +246,16 @@ class SEG(Guidance):
         layers: as of PAG.
         sigma: in tokens, infinite by default: the mean query.
         whole_kernel: as of BlurQueries.
+
+    Source:
+        Hong (2024), "Smoothed Energy Guidance", arXiv 2408.00760. Code:
+        github.com/SusungHong/SEG-SDXL (commit cf8256d).
+    Default:
+        code.
+    Differences:
+        - On a grid that is not square each axis limits its own taps; the code takes the width for
+          both.
+        - The axis of frames is blurred too; the code is for images.
     """
 
     layers: Layers = None
@@ -246,6 +274,14 @@ class SLG(Guidance):
 
     Args:
         blocks: numbers of blocks; scale, start, stop: those of SD3.5 medium by default.
+
+    Source:
+        Stability AI, the release of Stable Diffusion 3.5 medium; `skip_guidance_layers` of
+        diffusers has the same rule.
+    Default:
+        own. There is no publication; blocks, scale and window are those of that release.
+    Differences:
+        none
     """
 
     start: int | float = 0.01
@@ -266,6 +302,14 @@ class STG(Guidance):
         blocks: numbers of blocks. Those of the released pipelines, which skip whole blocks: 11 of
             CogVideoX, 2 of HunyuanVideo, 19 of LTX, 34 of Mochi.
         what: ``block`` or ``attention``.
+
+    Source:
+        Hyung et al. (2024), "Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling",
+        arXiv 2411.18664. Code: github.com/junhahyung/STGuidance (commit f2b7482).
+    Default:
+        code. The released pipelines skip whole blocks; the paper has ``attention`` too.
+    Differences:
+        - The code can rescale the guided prediction (0.7); this does not.
     """
 
     scale: float = 1.0
@@ -283,6 +327,14 @@ class TemperatureGuidance(Guidance):
 
     Args:
         layers: as of PAG; temperature: above 1 flatter, below 1 sharper.
+
+    Source:
+        Berrada Ifriqi et al. (2025), "Entropy Rectifying Guidance", arXiv 2504.13987.
+    Default:
+        paper. No code is known.
+    Differences:
+        - Only the part for the image is here; the part in the text encoder is not.
+        - ``temperature`` is one for all layers and steps; the paper picks layers and a first step.
     """
 
     layers: Layers = None
@@ -299,6 +351,13 @@ class TokenPerturbation(Guidance):
 
     Args:
         blocks: numbers of blocks; share: of the tokens; seed: of the orders.
+
+    Source:
+        Rajabi et al. (2025), "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036.
+    Default:
+        paper. Its code was not compared with.
+    Differences:
+        - The paper names blocks of UNets; the first four blocks are a choice of this project.
     """
 
     blocks: int | Sequence[int] = (0, 1, 2, 3)
@@ -316,6 +375,13 @@ class S2Guidance(Guidance):
 
     Args:
         share: of the blocks; seed: of the choice.
+
+    Source:
+        Chen et al. (2025), "S2-Guidance", arXiv 2508.12880.
+    Default:
+        paper. No code was released.
+    Differences:
+        - At least one block is left out.
     """
 
     scale: float = 1.0
@@ -335,6 +401,14 @@ class CFGZeroStar:
     Args:
         zero_init: steps that give 0: an int counts them, a float is a share of the steps. The
             authors' ``zero_steps=n`` is ``zero_init=n + 1`` here.
+
+    Source:
+        Fan et al. (2025), "CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models",
+        arXiv 2503.18886. Code: github.com/WeichenFan/CFG-Zero-star (commit 3162be1).
+    Default:
+        code. ``zero_init=1`` is the default of its function.
+    Differences:
+        - Its scripts for Wan and HunyuanVideo give 0 in two steps, which is ``zero_init=2`` here.
     """
 
     zero_init: int | float = 1

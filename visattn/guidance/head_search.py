@@ -100,6 +100,14 @@ def search_heads(
         TypeError, ValueError: an argument is wrong; ``resume`` is of other settings; the objective
             fails without any of the candidates; all candidates fail.
         OSError: the file cannot be read or written.
+
+    Source:
+        Ahn et al. (2025), "Where and How to Perturb", arXiv
+        2506.10978. Code: github.com/cvlab-kaist/HeadHunter (commit 3828d1c).
+    Default:
+        code.
+    Differences:
+        - Candidates that fail are left out, and the search goes on.
     """
     if not callable(objective):
         raise TypeError(

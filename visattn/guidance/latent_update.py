@@ -130,6 +130,14 @@ class AStar(LatentUpdate):
         layout: where the subjects are to be, 0 or 1, ``[samples or 1, tokens, frames, height,
             width]``; default: where they were the step before, which is their map scaled in each
             frame and cut at ``threshold`` (a value of ours).
+
+    Source:
+        Agarwal et al. (2023), "A-STAR", arXiv 2306.14544.
+    Default:
+        paper. No code is known.
+    Differences:
+        - The threshold of the map of the step before, 0.5, is a choice of this project.
+        - Maps are those of a transformer's layers; the paper has 16 x 16 maps of a UNet.
     """
 
     loss: Loss | None = field(default=None, init=False)
@@ -164,6 +172,14 @@ class AttendAndExcite(LatentUpdate):
 
     Maps are ``raw``, as in the paper: divided by the real tokens' sum they are of the order of 1,
     where the softmax at a sharpness of 100 is saturated and has no gradient; take 10 then.
+
+    Source:
+        Chefer et al. (2023), "Attend-and-Excite", arXiv 2301.13826. Code:
+        github.com/yuval-alaluf/Attend-and-Excite (commit 163efdf).
+    Default:
+        code. ``sigma=0.5`` is the Gaussian of the paper.
+    Differences:
+        - Maps are those of a transformer's layers; the code has 16 x 16 maps of a UNet.
     """
 
     tokens: TextTokens = field(default=(), init=False)

@@ -32,6 +32,14 @@ class ReplaceMap(Edit):
 
     The source's attention is computed once more with the sample's values, within the plan's
     pattern. Other edits of columns are listed after it, and go by the sample's own map.
+
+    Source:
+        Hertz et al. (2022), "Prompt-to-Prompt Image Editing with Cross-Attention Control", arXiv
+        2208.01626. Chen et al. (2024), "MotionCLR", arXiv 2410.18977.
+    Default:
+        paper.
+    Differences:
+        - Text tokens of both prompts are compared by number.
     """
 
     source: int
@@ -111,6 +119,13 @@ def replace_motion(
 
     Raises:
         ValueError: no token is given.
+
+    Source:
+        Chen et al. (2024), "MotionCLR", arXiv 2410.18977.
+    Default:
+        paper.
+    Differences:
+        - The windows are shares of the steps; the paper has 10 steps.
     """
     named = numbers_of("replace_motion(tokens=...)", tokens)
     if not named:

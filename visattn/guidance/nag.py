@@ -35,7 +35,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NAG(Window, InPass):
-    """``(1 - alpha) z+ + alpha c z~`` with ``z~ = z+ + s (z+ - z-)`` in place of ``z+`` in every
+    """``(1 - alpha) z+ + alpha c z~`` with ``z~ = s z+ - (s - 1) z-`` in place of ``z+`` in every
     attention to text: ``z+`` and ``z-`` are the attention of a token to the prompt and to a
     negative text, and ``c`` keeps the norm of ``z~``, over the heads and their dimensions, at no
     more than ``tau`` times that of ``z+`` (normalized attention guidance, Chen et al. 2025, arXiv
@@ -53,23 +53,31 @@ class NAG(Window, InPass):
         scale: ``s``.
         tau: of the norm, above 0.
         alpha: from 0, which changes nothing and costs nothing, to 1.
-        norm: ``l1`` (the paper's) or ``l2`` (the authors' code for Flux).
-        formulation: ``extrapolate``, or ``official`` for the authors' ``z~ = s z+ - (s - 1) z-``,
-            whose scale is greater by 1. Their scale, tau and alpha: 4, 2.5, 0.25 for Flux; 4, 2.5,
-            0.125 for SD3.5; 11, 2.5, 0.25 for Wan.
+        norm: ``l2`` (the authors' code for Flux) or ``l1`` (the paper's).
+        formulation: ``official`` (the authors' code), or ``extrapolate`` for ``z~ = z+ + s (z+ -
+            z-)``, whose scale is smaller by 1. The authors' scale, tau and alpha: 4, 2.5, 0.25 for
+            Flux; 4, 2.5, 0.125 for SD3.5; 11, 2.5, 0.25 for Wan.
         passes: of ``cond`` and ``uncond``. The perturbed pass of another guidance is guided as the
             conditional one is; what is perturbed is so before, unless NAG was there first.
         start, stop: the steps, from ``start`` on and up to before ``stop``: an int is a step, a
             float a share of the steps.
+
+    Source:
+        Chen et al. (2025), "Normalized Attention Guidance", arXiv 2505.21179. Code:
+        github.com/ChenDarYen/Normalized-Attention-Guidance (commit 69159ca).
+    Default:
+        code. Its processor for Flux; the paper has ``norm="l1"``.
+    Differences:
+        - Where attention is 0 the code gives NaN, this gives 0.
     """
 
     negative_prompt: str | Sequence[str] | None = field(default=None, kw_only=False)
     negative_prompt_embeds: torch.Tensor | None = None
-    scale: float = 3.0
+    scale: float = 4.0
     tau: float = 2.5
     alpha: float = 0.25
-    norm: Literal["l1", "l2"] = "l1"
-    formulation: Literal["extrapolate", "official"] = "extrapolate"
+    norm: Literal["l1", "l2"] = "l2"
+    formulation: Literal["extrapolate", "official"] = "official"
     passes: tuple[str, ...] = ("cond",)
 
     def __post_init__(self) -> None:

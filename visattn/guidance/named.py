@@ -113,8 +113,8 @@ GUIDANCES: dict[str, Named] = {
     ),
     "stg": Named(
         STG,
-        "attention of blocks, or blocks, skipped in a further pass",
-        "stg:blocks=11,what=attention,scale=1",
+        "blocks, or their attention, skipped in a further pass",
+        "stg:blocks=11,scale=1",
         {"blocks": BLOCKS, "what": word("attention", "block"), **SCALED},
     ),
     "temperature": Named(

@@ -35,6 +35,15 @@ class Perturb(Edit):
             ``self_for_image``: the same rows, the weights of the text kept and those of the image
             given to the token itself.
             Where a layer has no text tokens, the last two are the token's own value.
+
+    Source:
+        Ahn et al. (2025), "Where and How to Perturb", arXiv
+        2506.10978. Code: github.com/cvlab-kaist/HeadHunter (commit 3828d1c).
+    Default:
+        code.
+    Differences:
+        - The targets ``self_and_text`` and ``self_for_image`` are restricted identities of the same
+          code.
     """
 
     target: Target = "value"

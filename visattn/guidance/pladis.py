@@ -29,6 +29,14 @@ class PLADIS(Edit):
             Astudillo 2016, arXiv 1602.02068), which keeps fewer keys.
 
     Rows of keys are sorted, so that there may be at most 512 of them.
+
+    Source:
+        Kim and Sim (2025), "PLADIS: Pushing the Limits of Attention in Diffusion Models at
+        Inference Time by Leveraging Sparsity", arXiv 2503.07677.
+    Default:
+        paper. No code of the authors is known.
+    Differences:
+        - Rows have at most 512 keys.
     """
 
     weight: float = 2.0

@@ -23,6 +23,14 @@ class ProportionalAttention(Edit):
 
     Args:
         trained: ``N0``, the keys that there were in training; as many change nothing.
+
+    Source:
+        Jin et al. (2023), "Training-free Diffusion Model Adaptation for Variable-Sized
+        Text-to-Image Synthesis", arXiv 2306.08645.
+    Default:
+        paper.
+    Differences:
+        none
     """
 
     trained: int

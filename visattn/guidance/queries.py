@@ -30,6 +30,16 @@ class BlurQueries(Edit):
         axes: the axes that are blurred, of ``thw``.
         whole_kernel: whether the kernel keeps all of its taps on an axis that is shorter. By
             default it has at most as many as the axis has tokens, or one more where that is even.
+
+    Source:
+        Hong (2024), "Smoothed Energy Guidance", arXiv 2408.00760. Code:
+        github.com/SusungHong/SEG-SDXL (commit cf8256d).
+    Default:
+        code. ``whole_kernel=True`` is the Gaussian of the paper.
+    Differences:
+        - On a grid that is not square each axis limits its own taps; the code takes the width for
+          both.
+        - The axis of frames is blurred too; the code is for images.
     """
 
     sigma: float
@@ -98,6 +108,15 @@ class Temperature(Edit):
         temperature: above 0; 1 changes nothing.
         keys: of which keys: ``all``, ``text`` or ``image``. With ``stream`` this limits it to one
             kind of pair, as image rows to text keys.
+
+    Source:
+        Berrada Ifriqi et al. (2025), "Entropy Rectifying Guidance", arXiv 2504.13987; Lv et al.
+        (2025), "TACA: Rethinking Cross-Modal Interaction in Multimodal Diffusion Transformers",
+        arXiv 2506.07986.
+    Default:
+        paper.
+    Differences:
+        - It is the change of the logits alone; windows of steps and layers are the caller's.
     """
 
     temperature: float
@@ -148,6 +167,13 @@ class ReplaceQueries(Edit):
 
     Args:
         source: the sample whose queries ``samples`` get.
+
+    Source:
+        Chen et al. (2024), "MotionCLR", arXiv 2410.18977.
+    Default:
+        paper.
+    Differences:
+        - The paper is for motion of the human body; here rows are tokens of a video.
     """
 
     source: int

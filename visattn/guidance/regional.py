@@ -193,8 +193,14 @@ def regional(
         TypeError, ValueError: the pipeline or an argument is something else, or a mask covers no
             token. The pipeline is then as it was.
 
-    Source: Chen et al. 2024, arXiv 2411.02395: masked attention to regions, base ratio and windows
-    of steps and layers. There the base prompt is a stream of its own beside the regions'.
+    Source:
+        Chen et al. (2024), "Training-free Regional Prompting for Diffusion Transformers", arXiv
+        2411.02395.
+    Default:
+        paper.
+    Differences:
+        - The base prompt is part of the sequence; in the paper it is a stream of its own.
+        - By default all layers and steps have regions and ``base_ratio`` is 0.
     """
     model, family = _check(pipe, prompt, regions, call)
     wanted = "from 0 to 1; 0 is by regions alone"

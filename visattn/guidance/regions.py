@@ -29,6 +29,13 @@ class LabelBias(Edit):
 
     A row that would see no key, by the table or by what a sparse pattern leaves of it, sees its own
     token and the text that it may see.
+
+    Source:
+        This project.
+    Default:
+        own.
+    Differences:
+        none
     """
 
     table: torch.Tensor
@@ -96,6 +103,13 @@ class RegionMask(Edit):
 
     Regions of a prompt, each with its text, isolated subjects, and tokens of a subject that only
     its region sees are such masks. A row that would see no key is treated as in ``LabelBias``.
+
+    Source:
+        This project: one form for the masks of regions, of isolated subjects and of prompts.
+    Default:
+        own.
+    Differences:
+        none
     """
 
     q_bits: Labels

@@ -117,6 +117,16 @@ def generate_sequence(
         TypeError, ValueError: the pipeline or an argument is something else; a segment is not
             longer than the overlap; sharing is for steps that there are none of. The pipeline is
             then as it was.
+
+    Source:
+        Cai et al. (2024), "DiTCtrl", arXiv 2412.18597. Code: github.com/TencentARC/DiTCtrl (commit
+        f1348b5).
+    Default:
+        code. Each two neighbours are a pair; ``pairs=False`` costs less.
+    Differences:
+        - Predictions are blended before the step of the scheduler; the code blends the clean
+          latents, which is the same.
+        - Layers are the last sixth, which are those of the code for CogVideoX-2B.
     """
     listed = _check(pipe, prompts, overlap, transitions, masks, call)
     if masks is not None and share is None:

@@ -92,6 +92,14 @@ class ShareKV(Edit):
         what: ``both``, ``keys`` (values stay their own) or ``values``.
 
     All of the source's tokens are taken, its text too.
+
+    Source:
+        Cai et al. (2024), "DiTCtrl", arXiv 2412.18597. Code: github.com/TencentARC/DiTCtrl (commit
+        f1348b5).
+    Default:
+        code.
+    Differences:
+        none
     """
 
     source: int
@@ -136,6 +144,16 @@ class BorrowKeys(Edit):
             place of its own, as at other positions (``Rotary``).
 
     The strength of a head is what a borrowed key weighs beside one of its own.
+
+    Source:
+        Tewel et al. (2024), "Training-Free Consistent Text-to-Image Generation", arXiv 2402.03286;
+        Zhou et al. (2024), "StoryDiffusion", arXiv 2405.01434; He et al. (2024), "DreamStory",
+        arXiv 2407.12899.
+    Default:
+        paper.
+    Differences:
+        - Keys keep the rotary positions of their own sample; the papers are for UNets, which have
+          none.
     """
 
     sources: tuple[int, ...]

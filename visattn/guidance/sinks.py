@@ -36,6 +36,14 @@ class RedistributeSinks(Edit):
 
     A row that sees no other image token gives the weight to its own. The paper finds sinks by
     channels of the hidden states of a language model, which are not looked for here.
+
+    Source:
+        Kang et al. (2025), "See What You Are Told: Visual Attention Sink in Large Multimodal
+        Models", arXiv 2503.03321.
+    Default:
+        paper.
+    Differences:
+        - Sinks are given by the caller; the paper finds them by channels of a language model.
     """
 
     sinks: Labels

@@ -114,8 +114,13 @@ def consistory(
         start, stop: the steps; by default from the second on, at 50 steps.
         seed: of the dropout.
 
-    Source: keys of the others, mask dropout, anchors and the mix of queries. Injection of features
-    by correspondence and FreeU, which are for UNets, are not part of it.
+    Source:
+        Tewel et al. (2024), "Training-Free Consistent Text-to-Image Generation", arXiv 2402.03286.
+    Default:
+        paper.
+    Differences:
+        - All layers share keys; the paper has the up blocks of a UNet.
+        - Injection of features by correspondence and FreeU, which are for UNets, are left out.
     """
     count = len(tokens)
     if anchors is not None and not 1 <= anchors <= count:
@@ -159,6 +164,14 @@ def story_diffusion(
         share: of their tokens.
         layers: default: all. The paper's are the up blocks of a UNet.
         seed: of all that is drawn, anew in each step.
+
+    Source:
+        Zhou et al. (2024), "StoryDiffusion", arXiv 2405.01434.
+    Default:
+        paper.
+    Differences:
+        - All layers share keys; the code has the up blocks of a UNet.
+        - Each layer is drawn for in each step; the code draws once for all layers and both sizes.
     """
     if samples < 2 or sources < 1:
         raise ValueError(
@@ -211,9 +224,14 @@ def ir_diffusion(
         ValueError: an argument is something else; with ``reposition``, a mask without a token, or a
             denoiser whose rotary positions are not known (those of Wan and Flux are).
 
-    Source: isolation, mutual self-attention and repositioning, which in the paper resizes features
-    before keys and values are projected, and here moves the positions of keys. The mutual
-    cross-attention, which is that of regional prompts, is not part of it.
+    Source:
+        He et al. (2024), "DreamStory", arXiv 2407.12899.
+    Default:
+        paper.
+    Differences:
+        - ``reposition`` moves the positions of keys; the paper resizes features before keys and
+          values are projected.
+        - Mutual cross-attention, which is that of regional prompts, is left out.
     """
     seen, own = (mask.flatten(1) != 0 for mask in (references, regions))
     count = len(seen)

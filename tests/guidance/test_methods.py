@@ -1,0 +1,29 @@
+"""Every public method of guidance names its source, its default and its differences."""
+
+import pytest
+
+import visattn.guidance
+from visattn.guidance.methods import EDITS, METHODS
+from visattn.guidance.named import GUIDANCES
+from visattn.sources import read_source
+
+# what other methods are made of, or what runs them
+PARTS = {"BlockEdit", "Edit", "Guidance", "HeadSet", "LatentUpdate", "ReadTokens", "Reading"}
+PARTS |= {"ShareSettings", "State", "SubjectMasks", "TokenReadout"}
+RUNNERS = {"caption_score", "guidance_text", "guide", "guided", "parse_guidance", "phrase_tokens"}
+RUNNERS |= {"real_tokens", "steer", "update_latents"}
+# the guidances above as guiders of diffusers' modular pipelines
+FORMS = {"SoftPerturbedGuidance"}
+
+
+@pytest.mark.parametrize("method", METHODS + EDITS, ids=lambda own: own.__name__)
+def test_method_names_its_source(method):
+    own = read_source(method)
+    assert own.source and own.default
+
+
+def test_no_public_method_is_left_out():
+    names = visattn.guidance.__all__
+    public = {name for name in names if callable(getattr(visattn.guidance, name))}
+    assert public - PARTS - RUNNERS - FORMS == {own.__name__ for own in METHODS + EDITS}
+    assert {own.make for own in GUIDANCES.values()} <= set(METHODS + EDITS)
