@@ -92,8 +92,27 @@ def run(
     )
 
 
+def brightness(frames, prompt):
+    """An objective that is told on stdout."""
+    print("judged", flush=True)
+    return float(frames.mean())
+
+
+def run_heads(folder):
+    """The heads of the first layer that a search for them finds."""
+    torch.manual_seed(0)
+    return visattn.search_heads(
+        tiny.wan21(),
+        brightness,
+        PROMPTS[:1],
+        candidates={0: None},
+        call={"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 1},
+        resume=folder / "heads.jsonl",
+    )
+
+
 def start(folder, **environment):
-    """The search in another process, which prints lines of progress and then the plan."""
+    """Both searches in another process, which prints lines of progress and then what it found."""
     return subprocess.Popen(
         [sys.executable, __file__, str(folder)],
         stdout=subprocess.PIPE,
@@ -106,6 +125,12 @@ def plan_of(lines):
     """The plan that a run has printed."""
     (own,) = [line for line in lines if line.startswith("plan ")]
     return json.loads(own.removeprefix("plan "))
+
+
+def heads_of(lines):
+    """The heads that a run has printed."""
+    (own,) = [line for line in lines if line.startswith("heads ")]
+    return json.loads(own.removeprefix("heads "))
 
 
 def finish(process):
@@ -152,8 +177,11 @@ def main():
         return
     make_up_seconds()
     torch.set_num_threads(1)
-    result = run(args.folder, progress=lambda *line: print(*line[:3], flush=True))
+    own = torch.device("cpu", int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
+    subject.Subject.device = property(lambda self: own)
+    result = run(args.folder, progress=lambda *line: print("task", *line[:3], flush=True))
     print("plan", result.plan.to_json().replace("\n", " "), flush=True)
+    print("heads", run_heads(args.folder).to_json().replace("\n", " "), flush=True)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,33 @@ def test_a_team_keeps_what_is_done_and_asks_again_what_failed(tmp_path):
     assert calls == [2]
     assert [item.value["n"] for item in again] == [0, 1, 2, 3]
     Team(Store(tmp_path), "another model").do("stage", tasks(calls))
-    assert calls == [2, 0, 1, 2, 3]
+    assert sorted(calls[1:]) == [0, 1, 2, 3]
+
+
+def test_two_that_share_a_folder_alone(tmp_path):
+    """What another has done by then is not done again, and both go on with what was kept first."""
+    calls = []
+    mine = tasks(calls)
+
+    def run():
+        for own in (Team(Store(tmp_path), "about"), Team(Store(tmp_path), "about")):
+            own.do("stage", tasks(calls))
+        return {"n": "later"}, {}
+
+    found = Team(Store(tmp_path), "about").do("stage", [own._replace(run=run) for own in mine])
+    assert [item.value["n"] for item in found] == [0, 1, 2, 3]
+    assert sorted(calls) == [0, 1, 2, 3]
+
+
+def test_what_is_timed_is_of_its_number_of_threads(tmp_path, monkeypatch):
+    for threads, timed, anew in ((1, True, 4), (2, True, 4), (1, True, 0), (1, False, 4)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        calls = []
+        Team(Store(tmp_path), "about").do("stage", tasks(calls), timed=timed)
+        assert len(calls) == anew
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    Team(Store(tmp_path), "about").do("stage", tasks(calls := []))
+    assert calls == []
 
 
 def test_a_stage_of_which_nothing_is_done_ends_the_search():

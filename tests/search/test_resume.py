@@ -6,29 +6,30 @@ import socket
 import pytest
 import search_runner
 import torch
-from search_runner import finish, kept, killed, plan_of, start
+from search_runner import finish, heads_of, kept, killed, plan_of, start
 
 KILLS = 3
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The plan of a run in one go, how many results it keeps, and its lines."""
+    """The lines of a run in one go, and how many results it keeps."""
     folder = tmp_path_factory.mktemp("search")
-    lines = finish(start(folder))
-    return plan_of(lines), kept(folder), len(lines)
+    return finish(start(folder)), kept(folder)
 
 
 def test_killed_at_random_moments(tmp_path, reference):
     """No file is half written, and what was done is not done again."""
-    plan, files, lines = reference
-    rest = killed(tmp_path, KILLS, lines)
-    assert plan_of(rest) == plan
+    lines, files = reference
+    rest = killed(tmp_path, KILLS, len(lines))
+    assert plan_of(rest) == plan_of(lines)
     assert kept(tmp_path) == files
-    assert len(rest) < lines
+    assert len(rest) < len(lines)
 
 
 def test_two_processes(tmp_path, reference):
+    """Find what one finds, to the bit, with a device each, and share the work of both searches."""
+    lines, files = reference
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,12 +42,20 @@ def test_two_processes(tmp_path, reference):
             LOCAL_WORLD_SIZE="2",
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
-            ACCELERATE_USE_CPU="true",
         )
         for rank in range(2)
     ]
-    assert [plan_of(finish(process)) for process in both] == [reference[0]] * 2
-    assert kept(tmp_path) == reference[1]
+    found = [finish(process) for process in both]
+    assert [plan_of(own) for own in found] == [plan_of(lines)] * 2
+    assert [heads_of(own)["layers"] for own in found] == [heads_of(lines)["layers"]] * 2
+    assert kept(tmp_path) == files
+    tasks = [[line for line in own if line.startswith("task ")] for own in (lines, *found)]
+    assert len(tasks[1]) + len(tasks[2]) <= 1.2 * len(tasks[0])
+    assert min(len(tasks[1]), len(tasks[2])) > 0.3 * len(tasks[0])
+    judged = [own.count("judged") for own in (lines, *found)]
+    assert judged[0] == judged[1] + judged[2] == 5 and min(judged) >= 2
+    log = (tmp_path / "heads.jsonl").read_text().splitlines()
+    assert len(log) == 6
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from visattn._version import __version__
 from visattn.cli import bench, compare, env, generate, inspect, search, search_heads, show
 from visattn.cli.output import Output, error_line, plain
 from visattn.generation.errors import REFUSALS, sentence
+from visattn.processes import one_process
 
 __all__ = ["main"]
 
@@ -27,16 +28,21 @@ PARTLY_FAILED, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 
 class Command(NamedTuple):
-    """A sub-command: its line in the help, its arguments, and what it prints."""
+    """A sub-command: its line in the help, its arguments, what it prints, and whether several
+    processes may run it at once: they share its work, or it has none."""
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], str | Output]
+    shared: bool = False
 
 
 COMMANDS = {
     "generate": Command(
-        "make a video from a prompt, dense or by a plan", generate.add_arguments, generate.run
+        "make a video from a prompt, dense or by a plan",
+        generate.add_arguments,
+        generate.run,
+        shared=True,
     ),
     "compare": Command(
         "measure how far two outputs or two plans are apart", compare.add_arguments, compare.run
@@ -48,17 +54,21 @@ COMMANDS = {
         "find which attention each head needs: a plan, and a receipt of what it costs",
         search.add_arguments,
         search.run,
+        shared=True,
     ),
     "search-heads": Command(
         "find the heads whose perturbation guides a pipeline best",
         search_heads.add_arguments,
         search_heads.run,
+        shared=True,
     ),
     "show": Command(
         "show a pattern, a plan, or what is different in another", show.add_arguments, show.run
     ),
     "bench": Command("measure on this machine", bench.add_arguments, bench.run),
-    "env": Command("print versions and devices, for bug reports", env.add_arguments, env.run),
+    "env": Command(
+        "print versions and devices, for bug reports", env.add_arguments, env.run, shared=True
+    ),
 }
 
 
@@ -89,10 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         args = make_parser().parse_args(argv)
-        output = COMMANDS[args.command].run(args)
-        text, failures = output if isinstance(output, Output) else Output(output)
+        command = COMMANDS[args.command]
+        if not command.shared:
+            one_process(f"visattn {args.command}")
+        output = command.run(args)
+        text, failures, elsewhere = output if isinstance(output, Output) else Output(output)
         encoding = sys.stdout.encoding or "utf-8"
-        if text or not failures:
+        if text:
             print(plain(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
         sys.stderr.writelines(map(error_line, failures))
     except SystemExit as stop:  # from argparse: help, version, or a usage error it has printed
@@ -109,4 +122,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if debug or isinstance(error, REFUSALS) else f" ({DEBUG}=1 shows where)"
         sys.stderr.write(error_line(f"{sentence(error)}{hint}"))
         return FAILED
-    return PARTLY_FAILED if failures else 0
+    return PARTLY_FAILED if failures or elsewhere else 0

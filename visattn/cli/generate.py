@@ -1,4 +1,5 @@
-"""``visattn generate``: a video from a prompt, or many from a file of prompts."""
+"""``visattn generate``: a video from a prompt, or many from a file of prompts, which several
+processes share (``torchrun --nproc_per_node N -m visattn generate --prompts FILE.jsonl ...``)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from visattn.generation import Item, Job, Outcome, generate_all, read_prompts
 from visattn.generation.batch import seeded
 from visattn.guidance.named import GUIDANCES
 from visattn.guidance.text import listed_guidances, parse_guidances
+from visattn.processes import ProcessGroup, join
 
 OUTPUT = "visattn.mp4"
 
@@ -31,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="a JSON object a line: prompt, and any of negative_prompt, seed, height, width, "
         "num_frames, num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale, fps, "
-        "image, guidance, output",
+        "image, guidance, output; several processes share the lines, started as torchrun "
+        "--nproc_per_node N -m visattn generate",
     )
     parser.add_argument(
         "--output",
@@ -71,7 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str | Output:
     if args.list_guidance:
         return guidance_list(args.json)
-    items = read_items(args)
+    with join() as group:
+        return generate_own(args, group)
+
+
+def generate_own(args: argparse.Namespace, group: ProcessGroup) -> Output:
+    """Every process makes the items that are its own, and waits for the others, as what started
+    them may end all when one of them ends with an error."""
+    items = read_items(args)[group.own.rank :: group.own.world]
     loading = read_loading(args)
     backend = args.backend or "auto"
     plan = read_one_plan(args.plan, loading, backend)
@@ -86,11 +96,12 @@ def run(args: argparse.Namespace) -> str | Output:
         progress=lambda item: StepLine(item.label),
     )
     failures = [f"{own.item.label}: {own.error}" for own in outcomes if own.status == "failed"]
+    elsewhere = any(group.gather(bool(failures)))
     if args.json:
         numbers = [outcome.numbers() for outcome in outcomes]
-        return Output(json.dumps(numbers, indent=2, sort_keys=True), failures)
+        return Output(json.dumps(numbers, indent=2, sort_keys=True), failures, elsewhere)
     lines = [line for outcome in outcomes for line in outcome_lines(outcome)]
-    return Output("\n".join(lines), failures)
+    return Output("\n".join(lines), failures, elsewhere)
 
 
 def read_items(args: argparse.Namespace) -> list[Item]:

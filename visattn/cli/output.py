@@ -14,10 +14,15 @@ MOST = 2000  # characters of a line of stderr
 
 
 class Output(NamedTuple):
-    """The text for stdout, and a sentence for each part of the work that failed."""
+    """The text for stdout, and a sentence for each part of the work that failed.
+
+    Attributes:
+        elsewhere: whether a part failed in another process, which has the sentence.
+    """
 
     text: str
     failures: Sequence[str] = ()
+    elsewhere: bool = False
 
 
 def plain(text: str) -> str:

@@ -1,8 +1,11 @@
-"""Denoising steps on stderr: one line that is written over in a terminal, else a line a step."""
+"""Denoising steps on stderr: one line that is written over in a terminal, else a line a step, as
+also with several processes."""
 
 from __future__ import annotations
 
 import sys
+
+from visattn.processes import processes
 
 __all__ = ["StepLine"]
 
@@ -16,10 +19,11 @@ class StepLine:
 
     def __init__(self, label: str) -> None:
         self.prefix = f"{label}: " if label else ""
+        self.over = sys.stderr.isatty() and processes().world == 1
 
     def __call__(self, done: int, total: int, seconds: float) -> None:
         line = f"{self.prefix}step {done}/{total}, {seconds:.1f} s"
-        if sys.stderr.isatty():
+        if self.over:
             sys.stderr.write(f"\x1b[K{line}" + ("\n" if done == total else "\r"))
         else:
             sys.stderr.write(f"{line}\n")

@@ -19,6 +19,7 @@ from visattn.cli.output import Output
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.quiet import quiet
+from visattn.processes import processes
 
 KEPT = "kept"  # the folder of what is found, in that of the output
 UNUSED = ("plan", "backend", "compile", "image", "fps")
@@ -74,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FOLDER",
         help="for the plan, report.html, report.json, and what is found on the way: the same "
-        "command goes on from there",
+        "command goes on from there; several processes share the work, started as torchrun "
+        "--nproc_per_node N -m visattn search",
     )
     add_job_arguments(parser)
     add_model_arguments(parser)
@@ -115,6 +117,8 @@ def run(args: argparse.Namespace) -> Output:
             command=f"visattn {shlex.join(sys.argv[1:])}" if sys.argv[1:] else None,
             progress=Lines(),
         )
+    if not processes().first:  # the first one writes and tells
+        return Output("")
     page = result.save(folder)
     report = result.report
     failures = [f"{row['item']}: {row['error']}" for row in report["failures"]]
@@ -163,19 +167,23 @@ def text_of(report: dict[str, Any] | Any, page: Path, said: list[str]) -> str:
 
 
 class Lines:
-    """Stages on stderr: a line that is written over in a terminal, else one for each tenth."""
+    """Stages on stderr: a line that is written over in a terminal, else one for each tenth. Of
+    several processes each names itself."""
 
     def __init__(self) -> None:
         self.last = ("", -1)
+        own = processes()
+        self.over = own.world == 1 and sys.stderr.isatty()
+        self.prefix = f"process {own.rank}: " if own.world > 1 else ""
 
     def __call__(self, stage: str, done: int, total: int, left: float | None) -> None:
         tenth = (stage, 10 * done // max(1, total))
-        if not sys.stderr.isatty() and tenth == self.last:
+        if not self.over and tenth == self.last:
             return
         self.last = tenth
         time = "" if left is None or done == total else f", {left:.0f} s left"
-        line = f"{stage}: {done}/{total}{time}"
-        if sys.stderr.isatty():
+        line = f"{self.prefix}{stage}: {done}/{total}{time}"
+        if self.over:
             sys.stderr.write(f"\x1b[K{line}" + ("\n" if done == total else "\r"))
         else:
             sys.stderr.write(f"{line}\n")

@@ -28,6 +28,7 @@ from visattn.guidance.heads import HeadSet
 from visattn.guidance.objectives import Objective, caption_score
 from visattn.guidance.parameters import HEADS
 from visattn.inject import apply_plan
+from visattn.processes import processes
 
 SCORER = "scorer"
 UNUSED = ("seed", "image", "fps")
@@ -148,8 +149,10 @@ def run(args: argparse.Namespace) -> Output:
             call=fields,
             keep=keep,
             resume=log,
-            progress=Lines(),
+            progress=Lines() if processes().first else None,
         )
+    if not processes().first:  # the first one writes and tells
+        return Output("")
     found.save(output)
     numbers = found.provenance
     failures = [f"{row['item']}: {row['error']}" for row in numbers["failures"]]

@@ -16,6 +16,7 @@ from visattn.generation.checksums import check_checksums
 from visattn.generation.errors import reason
 from visattn.generation.quiet import quiet
 from visattn.plan import ROLES
+from visattn.processes import one_process, own_device, processes
 
 __all__ = [
     "DTYPES",
@@ -116,7 +117,8 @@ class Loading:
         dtype: a key of ``DTYPES``, or ``"auto"``: float32 on a CPU, else bfloat16 and the VAE of
             Wan in float32.
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``; None is the accelerator, or the CPU
-            where there is none; ``"balanced"`` spreads the parts over all GPUs.
+            where there is none; ``"balanced"`` spreads the parts over all GPUs. Without an index
+            each of several processes has a device of its own, by its rank on the machine.
         cpu_offload: one of ``OFFLOADS``: keep parts of the model in the memory of the CPU.
         loras: adapters, all active together.
         variant, revision, token, trust_remote_code: as diffusers takes them; the token is in no
@@ -177,7 +179,7 @@ def pick_device(name: str | None) -> torch.device:
     """
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
-        return here or torch.device("cpu")
+        return torch.device("cpu") if here is None else own_device(here)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -192,7 +194,7 @@ def pick_device(name: str | None) -> torch.device:
     count = torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
         raise ValueError(f"device={name!r} is not there: torch sees {count} of that kind")
-    return device
+    return own_device(device)
 
 
 def load_pipeline(loading: Loading) -> Any:
@@ -204,7 +206,13 @@ def load_pipeline(loading: Loading) -> Any:
         ValueError: the model, a LoRA or the device is not there, cannot be loaded, or has no such
             option.
     """
-    device = torch.device("cpu") if loading.device == "balanced" else pick_device(loading.device)
+    if loading.device == "balanced":
+        one_process("a pipeline that is balanced over all devices")
+        device = torch.device("cpu")
+    else:
+        device = pick_device(loading.device)
+    if device.index is not None and processes().world > 1:
+        torch.accelerator.set_device_index(device.index)  # for what names no device
     if loading.cpu_offload is not None and device.type == "cpu":
         raise ValueError("cpu_offload needs an accelerator to compute on; the device is cpu")
     if loading.loras and importlib.util.find_spec("peft") is None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,8 +32,10 @@ from visattn.guidance.trials import Generating
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import describe
 from visattn.inject.fingerprint import fingerprint
+from visattn.inject.searchable import check_searchable
 from visattn.layout import check_count
 from visattn.plan.reading import shown
+from visattn.processes import ProcessGroup, join
 
 __all__ = ["Progress", "search_heads"]
 
@@ -86,7 +88,8 @@ def search_heads(
         keep: heads that are perturbed from the start and are part of the result, by layer as of
             SoftPAG, at their strengths times ``strength``.
         resume: a file of scores, which are added to it as they are found; a search with the same
-            settings goes on from it, also with more rounds or another ``k``. None: no file.
+            settings goes on from it, also with more rounds or another ``k``. None: no file. Of the
+            processes of ``torchrun``, which share the generations, the first one writes it.
         progress: is told of what is done.
 
     Returns:
@@ -97,8 +100,9 @@ def search_heads(
         line in the file.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; ``resume`` is of other settings; the objective
-            fails without any of the candidates; all candidates fail.
+        TypeError, ValueError: an argument is wrong; the pipeline has a cache, is edited or is
+            parallel; ``resume`` is of other settings; the objective fails without any of the
+            candidates; all candidates fail.
         OSError: the file cannot be read or written.
 
     Source:
@@ -123,6 +127,7 @@ def search_heads(
             f"strength={strength!r} and scale={scale!r} must not be 0, which perturbs nothing"
         )
     heads = heads_of(pipe)
+    check_searchable(pipe)
     made = Generating(pipe, read_call(pipe, call), heads, strength, scale, policy, target)
     kept = read_kept(keep, heads)
     tried = read_candidates(candidates, heads, kept)
@@ -144,9 +149,12 @@ def search_heads(
         "policy": policy,
         "target": target,
     }
-    with closing(HeadLog(resume, settings)) as log:
-        own = _Search(made, objective, pairs, batch, log, progress)
-        found = own.run(kept, tried, k, rounds)
+    with join("a search for heads") as group:
+        group.check_same(settings, "model, call or other setting")
+        with closing(HeadLog(resume if group.own.first else None, settings)) as log:
+            log.found = group.of_first(log.found)
+            own = _Search(made, objective, pairs, batch, log, progress, group)
+            found = own.run(kept, tried, k, rounds)
     if own.failures:
         logger.warning(
             "search_heads left out %d of %d candidates: %s",
@@ -191,14 +199,16 @@ class _Search:
         batch: int,
         log: HeadLog,
         progress: Progress | None,
+        group: ProcessGroup,
     ) -> None:
+        self.group = group
         self.made, self.objective, self.pairs, self.log = made, objective, pairs, log
         self.batch = self.most = batch  # `most` is what memory has room for
         self.rounds: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.before: float | None = None
         self.after: float | None = None
-        self.clock = _Clock(progress)
+        self.clock = _Clock(progress, group.own.world)
 
     def run(
         self,
@@ -247,19 +257,18 @@ class _Search:
 
     def _alone(self, chosen: Mapping[str, Mapping[int, float]], number: int) -> float | str:
         """The mean objective of a set, or why there is none."""
-        among, scores = self.log.name_of(chosen), []
-        for pair, (prompt, _) in enumerate(self.pairs):
-            place = Place(among, None, None, pair)
-            value = self.log.get(place)
-            if not isinstance(value, float):
-                self.clock.begin()
-                [value] = self._values([chosen], pair)
-                self.clock.ran(1)
+        places = [Place(self.log.name_of(chosen), None, None, n) for n in range(len(self.pairs))]
+        scores = []
+        for start in range(0, len(places), self.group.own.world):
+            turn = places[start : start + self.group.own.world]
+            new = self._fill([_Work(place.pair, [place], [chosen]) for place in turn], number)
+            for place in turn:
+                value = new.get(place, self.log.get(place))
+                assert value is not None
                 if isinstance(value, str):
-                    return f"prompt {prompt!r}: {value}"
-                self.log.put(place, value, number)
-            scores.append(value)
-            self.clock.tell(1)
+                    return f"prompt {self.pairs[place.pair][0]!r}: {value}"
+                scores.append(value)
+                self.clock.tell(1)
         return math.fsum(scores) / len(scores)
 
     def _round(
@@ -271,11 +280,19 @@ class _Search:
         """The mean objective of every candidate that does not fail."""
         among = self.log.name_of(chosen)
         scores: dict[Candidate, float] = {}
-        for start in range(0, len(left), self.batch):
-            alive = left[start : start + self.batch]
+        turn = self.batch * self.group.own.world
+        for start in range(0, len(left), turn):
+            alive = left[start : start + turn]
+            starts = range(start, start + len(alive), self.batch)
+            parts = [left[at : at + self.batch] for at in starts]
             found: dict[Candidate, list[float]] = {own: [] for own in alive}
             for pair in range(len(self.pairs)):
-                self._fill(chosen, among, alive, pair, number)
+                works = []
+                for part in parts:
+                    tried = [own for own in part if own in alive]
+                    places = [Place(among, own.path, own.head, pair) for own in tried]
+                    works.append(_Work(pair, places, [_with(chosen, own) for own in tried]))
+                self._fill(works, number)
                 for own in alive:
                     value = self.log.get(Place(among, own.path, own.head, pair))
                     assert value is not None
@@ -290,25 +307,30 @@ class _Search:
             scores |= {own: math.fsum(found[own]) / len(self.pairs) for own in alive}
         return scores
 
-    def _fill(
-        self,
-        chosen: Mapping[str, Mapping[int, float]],
-        among: str,
-        alive: Sequence[Candidate],
-        pair: int,
-        number: int,
-    ) -> None:
-        """See that the log has the values of some candidates for a pair. Where one is missing, all
-        are generated as they were the first time, so that they are the same to the bit."""
-        places = [Place(among, own.path, own.head, pair) for own in alive]
-        if all(self.log.get(place) is not None for place in places):
-            return
-        sets = [_with(chosen, own) for own in alive]
-        self.clock.begin()
-        for place, value in zip(places, self._values(sets, pair), strict=True):
-            if self.log.get(place) is None:
-                self.log.put(place, value, number)
-        self.clock.ran(len(sets))
+    def _fill(self, works: Sequence[_Work], number: int) -> dict[Place, float | str]:
+        """See that the log has the values of some works, one for each process at most, and give
+        those that it had not. Where one of a work is missing, all are generated as they were the
+        first time, so that they are the same to the bit. The log of the first process has the file;
+        a failure without a candidate is not kept."""
+        new: dict[Place, float | str] = {}
+        for own in works[self.group.own.rank :][:1]:
+            if all(self.log.get(place) is not None for place in own.places):
+                continue
+            self.clock.begin()
+            for place, value in zip(own.places, self._values(own.sets, own.pair), strict=True):
+                if self.log.get(place) is None:
+                    new[place] = value
+                    self._keep(place, value, number)
+            self.clock.ran(len(own.sets))
+        for found in self.group.gather(new):
+            for place, value in found.items():
+                new[place] = value
+                self._keep(place, value, number)
+        return new
+
+    def _keep(self, place: Place, value: float | str, number: int) -> None:
+        if self.log.get(place) is None and not (place.layer is None and isinstance(value, str)):
+            self.log.put(place, value, number)
 
     def _values(
         self, sets: Sequence[Mapping[str, Mapping[int, float]]], pair: int
@@ -353,11 +375,20 @@ class _Search:
         return value if math.isfinite(value) else f"the objective is {value}"
 
 
+class _Work(NamedTuple):
+    """Sets of heads that one process generates for a pair, and the places of their scores."""
+
+    pair: int
+    places: Sequence[Place]
+    sets: Sequence[Mapping[str, Mapping[int, float]]]
+
+
 @dataclass
 class _Clock:
-    """Tells what is done, and how long the rest will take."""
+    """Tells what is done, and how long the rest will take ``world`` processes."""
 
     progress: Progress | None
+    world: int
     stage: str = "without the heads"
     done: int = 0
     total: int = 0
@@ -383,7 +414,7 @@ class _Clock:
         self.done += count
         if self.progress is not None:
             rest = self.total - self.done
-            left = self.seconds / self.runs * rest if self.runs else None
+            left = self.seconds / self.runs * rest / self.world if self.runs else None
             self.progress(self.stage, self.done, self.total, left)
 
 

@@ -18,6 +18,7 @@ from visattn.files import write_whole
 from visattn.layout import check_count
 from visattn.patterns import HeadPattern, Skip
 from visattn.plan import Plan
+from visattn.processes import join
 from visattn.search.found import Finding
 from visattn.search.learn import middle_of
 from visattn.search.receipt import (
@@ -122,7 +123,7 @@ def search(
         held_out: prompts of the validation. None: every second one of ``prompts`` is held out;
             where there is one alone it is used with other seeds.
         resume: a folder in which everything is kept as it is found; a search with the same
-            arguments goes on from there. The processes of ``accelerate launch`` share it.
+            arguments goes on from there. The processes of ``torchrun`` share it, and the work.
         settings: how much is looked at.
         scorer: verdicts on a clip, by name; default: of the captions of the small model.
         model, command: for the receipt.
@@ -145,24 +146,38 @@ def search(
         if value is not None and not (math.isfinite(value) and value > least):
             raise ValueError(f"{name}={value} must be a number above {least:g}")
     if not given:
-        max_error = goals["max_error"] = 0.05
+        goals["max_error"] = 0.05
     check_count("phases", phases, 1)
     deadline = begin + read_budget(budget)
     settings = settings or Settings()
     used, unseen = split_prompts(prompts, held_out, seeds, settings.pairs)
     subject = Subject(pipe, call or {}, model)
-    own = Search(
-        subject,
-        used,
-        unseen,
-        phases=tuple(n / phases for n in range(1, phases)),
-        candidates=candidates,
-        settings=settings,
-        folder=resume,
-        progress=progress,
-        deadline=deadline,
-        scorer=scorer,
-    )
+    with join("a search") as group:
+        own = Search(
+            subject,
+            used,
+            unseen,
+            phases=tuple(n / phases for n in range(1, phases)),
+            candidates=candidates,
+            settings=settings,
+            folder=resume,
+            progress=progress,
+            deadline=deadline,
+            scorer=scorer,
+            group=group,
+        )
+        return _run(own, also, goals, command, begin)
+
+
+def _run(
+    own: Search,
+    also: Sequence[Mapping[str, Any]],
+    goals: Mapping[str, float | None],
+    command: str | None,
+    begin: float,
+) -> SearchResult:
+    """All stages of a search, from dense generations to the receipt."""
+    target_speedup = goals["target_speedup"]
     elsewhere = [own.beside(fields) for fields in also]
     for each in (own, *elsewhere):
         each.look()
@@ -189,7 +204,7 @@ def search(
             f"{own.table.speedup(own.table.uniform(Skip())):.2f}x is what no attention at all "
             "would give"
         )
-    speed = _speed(own, front, target_speedup, max_error, min_psnr)
+    speed = _speed(own, front, goals)
     speeds = sorted(front)
     at = speeds.index(speed)
     others = [front[speeds[n]] for n in (at - 1, at + 1) if 0 <= n < len(speeds)]
@@ -246,11 +261,12 @@ def best_by_speed(findings: Sequence[Finding]) -> dict[float, Finding]:
 def _speed(
     own: Search,
     front: Mapping[float, Finding],
-    target: float | None,
-    max_error: float | None,
-    min_psnr: float | None,
+    goals: Mapping[str, float | None],
 ) -> float:
     """The speed of the front that the goal names."""
+    target, max_error, min_psnr = (
+        goals[name] for name in ("target_speedup", "max_error", "min_psnr")
+    )
     speeds = sorted(front)
     if target is not None:
         return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from visattn.launch import launch_of
 from visattn.layout import Grid, TokenLayout
 from visattn.patterns import Dense, HeadPattern, Pattern, Skip, parse_pattern
 from visattn.plan import Plan
+from visattn.processes import ProcessGroup
 from visattn.search.calls import calls_of, spread_steps
 from visattn.search.families import LEVELS, members, static_families
 from visattn.search.found import Finding
@@ -46,7 +48,7 @@ from visattn.search.validate import caption_scorer, clip_of
 
 __all__ = ["Search", "Settings"]
 
-FORMAT = 1  # of what is kept
+FORMAT = 2  # of what is kept
 STENCIL_LEVELS = (0.06, 0.1, 0.15, 0.2, 0.25, 0.32, 0.4, 0.5)
 TARGETS = (1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 ROUNDS = 2  # of refining a plan
@@ -90,7 +92,7 @@ class Search:
         candidates: families or patterns that are tried; None: all.
         settings: how much is looked at.
         folder: where results are kept; progress: is told of them; deadline: ``time.monotonic()`` at
-            which validation takes no further pair.
+            which validation takes no further pair; group: of the processes that share the work.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Search:
         progress: Progress | None = None,
         deadline: float = math.inf,
         scorer: Verdicts = caption_scorer,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.subject, self.prompts, self.held_out = subject, list(prompts), list(held_out)
         self.phases, self.settings = phases, settings or Settings()
@@ -120,11 +123,10 @@ class Search:
             "torch": torch.__version__,
             "model": subject.fingerprint(),
             "call": subject.call,
-            "device": str(subject.device),
-            "threads": torch.get_num_threads(),
+            "device": kind_of_device(subject.device),
             "format": FORMAT,
         }
-        self.team = Team(Store(folder), about, progress)
+        self.team = Team(Store(folder), about, progress, group)
         half = max(1, len(self.prompts) // 2)
         self.to_learn, self.to_score = self.prompts[:half], self.prompts[half:] or self.prompts
 
@@ -141,6 +143,7 @@ class Search:
             folder=self.team.store.folder,
             progress=self.team.progress,
             scorer=self.scorer,
+            group=self.team.group,
         )
         self.others.append(other)
         return other
@@ -667,18 +670,28 @@ class Search:
             return Task(asked, f"{prompt!r}, seed {seed}", run)
 
         wanted = list(enumerate(self.held_out[: self.settings.pairs] if pairs is None else pairs))
-        many = self.team.state.num_processes if math.isfinite(self.deadline) else len(wanted)
+        many = self.team.world if math.isfinite(self.deadline) else len(wanted)
         out = []
         for begin in range(0, len(wanted), many):
             if begin >= 2 and self.team.agree(time.monotonic() > self.deadline):
                 self.notes.append(f"the budget of time ended after {begin} of {len(wanted)} clips")
                 break
             some = wanted[begin : begin + many]
-            items = self.team.do("validate", [task(number, *own) for number, own in some])
+            items = self.team.do(
+                "validate", [task(number, *own) for number, own in some], timed=True
+            )
             for (_, (prompt, seed)), item in zip(some, items, strict=True):
                 if item is not None:
                     out.append((prompt, seed, item))
         return out
+
+
+def kind_of_device(device: torch.device) -> str:
+    """What a device is, without its index and the number of threads, which results do not depend
+    on: of several processes each has its own."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} of {platform.machine()}"
 
 
 def spread(steps: Sequence[int], count: int) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ class Store:
         self.folder = None if folder is None else Path(folder)
         self.lost: str | None = None  # why results could not be written
         self._memory: dict[str, Item] = {}
+        self._damaged: set[str] = set()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -68,7 +69,9 @@ class Store:
                 value = json.loads(file.metadata()["value"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            logger.warning("visattn: %s is damaged and is made anew", path)
+            if key not in self._damaged:
+                logger.warning("visattn: %s is damaged and is made anew", path)
+                self._damaged.add(key)
             return None
         self._memory[key] = Item(value, tensors)
         return self._memory[key]

@@ -13,6 +13,7 @@ from visattn.inject import remove_plan
 from visattn.inject.apply import denoisers, family_of, models_of
 from visattn.inject.attachment import attention_layers
 from visattn.inject.fingerprint import fingerprint
+from visattn.inject.searchable import check_searchable
 from visattn.pipelines.families import FAMILIES
 from visattn.search.heads import output_weights
 from visattn.search.score import Layer
@@ -33,7 +34,8 @@ class Subject:
         name: of the model.
 
     Raises:
-        TypeError, ValueError: the pipeline is of no known family, or a field is unknown.
+        TypeError, ValueError: the pipeline is of no known family, has a cache, is edited or is
+            parallel, or a field is unknown.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], name: str | None) -> None:
@@ -62,6 +64,7 @@ class Subject:
                 f"pipe={type(pipe).__name__} has no denoiser of a known family but {kinds}; plans "
                 f"can be applied to {', '.join(sorted(FAMILIES))}"
             )
+        check_searchable(pipe)
         remove_plan(pipe)
         own = getattr(getattr(pipe, "config", None), "get", lambda _: None)("_name_or_path")
         self.name = name or (own if isinstance(own, str) and own else type(pipe).__name__)
@@ -94,5 +97,5 @@ class Subject:
         return run_job(self.pipe, self.job(prompt, seed))
 
     def fingerprint(self) -> str:
-        """A hash of the denoisers."""
+        """A hash of the pipeline."""
         return fingerprint(self.pipe)

@@ -1,14 +1,17 @@
-"""Tasks of a search, shared by the processes of ``accelerate launch``, kept as they are done."""
+"""Tasks of a search, shared by the processes of ``torchrun``, kept as they are done."""
 
 from __future__ import annotations
 
-import importlib
+import os
+import socket
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from visattn.processes import ProcessGroup
 from visattn.search.store import Item, Store, key_of
 
 __all__ = ["Progress", "Task", "Team", "Unfinished"]
@@ -33,66 +36,92 @@ class Task(NamedTuple):
 
 
 class Team:
-    """One process, or those that ``accelerate launch`` started, which share a folder.
+    """One process, or those of a group, which share a folder and split the tasks.
+
+    Processes that share a folder without a group take tasks at different places and leave out what
+    another has kept by then; two that are at the same task both do it, which wastes time only.
 
     Args:
         store: where results are kept.
         about: what all questions are about, as JSON values: model, shape, versions.
         progress: is told of tasks that are done.
+        group: the processes; None: this one alone.
 
     Raises:
-        ValueError: there are several processes and no folder.
+        ValueError: there are several processes and no folder, or they are about different things.
     """
 
-    def __init__(self, store: Store, about: Any, progress: Progress | None = None) -> None:
-        accelerate: Any = importlib.import_module("accelerate")
+    def __init__(
+        self,
+        store: Store,
+        about: Any,
+        progress: Progress | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
         self.store, self.about, self.progress = store, about, progress
-        self.state = accelerate.PartialState()
+        self.group = group or ProcessGroup()
+        self.world = self.group.own.world
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        if self.state.num_processes > 1 and store.folder is None:
+        if self.world > 1 and store.folder is None:
             raise ValueError(
-                f"resume=None with {self.state.num_processes} processes: name a folder that they "
-                "share"
+                f"resume=None with {self.world} processes: name a folder that they share"
             )
+        # Of what is timed, besides what it is about: that of the process that times.
+        self.threads: int = self.group.of_first(torch.get_num_threads())
+        self.group.check_same(about, "model, call, kind of device or version")
 
     @property
     def first(self) -> bool:
         """Whether this process speaks for all."""
-        return bool(self.state.is_main_process)
+        return self.group.own.first
 
     def do(
-        self, stage: str, tasks: Sequence[Task], *, alone: bool = False, needed: bool = True
+        self,
+        stage: str,
+        tasks: Sequence[Task],
+        *,
+        alone: bool = False,
+        timed: bool = False,
+        needed: bool = True,
     ) -> list[Item | None]:
         """Answers in the order of the tasks, None where one failed; those that are kept are not
         asked again, unless they failed.
 
         Args:
             alone: the first process does all of them, as what is timed must not be disturbed.
+            timed: answers hold seconds, which the number of threads changes; as with ``alone``.
             needed: whether the search ends when all of them fail.
 
         Raises:
             Unfinished: all failed.
         """
         begin = time.perf_counter()
-        keys = [key_of(stage, [self.about, task.question]) for task in tasks]
-        own = 0 if alone else self.state.process_index
-        many = 1 if alone else self.state.num_processes
+        of_time = [self.threads] if alone or timed else []
+        keys = [key_of(stage, [self.about, task.question, *of_time]) for task in tasks]
+        own = 0 if alone else self.group.own.rank
+        many = 1 if alone else self.world
         mine = [n for n in range(len(tasks)) if n % many == own]
         mine = mine if not alone or self.first else []
         open_ = [n for n in mine if self._kept(keys[n]) is None]
+        if self.world == 1 and open_ and self.store.folder is not None:
+            start = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % len(open_)
+            open_ = open_[start:] + open_[:start]  # another search may be at it in the same folder
         for done, number in enumerate(open_):
             self._tell(stage, done, len(open_), begin)
             task = tasks[number]
+            if self._kept(keys[number]) is not None:  # by now
+                continue
             try:
                 value, tensors = task.run()
             except FAILURES as error:
                 text = " ".join(str(error).split())[:300] or type(error).__name__
                 value, tensors = {"failed": f"{type(error).__name__}: {text}"}, {}
-            self.store.put(keys[number], value, tensors)
+            if self._kept(keys[number]) is None:  # else all go on with what was kept first
+                self.store.put(keys[number], value, tensors)
         if open_:
             self._tell(stage, len(open_), len(open_), begin)
-        self.state.wait_for_everyone()
+        self.group.wait()
         found: list[Item | None] = []
         for key, task in zip(keys, tasks, strict=True):
             item = self.store.get(key)
@@ -110,12 +139,7 @@ class Team:
 
     def agree(self, value: bool) -> bool:
         """What the first process says."""
-        if self.state.num_processes == 1:
-            return value
-        utilities: Any = importlib.import_module("accelerate.utils")
-        said = [value]
-        utilities.broadcast_object_list(said)
-        return bool(said[0])
+        return bool(self.group.of_first(value))
 
     def _kept(self, key: str) -> Item | None:
         item = self.store.get(key)
