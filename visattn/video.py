@@ -39,6 +39,7 @@ Kind = Literal["mp4", "png", "folder"]
 FRAME_NAME = re.compile(r"\d{4,}\.png")
 # H.264 at a constant quality that is hard to tell from the frames (0 is lossless, 51 the worst).
 CRF = 16
+PROBE = 1 << 20  # bytes
 # What imageio raises on files that are not its own or are cut short.
 UNREADABLE = (OSError, ValueError, RuntimeError, IndexError, KeyError, SyntaxError)
 
@@ -316,6 +317,21 @@ def _ffmpeg_errors(target: Path, doing: str) -> Iterator[None]:
         raise OSError(f"{str(target)!r} could not be {doing}: {first}") from None
 
 
+@contextmanager
+def _room_told(part: Path) -> Iterator[None]:
+    """ffmpeg does not say why it ends: when it fails, the file is made longer, which raises the
+    error of a full disk where that is the cause."""
+    try:
+        yield
+    except OSError:
+        with open(part, "ab", buffering=0) as file:
+            left = PROBE
+            while left:
+                left -= file.write(bytes(left))
+            os.fsync(file.fileno())
+        raise
+
+
 def _write_mp4(data: torch.Tensor, target: Path, fps: float) -> None:
     ffmpeg = _ffmpeg()
     count, height, width, _ = data.shape
@@ -324,7 +340,7 @@ def _write_mp4(data: torch.Tensor, target: Path, fps: float) -> None:
             f"an mp4 holds frames of even height and width, not {height}x{width}; name a folder of "
             f"PNG files"
         )
-    with _replacing(target) as part, _ffmpeg_errors(target, "written by ffmpeg"):
+    with _replacing(target) as part, _room_told(part), _ffmpeg_errors(target, "written by ffmpeg"):
         writer = ffmpeg.get_writer(
             part,
             format="FFMPEG",
