@@ -16,7 +16,6 @@ import importlib
 import io
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from trial_cases.case import Case  # noqa: E402
 
 from visattn._compat import ensure_torchvision  # noqa: E402
+from visattn.leftovers import temporary_folder  # noqa: E402
 
 
 def named_cases() -> dict[str, Case]:
@@ -47,11 +47,11 @@ def run_case(case: Case) -> tuple[bool, str]:
     """Whether a case holds, and one line on what was seen."""
     before = Path.cwd()
     quiet = io.StringIO()
-    with tempfile.TemporaryDirectory(prefix="visattn-trial-") as folder:
+    with temporary_folder() as folder:
         os.chdir(folder)
         try:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-                return True, case.run(Path(folder))
+                return True, case.run(folder)
         except Exception as error:  # a fault may be an exception of any type
             text = " ".join(str(error).split()) or "no message"
             return False, f"{type(error).__name__}: {text}"
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(chosen))
         return 0
     held = 0
-    with tempfile.TemporaryDirectory(prefix="visattn-trials-") as cache:
-        os.environ["VISATTN_CACHE"] = cache
+    with temporary_folder() as cache:
+        os.environ["VISATTN_CACHE"] = str(cache)
         for name, case in chosen.items():
             began = time.monotonic()
             good, seen = run_case(case)

@@ -2,7 +2,7 @@
 folders with models for the tests of commands."""
 
 import os
-import tempfile
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,13 +11,20 @@ if not torch.cuda.is_available():  # true for HIP as well
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
 os.environ["VISATTN_GUARD"] = "0"  # what runs sparse does not depend on the machine
-os.environ["VISATTN_CACHE"] = tempfile.mkdtemp(prefix="visattn-")
 
 from visattn._compat import ensure_torchvision
+from visattn.leftovers import temporary_folder
+
+CACHE = ExitStack()
+os.environ["VISATTN_CACHE"] = str(CACHE.enter_context(temporary_folder()))
 
 ensure_torchvision()
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("cli")
+
+
+def pytest_unconfigure():
+    CACHE.close()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The arrow, lowest row first: a module may import modules of lower rows and of its own folder.
 # A new module of visattn/ gets a place here.
 ROWS = (
+    {"leftovers"},
     {"_compat", "_version", "ambient", "files", "processes", "sources"},
     {"kernels"},
     {"launch", "layout"},

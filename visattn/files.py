@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from visattn.leftovers import clear_leftovers, part_of
+
 __all__ = ["read_limited", "read_text", "write_whole"]
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -43,7 +45,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         OSError: the folder is missing or cannot be written; it names ``path``.
     """
     target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = part_of(target)
+    clear_leftovers(target.parent)
     try:
         part.write_bytes(data)
         part.replace(target)

@@ -10,8 +10,6 @@ import importlib
 import math
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from visattn.leftovers import clear_leftovers, old_of, part_of, remove, temporary_folder
 from visattn.picture import save_png
 
 __all__ = [
@@ -131,8 +130,8 @@ def encode_video(frames: torch.Tensor, *, fps: float = 16.0) -> bytes:
     Raises:
         TypeError, ValueError, OSError: as ``write_video``.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
+    with temporary_folder() as folder:
+        path = folder / "clip.mp4"
         write_video(frames, path, fps=fps)
         return path.read_bytes()
 
@@ -244,13 +243,10 @@ def _stack(pictures: list[Image.Image], source: Path) -> torch.Tensor:
     return torch.stack(frames).view(-1, height, width, 3).float() / 255
 
 
-def _part(target: Path) -> Path:
-    return target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
-
-
 def _check_writable(target: Path) -> None:
-    """Refuse a place that ``_replacing`` could not fill."""
-    part = _part(target)
+    """Refuse a place that ``_replacing`` could not fill, and tidy it."""
+    part = part_of(target)
+    clear_leftovers(target.parent)
     try:
         part.touch()
     except OSError as error:
@@ -262,7 +258,7 @@ def _check_writable(target: Path) -> None:
 def _replacing(target: Path) -> Iterator[Path]:
     """A path beside ``target``, with its suffix, where the block makes a file or a folder; it
     becomes ``target`` when the block ends and is removed when the block raises, by Ctrl-C too."""
-    part = _part(target)
+    part = part_of(target)
     try:
         yield part
         if part.is_dir():
@@ -274,28 +270,21 @@ def _replacing(target: Path) -> Iterator[Path]:
             raise
         raise OSError(error.errno, error.strerror, str(target)) from None
     finally:
-        _remove(part)
+        remove(part)
 
 
 def _replace_folder(part: Path, target: Path) -> None:
     if not target.exists():
         part.rename(target)
         return
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = old_of(target)
     target.rename(old)
     try:
         part.rename(target)
     except BaseException:
         old.rename(target)
         raise
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(old)
 
 
 def _ffmpeg() -> Any:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
@@ -24,7 +27,7 @@ from visattn.processes import one_process
 __all__ = ["main"]
 
 DEBUG = "VISATTN_DEBUG"  # the environment variable that shows the traceback of an error
-PARTLY_FAILED, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+PARTLY_FAILED, FAILED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 130, 141, 143
 
 
 class Command(NamedTuple):
@@ -97,6 +100,30 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    with _tidy_when_terminated():
+        return _run(argv)
+
+
+@contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """Inside, SIGTERM ends the command as an exception, so that no file is left that is not
+    whole."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = make_parser().parse_args(argv)
         command = COMMANDS[args.command]
@@ -108,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if text:
             print(plain(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
         sys.stderr.writelines(map(error_line, failures))
-    except SystemExit as stop:  # from argparse: help, version, or a usage error it has printed
+    except SystemExit as stop:  # SIGTERM; or argparse: help, version, a usage error it has printed
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
