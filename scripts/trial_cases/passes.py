@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_images
 import torch
 import variants
@@ -13,6 +15,7 @@ from trial_cases.case import Case
 from visattn import patterns
 from visattn.inject import apply_plan, observe, summary
 from visattn.plan import Plan, Rule
+from visattn.plan.plan import SCHEMA
 
 PASSED = Plan((Rule(patterns.Diagonal(2), pass_="cond"),), dense_steps=(1, 0))
 
@@ -78,7 +81,19 @@ def _adapter(_: Path) -> str:
     return "3 sparse calls a layer, none dense"
 
 
+def _large_plan(_: Path) -> str:
+    phases = [n / 100 for n in range(1, 99)]
+    value = {"schema": SCHEMA, "phases": phases, "patterns": ["Diagonal(width=2)"]}
+    for key, own in (("rules", [{"pattern": 0}] * 100_000), ("evidence", {"a": [[]] * 20_000_000})):
+        with pytest.raises(ValueError, match="allowed"):
+            Plan.from_json(json.dumps({**value, key: own}))
+    plan = Plan.from_json(json.dumps({**value, "rules": [{"pattern": 0}] * 65_000}))
+    apply_plan(tiny_images.sd3(), plan, guard=False)
+    return "100,000 rules and 60 MB of empty lists are refused; 65,000 rules, 99 phases are applied"
+
+
 CASES = (
+    Case("a plan of many rules or values", _large_plan),
     Case("SD3 with an IP-Adapter", _adapter),
     Case("passes of SD3 PAG with several images", _pag),
     Case("guidance that ends within a run", _cutoff),

@@ -193,6 +193,14 @@ LONG = {
     "long digits": TEXT.replace("31.5", "9" * 5000),
     "large number": TEXT.replace("31.5", "1e999"),
     "many phases": json.dumps(VALUE | {"phases": [n / 10_001 for n in range(1, 10_000)]}),
+    "many rules": json.dumps(VALUE | {"rules": [{"pattern": 0}] * 70_000}),
+    "many patterns": json.dumps(VALUE | {"patterns": ["Dense()"] * 20_000}),
+    "many named layers": json.dumps(
+        VALUE | {"rules": [{"pattern": 0, "layer": str(n)} for n in range(2000)]}
+    ),
+    "many heads of a rule": json.dumps(VALUE | {"rules": [{"heads": [0] * 2000}]}),
+    "many empty lists": json.dumps(VALUE | {"evidence": {"a": [[]] * 5_000_000}}),
+    "many dense layers": json.dumps(VALUE | {"dense_layers": [0] * 3000}),
     "many layers": json.dumps(VALUE | {"dense_layers": [10**3000]}),
     "many steps": json.dumps(VALUE | {"dense_steps": [10**3000, 0]}),
     "many tokens": json.dumps(VALUE | {"geometry": [["grid", 10**9, 10**9, 10**9]]}),

@@ -1,8 +1,10 @@
 """Plans as data: what they say of a call, their JSON, and that wrong files are refused in one
 sentence."""
 
+import itertools
 import json
 import os
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -125,6 +127,61 @@ def test_table_of_a_layer():
     assert FULL.table("transformer_2", 1, layers, 4)[1, "cond"] == (Radial(),) * 4
     assert Plan().table("transformer", 1, layers, 4) == {}
     assert Plan((Rule(Dense()),)).table("transformer", 1, layers, 4) == {}
+
+
+class Counted(tuple):
+    """Counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        Counted.times += 1
+        return super().__iter__()
+
+
+def test_last_rule_that_fits_decides_and_rules_are_read_once():
+    """Against the definition, for random rules; the tables of a plan go through its rules once."""
+    draw = random.Random(0)
+    layers = ("a", "b", "c")
+    for _ in range(50):
+        rules = Counted(
+            Rule(
+                draw.choice([Diagonal(draw.randint(1, 9)), (Dense(), Diagonal(3))]),
+                layer=draw.choice((*layers, ANY)),
+                role=draw.choice(("transformer", "transformer_2", ANY)),
+                phase=draw.choice((None, 0, 1, 2)),
+                pass_=draw.choice((ANY, "cond", "uncond")),
+            )
+            for _ in range(draw.randint(1, 12))
+        )
+        plan = Plan(rules, phases=(0.2, 0.6))
+        expected = {}
+        for number, layer in enumerate(layers):
+            for phase, pass_ in itertools.product(range(3), (ANY, *plan.passes)):
+                own = [
+                    rule.heads * (1 if isinstance(rule.patterns, tuple) else 2)
+                    for rule in rules
+                    if rule.layer in (layer, ANY)
+                    and rule.role in ("transformer", ANY)
+                    and rule.phase in (phase, None)
+                    and rule.pass_ in (pass_, ANY)
+                ]
+                expected[number, phase, pass_] = own[-1] if own else (Dense(),) * 2
+        Counted.times = 0
+        for number in range(3):
+            table = plan.table("transformer", number, layers, 2)
+            for (other, phase, pass_), heads in expected.items():
+                if other == number:
+                    assert table.get((phase, pass_), (Dense(),) * 2) == heads
+        assert Counted.times == 1
+
+
+def test_what_is_too_large_is_not_written():
+    many = Plan(tuple(Rule(Diagonal(n)) for n in range(1, 20_000)))
+    with pytest.raises(ValueError, match="plan has 19999 patterns; at most 16384 are allowed"):
+        many.to_json()
+    with pytest.raises(ValueError, match=r"plan has \d+ bytes as JSON; at most 16777216"):
+        Plan(evidence={"a": "x" * (16 << 20)}).to_json()
 
 
 def test_folder_holds_a_plan(tmp_path):
@@ -285,6 +342,9 @@ BAD_ARGUMENTS = [
     lambda: Plan(dense_steps=(10**9, 0)),
     lambda: Plan(phases=tuple(n / 1000 for n in range(1, 200))),
     lambda: Plan((Rule(Dense(), phase=1),)),
+    lambda: Plan((Rule(Dense()),) * 70_000),
+    lambda: Plan(tuple(Rule(Dense(), layer=str(n)) for n in range(2000))),
+    lambda: Rule((Dense(),) * 2000),
     lambda: Rule("radial"),
     lambda: Rule(()),
     lambda: Rule(Dense(), layer=""),

@@ -233,7 +233,8 @@ class Attachment:
             return self._layouts[tokens]
         layout = TokenLayout.from_tokens(tokens)
         for layer in self.layers:
-            for pattern in dict.fromkeys(p for heads in layer.table.values() for p in heads):
+            each = {id(heads): heads for heads in layer.table.values()}.values()  # many are one
+            for pattern in dict.fromkeys(p for heads in each for p in heads):
                 _check(pattern, layout, layer.path)
         made_for = self.plan.geometry
         alike = made_for == layout or (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from visattn.patterns import HeadPattern
 from visattn.plan.plan import ANY, Denoiser, Plan, Table
@@ -85,8 +85,8 @@ def table_of(plan: Plan, place: Place, number: int) -> Table:
     """What the heads of one layer of a place run, by phase and pass, as ``Plan.table``; one entry
     for all heads where their number is not known. Dense layers are told by number, and so only
     where the layers have numbers."""
-    if not place.whole and plan.dense_layers:
-        plan = replace(plan, dense_layers=())
+    if not place.whole:
+        return plan.table_at(place.role, place.layers[number], place.heads or 1)
     return plan.table(place.role, number, place.layers, place.heads or 1)
 
 

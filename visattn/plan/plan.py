@@ -15,7 +15,9 @@ from visattn.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, parse_pattern
 from visattn.plan import store
 from visattn.plan.reading import (
+    MAX_BYTES,
     MAX_COUNT,
+    MAX_PARTS,
     Json,
     Record,
     brief,
@@ -30,6 +32,7 @@ __all__ = ["ANY", "PASSES", "ROLES", "SCHEMA", "Denoiser", "Plan", "Rule"]
 SCHEMA = "visattn.plan/1"
 MAX_PATTERN = 200_000  # characters of a pattern: a stencil of some ten thousand offsets
 MAX_PHASES = 100
+MAX_PATTERNS, MAX_RULES = 1 << 14, 1 << 16  # of a plan
 MAX_TOKENS = 1 << 22  # of a geometry that is read from a file
 ANY = "any"
 PASSES = ("cond", "uncond", "perturbed")
@@ -78,6 +81,10 @@ class Rule:
             raise TypeError(
                 f"patterns={shown(self.patterns)} of a rule must be a pattern, or a tuple of one "
                 "per head"
+            )
+        if len(self.heads) > MAX_PARTS:
+            raise ValueError(
+                f"a rule has patterns for {len(self.heads)} heads; at most {MAX_PARTS} are allowed"
             )
         if not isinstance(self.layer, str) or not self.layer:
             raise TypeError(f"layer={shown(self.layer)} of a rule must be a module path or 'any'")
@@ -146,6 +153,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.rules, tuple) or not all(isinstance(r, Rule) for r in self.rules):
             raise TypeError(f"rules={shown(self.rules)} must be a tuple of Rule")
+        _check_number("rules", len(self.rules), MAX_RULES)
+        _check_number("layers in its rules", len({r.layer for r in self.rules}), MAX_PARTS + 1)
         _check_dense(self.dense_layers, self.dense_steps)
         ends = (0.0, *self.phases, 1.0)
         if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in ends) or any(
@@ -217,10 +226,11 @@ class Plan:
                     f"dense_layers holds {number}, and {role} has the {len(layers)} layers 0 to "
                     f"{len(layers) - 1}"
                 )
+        known = {*layers, ANY}
         for rule in self.rules:
             if rule.role not in (role, ANY):
                 continue
-            if rule.layer not in (*layers, ANY):
+            if rule.layer not in known:
                 raise ValueError(
                     f"plan is for another model: it names the layer {rule.layer!r}, and the "
                     f"attention layers of {role} are {layers[0]} to {layers[-1]}"
@@ -241,31 +251,48 @@ class Plan:
         """
         if any(number == dense % len(layers) for dense in self.dense_layers):
             return {}
+        return self.table_at(role, layers[number], heads)
+
+    def table_at(self, role: str, layer: str, heads: int) -> Table:
+        """The same of a layer by its path, without ``dense_layers``."""
         dense: tuple[HeadPattern, ...] = (Dense(),) * heads
-        out: Table = {}
-        for phase in range(len(self.phases) + 1):
-            for pass_ in (ANY, *self.passes):
-                chosen = dense
-                for rule in self.rules:
-                    if (
-                        rule.role in (role, ANY)
-                        and rule.layer in (layers[number], ANY)
-                        and rule.phase in (phase, None)
-                        and rule.pass_ in (pass_, ANY)
-                    ):
-                        own = rule.patterns
-                        chosen = own if isinstance(own, tuple) else (own,) * heads
-                out[phase, pass_] = chosen
+        phases = range(len(self.phases) + 1)
+        out: Table = {(phase, pass_): dense for phase in phases for pass_ in (ANY, *self.passes)}
+        groups = {(own, path) for own in (role, ANY) for path in (layer, ANY)}
+        fitting = [
+            (number, when) for own in groups for when, number in self._last.get(own, {}).items()
+        ]
+        left = set(out)
+        for number, (phase, pass_) in sorted(fitting, reverse=True):
+            at = phases if phase is None else (phase,)
+            passes = (ANY, *self.passes) if pass_ == ANY else (pass_,)
+            decided = left.intersection((one, other) for one in at for other in passes)
+            own = self.rules[number].patterns
+            for key in decided:
+                out[key] = own if isinstance(own, tuple) else (own,) * heads
+            left -= decided
+            if not left:
+                break
         return {} if all(heads == dense for heads in out.values()) else out
+
+    @functools.cached_property
+    def _last(self) -> dict[tuple[str, str], dict[tuple[int | None, str], int]]:
+        """The number of the last rule for each role and layer, by phase and pass: no other counts,
+        so that a table takes no longer for more rules."""
+        found: dict[tuple[str, str], dict[tuple[int | None, str], int]] = {}
+        for number, rule in enumerate(self.rules):
+            found.setdefault((rule.role, rule.layer), {})[rule.phase, rule.pass_] = number
+        return found
 
     def to_json(self) -> str:
         """The plan as a file holds it: sorted keys; a pattern, a rule, and a key of denoisers,
         evidence and provenance on a line.
 
         Raises:
-            ValueError: a pattern is longer than a plan file may hold.
+            ValueError: it is larger than a plan file may be, or a pattern is longer.
         """
         patterns = list(dict.fromkeys(p for rule in self.rules for p in rule.heads))
+        _check_number("patterns", len(patterns), MAX_PATTERNS)
         for pattern in patterns:
             if len(repr(pattern)) > MAX_PATTERN:
                 raise ValueError(
@@ -301,7 +328,9 @@ class Plan:
             "evidence": dict(self.evidence),
             "provenance": dict(self.provenance),
         }
-        return written(value, ("denoisers", "patterns", "rules", "evidence", "provenance"))
+        text = written(value, ("denoisers", "patterns", "rules", "evidence", "provenance"))
+        _check_number("bytes as JSON", len(text), MAX_BYTES)
+        return text
 
     @classmethod
     def from_json(cls, text: str, what: str = "the plan") -> Plan:
@@ -319,6 +348,10 @@ class Plan:
             )
         record = Record(value, what, KEYS)
         record.text("visattn")
+        for key, most in (("patterns", MAX_PATTERNS), ("rules", MAX_RULES)):
+            if len(record.sequence(key)) > most:
+                many = len(record.sequence(key))
+                raise ValueError(f"{what} has {many} {key}; at most {most} are allowed")
         patterns = [_pattern(item, f"patterns of {what}") for item in record.sequence("patterns")]
         rules = [
             _rule(item, f"rule {number} of {what}", patterns)
@@ -391,11 +424,17 @@ class Plan:
         )
 
 
+def _check_number(what: str, number: int, most: int) -> None:
+    if number > most:
+        raise ValueError(f"plan has {number} {what}; at most {most} are allowed")
+
+
 def _check_dense(layers: object, steps: object) -> None:
     if not isinstance(layers, tuple) or any(
         isinstance(n, bool) or not isinstance(n, int) or abs(n) > MAX_COUNT for n in layers
     ):
         raise ValueError(f"dense_layers={shown(layers)} must be layer numbers, as in (0, 1, -1)")
+    _check_number("dense_layers", len(layers), 2 * MAX_PARTS)
     if not isinstance(steps, tuple) or len(steps) != 2 or not all(map(_is_count, steps)):
         raise ValueError(
             f"dense_steps={shown(steps)} must be (first, last): step counts of at least 0, or "

@@ -10,9 +10,20 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MAX_COUNT", "Json", "Record", "brief", "check_values", "parse_json", "shown"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_COUNT",
+    "MAX_PARTS",
+    "Json",
+    "Record",
+    "brief",
+    "check_values",
+    "parse_json",
+    "shown",
+]
 
 Json = dict[str, Any]
+MAX_BYTES = 16 << 20  # of a file: forty layers of forty heads in four phases take less than one
 MAX_DEPTH = 32
 MAX_DIGITS = 4000  # Python refuses to read integers of a few more
 MAX_COUNT = 1 << 20  # of steps, and the last number of a layer
@@ -50,6 +61,11 @@ def parse_json(text: str, what: str) -> Json:
             raise ValueError(f"{what} holds {shown(text)}, which is larger than any number")
         return value
 
+    if len(text) > MAX_BYTES:
+        raise ValueError(
+            f"{what} has {len(text)} characters; at most {MAX_BYTES} are allowed, as an object of "
+            "more takes gigabytes of memory"
+        )
     if not text.strip():
         raise ValueError(f"{what} is empty; a plan is a JSON object")
     try:

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from visattn.files import read_text, write_whole
+from visattn.plan.reading import MAX_BYTES
 
 __all__ = ["PLAN_FILE", "find", "load", "push", "save"]
 
 PLAN_FILE = "visattn_plan.json"
-MAX_BYTES = 64 << 20  # forty layers of forty heads in four phases take less than one
 
 
 def save(text: str, folder: str | os.PathLike[str]) -> None:
