@@ -15,6 +15,7 @@ from visattn.inject.attachment import Attachment, attached, attention_layers, de
 from visattn.inject.caught import Editor
 from visattn.inject.moment import PipeRef
 from visattn.inject.observation import Observer
+from visattn.inject.parallel import check_whole
 from visattn.layout import check_count
 from visattn.patterns import HeadPattern
 from visattn.pipelines.families import FAMILIES
@@ -140,7 +141,8 @@ def observe(
         layers: paths of attention modules; default: all that plans speak of.
 
     Raises:
-        ValueError: the pipeline is of no known family, or has no such layer.
+        ValueError: the pipeline is of no known family, has no such layer, or is split over
+            processes by ``enable_parallelism``, before or inside the block.
     """
     before, new = [], []
     known = known_denoisers(pipe)
@@ -151,6 +153,7 @@ def observe(
                 f"layers holds {path!r}; the attention layers are {', '.join(sorted(paths)[:3])}..."
             )
     for role, (model, family) in known.items():
+        check_whole(model, role)
         own = _on(pipe, role, model, family)
         before.append(attached(model))
         shown = frozenset(paths if layers is None else layers)
@@ -176,6 +179,7 @@ def editing(pipe: Any, editors: Mapping[str, Editor]) -> Iterator[None]:
     try:
         for role, (model, family) in known_denoisers(pipe).items():
             if role in editors:
+                check_whole(model, role)
                 own = attached(model)
                 before[role] = (None, None) if own is None else (own.editor, own.pipe)
                 own = own or _on(pipe, role, model, family)

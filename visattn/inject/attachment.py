@@ -29,6 +29,7 @@ from visattn.inject.moment import (
     step_of,
 )
 from visattn.inject.observation import Observer
+from visattn.inject.parallel import check_whole
 from visattn.inject.running import Announced, Calls, is_stock, run_of, says_where
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
@@ -355,6 +356,8 @@ def _check(pattern: HeadPattern, layout: TokenLayout, path: str) -> None:
 def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The hook before a denoiser's forward; ``torch.compile`` traces it."""
     attachment: Attachment = model._visattn
+    if attachment.observers or attachment.editor is not None:
+        check_whole(model, attachment.role)
     arguments = dict(zip(attachment.names, args, strict=False))
     arguments.update(kwargs)
     attachment.tokens = attachment.family.tokens(model.config, arguments)

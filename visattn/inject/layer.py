@@ -23,6 +23,7 @@ from visattn.inject.watched import (
     catch,
     own_backend,
     release,
+    stock_attention,
     watched_class,
 )
 from visattn.layout import TokenLayout
@@ -338,12 +339,8 @@ class Layer:
         """Attention as it would be without us, tensors as ``call.heads_first`` says."""
         if self.through_sdpa:
             return self.by_torch(call)
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        backend = own_backend(self.module.processor)
-        return functools.partial(
-            dispatch_attention_fn, **_arguments(call), backend=backend, parallel_config=parallel
-        )
+        stock = stock_attention(own_backend(self.module.processor), parallel)
+        return functools.partial(stock, **_arguments(call))
 
     def by_torch(self, call: Call) -> Plain:
         """torch's attention, heads first."""

@@ -84,12 +84,15 @@ def layer_op(
     scale: float | None,
     grouped: bool,
     heads_first: bool,
+    parallel: bool,
 ) -> torch.Tensor:
-    """``Layer.attend`` by the number of the layer."""
+    """``Layer.attend`` by the number of the layer; ``parallel``: under the context parallelism of
+    its processor."""
     own = _LAYERS[int(layer)]
     own.attachment.tokens = unpacked(tokens)
     call = Call(mask, dropout, causal, scale, grouped, heads_first)
-    return own.attend(query, key, value, call).contiguous()
+    config = own.module.processor._parallel_config if parallel else None
+    return own.attend(query, key, value, call, config).contiguous()
 
 
 @layer_op.register_fake
@@ -105,12 +108,18 @@ def _(
     scale: float | None,
     grouped: bool,
     heads_first: bool,
+    parallel: bool,
 ) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 def layer_attention(
-    layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    layer: Layer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    call: Call,
+    parallel: bool = False,
 ) -> torch.Tensor:
     """The call as it is traced. The op has no gradient: a call that wants one is refused, which
     ends the graph there, or the tracing where one graph is asked for."""
@@ -135,5 +144,6 @@ def layer_attention(
         call.scale,
         call.grouped,
         call.heads_first,
+        parallel,
     )
     return out

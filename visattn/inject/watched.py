@@ -31,6 +31,7 @@ __all__ = [
     "catch",
     "own_backend",
     "release",
+    "stock_attention",
     "watched_class",
 ]
 
@@ -146,26 +147,48 @@ def _dispatched(
         layer = _traced.layer
         if layer is not None and not layer.of_image(key, call):
             _traced.layer = None
-            return layer_attention(layer, query, key, value, call)
+            return layer_attention(layer, query, key, value, call, _parallel_config is not None)
     else:
         layer = _running.layer or _traced.layer
         if layer is not None and not layer.of_image(key, call):
             _running.layer = _traced.layer = None
             return layer.attend(query, key, value, call, _parallel_config)
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    stock = stock_attention(own, _parallel_config)
+    return stock(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
-    return dispatch_attention_fn(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        backend=own,
-        parallel_config=_parallel_config,
-    )
+
+def stock_attention(own: Any, parallel: Any) -> Callable[..., torch.Tensor]:
+    """The attention of diffusers by the backend ``own``, or by the active one where that is None.
+
+    Raises:
+        ValueError: it is under context parallelism, which the backend does not support. diffusers
+            says so where either is set; at a call it would attend to the tokens of this process.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+
+    if parallel is not None and not _supports_parallel(own):
+        registry: Any = _AttentionBackendRegistry
+        name = own or registry.get_active_backend()[0]
+        known = sorted(
+            one.value
+            for one in map(type(name), registry._supports_context_parallel)
+            if not hasattr(one, "_visattn_own")
+        )
+        raise ValueError(
+            f"Context parallelism is enabled but current attention backend '{name.value}' does not "
+            f"support context parallelism. Please set a compatible attention backend: {known} "
+            "using `model.set_attention_backend()`."
+        )
+    return functools.partial(dispatch_attention_fn, backend=own, parallel_config=parallel)
+
+
+def _supports_parallel(own: Any) -> bool:
+    """Whether a backend supports context parallelism; None: the active one."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    registry: Any = _AttentionBackendRegistry
+    backend = own or registry.get_active_backend()[0]
+    return bool(registry._is_context_parallel_available(backend))
 
 
 @functools.cache
@@ -182,7 +205,9 @@ def _member(own: Any, stays: bool) -> Any:
     AttentionBackendName._value2member_map_[name] = member
     # copies and pickles go by the value; before Python 3.11.4 they would go by the name
     vars(member)["__reduce_ex__"] = lambda _: (AttentionBackendName, (name,))
-    register: Callable[..., Any] = _AttentionBackendRegistry.register(member)
+    register: Callable[..., Any] = _AttentionBackendRegistry.register(
+        member, supports_context_parallel=_supports_parallel(own)
+    )
     register(functools.partial(_dispatched, own))
     return member
 
