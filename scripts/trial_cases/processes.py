@@ -90,10 +90,22 @@ def offloaded_is_read(folder: Path) -> str:
     return "weights on the meta device are read from where they are"
 
 
+def damaged_is_made_anew(folder: Path) -> str:
+    argv = ("generate", "a red square", "--model", saved("wan21"), *SIZE, "-o", "clip.mp4")
+    said = [command(*argv)[1].split()[0]]
+    for path, size in (("clip.mp4", None), ("clip.mp4", 0), ("clip.mp4.json", 50)):
+        if size is not None:
+            os.truncate(path, size)
+        said.append(command(*argv, "--skip-existing")[1].split()[0])
+    assert said == ["wrote", "kept", "wrote", "wrote"], said
+    return "a whole clip is kept, one cut to nothing and one with a cut record are made anew"
+
+
 CASES = (
     Case("each prompt is made by every process", each_prompt_once),
     Case("other commands run several times", others_are_refused),
     Case("the scale of a LoRA is not seen", lora_scale_is_another_pipeline),
     Case("a search counts what a cache reuses", cache_is_refused),
+    Case("--skip-existing keeps a damaged clip", damaged_is_made_anew),
     Case("weights that are offloaded end a search", offloaded_is_read),
 )

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-existing",
         action="store_true",
-        help="keep an output that the same options made before",
+        help="keep an output that the same options made of the same model before, if it is whole",
     )
     parser.add_argument(
         "--guidance",

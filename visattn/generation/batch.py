@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -16,9 +17,12 @@ from visattn.files import read_text
 from visattn.generation.errors import sentence
 from visattn.generation.job import FPS, Job, Progress, Result, run_job
 from visattn.generation.loading import Loading, load_pipeline, lora_notes
+from visattn.generation.origin import origin_of
 from visattn.generation.quiet import quiet
 from visattn.generation.record import (
+    check_record_path,
     make_record,
+    output_hash,
     read_record,
     record_path,
     request_of,
@@ -190,7 +194,8 @@ def generate_all(
     Args:
         items: of ``read_prompts``, or made by hand.
         loading, plan, backend: of the pipeline; plan None is dense.
-        skip_existing: keep an output that is there with a record of the same request.
+        skip_existing: keep an output that is as it was written, with a record of the same request:
+            the same options, and the same files of the model and the adapters.
         keep_going: let the other items go on when one fails; else its error is raised.
         new_folders: make the folders of outputs that are missing.
         progress: gives for an item what is called after each of its steps.
@@ -230,6 +235,13 @@ def generate_all(
     return outcomes
 
 
+def _hash_in(record: Mapping[str, Any]) -> str:
+    """The hash of the output that a record is of; no hash where it has none."""
+    output = record.get("output")
+    found = output.get("sha256") if isinstance(output, Mapping) else None
+    return found if isinstance(found, str) else ""
+
+
 class _Session:
     """A pipeline that is loaded once, and the requests that it serves."""
 
@@ -243,9 +255,14 @@ class _Session:
         self.notes: list[str] = []
 
     def request(self, job: Job) -> dict[str, Any]:
-        own = request_of(job, self.loading, self.plan, self.backend)
+        own = request_of(job, self.loading, self.plan, self.backend, self.origin)
         plain: dict[str, Any] = json.loads(json.dumps(own))
         return plain
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """What the pipeline is loaded from, read once before it is loaded."""
+        return origin_of(self.loading)
 
     def prepare(self, item: Item, skip_existing: bool) -> Mapping[str, Any] | None:
         """The record of an item that need not be made; else its target is checked."""
@@ -257,14 +274,11 @@ class _Session:
         found = read_record(item.output) if skip_existing and item.output.exists() else None
         if found is not None:
             request = self.request(item.job)
-            if {key: found.get(key) for key in request} == request:
+            same = {key: found.get(key) for key in request} == request
+            if same and _hash_in(found) == output_hash(item.output):
                 return found
         check_target(item.output, new_folders=self.new_folders)
-        beside = record_path(item.output)
-        if beside.exists() and read_record(item.output) is None:
-            raise ValueError(
-                f"{str(beside)!r} is there and is no record of visattn; name another output"
-            )
+        check_record_path(item.output)
         return None
 
     def load(self) -> None:

@@ -20,9 +20,19 @@ from visattn.generation.job import Job, Result
 from visattn.generation.loading import Loading
 from visattn.plan import Plan
 
-__all__ = ["SCHEMA", "make_record", "read_record", "record_path", "request_of", "write_record"]
+__all__ = [
+    "SCHEMA",
+    "check_record_path",
+    "make_record",
+    "output_hash",
+    "read_record",
+    "record_path",
+    "request_of",
+    "write_record",
+]
 
 SCHEMA = "visattn.generation/1"
+START = b'{\n  "backend": '  # of every record
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "imageio-ffmpeg")
 
 
@@ -33,12 +43,19 @@ def record_path(output: str | os.PathLike[str]) -> Path:
     return target.with_name(f"{target.name}.json")
 
 
-def request_of(job: Job, loading: Loading, plan: Plan | None, backend: str) -> dict[str, Any]:
+def request_of(
+    job: Job, loading: Loading, plan: Plan | None, backend: str, origin: Mapping[str, Any]
+) -> dict[str, Any]:
     """What was asked for, as JSON values: two generations with the same request make the same
-    frames on the same machine. The token is not in it."""
+    frames on the same machine with the same versions. The token is not in it.
+
+    Args:
+        origin: of ``origin_of(loading)``.
+    """
     return {
         "job": job.record(),
         "model": loading.record(),
+        "origin": dict(origin),
         "plan": None if plan is None else json.loads(plan.to_json()),
         "backend": backend,
     }
@@ -90,26 +107,69 @@ def make_record(
 
 
 def write_record(output: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
-    """Write the record beside its output, whole or not at all; its path.
+    """Write the record beside its output, which is there, whole or not at all; its path.
 
     Raises:
         OSError: it cannot be written.
     """
     path = record_path(output)
-    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, default=str)
+    whole = {**record, "output": {**record["output"], "sha256": output_hash(output)}}
+    text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False, default=str)
     write_whole(path, f"{text}\n".encode())
     return path
 
 
 def read_record(output: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The record beside an output, or None where there is none that can be read."""
+    path = record_path(output)
     try:
-        value = json.loads(record_path(output).read_bytes())
-    except (OSError, ValueError):
+        value = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         return None
     return value
+
+
+def check_record_path(output: str | os.PathLike[str]) -> None:
+    """Refuse to write the record of an output over something else. A record that is damaged, so
+    that it is empty, holds zeros or ends early, may be written over.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    path = record_path(output)
+    if not path.exists() or read_record(output) is not None:
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(START))
+        if START.startswith(start.rstrip(b"\0")) and not _is_json(path):
+            return
+    raise ValueError(f"{str(path)!r} is there and is no record of visattn; name another output")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def output_hash(output: str | os.PathLike[str]) -> str | None:
+    """The SHA-256 of an output: of its file, or of the names and contents of its frames; None where
+    it cannot be read."""
+    target, found = Path(output), hashlib.sha256()
+    try:
+        if target.is_file():
+            return hashlib.sha256(target.read_bytes()).hexdigest()
+        for path in sorted(target.iterdir()):
+            found.update(f"{path.name} {path.stat().st_size} ".encode())
+            found.update(path.read_bytes())
+    except OSError:
+        return None
+    return found.hexdigest()
 
 
 def _describe(pipe: Any) -> dict[str, Any]:
