@@ -4,16 +4,15 @@ mode, the default device."""
 from __future__ import annotations
 
 import gc
-import warnings
 
 import pytest
 import torch
+from caches import clear_caches, live_tensors
 from selectors_oracle import SMALL
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.attention import attention_by
 from visattn.dense import dense_with_lse
-from visattn.execute import MAPS
 from visattn.guidance.token_columns import token_columns
 from visattn.patterns import HeadPattern, Pattern, parse_pattern
 from visattn.patterns.examples import EXAMPLES
@@ -160,20 +159,14 @@ def test_what_reads_attention_computes_in_float32() -> None:
 
 
 def inference_tensors() -> list[torch.Tensor]:
-    """Those that are alive."""
     gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of objects that are deprecated to look at
-        return [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.is_inference()]
+    return [x for x in live_tensors() if x.is_inference()]
 
 
 @pytest.fixture
 def fresh() -> None:
     """Nothing is cached yet."""
-    MAPS.clear()
-    for item in gc.get_objects():
-        if hasattr(type(item), "cache_clear") and item.__module__.startswith("visattn"):
-            item.cache_clear()
+    clear_caches()
 
 
 @pytest.mark.usefixtures("fresh")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
 import torch
+from caches import clear_caches, clear_functions, live_tensors
 from cases import LAYOUTS, draw
 
 import visattn.cpu_rows as cpu_rows
 import visattn.rows as module
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.execute import lower_cached
+from visattn.execute import MAPS, lower_cached
 from visattn.patterns import PATTERNS, Diagonal, Neighborhood, Radial, Skip, Stripe
 from visattn.rows import keys_of, mask_of, ordered, products_of, rows_of, window_of
 from visattn.workspace import _KEPT, KEPT, workspace
@@ -68,10 +70,10 @@ def test_limits_change_no_result(limit: str, monkeypatch: pytest.MonkeyPatch) ->
     for pattern in (Radial(), Neighborhood((3, 3, 3)), Stripe()):
         expected = sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise")
         monkeypatch.setattr(module, limit, 0)
-        module._ROWS.clear()
+        MAPS.clear()
         found = sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise")
         monkeypatch.undo()
-        module._ROWS.clear()
+        MAPS.clear()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -127,9 +129,9 @@ def test_masks_are_kept_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> N
     qkv = [torch.randn(1, 2, LAYOUT.length, 8) for _ in range(3)]
     pattern = Neighborhood((3, 5, 3))
     block_map = lower_cached(pattern, LAYOUT, None, 64, 64)
-    cpu_rows._MASKS.pop(block_map, None)
+    block_map.made.clear()
     first = sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise")
-    kept = cpu_rows._MASKS[block_map][torch.float32]
+    kept = block_map.made["masks", torch.float32]
     assert len(kept.found) > 1
     monkeypatch.setattr(cpu_rows, "mask_of", lambda *_: pytest.fail("made again"))
     assert torch.equal(sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise"), first)
@@ -202,3 +204,40 @@ def test_ordered(batch: int, heads_first: bool) -> None:
     assert torch.equal(found, x[:, :, index].reshape(-1, 10, 4))
     odd = torch.randn(batch, 3, 10, 8)[..., ::2]
     assert torch.equal(ordered(odd, index), odd[:, :, index].reshape(-1, 10, 4))
+
+
+def held_bytes() -> dict[int, int]:
+    """Bytes of all memory that tensors have, by address."""
+    storages = [x.untyped_storage() for x in live_tensors() if x.device.type == "cpu"]
+    return {own.data_ptr(): own.nbytes() for own in storages}
+
+
+def test_what_is_made_of_maps_counts_and_goes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many resolutions and two dtypes, without the help of the garbage collector."""
+    patterns = (Diagonal(9), Neighborhood((1, 3, 3)))
+    layouts = [TokenLayout(Grid(2, 5, width), text_after=3) for width in range(3, 31)]
+
+    def run_all() -> None:
+        for layout in layouts:
+            for dtype in (torch.float32, torch.bfloat16):
+                qkv = [torch.zeros(2, layout.length, 2, 8, dtype=dtype).transpose(1, 2)] * 3
+                sparse_attention(*qkv, patterns, layout, backend="blockwise")
+
+    run_all()  # memory that is used again is there
+    clear_caches()
+    gc.collect()
+    gc.disable()
+    try:
+        before = held_bytes()
+        monkeypatch.setattr(MAPS, "limit_bytes", 1_000_000)
+        run_all()
+        lower_cached(patterns[0], layouts[-1], None, 64, 64)  # holds the cache to its limit
+        clear_functions()
+        counted, maps, held = MAPS.nbytes, len(MAPS), held_bytes()
+        MAPS.clear()
+        after = held_bytes()
+    finally:
+        gc.enable()
+    assert counted <= 1_000_000 and 2 <= maps < len(patterns) * len(layouts)
+    assert 0.5 * counted < sum(n for at, n in held.items() if at not in before) <= counted
+    assert {at: n for at, n in after.items() if at not in before} == {}

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 
@@ -27,12 +27,28 @@ from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import SequenceBlocks
 from visattn.predicates import Predicate
 
-__all__ = ["BlockMap", "MapBank", "MapCache", "PartialPolicy", "build_map", "pack_rows"]
+__all__ = ["BlockMap", "MapBank", "MapCache", "PartialPolicy", "build_map", "grown", "pack_rows"]
 
 PartialPolicy = Literal["exact", "promote", "drop"]
 NONE, FULL, TEXT, SHORT, PARTIAL = range(5)  # classes of a block pair, in the order of a row's list
 MAX_PREDICATES = 2  # more than two in one map go to bit tiles
 TILE_CHUNK = 1 << 20  # elements of a temporary when partial blocks are evaluated
+
+
+class Sized(Protocol):
+    """What a MapCache holds."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Sized)
+_growths = [0]  # how often something that caches hold has grown
+
+
+def grown() -> None:
+    """Note that something that caches may hold takes more memory than before."""
+    _growths[0] += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +61,7 @@ class BlockMap:
         predicates: per grid of the layout, the predicates whose union masks its partial blocks.
         given_tiles: (bool ``[U, block_q, block_k]``, int64 ``[partial]``) when the mask of partial
             blocks is known by bits alone.
+        made: what ``of_map`` has made of it, by key.
     """
 
     q_blocks: SequenceBlocks
@@ -53,6 +70,15 @@ class BlockMap:
     columns: torch.Tensor
     predicates: tuple[tuple[Predicate, ...], ...]
     given_tiles: tuple[torch.Tensor, torch.Tensor] | None = None
+    made: dict[Hashable, Sized] = field(default_factory=dict, init=False, repr=False)
+
+    def of_map(self, key: Hashable, make: Callable[[], Item]) -> Item:
+        """What is made of the map once: a part of it, that counts with it and goes with it. It does
+        not refer to the map. ``key``: a key has items of one class."""
+        if key not in self.made:
+            self.made[key] = make()
+            grown()
+        return cast(Item, self.made[key])
 
     @property
     def layout(self) -> TokenLayout:
@@ -98,18 +124,17 @@ class BlockMap:
             for union in self.predicates
         )
 
+    @cached_property
+    def _given_nbytes(self) -> int:
+        given = (self.q_blocks, self.k_blocks, self.bounds, self.columns, self.predicates)
+        return _nbytes_of((*given, self.given_tiles))
+
     @property
     def nbytes(self) -> int:
-        tensors = [self.bounds, self.columns]
-        tensors += [
-            x
-            for b in (self.q_blocks, self.k_blocks)
-            for x in (b.start, b.length, b.index)
-            if x is not None
-        ]
-        tensors += list(self.given_tiles or ())
-        tensors += list(self.__dict__.get("tiles", ()))
-        return sum(x.numel() * x.element_size() for x in tensors)
+        """Of the map and all that has been made of it; what maps share counts for each."""
+        found = [self.__dict__.get(name) for name in ("visits", "partial_pairs", "tiles")]
+        made = sum(item.nbytes for item in tuple(self.made.values()))
+        return self._given_nbytes + _nbytes_of(tuple(found)) + made
 
     @on_cpu
     def status(self) -> torch.Tensor:
@@ -178,6 +203,17 @@ class BlockMap:
         whole = int(areas[(status != NONE) & (status != PARTIAL)].sum())
         tiles, index = self.tiles
         return whole + int(tiles.flatten(1).sum(1)[index].sum())
+
+
+def _nbytes_of(value: object) -> int:
+    """Bytes of the tensors in tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, tuple):
+        return sum(map(_nbytes_of, value))
+    if is_dataclass(value):
+        return sum(_nbytes_of(getattr(value, own.name)) for own in fields(value))
+    return 0
 
 
 def distinct_tiles(
@@ -376,22 +412,13 @@ class MapBank:
         return MapBank(maps, head_map, bounds, columns, q_table, k_table)
 
 
-class Sized(Protocol):
-    """What a MapCache holds."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-Item = TypeVar("Item", bound=Sized)
-
-
 class MapCache(Generic[Item]):
     """Maps by key, least recently used out first, within a limit of bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._items: OrderedDict[Hashable, Item] = OrderedDict()
+        self._growths = 0  # when it was last held to the limit
 
     def __len__(self) -> int:
         return len(self._items)
@@ -401,14 +428,19 @@ class MapCache(Generic[Item]):
         return sum(item.nbytes for item in self._items.values())
 
     def get(self, key: Hashable, make: Callable[[], Item]) -> Item:
-        """The item of ``key``, made when it is not there. The newest one stays, whatever its
-        size."""
+        """The item of ``key``, made when it is not there. The last one that was asked for stays,
+        whatever its size."""
         if key in self._items:
             self._items.move_to_end(key)
-            return self._items[key]
-        item = self._items[key] = make()
-        while len(self._items) > 1 and self.nbytes > self.limit_bytes:
-            self._items.popitem(last=False)
+        else:
+            self._items[key] = make()
+            grown()
+        item = self._items[key]
+        if self._growths != _growths[0]:
+            self._growths = _growths[0]
+            left = self.nbytes - self.limit_bytes
+            while len(self._items) > 1 and left > 0:
+                left -= self._items.popitem(last=False)[1].nbytes
         return item
 
     def clear(self) -> None:

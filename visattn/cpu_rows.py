@@ -10,13 +10,12 @@ are one fused attention.
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.ambient import lasting
-from visattn.blockmap import BlockMap
+from visattn.blockmap import BlockMap, grown
 from visattn.rows import (
     Mask,
     Row,
@@ -38,6 +37,7 @@ LEAST = (1 << 17, 1 << 18)  # of a product, without and with a mask, below which
 LOGITS = 1 << 21  # that are written out at a time
 MASKS = 1 << 22  # elements of the masks that a map keeps
 PLACES = 1 << 22  # places of keys and tokens that a program keeps
+STEP_BYTES = 500  # of a step of a program without its places, about
 
 
 def rows_on_cpu(
@@ -162,13 +162,19 @@ class _Step(NamedTuple):
 
 
 class _Program:
-    """What a call by a map does, but for the values: worked out once for a number of heads."""
+    """What a call by a map does, but for the values: worked out once for a number of heads.
+
+    Attributes:
+        orders: of queries and keys, as in the blocks of the map.
+        nbytes: that it takes, about.
+    """
 
     def __init__(self, block_map: BlockMap, batch: int, heads: int, dim: int) -> None:
-        self.block_map, self.batch, self.heads = block_map, batch, heads
+        self.batch, self.heads = batch, heads
+        self.orders = {"q": block_map.q_blocks.index, "k": block_map.k_blocks.index}
         self.length = block_map.kv_layout.length
-        self.kept = 0
-        self._places: dict[tuple[str, bool], torch.Tensor] = {}
+        self.kept = self.nbytes = 0
+        self._places: dict[str, torch.Tensor] = {}
         many = batch * heads
         self.steps = [
             self._step(rows, many, dim)
@@ -185,6 +191,8 @@ class _Program:
             self.kept += count
             first = torch.arange(many)[:, None] * self.length
             places = (first + torch.cat([places_of(row) for row in rows])).flatten()
+            self.nbytes += places.nbytes
+        self.nbytes += STEP_BYTES + 8 * len(rows)
         return _Step(
             rows,
             slice(rows[0].begin, rows[-1].end),
@@ -197,46 +205,60 @@ class _Program:
     @lasting
     def ordered(self, side: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """As ``rows.ordered``, with places that are worked out once."""
-        blocks = self.block_map.q_blocks if side == "q" else self.block_map.k_blocks
-        by_token = x.transpose(1, 2)
+        order, by_token = self.orders[side], x.transpose(1, 2)
         beside = self.heads > 1 and by_token.is_contiguous()
         if not beside or x.numel() // x.shape[3] > PLACES:
-            return ordered(x, blocks.index, out)
-        if (side, beside) not in self._places:
-            index = torch.arange(x.shape[2]) if blocks.index is None else blocks.index
-            first = torch.arange(self.batch)[:, None] * x.shape[2] * self.heads
-            first = first + torch.arange(self.heads)
-            self._places[side, beside] = (first[..., None] + index * self.heads).flatten()
-        places = self._places[side, beside]
+            return ordered(x, order, out)
+        if side not in self._places:
+            index = torch.arange(x.shape[2], device="cpu") if order is None else order
+            first = torch.arange(self.batch, device="cpu")[:, None] * x.shape[2] * self.heads
+            first = first + torch.arange(self.heads, device="cpu")
+            self._keep(side, (first[..., None] + index * self.heads).flatten())
+        places = self._places[side]
         found = torch.index_select(by_token.view(-1, x.shape[3]), 0, places, out=out)
         return found.view(-1, x.shape[2], x.shape[3])
 
     @lasting
     def back(self, out: torch.Tensor) -> torch.Tensor:
         """``[B * H, L, D]`` in token order."""
-        order = self.block_map.q_blocks.index
+        order = self.orders["q"]
         if order is None:
             return out
         if out.numel() // out.shape[2] > PLACES:
             return ordered(out[:, None], order.argsort())
-        if ("out", False) not in self._places:
-            first = torch.arange(len(out))[:, None] * out.shape[1]
-            self._places["out", False] = (first + order.argsort()).flatten()
-        places = self._places["out", False]
+        if "out" not in self._places:
+            first = torch.arange(len(out), device="cpu")[:, None] * out.shape[1]
+            self._keep("out", (first + order.argsort()).flatten())
+        places = self._places["out"]
         return torch.index_select(out.view(-1, out.shape[2]), 0, places).view(out.shape)
 
 
-_PROGRAMS: WeakKeyDictionary[BlockMap, dict[tuple[int, int, int], _Program]] = WeakKeyDictionary()
+    def _keep(self, name: str, places: torch.Tensor) -> None:
+        self._places[name] = places
+        self.nbytes += places.nbytes
+        grown()
+
+
+class _Programs:
+    """The last two of a map: a layer runs it on some of its heads, another on all."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, int, int], _Program] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(program.nbytes for program in tuple(self.found.values()))
 
 
 @lasting
 def _program(block_map: BlockMap, batch: int, heads: int, dim: int) -> _Program:
-    """Of a map, made once for a number of heads; that of the last one is kept."""
-    own = _PROGRAMS.setdefault(block_map, {})
+    """Of a map, made once for a number of heads."""
+    own = block_map.of_map("programs", _Programs).found
     if (batch, heads, dim) not in own:
-        while len(own) >= 2:  # a layer runs a map on some of its heads, another on all
+        while len(own) >= 2:
             own.pop(next(iter(own)))
         own[batch, heads, dim] = _Program(block_map, batch, heads, dim)
+        grown()
     return own[batch, heads, dim]
 
 
@@ -247,7 +269,7 @@ class _Masks:
     def __init__(self, tiles: torch.Tensor, dtype: torch.dtype) -> None:
         self.tiles, self.dtype = tiles, dtype
         self.found: dict[tuple[tuple[tuple[int, int, int], ...], ...], Mask] = {}
-        self.numel = 0
+        self.numel = self.nbytes = 0
 
     @lasting
     def of(
@@ -259,16 +281,14 @@ class _Masks:
             kept = mask_of(rows, self.tiles)
             assert kept is not None
             if self.numel + kept.numel() > MASKS:
-                self.found, self.numel = {}, 0
-            self.found[own] = Mask.of(kept, self.dtype)
+                self.found, self.numel, self.nbytes = {}, 0, 0
+            mask = self.found[own] = Mask.of(kept, self.dtype)
             self.numel += kept.numel()
+            self.nbytes += mask.nbytes
+            grown()
         return self.found[own]
-
-
-_MASKS: WeakKeyDictionary[BlockMap, dict[torch.dtype, _Masks]] = WeakKeyDictionary()
 
 
 def _masks(block_map: BlockMap, dtype: torch.dtype) -> _Masks:
     """Of a map, made once."""
-    own = _MASKS.setdefault(block_map, {})
-    return own.setdefault(dtype, _Masks(block_map.tiles[0], dtype))
+    return block_map.of_map(("masks", dtype), lambda: _Masks(block_map.tiles[0], dtype))

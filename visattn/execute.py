@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 
-MAPS: MapCache[BlockMap] = MapCache(limit_bytes=256 << 20)
+MAPS: MapCache[BlockMap] = MapCache(limit_bytes=1 << 30)  # with all that is made of the maps
 
 
 class BackendUnavailable(RuntimeError):

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -36,6 +35,7 @@ WORK = 1 << 20  # logits of a product of several rows, enough that starting it d
 SPAN = 1 << 24  # the same of rows that have one mask or none
 COPIED = 1 << 19  # elements of the keys that several rows copy, so few that they stay in the cache
 LISTED = 1 << 22  # positions of keys that a map keeps
+ROW_BYTES, PART_BYTES = 300, 130  # of a row, and of each of its runs and tiles, about
 EVEN = 16  # keys are cut to multiples of it
 
 
@@ -64,14 +64,23 @@ class Row(NamedTuple):
         return self.end - self.begin, self.keys
 
 
-_ROWS: WeakKeyDictionary[BlockMap, list[Row]] = WeakKeyDictionary()
+class Rows(NamedTuple):
+    """The rows of a map, and how many bytes they take, about."""
+
+    rows: list[Row]
+    nbytes: int
 
 
 def rows_of(block_map: BlockMap) -> list[Row]:
     """The rows of a map, in order, made once."""
-    if block_map not in _ROWS:
-        _ROWS[block_map] = _make_rows(block_map)
-    return _ROWS[block_map]
+    return block_map.of_map("rows", lambda: _sized_rows(block_map)).rows
+
+
+def _sized_rows(block_map: BlockMap) -> Rows:
+    rows = _make_rows(block_map)
+    listed = sum(row.keys for row in rows if row.positions is not None)
+    parts = sum(len(row.runs) + len(row.tiles) for row in rows)
+    return Rows(rows, 8 * listed + ROW_BYTES * len(rows) + PART_BYTES * parts)
 
 
 @on_cpu
@@ -241,6 +250,10 @@ class Mask(NamedTuple):
     bias: torch.Tensor
     blind: torch.Tensor | None
     spans: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.kept, self.bias, self.blind) if x is not None)
 
     @staticmethod
     def of(kept: torch.Tensor, dtype: torch.dtype) -> Mask:
