@@ -21,7 +21,7 @@ def clear_functions():
 
 
 def live_tensors():
-    """All tensors that something refers to."""
+    """All tensors that something refers to, but for those that only stand for others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of objects that are deprecated to look at
-        return [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]

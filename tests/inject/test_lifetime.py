@@ -23,7 +23,8 @@ from planned import (
     usual,
 )
 
-from visattn.inject import apply_plan, remove_plan, sparse, summary
+from visattn.inject import apply_plan, recent, remove_plan, sparse, summary
+from visattn.inject.attachment import attached
 from visattn.inject.op import _LAYERS
 from visattn.patterns import Diagonal, Neighborhood
 from visattn.plan import Plan, Rule
@@ -65,6 +66,26 @@ def test_refused_plan_leaves_the_pipeline_as_it_was():
     with pytest.raises(ValueError, match="plan is for another model"):
         apply_plan(pipe, Plan((Rule(HEADS), Rule(Diagonal(1), layer="blocks.9.attn1"))))
     assert traces(pipe) == before
+
+
+def test_sizes_that_are_remembered_are_bounded(monkeypatch):
+    monkeypatch.setattr(recent, "MOST", 3)
+    model = tiny.wan_transformer(0, layers=1)
+    apply_plan(model, OTHER)
+
+    def run(width):
+        shape = (1, 4, 2, 4, 2 * width)
+        text, step = torch.zeros(1, 3, 16), torch.tensor([500])
+        with torch.no_grad():
+            return model(torch.ones(shape), step, text, return_dict=False)[0]
+
+    first = run(1)
+    for width in range(2, 9):
+        run(width)
+    own = attached(model)
+    assert len(own._layouts) == len(own.layers[0]._split) == 3
+    assert torch.equal(run(1), first)
+    assert own.layers[0].sparse_calls == 9
 
 
 # ---- another dtype, device, scheduler, size or plan

@@ -30,6 +30,7 @@ from visattn.inject.moment import (
 )
 from visattn.inject.observation import Observer
 from visattn.inject.parallel import check_whole
+from visattn.inject.recent import Recent
 from visattn.inject.running import Announced, Calls, is_stock, run_of, says_where
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
@@ -225,13 +226,14 @@ class Attachment:
         return self._checked(self.tokens)
 
     @functools.cached_property
-    def _layouts(self) -> dict[Tokens, TokenLayout]:
-        return {}
+    def _layouts(self) -> Recent[Tokens, TokenLayout]:
+        return Recent()
 
     def _checked(self, tokens: Tokens) -> TokenLayout:
         """The layout of tokens; at its first use every pattern of the plan is held against it."""
-        if tokens in self._layouts:
-            return self._layouts[tokens]
+        known = self._layouts.get(tokens)
+        if known is not None:
+            return known
         layout = TokenLayout.from_tokens(tokens)
         for layer in self.layers:
             each = {id(heads): heads for heads in layer.table.values()}.values()  # many are one

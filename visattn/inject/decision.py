@@ -11,6 +11,7 @@ from visattn.cost import DenseAttention
 from visattn.inject.dense_attention import dense_attention
 from visattn.inject.guard import measure_again, worthwhile
 from visattn.inject.parts import Part
+from visattn.inject.recent import Recent
 from visattn.inject.watch import Watch
 from visattn.layout import TokenLayout
 
@@ -36,7 +37,7 @@ class Guard:
     """The decisions of a layer, each worked out once, and again where calls contradict it."""
 
     def __init__(self) -> None:
-        self._decisions: dict[tuple[object, ...], Decision] = {}
+        self._decisions: Recent[tuple[object, ...], Decision] = Recent()
 
     def decide(
         self,

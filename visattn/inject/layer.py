@@ -17,6 +17,7 @@ from visattn.inject.observation import Observation
 from visattn.inject.op import Call, register_layer
 from visattn.inject.padding import Padding, text_lengths_of
 from visattn.inject.parts import DENSE, Heads, Part, Plain
+from visattn.inject.recent import Recent
 from visattn.inject.watched import (
     ATTRIBUTE,
     Watched,
@@ -74,7 +75,7 @@ class Layer:
         self.memories: dict[tuple[object, ...], Memory] = {}
         self.latest: tuple[object, ...] = ()  # what keys of the last call's memories begin with
         self._guard = Guard()
-        self._split: dict[tuple[Moments, TokenLayout], tuple[Part, ...] | None] = {}
+        self._split: Recent[tuple[Moments, TokenLayout], tuple[Part, ...]] = Recent()
         self.number = register_layer(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -386,16 +387,17 @@ class Layer:
     def _at(self, moments: Moments, layout: TokenLayout) -> tuple[Part, ...] | None:
         """The parts of a batch at the moments of its parts, one where they are alike; None where
         the plan has nothing but dense heads. Worked out once."""
-        if (moments, layout) not in self._split:
+        found = self._split.get((moments, layout))
+        if found is None:
             all_dense = (DENSE,) * self.heads
             chosen = [
                 next((heads for key in keys if (heads := self.table.get(key))), all_dense)
                 for keys in map(_keys, moments)
             ]
             own = {heads: Part(heads, layout) for heads in chosen}
-            parts = tuple(own[heads] for heads in (chosen[:1] if len(own) == 1 else chosen))
-            self._split[moments, layout] = parts if any(p.sparse for p in parts) else None
-        return self._split[moments, layout]
+            found = tuple(own[heads] for heads in (chosen[:1] if len(own) == 1 else chosen))
+            self._split[moments, layout] = found
+        return found if any(part.sparse for part in found) else None
 
     def memories_of(
         self, parts: tuple[Part, ...], batch: int, first: int = 0, whole: int | None = None

@@ -1,0 +1,20 @@
+"""A dict of bounded size."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+__all__ = ["Recent"]
+
+MOST = 256
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(dict[K, V]):
+    """The last 256 items that were set: a server runs many sizes, and the oldest ones go."""
+
+    def __setitem__(self, key: K, value: V) -> None:
+        if key not in self and len(self) >= MOST:
+            self.pop(next(iter(self)), None)
+        super().__setitem__(key, value)
