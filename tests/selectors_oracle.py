@@ -3,6 +3,7 @@ float64. Only the token orders come from the package, which tests them by themse
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -142,30 +143,44 @@ def until(probability: dict[int, float], share: float) -> set[int]:
     return out
 
 
-def count(keep: float, total: int) -> int:
-    return keep if isinstance(keep, int) else max(1, math.ceil(keep * total - 1e-6))
+def under(probability: dict[int, float], share: float) -> set[int]:
+    """The most probable while they hold no more than a share, and the first one in any case."""
+    out: set[int] = set()
+    held = 0.0
+    for n in descending(probability):
+        held += probability[n]
+        if out and held > share * sum(probability.values()) + 1e-9:
+            break
+        out.add(n)
+    return out
+
+
+def count(keep: float, total: int, down: bool = False) -> int:
+    """A number, or a share of a total: rounded up, or down; at least 1."""
+    if isinstance(keep, int):
+        return keep
+    return max(1, int(keep * total) if down else math.ceil(keep * total - 1e-6))
 
 
 def overlapping(block: list[int], blocks: Blocks) -> set[int]:
     return {n for n, other in enumerate(blocks) if set(block) & set(other)}
 
 
-def touching(layout: TokenLayout, block: list[int], blocks: Blocks, kinds: list[bool]) -> set[int]:
-    """Grid blocks whose boxes of coordinates touch that of a block."""
+@functools.cache
+def close(layout: TokenLayout) -> torch.Tensor:
+    """Grid tokens that are the same or next to each other along each axis, bool ``[L, L]``."""
     begin, grid = layout.grids[0]
+    places = torch.stack(grid.coordinates(torch.arange(grid.numel)), 1)
+    out = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    own = slice(begin, begin + grid.numel)
+    out[own, own] = ((places[:, None] - places).abs() <= 1).all(-1)
+    return out
 
-    def box(tokens: list[int]) -> list[tuple[int, int]]:
-        index = torch.tensor(tokens) - begin
-        places = zip(*(axis.tolist() for axis in grid.coordinates(index)), strict=True)
-        return [(min(axis), max(axis)) for axis in zip(*places, strict=True)]
 
-    own = box(block)
-    return {
-        n
-        for n, other in enumerate(blocks)
-        if kinds[n]
-        and all(a <= d + 1 and c <= b + 1 for (a, b), (c, d) in zip(own, box(other), strict=True))
-    }
+def touching(layout: TokenLayout, block: list[int], blocks: Blocks, kinds: list[bool]) -> set[int]:
+    """Grid blocks with a token next to one of a block."""
+    near = close(layout)[block].any(0)
+    return {n for n, other in enumerate(blocks) if kinds[n] and bool(near[other].any())}
 
 
 Row = Callable[[int, dict[int, float]], set[int]]

@@ -49,7 +49,7 @@ def plan_files():
     good_plan = Plan((Rule(Diagonal(4)),)).to_json()
     Path("text.json").write_text("radial")
     Path("empty.json").write_text(" \n")
-    Path("schema.json").write_text(good_plan.replace("visattn.plan/1", "visattn.plan/99"))
+    Path("schema.json").write_text(good_plan.replace("visattn.plan/2", "visattn.plan/99"))
     Path("key.json").write_text(good_plan.replace('"evidence"', '"evidense"'))
     Path("pattern.json").write_text(good_plan.replace("Diagonal(width=4)", "Diagnal(width=4)"))
     Path("binary.json").write_bytes(bytes(range(256)))

@@ -1,10 +1,16 @@
-"""The reader of the sections Source, Default and Differences."""
+"""The sections Source, Default and Differences: their reader, those of all methods, their table."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 
-from visattn.sources import methods_table, read_source
+from visattn.sources import DEFAULTS, methods_table, read_source
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SOURCE = 'Ann et al. (2025), "A title", arXiv 2501.00001. Code: github.com/a/b (commit abcdef0).'
 
@@ -65,3 +71,59 @@ def test_table_has_a_row_for_each_method() -> None:
         f"| `Method` | {SOURCE} | **code** | none |",
         f"| `Method` | {SOURCE} | **code** | a \\| b |",
     ]
+
+
+def script() -> ModuleType:
+    path = ROOT / "scripts" / "methods_table.py"
+    spec = importlib.util.spec_from_file_location("methods_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def patterns(own: ModuleType) -> list[type]:
+    """The static and the dynamic ones."""
+    groups = own.groups()
+    return [*groups["Static patterns"], *groups["Dynamic patterns"]]
+
+
+def test_every_method_has_its_source_and_the_committed_table_is_of_them() -> None:
+    own = script()
+    rows = [read_source(method) for methods in own.groups().values() for method in methods]
+    assert len({row.name for row in rows}) == len(rows) >= 41
+    assert {row.default for row in rows} == set(DEFAULTS)
+    for row in map(read_source, patterns(own)):
+        differs = row.default != "code" and "Code: " in row.source
+        assert row.why or not differs, f"{row.name}: say why its default is not that of its code"
+    written = own.TABLE.read_text(encoding="utf-8")
+    assert written == own.text(), "docs/methods.md is stale: run scripts/methods_table.py"
+
+
+NAMED = "selectors/test_named.py::test_mask_is_that_of_the_definition"
+OUTPUTS = "selectors/test_outputs.py::test_output_is_that_of_the_definition"
+# the test that holds the default of a pattern to its authors' rule, written anew in plain torch
+HELD = {
+    "Diagonal": "patterns/test_definitions.py::test_rule_is_the_definition",
+    "MultiDiagonal": "patterns/test_definitions.py::test_rule_is_the_definition",
+    "Radial": "patterns/test_radial.py::test_block_rule_is_the_drawn_one",
+    "SlidingTile": "patterns/test_definitions.py::test_rule_is_the_definition",
+    **dict.fromkeys(("Jenga", "Draft", "DFSAttn", "NABLA", "VSA", "XAttention", "Sparge"), NAMED),
+    **dict.fromkeys(("MoBA", "VMoBA", "BiLevel"), NAMED),
+    **dict.fromkeys(("PISA", "Rectified"), OUTPUTS),
+    "ClusterBlocks": "selectors/test_memory.py::test_warm_clusters_begin_where_the_last_step_ended",
+    "Agent": "selectors/test_outputs.py::test_published_agents",
+}
+
+
+def test_a_numeric_test_holds_every_pattern_whose_default_is_the_code() -> None:
+    coded = {
+        kind.__name__ for kind in patterns(script()) if read_source(kind).default == "code"
+    }
+    assert coded == set(HELD)
+    for name, place in HELD.items():
+        file, test = place.split("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {test}(" in text
+        assert f"{name}(" in text, f"{file} has no {name}"

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Union
+from visattn.patterns.parse import known_kinds
 from visattn.plan import ANY, PLAN_FILE, Denoiser, Plan, Rule, read_plan
 from visattn.plan.source import as_plan
+from visattn.selectors import NABLA, PISA, Agent, Reuse, XAttention
 
 PATTERNS = [Dense(), Skip(), Diagonal(5), Radial(0.2), Neighborhood((0.5, 3, 1.0)),
             Union(Diagonal(1), Skip())]
@@ -238,6 +240,31 @@ def test_hub_upload(monkeypatch):
     assert sent[2] == (FULL.to_json().encode(), PLAN_FILE, "me/plan", "Upload plan")
 
 
+def test_a_plan_of_schema_1_means_what_it_meant_then() -> None:
+    """Its files hold all parameters of a pattern but those that came later."""
+    older = {
+        "PISA(keep=0.25, block=64, first_order=True)": PISA(0.25, own=True),
+        "NABLA(mass=0.9, window=(3, 3, 3), tile=(1, 8, 8))": NABLA(
+            0.9, (3, 3, 3), clamped=True, own=True
+        ),
+        "Reuse(selector=XAttention(mass=0.8, stride=8, block=128), every=4)": Reuse(
+            XAttention(0.8, sink=False, own=True)
+        ),
+        "Agent(box=(1, 4, 4), second=1.0, shortcut=0.0)": Agent(second=1.0, shortcut=0.0),
+        "Diagonal(width=5)": Diagonal(5),
+    }
+    for text, meant in older.items():
+        file = changed(patterns=[text], rules=[{"pattern": 0}], schema="visattn.plan/1")
+        plan = Plan.from_json(file)
+        assert plan.rules[0].patterns == meant
+        assert Plan.from_json(plan.to_json()) == plan
+        assert '"visattn.plan/2"' in plan.to_json()
+    now = Plan.from_json(changed(patterns=[next(iter(older))], rules=[{"pattern": 0}]))
+    assert now.rules[0].patterns == PISA(0.25)
+    for kind in known_kinds().values():
+        assert set(kind.before) <= {own.name for own in fields(kind)}
+
+
 def changed(**values):
     return json.dumps({**json.loads(FULL.to_json()), **values})
 
@@ -253,7 +280,7 @@ BAD_FILES = {
     "key twice": ('{"schema": "a", "schema": "b"}', "holds the key 'schema' twice"),
     "nan": ('{"schema": NaN}', "holds NaN"),
     "no schema": ("{}", "has the schema None"),
-    "later schema": (changed(schema="visattn.plan/2"), "has the schema 'visattn.plan/2'"),
+    "later schema": (changed(schema="visattn.plan/3"), "has the schema 'visattn.plan/3'"),
     "unknown key": (changed(rule=[]), "unknown key 'rule', did you mean 'rules'"),
     "unknown pattern": (changed(patterns=["radiall()"]), "radiall"),
     "unknown parameter": (changed(patterns=["Radial(decoy=1)"]), "did you mean 'decay'"),

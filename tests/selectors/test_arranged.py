@@ -136,7 +136,7 @@ def cluster_blocks(p: ClusterBlocks) -> Output:
                     for c, group in groups_k.items()
                 }
                 kept = until(softmax(scores), p.mass)
-                kept |= set(descending(scores)[: count(p.least, len(scores))])
+                kept |= set(descending(scores)[: count(p.least, min(p.k_clusters, len(own)), True)])
                 keys = {own[n] for c in kept for n in groups_k[c]}
                 out |= {own[n]: keys for n in mine}
             return out

@@ -343,7 +343,10 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="kv_layout"):
         sparse_attention(x, x[:, :, :25], x[:, :, :25], small("vsa"), several,
                          kv_layout=TokenLayout(Grid(1, 5, 5)))
-    far = "nabla(0.9, (9, 3, 2), (1, 2, 3))", "online_choice((neighborhood((9, 3, 3)), stripe()))"
+    far = (
+        "nabla(0.9, (9, 3, 2), (1, 2, 3), clamped=True)",
+        "online_choice((neighborhood((9, 3, 3)), stripe()))",
+    )
     for text in far:
         with pytest.raises(ValueError, match="window="):
             parse_pattern(text).check(Grid(3, 5, 6))

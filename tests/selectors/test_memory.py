@@ -245,16 +245,19 @@ def test_exact_masses_by_a_cached_lse() -> None:
 def test_warm_clusters_begin_where_the_last_step_ended() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, 60, 4, generator=generator)
-    owner, centres = kmeans(x, 7, 4)
-    again, _ = kmeans(x, 7, 1, centres)
-    assert torch.equal(owner, again)
+    owner, means = kmeans(x, 7, 4)
+    for group in range(7):
+        mine = owner[0, 1] == group
+        torch.testing.assert_close(means[0, 1, group], x[0, 1, mine].mean(0))
+    again, _ = kmeans(x, 7, 2, means)
+    assert torch.equal(again, kmeans(x, 7, 6)[0])
     layout = LAYOUTS["video"]
     q, k, v = tensors(layout)
     pattern = ClusterBlocks(0.5, 1, 5, 7, 2, 8, warm=2)
     past = Past()
     pattern.select(q, k, v, layout, SCALE, past=past)
     warm = pattern.select(q, k, v, layout, SCALE, past=past)
-    longer = ClusterBlocks(0.5, 1, 5, 7, 3, 8).select(q, k, v, layout, SCALE)  # 2, then 1 and 1
+    longer = ClusterBlocks(0.5, 1, 5, 7, 4, 8).select(q, k, v, layout, SCALE)  # 2, then 2
     assert torch.equal(warm.k_side.tokens, longer.k_side.tokens)
     assert torch.equal(warm.levels, longer.levels)
 

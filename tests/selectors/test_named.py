@@ -21,6 +21,7 @@ from selectors_oracle import (
     softmax,
     tensors,
     touching,
+    under,
     until,
 )
 
@@ -78,22 +79,30 @@ def by_rows(
     return mask_of(q, k, v, layout, q_cut, k_cut, score, row)
 
 
-def best(keep: float) -> Callable[[dict[int, float], set[int], int], set[int]]:
-    """The own blocks, and the best others up to a number."""
+def best(
+    keep: float, forced: bool = False, down: bool = False
+) -> Callable[[dict[int, float], set[int], int], set[int]]:
+    """The best blocks up to a number, and with ``forced`` the own ones before them."""
 
     def choose(scores: dict[int, float], own: set[int], i: int) -> set[int]:
-        others = {j: x for j, x in scores.items() if j not in own}
-        return own | set(descending(others)[: max(0, count(keep, len(scores)) - len(own))])
+        first = own if forced else set()
+        others = {j: x for j, x in scores.items() if j not in first}
+        number = count(keep, len(scores), down)
+        return first | set(descending(others)[: max(0, number - len(first))])
 
     return choose
 
 
-def share(mass: float, least: float = 1) -> Callable[[dict[int, float], set[int], int], set[int]]:
-    """The smallest set with a share of the softmax, at least some, and the own blocks."""
+def share(
+    mass: float, least: float = 1, forced: bool = False
+) -> Callable[[dict[int, float], set[int], int], set[int]]:
+    """The smallest set with a share of the softmax, at least some, and with ``forced`` the own
+    blocks."""
 
     def choose(scores: dict[int, float], own: set[int], i: int) -> set[int]:
         kept = until(softmax(scores), mass)
-        return own | kept | set(descending(scores)[: count(least, len(scores))])
+        kept |= set(descending(scores)[: count(least, len(scores))])
+        return kept | own if forced else kept
 
     return choose
 
@@ -123,10 +132,12 @@ def draft(p: Draft, q, k, v, layout):  # type: ignore[no-untyped-def]
                 }
                 pairs |= {(i, j): x for j, x in softmax(rows).items()}
             order_ = sorted(pairs, key=lambda pair: (-pairs[pair], pair))
-            own = [(i, i) for i in grid]
-            others = [pair for pair in order_ if pair[0] != pair[1]]
+            first = {next(pair for pair in order_ if pair[0] == i) for i in grid}
+            if p.own:
+                first |= {(i, i) for i in grid}
+            others = [pair for pair in order_ if pair not in first]
             number = math.ceil(p.keep * len(pairs) - 1e-9)
-            kept = set(own) | set(others[: max(0, number - len(own))])
+            kept = first | set(others[: max(0, number - len(first))])
             for i in grid:
                 for j in grid:
                     if (i, j) not in kept:
@@ -151,24 +162,34 @@ def dfsattn(p: DFSAttn, q, k, v, layout):  # type: ignore[no-untyped-def]
             total += sum(x for n, x in probability.items() if all_parts[n][0] in block)
         return math.log(total)
 
-    return by_rows(q, k, v, layout, "hilbert", p.block, score, best(p.keep))
+    return by_rows(
+        q, k, v, layout, "hilbert", p.block, score, best(p.keep, p.own, down=True)
+    )
 
 
 def nabla(p: NABLA, q, k, v, layout):  # type: ignore[no-untyped-def]
     size = p.tile[0] * p.tile[1] * p.tile[2]
-    out = by_rows(q, k, v, layout, BoxOrder(p.tile), size, pooled(), share(p.mass))
+    rows = share(p.mass, forced=p.own)
+    out = by_rows(q, k, v, layout, BoxOrder(p.tile), size, pooled(), rows)
     if p.window is not None:
-        from visattn.patterns import SlidingTile
-
-        tokens = torch.arange(layout.length)
-        window = SlidingTile(p.tile, p.window)
-        out |= window.allows(tokens[:, None], tokens, layout)
+        begin, grid = layout.grids[0]
+        kept = torch.ones(grid.numel, grid.numel, dtype=torch.bool)
+        for axis, side, wide, length in zip(
+            grid.coordinates(torch.arange(grid.numel)), p.tile, p.window, grid.shape, strict=True
+        ):
+            own, half = axis // side, wide // 2
+            middle = own
+            if p.clamped:
+                middle = own.clamp(half, -(-length // side) - 1 - half)
+            kept &= (middle[:, None] - own).abs() <= half
+        end = begin + grid.numel
+        out[:, :, begin:end, begin:end] |= kept
     return out
 
 
 def vsa(p: VSA, q, k, v, layout):  # type: ignore[no-untyped-def]
     size = p.tile[0] * p.tile[1] * p.tile[2]
-    return by_rows(q, k, v, layout, BoxOrder(p.tile), size, pooled(), best(p.keep))
+    return by_rows(q, k, v, layout, BoxOrder(p.tile), size, pooled(), best(p.keep, p.own))
 
 
 def asa(p: ASA, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -189,7 +210,7 @@ def asa(p: ASA, q, k, v, layout):  # type: ignore[no-untyped-def]
             found = max([found, *(probability[t] for t in at(block, k_at))])
         return math.log(found) if found > 0 else -math.inf
 
-    return by_rows(q, k, v, layout, "hilbert", p.block, score, share(p.mass))
+    return by_rows(q, k, v, layout, "hilbert", p.block, score, share(p.mass, forced=p.own))
 
 
 def xattention(p: XAttention, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -214,20 +235,24 @@ def xattention(p: XAttention, q, k, v, layout):  # type: ignore[no-untyped-def]
             total += sum(x for c, x in probability.items() if columns[c][0] == number)
         return math.log(total)
 
-    return by_rows(q, k, v, layout, "raster", p.block, score, share(p.mass))
+    def choose(scores: dict[int, float], own: set[int], i: int) -> set[int]:
+        kept = share(p.mass, forced=p.own)(scores, own, i)
+        return kept | {min(scores)} if p.sink else kept
+
+    return by_rows(q, k, v, layout, "raster", p.block, score, choose)
 
 
 def moba(p: MoBA, q, k, v, layout):  # type: ignore[no-untyped-def]
     order = ("raster" if p.queries == 1 else p.order, p.order)
     sizes = (p.queries, p.block)
-    return by_rows(q, k, v, layout, order, sizes, pooled(False), best(p.keep))
+    return by_rows(q, k, v, layout, order, sizes, pooled(False), best(p.keep, True))
 
 
 def top_blocks(p: TopBlocks, q, k, v, layout):  # type: ignore[no-untyped-def]
     def score(q_: torch.Tensor, k_: torch.Tensor, own: list[int], block: list[int]) -> float:
         return pooled()(q_, k_, own, block) + math.log(len(block))
 
-    return by_rows(q, k, v, layout, p.order, p.block, score, best(p.keep))
+    return by_rows(q, k, v, layout, p.order, p.block, score, best(p.keep, True))
 
 
 def sparge(p: Sparge, q, k, v, layout):  # type: ignore[no-untyped-def]
@@ -250,9 +275,12 @@ def sparge(p: Sparge, q, k, v, layout):  # type: ignore[no-untyped-def]
                 scores = {
                     j: pooled()(own_q, own_k, q_block, k_cut[0][j]) for j in grid if good[j]
                 }
-                kept = {j for j in grid if not good[j]} | overlapping(q_block, k_cut[0])
+                kept = {j for j in grid if not good[j]}
+                if p.own:
+                    kept |= overlapping(q_block, k_cut[0])
                 if scores:
-                    kept |= until(softmax(scores), p.mass) | {descending(scores)[0]}
+                    prefix = until if p.crossing else under
+                    kept |= prefix(softmax(scores), p.mass) | {descending(scores)[0]}
                 for j in grid - kept:
                     out[b, h, torch.tensor(q_block)[:, None], torch.tensor(k_cut[0][j])] = False
     return out
@@ -263,7 +291,7 @@ def bi_level(p: BiLevel, q, k, v, layout):  # type: ignore[no-untyped-def]
     keys = k.repeat_interleave(2, 1)
     joint_q, joint_k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, keys))
     own = by_rows(joint_q, joint_k, joint_k, layout, BoxOrder(p.region), size, pooled(),
-                  best(p.keep))
+                  best(p.keep, p.own))
     return own.expand(-1, 4, -1, -1)
 
 
@@ -328,7 +356,7 @@ def vmoba(p: VMoBA, q, k, v, layout):  # type: ignore[no-untyped-def]
         } & set(gates)
         scope_of = {
             "query": lambda n: (n[0], n[1]),
-            "block": lambda n: (n[0], n[2]),
+            "block": lambda n: n[2],
             "head": lambda n: n[0],
             "overall": lambda n: 0,
         }[p.scope]
@@ -351,8 +379,9 @@ def vmoba(p: VMoBA, q, k, v, layout):  # type: ignore[no-untyped-def]
             normal = {n: (gates[n] - low) / (high - low + 1e-6) for n in members}
             total = sum(normal.values())
             held = sum(normal[n] for n in members if n in own)
-            for n in sorted((n for n in members if n not in own), key=lambda n: (-gates[n], n)):
-                if held >= p.share * total - 1e-4:
+            others = sorted((n for n in members if n not in own), key=lambda n: (-gates[n], n))
+            for turn, n in enumerate(others):
+                if held >= p.share * total - 1e-4 and (turn > 0 or not p.more):
                     break
                 kept.add(n)
                 held += normal[n]
@@ -386,6 +415,25 @@ MASKED: list[tuple[BlockSelector, Callable[..., torch.Tensor]]] = [
 ]
 
 
+# the settings that are not the default: mostly what the papers say, where the code does otherwise
+OPTIONS: list[tuple[BlockSelector, Callable[..., torch.Tensor]]] = [
+    (Draft(0.3, (2, 3), own=True), draft),
+    (Draft(0.05, (2, 3)), draft),  # fewer pairs than rows
+    (DFSAttn(0.4, block=9, part=4, own=True), dfsattn),
+    (DFSAttn(0.01, block=9, part=4), dfsattn),
+    (NABLA(0.4, (1, 3, 3), (1, 2, 2)), nabla),
+    (NABLA(0.4, (1, 3, 3), (1, 2, 2), clamped=True), nabla),
+    (NABLA(0.3, (11, 3, 2), (2, 3, 2), own=True), nabla),  # a window beyond the grid
+    (VSA(0.3, (2, 2, 2), own=True), vsa),
+    (ASA(0.5, block=8, samples=3, own=True), asa),
+    (XAttention(0.5, stride=3, block=8, sink=False, own=True), xattention),
+    (Sparge(0.6, 0.2, block_q=8, block_k=4, crossing=True, own=True), sparge),
+    (BiLevel(0.4, (1, 2, 2), own=True), bi_level),
+    (VMoBA("3d", box=(2, 2, 2), queries=4, scope="block", share=0.1, more=False), vmoba),
+    (VMoBA("2d", window=(2, 3), queries=4, share=0.1, more=False), vmoba),
+]
+
+
 def outputs(selector: Selector, layout: TokenLayout) -> tuple[torch.Tensor, ...]:
     q, k, v = tensors(layout)
     selection = selector.select(q, k, v, layout, SCALE)
@@ -407,3 +455,19 @@ def test_mask_is_that_of_the_definition(selector, mask, layout):  # type: ignore
     expected = masked_attention(q, k, v, expected_mask, SCALE, valid)
     for out in outputs(selector, layout):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("selector", "mask"), OPTIONS, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(OPTIONS)]
+)
+def test_mask_with_other_options(selector, mask):  # type: ignore[no-untyped-def]
+    layout = LAYOUTS["video"]
+    q, k, v = tensors(layout, batch=1)
+    text = lengths(layout, batch=1)
+    assert text is not None
+    selection = selector.select(q, k, v, layout, SCALE)
+    out, _ = attend(q, k, v, selection, layout, text, SCALE)
+    expected_mask = mask(selector, q, k, v, layout)
+    expected = masked_attention(q, k, v, expected_mask, SCALE, valid_keys(text, layout))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+    assert bool(expected_mask[:, :, 0, : layout.grids[0][1].numel].any(-1).all())

@@ -82,8 +82,11 @@ def top_with_rest(p: TopBlocks | PISA, order: str, variance: bool, sized: bool) 
                 + (math.log(len(blocks[j])) if sized else 0)
                 for j in grid
             }
-            others = {j: x for j, x in scores.items() if j != i}
-            kept = {i, *descending(others)[: count(p.keep, len(grid)) - 1]}
+            if isinstance(p, PISA):
+                kept = set(descending(scores)[: count(p.keep, len(grid), down=True)])
+            else:
+                others = {j: x for j, x in scores.items() if j != i}
+                kept = {i, *descending(others)[: count(p.keep, len(grid)) - 1]}
             return {j: 1 if j in kept else p.block for j in grid}
 
         return leveled(q, k, v, layout, order, p.block, levels, variance)
@@ -101,10 +104,12 @@ def pyramid(p: Pyramid) -> Output:
             keys = own_k[block] / own_k[block].norm(dim=1, keepdim=True)
             best = 1
             for pool, least in zip((2, 4, 8), p.similar, strict=True):
-                pairs = [float(a @ b) for a, b in zip(keys, keys[pool - 1 :], strict=False)]
-                if pairs and sum(pairs) / len(pairs) <= least:
+                starts = range(0, len(block) - pool + 1, 1 if p.nested else pool)
+                pairs = [float(keys[n] @ keys[n + pool - 1]) for n in starts]
+                if not pairs or sum(pairs) / len(pairs) > least:
+                    best = pool
+                elif p.nested:
                     break
-                best = pool
             return best
 
         def levels(own_q, own_k, i, q_block, grid):  # type: ignore[no-untyped-def]
@@ -115,14 +120,13 @@ def pyramid(p: Pyramid) -> Output:
             if p.by == "mass":
                 sets = [until(softmax(scores), end) for end in p.ends]
             else:
-                sets = [
-                    set(descending(scores)[: math.ceil(end * len(grid) - 1e-6)]) for end in p.ends
-                ]
-            sets[0] |= set(descending(scores)[: count(p.least, len(grid))])
+                sets = [set(descending(scores)[: int(end * len(grid))]) for end in p.ends]
+            least = p.least if p.by == "mass" else 1
+            sets[0] |= set(descending(scores)[: count(least, len(grid))])
             out = {}
             for j in grid:
                 level = next((x for x, own in zip((1, 2, 4, 8), sets, strict=True) if j in own), 0)
-                if j == i:
+                if j == i and p.own:
                     level = 1
                 if level:
                     out[j] = min(level, cap(own_k, blocks[j]))
@@ -164,7 +168,7 @@ def proxy_heads(p: ProxyHeads) -> Output:
                     ranks[i] = found
                 budget = max(1, math.ceil(sum(counts) / len(counts) - 1e-9))
                 for i in grid:
-                    plan[b, h, i] = dict.fromkeys({i, *descending(ranks[i])[:budget]}, 1)
+                    plan[b, h, i] = dict.fromkeys(descending(ranks[i])[:budget], 1)
         at = iter([(b, h) for b in range(q.shape[0]) for h in range(4)])
         state: dict[str, tuple[int, int]] = {}
 
@@ -264,6 +268,7 @@ for _make, _oracle in (
     (Pyramid((0.2, 0.4, 0.6, 0.8), block=8), pyramid),
     (Pyramid((0.1, 0.3, 0.6, 0.9), "count", 6, "raster", pooled=True), pyramid),
     (Pyramid((0.2, 0.4, 0.6, 0.8), block=9, similar=(0.1, 0.0, -0.1)), pyramid),
+    (Pyramid(block=9, similar=(0.1, 0.0, -0.1), nested=True, own=True), pyramid),
     (ProxyHeads(0.7, 2, 3, 8), proxy_heads),
     (CoreContext(3, 8), core_context),
     (Rectified(0.3, 0.1, 8), rectified),
@@ -340,13 +345,24 @@ def test_agents_stand_between(layout: TokenLayout) -> None:
             torch.testing.assert_close(out[b, h, token], expected, rtol=0, atol=1e-9)
 
 
-def test_own_blocks_are_seen_by_every_query() -> None:
-    for selector, _ in PATTERNS:
-        if selector.name in ("key_order", "cluster_blocks", "hashing", "online_choice"):
-            continue
-        layout = LAYOUTS["video"]
+def test_own_blocks_are_seen_where_they_are_asked_for() -> None:
+    layout = LAYOUTS["video"]
+    for selector in (
+        TopBlocks(0.1, block=7), PISA(0.1, 8, own=True), Pyramid(block=8, own=True),
+        ProxyHeads(0.3, 2, 3, 8, own=True), CoreContext(1, 8), Rectified(0.1, 0.1, 8),
+    ):
         selection = selector.select(*tensors(layout), layout, SCALE)
         q_blocks = [selection.q_side.tokens[0, 0, n].tolist() for n in range(len(selection.q_side))]
         for n, block in enumerate(q_blocks):
             for j in overlapping(block, q_blocks):
                 assert bool((selection.levels[:, :, n, j] == 1).all())
+
+
+def test_published_agents() -> None:
+    """AgentSD at a head size of 64: ``s2 = s^0.3``, 4.29 times ``s^1``, and 0.075 of the values."""
+    layout = LAYOUTS["line"]
+    q, k, v = tensors(layout)
+    scale = 64**-0.5
+    out = Agent((1, 1, 3)).run(q, k, v, layout, None, scale)
+    same = Agent((1, 1, 3), second=64**0.35, shortcut=0.075).run(q, k, v, layout, None, scale)
+    torch.testing.assert_close(out, same, rtol=0, atol=1e-12)

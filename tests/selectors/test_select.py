@@ -179,6 +179,24 @@ def test_top_p_bounds_and_forced() -> None:
     assert int(first.sum()) <= int(later.sum())
 
 
+@pytest.mark.parametrize("kind", ["ties", "equal", "numbers"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.75, 1.0])
+def test_a_share_that_is_not_crossed(kind: str, share: float) -> None:
+    scores = draws(kind, 9).nan_to_num(posinf=9.0, neginf=-float("inf"))
+    kept = chosen(top_mass(scores, share, crossing=False))
+    weights = mass_weights(scores).flatten(0, -2).tolist()
+    for row, own, found in zip(scores.flatten(0, -2).tolist(), weights, kept, strict=True):
+        expected, held = set(), 0
+        for n in ranked(row):
+            held += own[n]
+            if held > share * sum(own):
+                break
+            expected.add(n)
+        assert {n for n in found if own[n]} == {n for n in expected if own[n]}
+    levels = TopP(share, crossing=False)(scores, LENGTH, torch.zeros_like(FORCED)).bool()
+    assert torch.equal(levels.any(-1), (scores > -torch.inf).any(-1))  # the best one at least
+
+
 def test_token_budget_counts_tokens() -> None:
     scores = draws("numbers", 6)
     none = torch.zeros_like(FORCED)

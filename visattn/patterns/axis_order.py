@@ -1,8 +1,4 @@
-"""A pattern seen in another nesting of the axes.
-
-Source: PAROAttention (Zhao et al. 2025, arXiv 2506.16054), which picks one of six axis orders per
-head.
-"""
+"""A pattern seen in another nesting of the axes."""
 
 from __future__ import annotations
 
@@ -28,6 +24,15 @@ class AxisOrder(Pattern):
 
     Raises:
         TypeError, ValueError: ``pattern`` is no pattern, or ``order`` no such word.
+
+    Source:
+        Zhao et al. (2025), "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and
+        Quantized Attention in Visual Generation Models", arXiv 2506.16054.
+    Default:
+        paper
+    Differences:
+        - The order is a parameter; the paper picks one of the six for each head.
+        - Nothing is quantised.
     """
 
     pattern: Pattern

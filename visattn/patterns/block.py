@@ -1,8 +1,5 @@
-"""Window attention, plain and shifted: the grid is cut into boxes that attend within themselves.
-
-Source: Swin (Liu et al. 2021, arXiv 2103.14030); the block half of MaxViT (Tu et al. 2022, arXiv
-2204.01697); DaViT's window attention (Ding et al. 2022, arXiv 2204.03645).
-"""
+"""Window attention, plain and shifted: the grid is cut into boxes that attend within
+themselves."""
 
 from __future__ import annotations
 
@@ -27,6 +24,16 @@ class Block(AxisPattern):
 
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
+
+    Source:
+        Liu et al. (2021), "Swin Transformer: Hierarchical Vision Transformer using Shifted
+        Windows", arXiv 2103.14030; the block half of MaxViT (arXiv 2204.01697); the
+        windows of DaViT (arXiv 2204.03645).
+    Default:
+        paper
+    Differences:
+        - No trained bias of relative positions.
+        - Boxes at the far border may be smaller; Swin pads the grid.
     """
 
     size: Sizes
@@ -68,6 +75,14 @@ class ShiftedBlock(Block):
 
     Raises:
         TypeError, ValueError: a size is wrong or does not fit.
+
+    Source:
+        Liu et al. (2021), "Swin Transformer: Hierarchical Vision Transformer using Shifted
+        Windows", arXiv 2103.14030, section 3.2.
+    Default:
+        paper
+    Differences:
+        - As for ``Block``.
     """
 
     shift: Sizes | None = None

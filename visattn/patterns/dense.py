@@ -15,7 +15,15 @@ from visattn.predicates import UNBOUNDED, Band, Places, Predicate
 
 @dataclass(frozen=True, eq=False)
 class Dense(Pattern):
-    """Every query sees every key."""
+    """Every query sees every key.
+
+    Source:
+        This project.
+    Default:
+        own
+    Differences:
+        none
+    """
 
     name: ClassVar[str] = "dense"
 

@@ -1,9 +1,4 @@
-"""Bands along the diagonal of the attention map, in raster order or across frames.
-
-Source: Sparse-vDiT (Chen et al. 2025, arXiv 2506.03065), modes M2 and M3; Sparse VideoGen's
-spatial and temporal heads (Xi et al. 2025, arXiv 2502.01776); with text kept, the arrow of
-DiTFastAttnV2 (Zhang et al. 2025, arXiv 2503.22796).
-"""
+"""Bands along the diagonal of the attention map, in raster order or across frames."""
 
 from __future__ import annotations
 
@@ -36,6 +31,17 @@ class Diagonal(Pattern):
 
     Raises:
         TypeError, ValueError: ``width`` is not such a size.
+
+    Source:
+        Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with
+        Spatial-Temporal Sparsity", arXiv 2502.01776, spatial heads. Code:
+        github.com/svg-project/Sparse-VideoGen (commit 5ce7b01). Also Sparse-vDiT (arXiv
+        2506.03065), mode M2, and with text kept the arrow of DiTFastAttnV2 (arXiv 2503.22796).
+    Default:
+        code
+    Differences:
+        - The code rounds the width to blocks of 128 tokens, up for Wan and down for HunyuanVideo,
+          and has a first-frame sink for Wan; the presets write both out.
     """
 
     width: Size
@@ -79,6 +85,16 @@ class MultiDiagonal(Diagonal):
 
     Args:
         width: as for ``Diagonal``, in the reordered index.
+
+    Source:
+        Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with
+        Spatial-Temporal Sparsity", arXiv 2502.01776, temporal heads. Code:
+        github.com/svg-project/Sparse-VideoGen (commit 5ce7b01). Also Sparse-vDiT (arXiv
+        2506.03065), mode M3.
+    Default:
+        code
+    Differences:
+        - As for ``Diagonal``; the sink of the code is in the order of the band.
     """
 
     name: ClassVar[str] = "multi_diagonal"

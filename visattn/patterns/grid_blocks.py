@@ -1,7 +1,4 @@
-"""Grid attention: tokens at the same place of every block attend to one another.
-
-Source: MaxViT (Tu et al. 2022, arXiv 2204.01697), its grid half.
-"""
+"""Grid attention: tokens at the same place of every block attend to one another."""
 
 from __future__ import annotations
 
@@ -28,6 +25,14 @@ class GridBlocks(AxisPattern):
 
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
+
+    Source:
+        Tu et al. (2022), "MaxViT: Multi-Axis Vision Transformer", arXiv 2204.01697, its grid half.
+    Default:
+        paper
+    Differences:
+        - No trained bias of relative positions.
+        - Axes that the size does not divide.
     """
 
     size: Sizes

@@ -1,8 +1,4 @@
-"""Halo attention: a block of queries sees its own block of keys and a border around it.
-
-Source: HaloNet (Vaswani et al. 2021, arXiv 2103.12731). Keys outside the grid do not exist here;
-timm's layer pads keys and values with zeros, which then take part in its softmax.
-"""
+"""Halo attention: a block of queries sees its own block of keys and a border around it."""
 
 from __future__ import annotations
 
@@ -28,6 +24,16 @@ class Halo(AxisPattern):
 
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
+
+    Source:
+        Vaswani et al. (2021), "Scaling Local Self-Attention for Parameter Efficient Visual
+        Backbones" (HaloNet), arXiv 2103.12731.
+    Default:
+        paper
+    Differences:
+        - Keys outside the grid do not exist; timm's layer pads keys and values with zeros, which
+          then take part in its softmax.
+        - No trained relative positions.
     """
 
     block: Sizes

@@ -1,9 +1,4 @@
-"""Neighborhood attention: a window of fixed size around each query, per axis.
-
-Source: generalized neighborhood attention, Hassani et al. 2025, arXiv 2504.16922 (window, stride,
-dilation, causal); neighborhood attention, Hassani et al. 2023, arXiv 2204.07143; dilated, arXiv
-2209.15001.
-"""
+"""Neighborhood attention: a window of fixed size around each query, per axis."""
 
 from __future__ import annotations
 
@@ -82,6 +77,16 @@ class Neighborhood(AxisPattern):
 
     Raises:
         TypeError, ValueError: a parameter is no such size, or does not fit the grid.
+
+    Source:
+        Hassani et al. (2025), "Generalized Neighborhood Attention: Multi-dimensional Sparse
+        Attention at the Speed of Light", arXiv 2504.16922 (window, stride, dilation, causal); the
+        first form: Hassani et al. (2023), "Neighborhood Attention Transformer", arXiv 2204.07143;
+        dilated: arXiv 2209.15001.
+    Default:
+        paper
+    Differences:
+        none
     """
 
     window: Sizes

@@ -4,6 +4,7 @@ blocks."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ class HeadPattern(Traceable, ABC):
     """
 
     name: ClassVar[str]
+    before: ClassVar[Mapping[str, object]] = {}  # options of it that plans of schema 1 meant
 
     @cached_property
     def _written(self) -> str:

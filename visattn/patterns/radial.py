@@ -1,9 +1,5 @@
-"""Radial attention: a band inside each pair of frames that narrows as the frames are further apart.
-
-Source: Li et al. 2025, "Radial Attention", arXiv 2506.19852. The block and token rules follow the
-form whose densities the authors publish; ``rule="paper"`` is their equation 4 as written, about
-1.5 times denser.
-"""
+"""Radial attention: a band inside each pair of frames that narrows as the frames are further
+apart."""
 
 from __future__ import annotations
 
@@ -50,6 +46,16 @@ class Radial(Pattern):
 
     Raises:
         TypeError, ValueError: a parameter is no such number or word.
+
+    Source:
+        Li et al. (2025), "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long
+        Video Generation", arXiv 2506.19852. Code: github.com/mit-han-lab/radial-attention (commit
+        72788d4).
+    Default:
+        code. ``rule="paper"`` is equation 4 as written, about 1.5 times denser.
+    Differences:
+        - The code has the sink for Wan and not for HunyuanVideo; here it is a parameter.
+        - Frames of fewer than 128 tokens, which the code does not provide for.
     """
 
     decay: float = 1.0

@@ -1,8 +1,5 @@
 """Sharded strided attention: a local band of blocks, and every ``stride``-th block of keys per
-head.
-
-Source: S2-Attention (Lin et al. 2024, arXiv 2407.17678), as in Phi-3-small, where it is causal.
-"""
+head."""
 
 from __future__ import annotations
 
@@ -34,6 +31,14 @@ class Sharded(Pattern):
 
     Raises:
         TypeError, ValueError: a parameter is no such number.
+
+    Source:
+        Lin et al. (2024), "S2-Attention: Hardware-Aware Context Sharding Among Attention Heads",
+        arXiv 2407.17678, as in Phi-3-small.
+    Default:
+        paper
+    Differences:
+        - Nothing is causal unless ``causal`` says so.
     """
 
     local: int

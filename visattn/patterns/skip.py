@@ -1,7 +1,4 @@
-"""A skipped head: no pair is kept, the output is zero.
-
-Source: Sparse-vDiT (Chen et al. 2025, arXiv 2506.03065), mode M1.
-"""
+"""A skipped head: no pair is kept, the output is zero."""
 
 from __future__ import annotations
 
@@ -18,7 +15,16 @@ from visattn.predicates import Places, Predicate
 
 @dataclass(frozen=True, eq=False)
 class Skip(Pattern):
-    """No query sees any key, text included: output 0, LSE minus infinity."""
+    """No query sees any key, text included: output 0, LSE minus infinity.
+
+    Source:
+        Chen et al. (2025), "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate
+        Video Diffusion Transformers", arXiv 2506.03065, mode M1.
+    Default:
+        paper
+    Differences:
+        none
+    """
 
     name: ClassVar[str] = "skip"
     outside: ClassVar[bool] = False

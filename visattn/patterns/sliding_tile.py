@@ -1,7 +1,4 @@
-"""Sliding tile attention: a window of whole tiles around the query's tile.
-
-Source: Zhang et al. 2025, "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507.
-"""
+"""Sliding tile attention: a window of whole tiles around the query's tile."""
 
 from __future__ import annotations
 
@@ -28,6 +25,14 @@ class SlidingTile(AxisPattern):
 
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
+
+    Source:
+        Zhang et al. (2025), "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507.
+        Code: github.com/hao-ai-lab/FastVideo (commit 2f3d407).
+    Default:
+        code
+    Differences:
+        - Grids that tiles do not divide, with smaller tiles at the far border.
     """
 
     tile: Sizes

@@ -31,6 +31,13 @@ class Stencil(Pattern):
     Raises:
         TypeError, ValueError: a value is no such thing, a column is outside the grid, or some query
             would see no key of its grid.
+
+    Source:
+        This project: what a search learns of a static head.
+    Default:
+        own
+    Differences:
+        none
     """
 
     tile: Sizes

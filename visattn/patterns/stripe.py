@@ -1,9 +1,4 @@
-"""Vertical stripes: key columns that every query sees (sinks).
-
-Source: Sparse-vDiT (Chen et al. 2025, arXiv 2506.03065), mode M4, whose columns are not published:
-here the first frame and any chosen columns. First-frame sinks are also in Radial Attention and
-Sparse VideoGen.
-"""
+"""Vertical stripes: key columns that every query sees (sinks)."""
 
 from __future__ import annotations
 
@@ -34,6 +29,15 @@ class Stripe(Pattern):
 
     Raises:
         TypeError, ValueError: no key would be kept, or a column is not such a place.
+
+    Source:
+        Chen et al. (2025), "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate
+        Video Diffusion Transformers", arXiv 2506.03065, mode M4. First-frame
+        sinks are also in Radial Attention and Sparse VideoGen.
+    Default:
+        paper
+    Differences:
+        - The columns of the paper are not published; the default is the first frame.
     """
 
     first_frame: bool = True

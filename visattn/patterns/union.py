@@ -23,6 +23,13 @@ class Union(Pattern):
 
     Raises:
         TypeError, ValueError: fewer than two, or something else than a pattern.
+
+    Source:
+        This project.
+    Default:
+        own
+    Differences:
+        none
     """
 
     patterns: tuple[Pattern, ...]

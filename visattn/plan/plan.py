@@ -14,6 +14,7 @@ from visattn._version import __version__
 from visattn.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, parse_pattern
 from visattn.plan import store
+from visattn.plan.former import former
 from visattn.plan.reading import (
     MAX_BYTES,
     MAX_COUNT,
@@ -29,7 +30,8 @@ from visattn.plan.writing import written
 
 __all__ = ["ANY", "PASSES", "ROLES", "SCHEMA", "Denoiser", "Plan", "Rule"]
 
-SCHEMA = "visattn.plan/1"
+SCHEMA = "visattn.plan/2"
+FORMER = "visattn.plan/1"  # options of patterns that such a file lacks have their values of then
 MAX_PATTERN = 200_000  # characters of a pattern: a stencil of some ten thousand offsets
 MAX_PHASES = 100
 MAX_PATTERNS, MAX_RULES = 1 << 14, 1 << 16  # of a plan
@@ -342,9 +344,10 @@ class Plan:
         """
         value = parse_json(text, what)
         schema = value.get("schema")
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, FORMER):
             raise ValueError(
-                f"{what} has the schema {shown(schema)}; this version of visattn reads {SCHEMA!r}"
+                f"{what} has the schema {shown(schema)}; this version of visattn reads {SCHEMA!r} "
+                f"and {FORMER!r}"
             )
         record = Record(value, what, KEYS)
         record.text("visattn")
@@ -353,6 +356,8 @@ class Plan:
                 many = len(record.sequence(key))
                 raise ValueError(f"{what} has {many} {key}; at most {most} are allowed")
         patterns = [_pattern(item, f"patterns of {what}") for item in record.sequence("patterns")]
+        if schema == FORMER:
+            patterns = [former(pattern) for pattern in patterns]
         rules = [
             _rule(item, f"rule {number} of {what}", patterns)
             for number, item in enumerate(record.sequence("rules"))

@@ -1,12 +1,4 @@
-"""Agent attention: a few mean queries stand between the queries and the keys.
-
-Source: Han et al. 2023, agent attention (ECCV 2024, arXiv 2312.08874) and AgentSD:
-``softmax(q A^T s2) [softmax(A k^T s) v] + c v`` with agents A pooled from the queries. Low-rank and
-not block-sparse, so it is an operator of its own.
-
-Differences: agents are the means of boxes of queries, on any grid, where AgentSD merges like tokens
-of an image; text tokens are agents themselves.
-"""
+"""Agent attention: a few mean queries stand between the queries and the keys."""
 
 from __future__ import annotations
 
@@ -23,25 +15,43 @@ from visattn.selectors.sides import ordered_side
 
 __all__ = ["Agent"]
 
+EXPONENT = 0.3  # AgentSD's k_scale2
+
 
 @dataclass(frozen=True, eq=False)
 class Agent(HeadPattern):
-    """Attention through agents; two softmaxes of ``tokens x agents``.
+    """Attention through agents; two softmaxes of ``tokens x agents``:
+    ``softmax(q A^T s2) [softmax(A k^T s) v] + c v`` with agents A pooled from the queries. Low-rank
+    and not block-sparse, so it is an operator of its own.
 
     Args:
         box: sides of the box of queries whose mean is an agent, (frames, height, width).
-        second: factor of the scale of the first softmax (queries to agents).
-        shortcut: share of the values that is added.
+        second: ``s2`` as a factor of the scale ``s``; None is ``s2 = s^0.3``, AgentSD's
+            ``k_scale2=0.3``.
+        shortcut: ``c``, the share of the values that is added. Models that are trained with agents
+            want ``second=1.0``.
+
+    Source:
+        Han et al. (2023), "Agent Attention: On the Integration of Softmax and Linear Attention",
+        ECCV 2024, arXiv 2312.08874. Code: github.com/LeapLabTHU/Agent-Attention (commit 207ce3e).
+    Default:
+        code. It is that of AgentSD, for models that were not trained with agents.
+    Differences:
+        - Agents are the means of boxes of queries, on any grid; AgentSD merges like tokens of an
+          image.
+        - Text tokens are agents themselves.
     """
 
     box: tuple[int, int, int] = (1, 4, 4)
-    second: float = 1.0
-    shortcut: float = 0.0
+    second: float | None = None
+    shortcut: float = 0.075
     name: ClassVar[str] = "agent"
 
     def __post_init__(self) -> None:
         BoxOrder(self.box)
         for name in ("second", "shortcut"):
+            if name == "second" and self.second is None:
+                continue
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r} must be a number")
@@ -71,7 +81,8 @@ class Agent(HeadPattern):
         agents = torch.cat([agents, *(q.index_select(2, at).to(wide) for at in text)], 2)
         share = q.shape[1] // k.shape[1]
         keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
-        first = q.to(wide) @ agents.mT * (scale * self.second)
+        second = scale**EXPONENT if self.second is None else scale * self.second
+        first = q.to(wide) @ agents.mT * second
         last = agents @ keys.mT * scale
         if text_lengths is not None:
             valid = valid_keys(text_lengths, layout)[:, None, None]

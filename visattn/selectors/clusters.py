@@ -1,15 +1,4 @@
-"""Queries and keys grouped by likeness, and key clusters chosen for each query cluster.
-
-Source: Sparse VideoGen 2 (Yang et al. 2025, NeurIPS, arXiv 2505.18875), semantic-aware permutation:
-k-means of queries and of keys for each head; a key cluster's mass at a query cluster is
-n e^(c_q . c_k / sqrt(d)); the smallest set with a share of it is kept, at least a tenth. With
-``metric="interaction"`` keys are compared by how they differ to the queries, and queries by how
-they differ to the keys (iCATS): k-means of ``x M^(1/2)``, M the second moment of the other side.
-
-Differences: centroids begin at evenly spread tokens, with ``iterations`` of Lloyd's algorithm, or
-go on from those of the step before where there are some; long clusters are cut into blocks that are
-kept or left together; there are no custom kernels.
-"""
+"""Queries and keys grouped by likeness, and key clusters chosen for each query cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +11,7 @@ from visattn.layout import TokenLayout, check_count
 from visattn.selectors.arranged import ArrangedSelector, Runs, grid_tokens, uneven_runs
 from visattn.selectors.inputs import Inputs
 from visattn.selectors.past import Past
-from visattn.selectors.select import count_of, top_count, top_mass
+from visattn.selectors.select import top_count, top_mass
 from visattn.selectors.selector import check_block, check_keep, check_share, check_word
 
 __all__ = ["ClusterBlocks", "kmeans"]
@@ -32,15 +21,34 @@ CHUNK = 1 << 24  # distances of one product
 
 @dataclass(frozen=True, eq=False)
 class ClusterBlocks(ArrangedSelector):
-    """The smallest set of key clusters with a share of the mass, for each query cluster.
+    """The smallest set of key clusters with a share of the mass, for each query cluster: k-means of
+    queries and of keys for each head; a key cluster's mass at a query cluster is
+    ``n e^(c_q . c_k / sqrt(d))``.
+
+    With ``metric="interaction"`` keys are compared by how they differ to the queries, and queries
+    by how they differ to the keys (iCATS): k-means of ``x M^(1/2)``, M the second moment of the
+    other side.
 
     Args:
-        mass: the share; least: clusters of a row at least, or the share of them.
+        mass: the share; least: clusters of a row at least, or the share of all of them, rounded
+            down.
         q_clusters, k_clusters: how many; as many as there are tokens at most.
         iterations: of Lloyd's algorithm; warm: of it at later steps of a generation, from the
-            centres of the step before.
+            means of the clusters of the step before.
         block: tokens that a cluster is cut into.
         metric: ``"euclid"`` or ``"interaction"``.
+
+    Source:
+        Yang et al. (2025), "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via
+        Semantic-Aware Permutation", NeurIPS 2025, arXiv 2505.18875. Code:
+        github.com/svg-project/Sparse-VideoGen (commit 5ce7b01).
+    Default:
+        code
+    Differences:
+        - Centres begin at evenly spread tokens; theirs at drawn ones.
+        - 8 iterations at the first step; their scripts make up to 50, and stop where the centres
+          hardly move.
+        - Long clusters are cut into blocks that are kept or left together.
     """
 
     mass: float = 0.9
@@ -93,7 +101,9 @@ class ClusterBlocks(ArrangedSelector):
         k_mean, k_count = _group_means(inputs.k_mean[:, :, k_grid], k_runs)
         scores = q_mean @ k_mean.mT * inputs.scale + k_count.clamp(min=1).log()[..., None, :]
         scores = scores.float().masked_fill((k_count == 0)[..., None, :], -torch.inf)
-        least = count_of(self.least, (k_count > 0).sum(-1)[..., None, None])
+        least = self.least
+        if isinstance(least, float):
+            least = max(1, int(least * min(self.k_clusters, inputs.layout.grids[0][1].numel)))
         kept = top_mass(scores, self.mass) | top_count(scores, least)
         rows = kept.gather(2, q_runs.group[..., None].expand(-1, -1, -1, kept.shape[3]))
         columns = k_runs.group[:, :, None].expand(-1, -1, rows.shape[2], -1)
@@ -122,24 +132,24 @@ def _role(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def kmeans(
     x: torch.Tensor, clusters: int, iterations: int, first: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cluster of each point, int64 ``[B, H, n]``, and the centres ``[B, H, clusters, D]`` that
-    they were the nearest of: Lloyd's algorithm.
+    """The cluster of each point, int64 ``[B, H, n]``, and the means of the clusters
+    ``[B, H, clusters, D]``: Lloyd's algorithm.
 
     Args:
         x: ``[B, H, n, D]``; ties go to the lower number, an empty cluster keeps its centre.
+        iterations: at least 1.
         first: centres to begin with; default: evenly spread points.
     """
     count = x.shape[2]
     spread = torch.arange(clusters, device=x.device) * count // clusters
     centres = x[:, :, spread] if first is None else first
-    owner = _nearest(x, centres)
-    for _ in range(iterations - 1):
+    for _ in range(iterations):
+        owner = _nearest(x, centres)
         total = torch.zeros_like(centres)
         total.scatter_add_(2, owner[..., None].expand_as(x), x)
         number = x.new_zeros(centres.shape[:3]).scatter_add_(2, owner, torch.ones_like(x[..., 0]))
         mean = total / number.clamp(min=1)[..., None]
         centres = torch.where((number > 0)[..., None], mean, centres)
-        owner = _nearest(x, centres)
     return owner, centres
 
 

@@ -1,13 +1,4 @@
-"""What is near in full, what is far as one core token of each block.
-
-Source: Core Context Aware attention (Chen et al. 2024, arXiv 2412.12465): a group of tokens is
-pooled into a core token by the softmax of its tokens' products with a query of the group; all core
-tokens and the local tokens are attended to.
-
-Differences: the weights are those of the block's mean query (not its last one, as nothing is
-causal); the logit of a core token has + the entropy of the weights, with which the mean query finds
-the exact mass of the block; no fine-tuning.
-"""
+"""What is near in full, what is far as one core token of each block."""
 
 from __future__ import annotations
 
@@ -36,12 +27,24 @@ __all__ = ["CoreContext"]
 
 @dataclass(frozen=True, eq=False)
 class CoreContext(BlockSelector):
-    """Neighbouring blocks token by token, the others by a weighted mean.
+    """The own and the neighbouring blocks token by token, the others by a weighted mean: the tokens
+    of a block are pooled into a core token by the softmax of their products with a query of it.
 
     Args:
         keep: blocks of a row at least, or the share of them: those of highest pooled score beyond
             the neighbours.
         block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+
+    Source:
+        Chen et al. (2024), "Core Context Aware Transformers for Long Context Language Modeling",
+        arXiv 2412.12465.
+    Default:
+        own. The paper's models are causal and fine-tuned.
+    Differences:
+        - The weights are those of the block's mean query; the paper's of its last one.
+        - The logit of a core token has + the entropy of the weights, with which the mean query
+          finds the exact mass of the block.
+        - No fine-tuning.
     """
 
     keep: int | float = 1

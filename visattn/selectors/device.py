@@ -57,6 +57,8 @@ def rule_of(select: Select) -> Rule | None:
             head=select.scope == "head",
         )
     if isinstance(select, TopP):
+        if not select.crossing:
+            return None
         return Rule(
             MASS.value,
             shares(select.mass),

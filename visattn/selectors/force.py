@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
 
 from visattn.blockmap import NONE
 from visattn.layout import TokenLayout, on_cpu
-from visattn.orders import Order
+from visattn.orders import Order, Triple
 from visattn.patterns import Pattern
 from visattn.selectors.sides import Side
 
@@ -25,9 +26,10 @@ class Force:
         own: key blocks that hold tokens of the query block.
         first_frame: key blocks that hold tokens of the first frame.
         sink: the first key block of each grid.
-        neighbours: key blocks whose box of coordinates touches that of the query block, corners
-            included.
+        neighbours: key blocks with a token next to one of the query block, corners included.
         pattern: key blocks that a static pattern keeps anything of.
+        window: sides of a tile and of a window in tiles: key blocks whose tile is within
+            ``window // 2`` tiles of the query block's along each axis, for blocks that are tiles.
     """
 
     own: bool = True
@@ -35,6 +37,7 @@ class Force:
     sink: bool = False
     neighbours: bool = False
     pattern: Pattern | None = None
+    window: tuple[Triple, Triple] | None = None
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,15 +57,16 @@ def forced_blocks(
     same = (q_own[:, None] == k_own) & q_grid[:, None] & k_grid
     if force.own:
         out |= _overlap(q_side, k_side, layout.length) & same
-    if force.neighbours or force.first_frame:
+    if force.neighbours:
+        out |= _touching(q_side, k_side, layout) & same
+    if force.first_frame or force.window is not None:
         q_box, k_box = _boxes_of(q_side, layout), _boxes_of(k_side, layout)
-        if force.neighbours:
-            apart = (q_box[:, None, 0] > k_box[None, :, 1] + 1) | (
-                k_box[None, :, 0] > q_box[:, None, 1] + 1
-            )
-            out |= ~apart.any(-1) & same
         if force.first_frame:
             out |= same & (k_box[:, 0, 0] == 0)
+        if force.window is not None:
+            tile, window = (torch.tensor(sides) for sides in force.window)
+            apart = (q_box[:, None, 0] // tile - k_box[None, :, 0] // tile).abs()
+            out |= same & (apart <= window // 2).all(-1)
     if force.sink:
         for segment in k_own[k_grid].unique():
             out[:, int((k_own == segment).nonzero()[0, 0])] = True
@@ -90,14 +94,35 @@ def _segment_of(side: Side, layout: TokenLayout) -> torch.Tensor:
     return torch.searchsorted(starts, first, right=True) - 1
 
 
+def _owners(side: Side, length: int) -> torch.Tensor:
+    """The block of each token, on the CPU."""
+    owner = torch.empty(length, dtype=torch.int64)
+    tokens = side.tokens[0, 0].cpu()
+    owner[tokens] = torch.arange(len(side))[:, None].expand_as(tokens)
+    return owner
+
+
 def _overlap(q_side: Side, k_side: Side, length: int) -> torch.Tensor:
     """Block pairs that share a token."""
-    owner = torch.empty(length, dtype=torch.int64)
-    k_tokens = k_side.tokens[0, 0].cpu()
-    owner[k_tokens] = torch.arange(len(k_side))[:, None].expand_as(k_tokens)
-    q_tokens = q_side.tokens[0, 0].cpu()
     out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
-    out[torch.arange(len(q_side))[:, None].expand_as(q_tokens), owner[q_tokens]] = True
+    out[_owners(q_side, length), _owners(k_side, length)] = True
+    return out
+
+
+def _touching(q_side: Side, k_side: Side, layout: TokenLayout) -> torch.Tensor:
+    """Pairs of grid blocks with tokens that are the same or next to each other in all three
+    coordinates."""
+    out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
+    q_all, k_all = _owners(q_side, layout.length), _owners(k_side, layout.length)
+    for begin, grid in layout.grids:
+        own = slice(begin, begin + grid.numel)
+        queries, keys = q_all[own].view(grid.shape), k_all[own].view(grid.shape)
+        for step in itertools.product((-1, 0, 1), repeat=3):
+            here, there = [], []
+            for d, length in zip(step, grid.shape, strict=True):
+                here.append(slice(max(0, -d), length - max(0, d)))
+                there.append(slice(max(0, d), length - max(0, -d)))
+            out[queries[tuple(here)], keys[tuple(there)]] = True
     return out
 
 

@@ -1,13 +1,5 @@
 """Queries and keys sorted by a hash of their direction: blocks of like ones, and a sample of the
-rest.
-
-Source: HyperAttention (Han et al. 2023, arXiv 2310.05869): the signs of some projections, in Gray
-order, sort queries and keys; each block of sorted queries sees the block of sorted keys at its
-place, and uniformly sampled keys beyond it with + ln(n / m).
-
-Differences: sampled keys of the block itself are left out (the published GPU code counts them
-twice); the sample is the same for all heads and rows.
-"""
+rest."""
 
 from __future__ import annotations
 
@@ -32,9 +24,23 @@ MOST_BITS = 16
 class Hashing(ArrangedSelector):
     """The block of keys with like hashes, and a sample of the others.
 
+    The signs of some projections, in Gray order, sort queries and keys; each block of sorted
+    queries sees the block of sorted keys at its place, and uniformly sampled keys beyond it with
+    + ln(n / m).
+
     Args:
         block: tokens of a block; samples: keys that are drawn.
         projections: signs in a hash, 1 to 16; seed: of projections and sample.
+
+    Source:
+        Han et al. (2023), "HyperAttention: Long-context Attention in Near-Linear Time", arXiv
+        2310.05869. Code: github.com/insuhan/hyper-attn (commit 68b91e9).
+    Default:
+        paper. The code's order is no Gray order from 3 projections on (neighbouring buckets differ
+        in up to 4 of 7 signs), and its sample counts keys of the block twice.
+    Differences:
+        - The sample is drawn without replacement, and is the same for all heads and rows.
+        - n and m are the keys and the sampled keys outside the block.
     """
 
     block: int = 256

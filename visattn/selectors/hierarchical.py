@@ -1,12 +1,4 @@
-"""Two levels of choice: whole regions first, then blocks within those that are left.
-
-Source: HiP (Lee et al. 2024, arXiv 2406.09827), hierarchically pruned attention: chunks of keys are
-scored by one key each, the best are split, and so on down to blocks.
-
-Differences: two levels; a region and a block are scored by their means; no key is scored by a
-scattered load, as flat scores of a video's blocks are cheap. Local and first keys are forced by
-``neighbours`` and ``first_frame``.
-"""
+"""Two levels of choice: whole regions first, then blocks within those that are left."""
 
 from __future__ import annotations
 
@@ -36,7 +28,7 @@ __all__ = ["Hierarchical"]
 
 @dataclass(frozen=True, eq=False)
 class Hierarchical(BlockSelector):
-    """The best blocks of the best regions.
+    """The best blocks of the best regions, and the own block.
 
     Args:
         keep: blocks of a row, or the share of all.
@@ -44,6 +36,18 @@ class Hierarchical(BlockSelector):
         region: blocks of a region, neighbours in the order.
         block: tokens of a block; order: ``"hilbert"``, ``"tiles"`` or ``"raster"``.
         neighbours, first_frame: forced.
+
+    Source:
+        Lee et al. (2024), "A Training-free Sub-quadratic Cost Transformer Model Serving Framework
+        With Hierarchically Pruned Attention" (HiP), arXiv 2406.09827.
+    Default:
+        own. Chunks of keys are scored by one key each there, split and scored again down to blocks,
+        which a video's few blocks do not need.
+    Differences:
+        - Two levels.
+        - A region and a block are scored by their means.
+        - The own block is always kept; other local keys and the first ones only with ``neighbours``
+          and ``first_frame``.
     """
 
     keep: int | float = 0.2

@@ -1,12 +1,4 @@
-"""Keys sorted by what all queries give them, so that hot keys share blocks.
-
-Source: PBS-Attn (arXiv 2510.21270), permuted block-sparse attention: keys are ordered by the mean
-softmax mass that some queries leave on them, and blocks of the sorted keys are chosen by pooled
-scores. Attention does not depend on the order of keys, so that nothing is put back.
-
-Differences: nothing is causal, so that keys are sorted over the whole grid and not within segments;
-the queries that sort are spread over the grid, where the published ones are the last.
-"""
+"""Keys sorted by what all queries give them, so that hot keys share blocks."""
 
 from __future__ import annotations
 
@@ -36,9 +28,21 @@ __all__ = ["KeyOrder"]
 class KeyOrder(ArrangedSelector):
     """The smallest set of blocks of sorted keys with a share of the pooled softmax.
 
+    Keys are ordered by the mean softmax mass that some queries leave on them. Attention does not
+    depend on the order of keys, so that nothing is put back.
+
     Args:
         mass: the share; queries: how many sort the keys; block: tokens of a block.
         order: of the queries: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+
+    Source:
+        Wang et al. (2025), "Sparser Block-Sparse Attention via Token Permutation" (PBS-Attn), arXiv
+        2510.21270. Code: github.com/xinghaow99/pbs-attn (commit 8ce8e02).
+    Default:
+        own. The published method is causal throughout, and has no case in common with this one.
+    Differences:
+        - Keys are sorted over the whole grid; theirs within segments.
+        - The queries that sort are spread over the grid; theirs are the last ones.
     """
 
     mass: float = 0.9

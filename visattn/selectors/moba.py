@@ -1,12 +1,4 @@
-"""Mixture of block attention.
-
-Source: MoBA (Lu et al. 2025, arXiv 2502.13189), and FlashMoBA (arXiv 2511.11571) for
-small blocks. A query token's gate is its product with the mean key of each block, not scaled; the
-blocks of highest gate are kept, the query's own among them.
-
-Differences: nothing is causal here, so that no block lies in the future and none is cut; equal
-gates go to the lower index.
-"""
+"""Mixture of block attention."""
 
 from __future__ import annotations
 
@@ -30,13 +22,25 @@ __all__ = ["MoBA"]
 
 @dataclass(frozen=True, eq=False)
 class MoBA(BlockSelector):
-    """The key blocks of highest gate for each query.
+    """The key blocks of highest gate for each query, its own block always among them.
+
+    A query token's gate is its product with the mean key of each block, not scaled.
 
     Args:
         keep: blocks of a query, its own one among them: a number, or a share.
         block: tokens of a key block, 1 to 65536; small ones (16 to 64) find more.
         queries: queries that choose together by their mean; 1 is the published gate of each token.
         order: ``"raster"``, ``"tiles"`` or ``"hilbert"``.
+
+    Source:
+        Lu et al. (2025), "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv
+        2502.13189; FlashMoBA (arXiv 2511.11571) for small blocks. Code: github.com/MoonshotAI/MoBA
+        (commit 61e456b).
+    Default:
+        code
+    Differences:
+        - Nothing is causal here, so that no block lies in the future and none is cut.
+        - Equal gates go to the lower index.
     """
 
     keep: int | float = 0.25

@@ -1,12 +1,4 @@
-"""For each head the static pattern that does best on a few queries of the call.
-
-Source: Sparse VideoGen (Xi et al. 2025, ICML, arXiv 2502.01776): some query rows are
-computed in full, once under a spatial and once under a temporal mask, and the head takes the mask
-with the smaller mean squared error.
-
-Differences: any static patterns can be given; partly kept blocks are kept whole; rows are evenly
-spread and not drawn.
-"""
+"""For each head the static pattern that does best on a few queries of the call."""
 
 from __future__ import annotations
 
@@ -37,11 +29,25 @@ TEMPORAL = Union(MultiDiagonal(0.2), Stripe())
 
 @dataclass(frozen=True, eq=False)
 class OnlineChoice(Selector):
-    """One of some static patterns, chosen anew for each batch item and head.
+    """One of some static patterns, chosen anew for each batch item and head: some query rows are
+    computed in full and under each pattern, and the head takes the pattern with the smallest mean
+    squared error.
 
     Args:
         patterns: two or more; of equally good ones the first is taken.
         rows: queries that decide; block: tokens of a block.
+
+    Source:
+        Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with
+        Spatial-Temporal Sparsity", ICML 2025, arXiv 2502.01776. Code:
+        github.com/svg-project/Sparse-VideoGen (commit 5ce7b01).
+    Default:
+        paper. The code decides by stand-ins for the masks, of a fixed width of 2 frames (Wan) or
+        1.5 (HunyuanVideo), and by rows of the first 10,000 tokens only.
+    Differences:
+        - Rows are evenly spread and not drawn.
+        - Any static patterns can be given; the default ones are a fifth of the sequence wide.
+        - Blocks of ``block`` tokens that are partly kept are kept whole.
     """
 
     patterns: tuple[Pattern, ...] = (SPATIAL, TEMPORAL)

@@ -17,7 +17,7 @@ class Past:
         lse: of the last call, ``[B, H, L]``, for selectors that learn.
         skipped: bits of block pairs that are not seen any more, uint8 ``[B, H, Nq, Nk / 8]``;
             calls: so many were made.
-        centres: of query and key clusters.
+        centres: means of query and key clusters.
     """
 
     lse: torch.Tensor | None = None

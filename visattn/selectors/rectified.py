@@ -1,13 +1,4 @@
-"""Rectified sparse attention: the pooled softmax corrects what the sparse one leaves out.
-
-Source: Rectified SpaAttn (arXiv 2511.19835), as its two parts: the sparse output is scaled by the
-mass that the pooled softmax gives to what was kept, and the others' mean values are added with
-their pooled probabilities, where a block's gain by that is above the error of its mean.
-
-Differences: the first frame is not forced to see itself; text is no part of the pooled softmax (its
-keys are kept, and weigh by the sparse output alone). Trusting the pooled softmax as absolute mass
-can be worse than dropping; ``TopBlocks(rest="pooled")`` keeps one softmax instead.
-"""
+"""Rectified sparse attention: the pooled softmax corrects what the sparse one leaves out."""
 
 from __future__ import annotations
 
@@ -25,10 +16,27 @@ __all__ = ["Rectified"]
 
 @dataclass(frozen=True, eq=False)
 class Rectified(Jenga):
-    """What Jenga keeps, rectified.
+    """What Jenga keeps, rectified: the sparse output is scaled by the mass that the pooled softmax
+    gives to what was kept, and the others' mean values are added with their pooled probabilities,
+    where a block's gain by that is above the error of its mean.
+
+    Trusting the pooled softmax as absolute mass can be worse than dropping;
+    ``TopBlocks(rest="pooled")`` keeps one softmax instead.
 
     Args:
         mass, keep, block: as in Jenga.
+
+    Source:
+        Liu et al. (2025), "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video
+        Generation", arXiv 2511.19835. Code: github.com/BienLuky/Rectified-SpaAttn (commit 4b0aa10).
+    Default:
+        code
+    Differences:
+        - The first blocks of the curve, as many as a frame has, do not all see each other, as they
+          do in the code for Wan.
+        - Text is no part of the pooled softmax; its keys are kept, and weigh by the sparse output
+          alone.
+        - A Hilbert curve in the enclosing cube, cut to the grid.
     """
 
     mass: float = 0.3

@@ -41,6 +41,13 @@ class Reuse(Selector):
 
     A pipeline with a plan knows its steps; where the step or the pass of a call is not known (as in
     ``sparse_attention``), each call chooses.
+
+    Source:
+        This project; several methods keep their choices for some steps.
+    Default:
+        own
+    Differences:
+        none
     """
 
     selector: Selector

@@ -107,17 +107,30 @@ def top_count(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
 
 
 def top_mass(
-    scores: torch.Tensor, share: float, weights: torch.Tensor | None = None
+    scores: torch.Tensor,
+    share: float,
+    weights: torch.Tensor | None = None,
+    *,
+    crossing: bool = True,
 ) -> torch.Tensor:
     """The smallest prefix that holds ``share`` of the mass, the crossing one with it, bool.
 
     Args:
         scores: logarithms of masses, up to a constant of each row; share: from 0 to 1.
         weights: of ``mass_weights``; default: made from the scores.
+        crossing: False gives the largest prefix that holds no more than the share.
     """
     weights = mass_weights(scores) if weights is None else weights
-    target = of_total(share, weights.sum(-1, keepdim=True))
-    return smallest_prefix(order_keys(scores), weights, target)
+    keys, total = order_keys(scores), weights.sum(-1, keepdim=True)
+    if crossing:
+        return smallest_prefix(keys, weights, of_total(share, total))
+    most = total * int(share * PARTS + 1e-6) // PARTS
+    over = smallest_prefix(keys, weights, most + 1)  # the last one of it is above the share
+    inside = (weights * over).sum(-1, keepdim=True) <= most
+    lowest = keys.masked_fill(~over, 2**31 - 1).amin(-1, keepdim=True)
+    equal = over & (keys == lowest)
+    last = equal & (equal.cumsum(-1) == equal.sum(-1, keepdim=True))
+    return over & (inside | ~last)
 
 
 Total = TypeVar("Total", int, torch.Tensor)

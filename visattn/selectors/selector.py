@@ -6,6 +6,7 @@ the stages layout -> summary -> score -> select -> rest.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid, TokenLayout, check_count
+from visattn.layout import Grid, TokenLayout, check_count, on_cpu
 from visattn.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns.pattern import HeadPattern
 from visattn.selectors.force import Force, forced_blocks
@@ -24,7 +25,16 @@ from visattn.selectors.selection import PooledRest, SampledRest, Selection, not_
 from visattn.selectors.selects import Select
 from visattn.selectors.sides import Side, ordered_side
 
-__all__ = ["ORDERS", "BlockSelector", "Selector", "Stages", "only_grid", "order_of"]
+__all__ = [
+    "ORDERS",
+    "BlockSelector",
+    "Selector",
+    "Stages",
+    "grid_blocks",
+    "only_grid",
+    "order_of",
+    "rounded_down",
+]
 
 ORDERS = ("raster", "tiles", "hilbert")
 MAX_BLOCK = 1 << 16
@@ -48,6 +58,23 @@ def order_of(name: str | Order, grid: Grid, size: int) -> Order:
         side = 1 << (size.bit_length() - 1) // 3
         return BoxOrder(fitted((side, side, side), grid, size))
     raise ValueError(f"order={name!r} must be one of {', '.join(ORDERS)}")
+
+
+@functools.lru_cache(maxsize=256)
+@on_cpu
+def grid_blocks(layout: TokenLayout, name: str, size: int) -> int:
+    """How many blocks the grids of a layout are cut into, in an order by name."""
+    return sum(
+        len(order_of(name, grid, size).blocks(grid, size).length) for _, grid in layout.grids
+    )
+
+
+def rounded_down(keep: int | float, layout: TokenLayout, name: str, size: int) -> int:
+    """A number of blocks: an int is one, a float the share of the grids' blocks, rounded down, at
+    least 1."""
+    if isinstance(keep, int):
+        return keep
+    return max(1, int(keep * grid_blocks(layout, name, size)))
 
 
 def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
@@ -176,7 +203,8 @@ class BlockSelector(Selector):
             step = max(1, forced.shape[2] * MOST_SCORES // many)
             return self._in_parts(own, inputs, forced, step)
         scores = self.scores(own, inputs)
-        levels = choose(own.choose, scores, sides[1].length, self.widened(forced, inputs), kernels)
+        forced = self.widened(forced, scores, inputs)
+        levels = choose(own.choose, scores, sides[1].length, forced, kernels)
         levels = self.adjusted(levels, inputs)
         selection = Selection.of(*sides, levels, own.choose.levels, own.rest)
         return self.finished(selection, scores, inputs).guarded(scores)
@@ -218,7 +246,9 @@ class BlockSelector(Selector):
         """The selection, with what goes beyond its levels."""
         return selection
 
-    def widened(self, forced: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    def widened(
+        self, forced: torch.Tensor, scores: torch.Tensor, inputs: Inputs
+    ) -> torch.Tensor:
         """What is forced, with what only the call can tell; bool, broadcasts to the scores."""
         return forced
 

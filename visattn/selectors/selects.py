@@ -101,13 +101,14 @@ class TopK(Select):
 
 @dataclass(frozen=True)
 class TopP(Select):
-    """The smallest set of blocks that holds a share of the mass, the crossing one with it.
+    """The smallest set of blocks that holds a share of the mass.
 
     Args:
         mass: the share, of what the scores say.
         least, most: bounds of a row's count, as ``keep`` of TopK; None is no bound.
         scope: as in TopK; of a head, rows compete by their shares, each row having the same mass.
         counted: whether forced blocks come first and their mass counts; else they come on top.
+        crossing: whether the block with which the share is reached is kept too.
     """
 
     mass: float = 0.9
@@ -115,6 +116,7 @@ class TopP(Select):
     most: int | float | None = None
     scope: Scope = "row"
     counted: bool = False
+    crossing: bool = True
 
     def __call__(
         self, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
@@ -128,7 +130,10 @@ class TopP(Select):
         if self.counted:
             scores = scores.masked_fill(forced & (scores > -torch.inf), torch.inf)
         rows = as_scope(scores, self.scope)
-        kept = of_scope(top_mass(rows, self.mass, as_scope(weights, self.scope)), scores)
+        kept = top_mass(
+            rows, self.mass, as_scope(weights, self.scope), crossing=self.crossing
+        )
+        kept = of_scope(kept, scores)
         if self.least is not None:
             kept = kept | top_count(scores, count_of(self.least, total))
         if self.most is not None:

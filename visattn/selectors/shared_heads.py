@@ -9,6 +9,8 @@ import torch
 
 from visattn.layout import TokenLayout, check_count
 from visattn.orders import BoxOrder
+from visattn.patterns.sizes import check_flag
+from visattn.selectors.force import Force
 from visattn.selectors.inputs import Inputs
 from visattn.selectors.scores import Pooled, row_parts
 from visattn.selectors.select import top_count, top_mass
@@ -29,24 +31,35 @@ __all__ = ["BiLevel", "ProxyHeads"]
 @dataclass(frozen=True, eq=False)
 class BiLevel(BlockSelector):
     """Bi-level routing: regions are chosen by the mean query and key of all heads together, and all
-    heads see the same ones (Zhu et al. 2023, BiFormer, arXiv 2303.08810).
+    heads see the same ones.
 
     Args:
         keep: regions of a row, or the share of them.
         region: sides of a region, (frames, height, width).
+        own: keep the query's own region, in place of the last one.
 
-    Differences: regions are boxes of a given size and not a given number of windows; a region is
-    always its own; the depth-wise convolution of the values is trained, and not here. Heads that do
-    not run this pattern have no part in the choice.
+    Source:
+        Zhu et al. (2023), "BiFormer: Vision Transformer with Bi-Level Routing Attention", CVPR
+        2023, arXiv 2303.08810. Code: github.com/rayleizhu/BiFormer (commit 1697bbb).
+    Default:
+        code
+    Differences:
+        - Regions are boxes of a given size; theirs a given number of windows.
+        - Logits have the scale of the model's attention; theirs that of all heads' channels.
+        - The depth-wise convolution of the values is trained, and not here.
+        - Heads that do not run this pattern have no part in the choice.
     """
 
     keep: int | float = 0.25
     region: tuple[int, int, int] = (1, 8, 8)
+    own: bool = False
     name: ClassVar[str] = "bi_level"
+    before: ClassVar[dict[str, object]] = {"own": True}
 
     def __post_init__(self) -> None:
         check_keep("keep", self.keep)
         BoxOrder(self.region)
+        check_flag("own", self.own)
 
     def stages(self, layout: TokenLayout) -> Stages:
         order = BoxOrder(self.region)
@@ -54,6 +67,7 @@ class BiLevel(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(self.keep),
+            force=Force(own=self.own),
             orders=(order, order),
             blocks=(size, size),
         )
@@ -66,7 +80,7 @@ class BiLevel(BlockSelector):
 @dataclass(frozen=True, eq=False)
 class ProxyHeads(BlockSelector):
     """Groups of heads rank the blocks together, by the means of their queries and keys, and each
-    head takes as many as its own mass needs (ProxyAttn, ICLR 2026).
+    head takes as many as its own mass needs.
 
     Args:
         mass: the share of a head's own pooled softmax that its number of blocks must hold, on the
@@ -74,9 +88,16 @@ class ProxyHeads(BlockSelector):
         groups: of neighbouring heads; it divides the heads that run this pattern.
         stride: tokens of a block are taken so far apart to rank by.
         block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+        own: keep the query's own block.
 
-    Differences: the published budget is that of the last query block of a causal model; here it is
-    the mean over the rows of a head.
+    Source:
+        Wang et al. (2025), "ProxyAttn: Guided Sparse Attention via Representative Heads", ICLR
+        2026, arXiv 2509.24745.
+    Default:
+        paper. The method was written for causal models, and its code was not compared.
+    Differences:
+        - The budget of a head is the mean over its rows; the published one is that of the last
+          query block of a causal model, and 2048 tokens at least.
     """
 
     mass: float = 0.95
@@ -84,7 +105,9 @@ class ProxyHeads(BlockSelector):
     stride: int = 4
     block: int = 64
     order: str = "tiles"
+    own: bool = False
     name: ClassVar[str] = "proxy_heads"
+    before: ClassVar[dict[str, object]] = {"own": True}
 
     def __post_init__(self) -> None:
         check_share("mass", self.mass, above=True)
@@ -92,11 +115,13 @@ class ProxyHeads(BlockSelector):
         check_block("stride", self.stride)
         check_block("block", self.block)
         check_word("order", self.order, ORDERS)
+        check_flag("own", self.own)
 
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(1.0, inside=False),  # the scores hold no more than the budget
+            force=Force(own=self.own),
             orders=(self.order, self.order),
             blocks=(self.block, self.block),
         )

@@ -1,13 +1,4 @@
-"""Blocks that once had little mass are not looked at again.
-
-Source: LiteAttention (2025, a fork of FlashAttention 3): attention itself notes the
-largest logit of each tile; a tile none of whose queries came near its row's largest is left out at
-all later steps, so that the list of what is skipped only grows and costs nothing to make.
-
-Differences: the largest logit is compared with the LSE that the queries had one step before, and
-not with the running maximum, which depends on the order of the tiles; ``least`` is thus a
-probability. What is forced is never skipped. ``every`` begins a new list.
-"""
+"""Blocks that once had little mass are not looked at again."""
 
 from __future__ import annotations
 
@@ -37,7 +28,9 @@ __all__ = ["SkipList", "packed", "unpacked"]
 
 @dataclass(frozen=True, eq=False)
 class SkipList(Selector):
-    """All blocks at the first two steps; then those in which some query had a key of some mass.
+    """All blocks at the first two steps; then those in which some query had a key of some mass, and
+    the own block. Attention itself notes the largest logit of each tile, and the list of what is
+    skipped only grows.
 
     Args:
         least: the share of a query's mass that no key of a skipped block had.
@@ -45,6 +38,17 @@ class SkipList(Selector):
         block: tokens of a block; order: ``"hilbert"``, ``"tiles"`` or ``"raster"``.
 
     It needs the steps of a pipeline with a plan; elsewhere it is dense.
+
+    Source:
+        Shmilovich et al. (2025), "LiteAttention: A Temporal Sparse Attention for Diffusion
+        Transformers", arXiv 2511.11062.
+    Default:
+        own. The published rule depends on the order in which a CUDA kernel visits the tiles.
+    Differences:
+        - The largest logit is compared with the LSE that the queries had one step before; theirs
+          with the running maximum. ``least`` is thus a probability.
+        - The own block is never skipped.
+        - ``every`` begins a new list.
     """
 
     least: float = 1e-3

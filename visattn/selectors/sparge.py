@@ -1,13 +1,4 @@
-"""SpargeAttn's first stage: means of similar tokens, and blocks that are no good mean kept.
-
-Source: SpargeAttn (Zhang et al. 2025, ICML, arXiv 2502.18137): keys have their mean
-subtracted; a block's self-similarity is the mean cosine of all its pairs; the softmax is taken over
-the means of self-similar blocks, the smallest set with a share of it is kept, and what is not
-self-similar is kept whole.
-
-Differences: the block that crosses the share is kept (the published code ends before it); the
-second stage, which skips products of values inside the kernel, is not here; nothing is quantised.
-"""
+"""SpargeAttn's first stage: means of similar tokens, and blocks that are no good mean kept."""
 
 from __future__ import annotations
 
@@ -17,6 +8,8 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import TokenLayout
+from visattn.patterns.sizes import check_flag
+from visattn.selectors.force import Force
 from visattn.selectors.inputs import Inputs
 from visattn.selectors.scores import Pooled
 from visattn.selectors.selector import (
@@ -34,13 +27,31 @@ __all__ = ["Sparge"]
 
 @dataclass(frozen=True, eq=False)
 class Sparge(BlockSelector):
-    """The smallest set of self-similar blocks with a share of the pooled softmax, and all blocks
-    that are not self-similar.
+    """The best self-similar blocks up to a share of the pooled softmax, and all blocks that are not
+    self-similar.
+
+    Keys have their mean subtracted; a block's self-similarity is the mean cosine of all pairs of
+    its tokens; the softmax is taken over the means of self-similar key blocks.
 
     Args:
         mass: the share; similar: the self-similarity that a block must exceed, -1 to 1.
         block_q, block_k: tokens of a query and a key block.
         order: ``"raster"``, ``"tiles"`` or ``"hilbert"``.
+        crossing: keep the block with which the share is reached too, as the paper says; the code
+            ends before it, though never before the first.
+        own: keep the query's own blocks.
+
+    Source:
+        Zhang et al. (2025), "SpargeAttention: Accurate and Training-free Sparse Attention
+        Accelerating Any Model Inference", ICML 2025, arXiv 2502.18137. Code:
+        github.com/thu-ml/SpargeAttn (commit bfd980b).
+    Default:
+        code
+    Differences:
+        - The second stage, which skips products of values inside the kernel, is not here.
+        - Nothing is quantised.
+        - Text is kept and not scored; the code scores it with the rest.
+        - The blocks follow a Hilbert curve; the code leaves the order to the caller.
     """
 
     mass: float = 0.98
@@ -48,7 +59,10 @@ class Sparge(BlockSelector):
     block_q: int = 128
     block_k: int = 64
     order: str = "hilbert"
+    crossing: bool = False
+    own: bool = False
     name: ClassVar[str] = "sparge"
+    before: ClassVar[dict[str, object]] = {"crossing": True, "own": True}
 
     def __post_init__(self) -> None:
         check_share("mass", self.mass, above=True)
@@ -59,11 +73,14 @@ class Sparge(BlockSelector):
         check_block("block_q", self.block_q)
         check_block("block_k", self.block_k)
         check_word("order", self.order, ORDERS)
+        check_flag("crossing", self.crossing)
+        check_flag("own", self.own)
 
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(
             score=Pooled(log_size=False),
-            choose=TopP(self.mass),
+            choose=TopP(self.mass, crossing=self.crossing),
+            force=Force(own=self.own),
             orders=(self.order, self.order),
             blocks=(self.block_q, self.block_k),
         )
@@ -72,7 +89,9 @@ class Sparge(BlockSelector):
         scores = super().scores(own, inputs)
         return scores.masked_fill(~self._alike(inputs)[1][:, :, None], -torch.inf)
 
-    def widened(self, forced: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    def widened(
+        self, forced: torch.Tensor, scores: torch.Tensor, inputs: Inputs
+    ) -> torch.Tensor:
         q_alike, k_alike = self._alike(inputs)
         return forced | (inputs.pairs & (~q_alike[..., None] | ~k_alike[:, :, None]))
 

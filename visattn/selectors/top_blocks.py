@@ -66,8 +66,13 @@ class TopBlocks(BlockSelector):
         block: most tokens of a block, of queries and keys, 1 to 65536.
         first_frame, sink, neighbours: forced, as in Force.
 
-    Source: the common form of the methods that pool and choose; Jenga, Draft and the others are
-    patterns of their own.
+    Source:
+        This project: the common form of the methods that pool and choose; Jenga, Draft and the
+        others are patterns of their own.
+    Default:
+        own
+    Differences:
+        none
     """
 
     keep: int | float = 0.25

@@ -1,15 +1,5 @@
-"""Video mixture of block attention.
-
-Source: VMoBA (Wu et al. 2025, arXiv 2506.23858): layer by layer the keys are cut into runs of
-frames (1-D), windows over all frames (2-D) and boxes (3-D); the gate is the product of a query with
-a block's mean key, not scaled; the smallest set is kept whose gates, shifted and scaled to [0, 1]
-over a scope, hold a share of their sum, the own block counted first.
-
-Differences: a block-granular gate by mean queries is there and is the default (the published one is
-that of single queries); blocks at the borders may be smaller, where the source needs exact
-division; a row with nothing but its own block sees that block, where the published code computes
-all; text is kept. The threshold is no share of attention mass: gates are similarities.
-"""
+"""Video mixture of block attention: gates of queries for blocks of keys, which are runs of frames,
+windows over all frames, and boxes, layer by layer."""
 
 from __future__ import annotations
 
@@ -20,8 +10,9 @@ import torch
 
 from visattn.layout import Grid, TokenLayout, check_count
 from visattn.orders import BoxOrder, LineOrder, Order
+from visattn.patterns.sizes import check_flag
 from visattn.selectors.scores import Pooled
-from visattn.selectors.select import of_total, order_keys, smallest_prefix
+from visattn.selectors.select import of_total, order_keys, smallest_prefix, top_count
 from visattn.selectors.selector import (
     BlockSelector,
     Stages,
@@ -47,14 +38,16 @@ class GateMass(Select):
 
     Args:
         share: of the sum of gates, each shifted and scaled to [0, 1] over the scope.
-        scope: ``"query"`` (a row), ``"block"`` (all queries of a key block), ``"head"`` or
-            ``"overall"`` (all heads of a batch item).
+        scope: ``"query"`` (a row), ``"block"`` (all heads and queries of a key block), ``"head"``
+            or ``"overall"`` (all heads of a batch item).
+        more: keep at least one pair of each scope beyond the forced ones.
 
     What is forced is kept and its gates count first.
     """
 
     share: float = 0.25
-    scope: str = "head"
+    scope: str = "query"
+    more: bool = True
 
     def __call__(
         self, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
@@ -71,25 +64,34 @@ class GateMass(Select):
         missing = target - (weights * (own & free)).sum(-1, keepdim=True)
         others = rows.masked_fill(own, -torch.inf)
         kept = smallest_prefix(order_keys(others), weights, missing)
+        if self.more:
+            kept = kept | top_count(others, 1)
         return (_unscoped(kept, scores, self.scope) | forced).to(torch.uint8)
 
 
 def _scoped(x: torch.Tensor, scope: str) -> torch.Tensor:
     """``[B, H, Nq, Nk]`` with what competes on the last axis."""
     if scope == "block":
-        return x.mT
+        return x.permute(0, 3, 1, 2).flatten(2)[:, None]
     if scope == "overall":
         return x.flatten(1)[:, None, None]
     return as_scope(x, "row" if scope == "query" else "head")
 
 
 def _unscoped(x: torch.Tensor, like: torch.Tensor, scope: str) -> torch.Tensor:
-    return x.mT if scope == "block" else of_scope(x, like)
+    if scope == "block":
+        batch, heads, num_q, num_k = like.shape
+        return x.view(batch, num_k, heads, num_q).permute(0, 2, 3, 1)
+    return of_scope(x, like)
 
 
 @dataclass(frozen=True, eq=False)
 class VMoBA(BlockSelector):
-    """The key blocks of highest gate, in the partition of this layer.
+    """The key blocks of highest gate, in the partition of this layer, and the own block.
+
+    The gate is the product of a query with a block's mean key, not scaled; the smallest set is kept
+    whose gates, shifted and scaled to [0, 1] over a scope, hold a share of their sum, the own block
+    counted first. The threshold is no share of attention mass: gates are similarities.
 
     Args:
         partition: ``"1d"``, ``"2d"`` or ``"3d"``; ``for_layers`` gives the published cycle.
@@ -98,6 +100,24 @@ class VMoBA(BlockSelector):
         keep: blocks of a row, the own one among them: a number, or a share.
         scope: what competes, as in GateMass; with ``keep``, ``"query"`` or ``"head"``.
         queries: queries that choose together by their mean; 1 is the published gate.
+        more: with ``share``, each scope gets at least one block beyond the own ones, as in the
+            code; False is the paper's rule, the smallest set with the share.
+
+    Source:
+        Wu et al. (2025), "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv
+        2506.23858. Code: github.com/KwaiVGI/VMoBA (commit 4da72ff).
+    Default:
+        code
+    Differences:
+        - 64 queries choose together; ``queries=1`` is the code's gate of single queries.
+        - The partition is 3-D in boxes of (4, 4, 4) unless ``for_layers`` makes the cycle of
+          partitions.
+        - Blocks at the borders may be smaller, where the code needs exact division.
+        - A row with nothing but its own block sees that block; the code computes all blocks where
+          no row has another one.
+        - Text is kept and not scored.
+        - Heads that do not run this pattern do not compete in the scopes ``"block"`` and
+          ``"overall"``.
     """
 
     partition: str = "3d"
@@ -106,9 +126,11 @@ class VMoBA(BlockSelector):
     box: tuple[int, int, int] = (4, 4, 4)
     share: float | None = 0.25
     keep: int | float = 0.2
-    scope: str = "head"
+    scope: str = "query"
     queries: int = 64
+    more: bool = True
     name: ClassVar[str] = "vmoba"
+    before: ClassVar[dict[str, object]] = {"more": False}
 
     def __post_init__(self) -> None:
         check_word("partition", self.partition, PARTITIONS)
@@ -128,6 +150,7 @@ class VMoBA(BlockSelector):
                 f"scope={self.scope!r} goes with share; with keep it is 'query' or 'head'"
             )
         check_block("queries", self.queries)
+        check_flag("more", self.more)
 
     @classmethod
     def for_layers(cls, layers: int, dense: int = 0, **options: object) -> tuple[VMoBA | None, ...]:
@@ -157,7 +180,7 @@ class VMoBA(BlockSelector):
         order, size = self.key_order(only_grid(layout, self))
         choose: Select
         if self.share is not None:
-            choose = GateMass(self.share, self.scope)
+            choose = GateMass(self.share, self.scope, self.more)
         else:
             choose = TopK(self.keep, scope="row" if self.scope == "query" else "head")
         return Stages(
