@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -141,6 +143,56 @@ def cut_prompts_are_noted(folder: Path) -> str:
     return "9 tokens over the limit of 512 are noted"
 
 
+def kills_leave_nothing(folder: Path) -> str:
+    import torch
+
+    from visattn import leftovers
+    from visattn.video import check_target, write_video
+
+    def kill(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if not pid:
+        with mock.patch("pathlib.Path.rename", kill):
+            write_video(torch.rand(1, 8, 8, 3), "clip")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    (part,) = os.listdir()
+    assert str(pid) in part, part
+    leftovers._clear.cache_clear()
+    check_target(Path("clip"))
+    assert os.listdir() == []
+    return "what a killed process was writing is removed by the next one"
+
+
+def a_full_disk_is_told(folder: Path) -> str:
+    import torch
+
+    from visattn import video
+
+    Path("part.mp4").symlink_to("/dev/full")
+    with (
+        mock.patch.object(video, "part_of", return_value=Path("part.mp4")),
+        mock.patch.object(video, "_check_writable"),
+    ):
+        told = ""
+        try:
+            video.write_video(torch.rand(2, 64, 64, 3), "a.mp4")
+        except OSError as error:
+            told = str(error)
+    assert "No space left" in told and "a.mp4" in told, told
+    return "an mp4 on a full disk says that there is no space left"
+
+
+def receipts_run_one_script(folder: Path) -> str:
+    from visattn.report import render_page
+
+    page = render_page({"schema": "visattn.report/1", "kind": "compare", "title": "a"})
+    assert "script-src 'sha256-" in page and "script-src 'unsafe-inline'" not in page
+    return "the policy of a receipt names the hash of its script"
+
+
 CASES = (
     Case("image-to-video of Wan dies of a missing ftfy", cleans_prompts),
     Case("an error of an unforeseen type ends a batch", any_error_is_a_line),
@@ -151,4 +203,7 @@ CASES = (
     Case("an odd line of prompts", odd_lines_are_refused),
     Case("a byte order mark is part of a prompt", marks_are_no_text),
     Case("the end of a long prompt is cut without a word", cut_prompts_are_noted),
+    Case("a killed process leaves files behind", kills_leave_nothing),
+    Case("a full disk is told in ffmpeg's words", a_full_disk_is_told),
+    Case("a receipt lets any script run", receipts_run_one_script),
 )

@@ -298,3 +298,13 @@ def test_gaps_in_the_data_break_nothing(tab, report, tmp_path):
     assert texts(tab, ".clip:not([hidden]) .absent") == ["no video kept"] * 2
     assert len(tab.eval("[...document.querySelectorAll('#chart g[role=img]')].map(() => 1)")) == 1
     assert tab.trouble == []
+
+
+def test_a_script_of_another_text_does_not_run(tab, path):
+    tab.open(path)
+    tab.eval(
+        "{const s = document.createElement('script'); s.textContent = 'window.other = 1';"
+        " document.body.append(s)}"
+    )
+    assert tab.eval("window.other === undefined && document.documentElement.dataset.ready === '1'")
+    tab.trouble.clear()  # the browser has said that it refused it

@@ -15,14 +15,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn
 
 from visattn._version import __version__
 from visattn.cli import bench, compare, env, generate, inspect, search, search_heads, show
 from visattn.cli.output import Output, error_line, plain
 from visattn.generation.errors import REFUSALS, sentence
-from visattn.processes import one_process
+from visattn.processes import one_process, processes
 
 __all__ = ["main"]
 
@@ -113,6 +113,8 @@ def _tidy_when_terminated() -> Iterator[None]:
         raise SystemExit(TERMINATED)
 
     own = threading.current_thread() is threading.main_thread()
+    with suppress(ValueError):  # a process that waits for others sees no exception
+        own = own and processes().world == 1
     if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
