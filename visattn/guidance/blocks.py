@@ -14,6 +14,7 @@ from visattn.guidance.edit import check_share, check_window, in_window, numbers_
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.front import Next, kind_of, put_front, take_front
+from visattn.inject.wrappers import bare, unwrapped
 from visattn.pipelines.family import Family
 from visattn.plan import PASSES
 
@@ -31,7 +32,7 @@ __all__ = [
 
 def block_paths(model: torch.nn.Module, family: Family) -> tuple[tuple[str, ...], ...]:
     """The paths of a denoiser's blocks, stack by stack, in the order in which they run."""
-    paths = [path for path, _ in model.named_modules()]
+    paths = list(dict.fromkeys(bare(path) for path, _ in model.named_modules()))
     return tuple(
         tuple(path for path in paths if re.fullmatch(stack, path)) for stack in family.blocks
     )
@@ -354,7 +355,10 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
 
 def _compiled(model: Any) -> bool:
     """Whether torch.compile has a model as a whole."""
-    return hasattr(model, "_orig_mod") or vars(model).get("_compiled_call_impl") is not None
+    return any(
+        hasattr(own, "_orig_mod") or vars(own).get("_compiled_call_impl") is not None
+        for own in unwrapped(model)
+    )
 
 
 class BlockSwitch:

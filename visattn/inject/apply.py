@@ -16,6 +16,7 @@ from visattn.inject.caught import Editor
 from visattn.inject.moment import PipeRef
 from visattn.inject.observation import Observer
 from visattn.inject.parallel import check_whole
+from visattn.inject.wrappers import unwrapped
 from visattn.layout import check_count
 from visattn.patterns import HeadPattern
 from visattn.pipelines.families import FAMILIES
@@ -47,7 +48,9 @@ def apply_plan(
 
     Args:
         pipe: a diffusers pipeline, or a denoiser of one, which is then its ``transformer``;
-            compiled or not. Its model family must be one that visattn knows.
+            compiled or not, and wrapped or not by DistributedDataParallel,
+            FullyShardedDataParallel, DeepSpeed or PEFT. Its model family must be one that visattn
+            knows.
         plan: a Plan; a pattern, for all heads of all layers; the path or hub id of a plan;
             a pattern in written form; or ``"auto"``, the plan that lies beside the model's weights.
         backend: of ``sparse_attention``.
@@ -240,8 +243,8 @@ def known_denoisers(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
 
 
 def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The denoisers of a pipeline by role, out of what ``torch.compile`` wraps around them; a
-    module is its own transformer."""
+    """The denoisers of a pipeline by role, out of what ``torch.compile``, training over several
+    processes and PEFT wrap around them; a module is its own transformer."""
     if _alone(pipe):
         return {"transformer": _inside(pipe)}
     found = {role: getattr(pipe, role, None) for role in ROLES}
@@ -261,9 +264,7 @@ def _alone(pipe: Any) -> bool:
 
 
 def _inside(model: torch.nn.Module) -> torch.nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, torch.nn.Module)
-    return inner
+    return unwrapped(model)[-1]
 
 
 def _path_of(pipe: Any) -> str | None:

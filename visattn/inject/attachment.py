@@ -32,6 +32,7 @@ from visattn.inject.observation import Observer
 from visattn.inject.parallel import check_whole
 from visattn.inject.recent import Recent
 from visattn.inject.running import Announced, Calls, is_stock, run_of, says_where
+from visattn.inject.wrappers import bare
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
 from visattn.pipelines.family import Family
@@ -47,7 +48,9 @@ logger = logging.getLogger("visattn")
 def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
     """The attention modules of a denoiser that plans speak of, by path, in order."""
     return {
-        path: module for path, module in model.named_modules() if re.fullmatch(family.layers, path)
+        bare(path): module
+        for path, module in model.named_modules()
+        if re.fullmatch(family.layers, bare(path))
     }
 
 
@@ -56,7 +59,9 @@ def cross_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
     if not family.cross:
         return {}
     return {
-        path: module for path, module in model.named_modules() if re.fullmatch(family.cross, path)
+        bare(path): module
+        for path, module in model.named_modules()
+        if re.fullmatch(family.cross, bare(path))
     }
 
 
