@@ -11,6 +11,7 @@ import torch
 
 from visattn.generation.quiet import quiet
 from visattn.guidance import HeadSet, SoftPAG, guide
+from visattn.guidance import head_search as module
 from visattn.guidance.head_log import HeadLog, Place
 from visattn.guidance.head_search import search_heads
 from visattn.guidance.trials import Generating
@@ -285,7 +286,7 @@ def test_a_log_serves_more_rounds(pipe, tmp_path):
     assert more == search(pipe, mean_red, PROMPTS[:1], candidates=FEW, rounds=2)
 
 
-def test_log_of_other_settings_is_refused(pipe, tmp_path):
+def test_log_of_other_settings_is_refused(pipe, tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
     given = {"candidates": {0: [0]}, "resume": log}
     search(pipe, mean_red, PROMPTS[:1], **given)
@@ -300,8 +301,11 @@ def test_log_of_other_settings_is_refused(pipe, tmp_path):
             search(pipe, mean_red, PROMPTS[:1], **given, **changed)
     with pytest.raises(ValueError, match=r"objective is .*mean_red.* there"):
         search(pipe, lambda frames, prompt: 0.0, PROMPTS[:1], **given)
-    with quiet(), pytest.raises(ValueError, match=r"weights is .* there"):
+    with quiet(), pytest.raises(ValueError, match=r"whole pipeline is .* there"):
         search(tiny.wan21(seed=4), mean_red, PROMPTS[:1], **given)
+    monkeypatch.setattr(module, "versions", lambda names: dict.fromkeys(names, "9"))
+    with pytest.raises(ValueError, match=r"versions is .* there"):
+        search(pipe, mean_red, PROMPTS[:1], **given)
     assert log.read_bytes() == data
 
 

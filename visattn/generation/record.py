@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from visattn._version import __version__
+from visattn._version import versions
 from visattn.execute import choose_backend
 from visattn.files import write_whole
 from visattn.generation.job import Job, Result
@@ -96,7 +95,7 @@ def make_record(
         "backend_chosen": choose_backend(
             request["backend"], torch.empty(1, 1, 1, 64, device=device)
         )._asdict(),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "seconds": {
             "load": round(load_seconds, 4),
             "generate": round(result.seconds, 4),
@@ -197,13 +196,3 @@ def _device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     return str(device)
-
-
-def _versions() -> dict[str, str]:
-    found = {"visattn": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn._version import __version__
+from visattn._version import __version__, versions
 from visattn.guidance.guidances import Policy, SoftPAG
 from visattn.guidance.head_candidates import (
     Candidate,
@@ -136,8 +136,9 @@ def search_heads(
             f"k={k} heads in each of rounds={rounds} are more than the {len(tried)} candidates"
         )
     settings = {
+        "versions": versions(("torch", "diffusers", "transformers")),
         "pipeline": type(pipe).__name__,
-        "weights": fingerprint(pipe),
+        "whole pipeline": fingerprint(pipe),
         "dtype": str(getattr(pipe, "dtype", None)),
         "scheduler": _scheduler(pipe),
         "plan": plans_of(pipe),
@@ -182,7 +183,7 @@ def search_heads(
             "failures": own.failures,
             "pairs": settings["pairs"],
             "call": made.call,
-            "weights": settings["weights"],
+            "fingerprint": settings["whole pipeline"],
             "visattn": __version__,
         },
     )

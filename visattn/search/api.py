@@ -338,7 +338,7 @@ def _receipt(
     provenance = {
         "kind": f"searched: {chosen.name}",
         "goal": {name: value for name, value in goals.items() if value is not None},
-        "weights": own.subject.fingerprint(),
+        "fingerprint": own.team.about["model"],
         "calibrated_on": [list(pair) for pair in own.prompts],
         "visattn": __version__,
     }

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from visattn._version import __version__
+from visattn._version import versions
 from visattn.execute import block_sizes
+from visattn.guidance.objectives import name_of
 from visattn.inject import Observation, observe
 from visattn.inject.dense_attention import dense_attention
 from visattn.launch import launch_of
@@ -49,6 +50,7 @@ from visattn.search.validate import caption_scorer, clip_of
 __all__ = ["Search", "Settings"]
 
 FORMAT = 2  # of what is kept
+LIBRARIES = ("torch", "triton", "diffusers", "transformers")  # that results depend on
 STENCIL_LEVELS = (0.06, 0.1, 0.15, 0.2, 0.25, 0.32, 0.4, 0.5)
 TARGETS = (1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 ROUNDS = 2  # of refining a plan
@@ -119,8 +121,7 @@ class Search:
         self.wanted: list[HeadPattern] = []  # patterns that are timed
         self.rules: list[tuple[str, HeadPattern]] = []  # dynamic ones, with their families
         about = {
-            "visattn": __version__,
-            "torch": torch.__version__,
+            "versions": versions(LIBRARIES),
             "model": subject.fingerprint(),
             "call": subject.call,
             "device": kind_of_device(subject.device),
@@ -638,7 +639,10 @@ class Search:
                     best[name] = min(best[name], self.replay.seconds(plans.get(name)))
             return {"seconds": best}, {}
 
-        asked = {name: plan.to_json() for name, plan in plans.items()}
+        asked = {
+            "plans": {name: plan.to_json() for name, plan in plans.items()},
+            "calls": self.asked_calls,
+        }
         (item,) = self.team.do("steps", [Task(asked, "steps", run)], alone=True)
         assert item is not None
         seconds = item.value["seconds"]
@@ -667,6 +671,7 @@ class Search:
 
             asked = {"prompt": prompt, "seed": seed, "pictures": drawn(number)}
             asked["plans"] = {name: plan.to_json() for name, plan in plans.items()}
+            asked["scorer"] = name_of(self.scorer)
             return Task(asked, f"{prompt!r}, seed {seed}", run)
 
         wanted = list(enumerate(self.held_out[: self.settings.pairs] if pairs is None else pairs))
