@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Dense, Diagonal, MultiDiagonal, Neighborhood
@@ -91,6 +91,53 @@ def test_compiled_pipeline_at_a_second_resolution(name):
     assert close(tiny.generate(pipe), first)
     assert close(tiny.generate(pipe, **other), second)
     assert close(tiny.generate(pipe), first)
+
+
+def graphs(plan, way, **options):
+    """The number of graphs after calls of a denoiser at each of several sizes."""
+    torch._dynamo.reset()
+    model = tiny.wan_transformer(1, layers=1)
+    counter = CompileCounter()
+    call = model
+    sizes = ((3, 8, 12, 9), (2, 12, 8, 9), (3, 12, 10, 7))
+    calls = [
+        {
+            "hidden_states": torch.randn(1, 4, frames, height, width),
+            "timestep": torch.tensor([3]),
+            "encoder_hidden_states": torch.randn(1, text, 16),
+        }
+        for frames, height, width, text in sizes
+    ]
+    with torch.no_grad():
+        if plan is not None:
+            apply_plan(model, plan, guard=False)
+        expected = [model(**own).sample for own in calls]
+        if way == "blocks":
+            model.compile_repeated_blocks(backend=counter, fullgraph=True, **options)
+        else:
+            call = torch.compile(
+                model if way == "model" else lambda **own: model(**own),
+                backend=counter,
+                fullgraph=True,
+                **options,
+            )
+        found = []
+        for own, right in zip(calls, expected, strict=True):
+            assert close(call(**own).sample, right)
+            found.append(counter.frame_count)
+    if plan is not None:
+        rows = summary(model).layers
+        assert all((row.sparse_calls, row.dense_calls) == (6, 0) for row in rows)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [("blocks", {"dynamic": True}), ("model", {}), ("function", {})],
+)
+def test_a_plan_adds_no_graph_for_another_resolution(way, options):
+    """Sizes and text lengths are data, and no Python values that a graph is guarded by."""
+    assert graphs(Diagonal(0.1), way, **options) == graphs(None, way, **options)
 
 
 def test_layers_with_and_without_a_plan_make_two_graphs():

@@ -7,20 +7,19 @@ import inspect
 import logging
 import re
 import types
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from visattn.attention import Backend
+from visattn.inject.callstate import CallState, States, Told
 from visattn.inject.caught import Editor
 from visattn.inject.front import put_front, take_front
 from visattn.inject.guard import guards
 from visattn.inject.layer import Layer
 from visattn.inject.moment import (
-    Batch,
     Context,
     PipeRef,
     pass_named,
@@ -29,9 +28,10 @@ from visattn.inject.moment import (
     step_of,
 )
 from visattn.inject.observation import Observer
+from visattn.inject.op import Begun, begin_call, not_a_graph, register_attachment
 from visattn.inject.parallel import check_whole
 from visattn.inject.recent import Recent
-from visattn.inject.running import Announced, Calls, is_stock, run_of, says_where
+from visattn.inject.running import Announced, is_stock, run_of, says_where
 from visattn.inject.wrappers import bare
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
@@ -79,10 +79,6 @@ def attached(model: torch.nn.Module) -> Attachment | None:
     return found
 
 
-def _nothing() -> None:
-    """What a weak reference gives whose object is gone."""
-
-
 class Attachment:
     """A plan on a denoiser.
 
@@ -112,14 +108,8 @@ class Attachment:
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
         self.paths = tuple(attention_layers(model, family))
         self.cross_paths = tuple(cross_layers(model, family))
-        self.tokens: Tokens = ()
-        # weak: code that is compiled does not come by here, and must not find that of an old call
-        self.timestep_ref: Callable[[], torch.Tensor | None] = _nothing
-        self.text_ref: Callable[[], torch.Tensor | None] = _nothing
-        self.context: Context | None = None
-        self.text_length: int | None = None  # of the running call, where it says it
-        self.aside = False  # whether the pipeline makes a perturbed call of its own
-        self.batch, self.calls = Batch(), Calls()
+        self.states, self.begun = States(), Begun()
+        self.latest: Tokens = ()  # of the last call, whoever made it
         self.announced, self.announcing = Announced(), PipeRef()
         self.told: set[str] = set()
         self.observers, self.audit, self.editor = observers, audit, editor
@@ -129,6 +119,12 @@ class Attachment:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.handle: torch.utils.hooks.RemovableHandle | None = None
         self.layers: list[Layer] = self._layers({})
+        self.number = register_attachment(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of an attachment is another one."""
+        self.__dict__.update(state)
+        register_attachment(self, self.number)
 
     def _layers(self, had: dict[str, Layer]) -> list[Layer]:
         """The layers that there is something for; those that there were stay what they are."""
@@ -216,19 +212,34 @@ class Attachment:
             logger.warning("%s: %s", self.role, text)
 
     @property
+    def call(self) -> CallState:
+        """The state of the call that runs in this thread or task."""
+        return self.states.here()
+
+    @property
+    def context(self) -> Context | None:
+        """What the pipeline says of the running call."""
+        return self.call.context
+
+    @context.setter
+    def context(self, context: Context | None) -> None:
+        self.call.context = context
+
+    @property
     def timestep(self) -> torch.Tensor | None:
         """Of the running call, where it is known."""
-        return self.timestep_ref()
+        return self.call.timestep_ref()
 
     @property
     def layout(self) -> TokenLayout:
         """Of the running call."""
-        if not self.tokens:
+        tokens = self.call.tokens
+        if not tokens:
             raise RuntimeError(
                 f"an attention layer of {self.role} was called outside the forward of its model, "
                 "so that its token layout is not known; remove_plan before calling parts of a model"
             )
-        return self._checked(self.tokens)
+        return self._checked(tokens)
 
     @functools.cached_property
     def _layouts(self) -> Recent[Tokens, TokenLayout]:
@@ -299,22 +310,30 @@ class Attachment:
             return f"{why}{name} is not the pipeline that runs; {act} the pipeline that runs"
         return f"{why}{name} does not say it here; use {instead}"
 
+    def told_by(self, arguments: Mapping[str, Any]) -> Told:
+        """What the arguments of a call that begins tell."""
+        own = (arguments.get("timestep"), arguments.get("encoder_hidden_states"))
+        timestep, text = (x if isinstance(x, torch.Tensor) else None for x in own)
+        return timestep, text, arguments.get(self.family.perturbed) is not None
+
     def note(self, arguments: Mapping[str, Any]) -> None:
         """Take from the arguments of a call that begins what tells its step and passes."""
-        self.aside = arguments.get(self.family.perturbed) is not None
-        text = arguments.get("encoder_hidden_states")
-        self.text_length = text.shape[1] if isinstance(text, torch.Tensor) else None
-        if not torch.compiler.is_compiling():
-            timestep = arguments.get("timestep")
-            self.timestep_ref = self.text_ref = _nothing
-            if isinstance(timestep, torch.Tensor):
-                self.timestep_ref = weakref.ref(timestep)
-            if isinstance(text, torch.Tensor):
-                self.text_ref = weakref.ref(text)
-                pipe = self.pipe()
-                run = None if pipe is None else run_of(pipe)
-                if run is not None and self.context is None:
-                    self.calls.note(run, pipe.scheduler, text)
+        self.take(self.told_by(arguments))
+
+    def take(self, told: Told) -> CallState:
+        """Note what the arguments of a call that begins have told."""
+        state, pipe, text = self.call, self.pipe(), told[1]
+        state.note(told)
+        run = None if pipe is None else run_of(pipe)
+        if text is not None and run is not None and state.context is None:
+            state.calls.note(run, pipe.scheduler, text)
+        return state
+
+    def begin(self, tokens: Tokens, told: Told) -> CallState:
+        """A call of the denoiser begins in this thread or task."""
+        state = self.take(told)
+        state.tokens = self.latest = tokens
+        return state
 
     def step(self) -> tuple[int | None, int | None]:
         """The denoising step and the number of steps, where they are known."""
@@ -323,7 +342,7 @@ class Attachment:
     def passes(self, batch: int, masked: bool = False) -> tuple[str, ...] | None:
         """The pass of each equal part of the batch of an attention call, where it is known.
         ``masked``: whether the call has a mask."""
-        if self.aside:
+        if self.call.aside:
             return ("perturbed",)
         timestep, size = self.timestep, batch
         if timestep is not None and timestep.ndim and len(timestep) != 1:
@@ -340,13 +359,14 @@ class Attachment:
         named = None if self.context is None else self.context.name
         if order:
             known = named == "cond_uncond" or is_stock(pipe)
-            return self.batch(pipe, order, size) if known else None
+            return self.call.batch(pipe, order, size) if known else None
         run = run_of(pipe)
         if run is None or named is not None or not is_stock(pipe):
             return None
         if not run.guided():
             return ("cond",)
-        pass_ = self.calls.pass_of(run, self.text_ref(), self.family.calls)
+        state = self.call
+        pass_ = state.calls.pass_of(run, state.text_ref(), self.family.calls)
         return None if pass_ is None else (pass_,)
 
 
@@ -361,16 +381,24 @@ def _check(pattern: HeadPattern, layout: TokenLayout, path: str) -> None:
 
 
 def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The hook before a denoiser's forward; ``torch.compile`` traces it."""
+    """The hook before a denoiser's forward. ``torch.compile`` traces it inside a compiled function
+    that calls the denoiser."""
     attachment: Attachment = model._visattn
     if attachment.observers or attachment.editor is not None:
         check_whole(model, attachment.role)
     arguments = dict(zip(attachment.names, args, strict=False))
     arguments.update(kwargs)
-    attachment.tokens = attachment.family.tokens(model.config, arguments)
-    attachment.note(arguments)
-    if not torch.compiler.is_compiling():
-        attachment.watch()
+    tokens = attachment.family.tokens(model.config, arguments)
+    told = attachment.told_by(arguments)
+    if torch.compiler.is_compiling():
+        begin_call(attachment, tokens, told)
+        return
+    attachment.begin(tokens, told)
+    attachment.begun.clear()
+    attachment.watch()
+
+
+not_a_graph(_begin)
 
 
 @contextmanager

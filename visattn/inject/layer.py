@@ -14,7 +14,7 @@ from visattn.inject.caught import Caught, Editor, Kind
 from visattn.inject.computing import Computing
 from visattn.inject.decision import Decision, Guard
 from visattn.inject.observation import Observation
-from visattn.inject.op import Call, register_layer
+from visattn.inject.op import Call, not_a_graph, register_layer
 from visattn.inject.padding import Padding, text_lengths_of
 from visattn.inject.parts import DENSE, Heads, Part, Plain
 from visattn.inject.recent import Recent
@@ -63,6 +63,7 @@ class Layer:
     ) -> None:
         self.attachment, self.path, self.module = attachment, path, module
         self.heads, self.table = heads, table
+        self.begun = attachment.begun
         self.processor = module.processor
         self.kind: type[torch.nn.Module] | None = None  # the module's class, where ours replaced it
         self.observers = [own for own, paths in attachment.observers if path in paths]
@@ -166,6 +167,8 @@ class Layer:
         parallel: Any = None,
     ) -> torch.Tensor:
         """The attention of the layer, tensors as ``call.heads_first`` says, in and out."""
+        if self.of_image(key, call):
+            return self._plain(call, parallel)(query, key, value)
         layout = self.attachment.layout
         lengths = self.lengths(query, call)
         given = query, key, value
@@ -209,7 +212,7 @@ class Layer:
         """Whether this is cross-attention to an image, which some models have beside that to
         text."""
         length = key.shape[2 if call.heads_first else 1]
-        return self.cross and self.attachment.text_length not in (None, length)
+        return self.cross and self.attachment.call.text_length not in (None, length)
 
     def lengths(self, query: torch.Tensor, call: Call) -> torch.Tensor | None:
         """Valid tokens of each text of a call, int64 ``[B, texts]``; None where all are."""
@@ -242,12 +245,13 @@ class Layer:
             return self._by_editor(*whole, call, own, parts, None)
         padding = Padding(self.attachment.layout, lengths, self.path)
         q, k, v = map(padding.cut, whole)
-        before, self.attachment.tokens = self.attachment.tokens, padding.tokens
+        state = self.attachment.call
+        before, state.tokens = state.tokens, padding.tokens
         try:
             parts = self._decided(q, k, call, parallel, True).parts
             edited = self._by_editor(q, k, v, call, own, parts, padding)
         finally:
-            self.attachment.tokens = before
+            state.tokens = before
         return None if edited is None else padding.back(edited)
 
     def _by_editor(
@@ -403,16 +407,16 @@ class Layer:
         self, parts: tuple[Part, ...], batch: int, first: int = 0, whole: int | None = None
     ) -> list[Memory]:
         """What the dynamic patterns of each part of a batch remember: by size, by pass as far as it
-        is known, and by the heads that have them. ``first``: the number of the first part;
-        ``whole``: the size of the batch where these are not all of it."""
+        is known, by the heads that have them, and by who calls. ``first``: the number of the first
+        part; ``whole``: the size of the batch where these are not all of it."""
         if not any(part.dynamic for part in parts) and not self.attachment.audit:
             return [Memory() for _ in parts]
         attachment = self.attachment
         step, steps = attachment.step()
-        passes = attachment.passes(whole or batch)
+        passes, slot = attachment.passes(whole or batch), attachment.call.slot
         found = []
         for number, part in enumerate(parts, first):
-            key = (batch, attachment.layout, passes, number, len(parts), part.heads)
+            key = (batch, attachment.layout, passes, number, len(parts), part.heads, slot)
             if key not in self.memories and len(self.memories) >= MEMORIES:
                 self.memories.pop(next(iter(self.memories)))
             memory = self.memories.setdefault(key, Memory())
@@ -463,6 +467,9 @@ class Layer:
         out[:, dense] = own(q[:, dense], k[:, dense], v[:, dense])
         out[:, sparse] = run(q[:, sparse], k[:, sparse], v[:, sparse], part.patterns)
         return out
+
+
+not_a_graph(Layer.attend)  # it runs between graphs, where one ended before the attention
 
 
 def _keys(moment: tuple[int, str]) -> tuple[tuple[int, str], ...]:

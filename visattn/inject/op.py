@@ -1,12 +1,17 @@
 """What ``torch.compile`` sees of a layer with a plan: one opaque op. The layer travels as a number
-in a 0-d CPU tensor, so that all layers of a model share one graph; what it runs at this step is
-looked up when the op runs."""
+in a 0-d CPU tensor, so that all layers of a model share one graph; what it runs at this step, and
+at these tokens, is looked up when the op runs.
+
+Where the whole model is compiled, another op at its beginning notes the call when the graph runs.
+Its sizes are data there too: a Python value that is read while tracing would be a guard, and every
+resolution another graph.
+"""
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,13 +19,38 @@ from visattn.ambient import cast_for_attention
 from visattn.layout import Tokens
 
 if TYPE_CHECKING:
+    from visattn.inject.attachment import Attachment
+    from visattn.inject.callstate import Told
     from visattn.inject.layer import Layer
 
-__all__ = ["Call", "layer_attention", "register_layer"]
+__all__ = [
+    "Begun",
+    "Call",
+    "begin_call",
+    "layer_attention",
+    "not_a_graph",
+    "register_attachment",
+    "register_layer",
+]
 
 KINDS = ("grid", "text", "prefix")
 _numbers = itertools.count(1)
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+_NO_CALL = torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+class Begun:
+    """What the op at the beginning of a call has given, for the layers that the same graph has, or
+    a later one of the same call; empty where the beginning is not compiled. It orders the ops, and
+    says which call it is of: the slot of its thread, and the tokens as ``packed`` has them."""
+
+    def __init__(self) -> None:
+        self.call = _NO_CALL
+
+    def clear(self) -> None:
+        """The beginning of this call is not compiled."""
+        self.call = _NO_CALL
 
 
 class Call(NamedTuple):
@@ -43,9 +73,20 @@ class Call(NamedTuple):
 
 def register_layer(layer: Layer, number: torch.Tensor | None = None) -> torch.Tensor:
     """A number for a layer, int64, 0-d, on the CPU; written into ``number`` where one is given."""
-    own = next(_numbers)
-    _LAYERS[own] = layer
-    return torch.tensor(own, device="cpu") if number is None else number.fill_(own)
+    return _register(_LAYERS, layer, number)
+
+
+def register_attachment(
+    attachment: Attachment, number: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same for an attachment."""
+    return _register(_ATTACHMENTS, attachment, number)
+
+
+def _register(known: Any, own: object, number: torch.Tensor | None) -> torch.Tensor:
+    new = next(_numbers)
+    known[new] = own
+    return torch.tensor(new, device="cpu") if number is None else number.fill_(new)
 
 
 def packed(tokens: Tokens) -> list[int]:
@@ -71,6 +112,46 @@ def unpacked(numbers: list[int]) -> Tokens:
     return tuple(out)
 
 
+@torch.library.custom_op("visattn::begin_call", mutates_args=())
+def begin_op(
+    attachment: torch.Tensor,
+    tokens: list[int],
+    timestep: torch.Tensor | None,
+    text: torch.Tensor | None,
+    aside: bool,
+) -> torch.Tensor:
+    """``Attachment.begin`` by the number of the attachment; gives what ``Begun`` keeps."""
+    own = _ATTACHMENTS[int(attachment)]
+    state = own.begin(unpacked(tokens), (timestep, text, aside))
+    return torch.tensor([state.slot, *tokens], device="cpu")
+
+
+@begin_op.register_fake
+def _(
+    attachment: torch.Tensor,
+    tokens: list[int],
+    timestep: torch.Tensor | None,
+    text: torch.Tensor | None,
+    aside: bool,
+) -> torch.Tensor:
+    return torch.empty(1 + len(tokens), dtype=torch.int64, device="cpu")
+
+
+def not_a_graph(function: Any) -> None:
+    """Let ``torch.compile`` never make a graph of its own of a function and what it calls, which it
+    does of the hooks of a compiled module. Inside a compiled function it is traced as any other."""
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    strategy = eval_frame._FrameExecStrategy(skip, skip)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+def begin_call(attachment: Attachment, tokens: Tokens, told: Told) -> None:
+    """The beginning of a call as it is traced."""
+    attachment.begun.call = begin_op(attachment.number, packed(tokens), *told)
+
+
 @torch.library.custom_op("visattn::layer_attention", mutates_args=())
 def layer_op(
     query: torch.Tensor,
@@ -78,7 +159,7 @@ def layer_op(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     layer: torch.Tensor,
-    tokens: list[int],
+    begun: torch.Tensor,
     dropout: float,
     causal: bool,
     scale: float | None,
@@ -89,7 +170,11 @@ def layer_op(
     """``Layer.attend`` by the number of the layer; ``parallel``: under the context parallelism of
     its processor."""
     own = _LAYERS[int(layer)]
-    own.attachment.tokens = unpacked(tokens)
+    if begun.numel():
+        slot, *tokens = begun.tolist()
+        state = own.attachment.call
+        if slot == state.slot:  # else it is of another thread, which has the same model
+            state.tokens = unpacked(tokens)
     call = Call(mask, dropout, causal, scale, grouped, heads_first)
     config = own.module.processor._parallel_config if parallel else None
     return own.attend(query, key, value, call, config).contiguous()
@@ -102,7 +187,7 @@ def _(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     layer: torch.Tensor,
-    tokens: list[int],
+    begun: torch.Tensor,
     dropout: float,
     causal: bool,
     scale: float | None,
@@ -138,7 +223,7 @@ def layer_attention(
         value,
         mask,
         layer.number,
-        packed(layer.attachment.tokens),
+        layer.begun.call,
         call.dropout,
         call.causal,
         call.scale,

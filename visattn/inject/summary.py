@@ -166,7 +166,7 @@ def _share(value: float | None) -> str:
 
 
 def _layout(own: Attachment) -> TokenLayout | None:
-    return TokenLayout.from_tokens(own.tokens) if own.tokens else own.plan.geometry
+    return TokenLayout.from_tokens(own.latest) if own.latest else own.plan.geometry
 
 
 def _densities(

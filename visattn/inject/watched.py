@@ -49,7 +49,8 @@ class _Traced:
     holds module and attention sets and reads it while it is traced; where a graph ends between the
     two, it is set by one and read by the other, which two threads must not do at once."""
 
-    layer: Layer | None = None
+    layer: Layer | None = None  # whose module was traced
+    shown: Layer | None = None  # whose module runs, with a forward that is compiled
 
 
 _running, _traced = _Running(), _Traced()
@@ -68,12 +69,13 @@ class Watched:
         elif torch.compiler.is_compiling():
             _traced.layer = layer
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            _traced.layer = None
         else:
-            _running.layer = _traced.layer = layer
+            _running.layer = _traced.shown = layer
             try:
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             finally:  # it may have ended, by an error or a cache, before its attention was called
-                _running.layer = _traced.layer = None
+                _running.layer = _traced.shown = None
         if not torch.compiler.is_compiling():
             layer.look()
         return output
@@ -144,14 +146,15 @@ def _dispatched(
     that shares a processor with a layer."""
     call = Call(attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=False)
     if torch.compiler.is_compiling():
-        layer = _traced.layer
-        if layer is not None and not layer.of_image(key, call):
-            _traced.layer = None
+        layer = _traced.layer or _traced.shown
+        if layer is not None:
+            if not layer.cross:  # which may have an image's too: the op tells them apart
+                _traced.layer = _traced.shown = None
             return layer_attention(layer, query, key, value, call, _parallel_config is not None)
     else:
         layer = _running.layer or _traced.layer
         if layer is not None and not layer.of_image(key, call):
-            _running.layer = _traced.layer = None
+            _running.layer = _traced.layer = _traced.shown = None
             return layer.attend(query, key, value, call, _parallel_config)
     stock = stock_attention(own, _parallel_config)
     return stock(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

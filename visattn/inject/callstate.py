@@ -1,0 +1,90 @@
+"""The state of the running call of a denoiser. Each thread, and each asyncio task, has its own, so
+that two requests at once over one denoiser do not meet."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from visattn.inject.moment import Batch, Context
+from visattn.inject.running import Calls
+from visattn.layout import Tokens
+
+__all__ = ["CallState", "States", "Told"]
+
+# the timestep of a call, its text, and whether the pipeline makes a perturbed call of its own
+Told = tuple[torch.Tensor | None, torch.Tensor | None, bool]
+
+
+def _nothing() -> None:
+    """What a weak reference gives whose object is gone."""
+
+
+@dataclass
+class CallState:
+    """What belongs to the running call of a denoiser in one thread or task.
+
+    Attributes:
+        slot: a number that no other living thread or task has for this denoiser.
+        tokens: of the attention; empty before the first call.
+        context: what the pipeline has said of the call.
+        timestep_ref, text_ref: give the timestep and the text, which they do not keep alive.
+        text_length: of the text.
+        aside: whether the pipeline makes a perturbed call of its own.
+        batch: the passes in the batch, over the calls of a schedule.
+        calls: the passes of calls without a name, over those of a run.
+    """
+
+    slot: int
+    tokens: Tokens = ()
+    context: Context | None = None
+    timestep_ref: Callable[[], torch.Tensor | None] = _nothing
+    text_ref: Callable[[], torch.Tensor | None] = _nothing
+    text_length: int | None = None
+    aside: bool = False
+    batch: Batch = field(default_factory=Batch)
+    calls: Calls = field(default_factory=Calls)
+
+    def note(self, told: Told) -> None:
+        """A call begins."""
+        timestep, text, self.aside = told
+        self.timestep_ref = _nothing if timestep is None else weakref.ref(timestep)
+        self.text_ref = _nothing if text is None else weakref.ref(text)
+        self.text_length = None if text is None else text.shape[1]
+
+
+class States:
+    """The states of the calls of one denoiser, by who calls. A state is dropped with its thread or
+    task; a copy has none."""
+
+    def __init__(self) -> None:
+        self._states: weakref.WeakKeyDictionary[Any, CallState] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def here(self) -> CallState:
+        """The state of whoever asks."""
+        caller = _caller()
+        state = self._states.get(caller)
+        if state is None:
+            with self._lock:
+                taken = {own.slot for own in self._states.values()}
+                slot = next(n for n in range(len(taken) + 1) if n not in taken)
+                state = self._states[caller] = CallState(slot)
+        return state
+
+    def __deepcopy__(self, memo: object) -> States:
+        return States()
+
+
+def _caller() -> object:
+    """The running task of asyncio, or else the thread."""
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no loop runs in this thread
+        return threading.current_thread()
