@@ -155,7 +155,8 @@ def sparse_attention(
     op; patterns and layouts are then made outside the compiled function.
 
     Under ``torch.autocast`` q, k and v are cast to its dtype, as torch's own attention does;
-    nothing inside is computed in a narrower dtype than without it.
+    nothing inside is computed in a narrower dtype than without it. Run ``backward`` outside of it,
+    as torch advises.
     """
     if torch.compiler.is_compiling():
         return _compiled(

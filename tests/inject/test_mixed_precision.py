@@ -1,8 +1,11 @@
-"""Pipelines with plans and edits under autocast and after inference mode."""
+"""Pipelines with plans and edits under what a caller sets for all of torch."""
+
+import gc
 
 import pytest
 import tiny
 import torch
+from caches import clear_functions, live_tensors
 from planned import PLAN
 
 import visattn
@@ -49,9 +52,11 @@ CROSS = (
 
 def call_of(queries, keys, dtype=torch.bfloat16):
     """q, k, v of one layer of the tiny models, whose values bfloat16 has."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     shapes = [(2, tiny.HEADS, n, tiny.DIM) for n in (queries, keys, keys)]
-    return [(2 * torch.randn(s, generator=random)).bfloat16().to(dtype) for s in shapes]
+    return [
+        (2 * torch.randn(s, generator=random, device="cpu")).bfloat16().to(dtype) for s in shapes
+    ]
 
 
 def attended(model, cross, dtype):
@@ -67,19 +72,30 @@ def attended(model, cross, dtype):
 
 
 @pytest.mark.parametrize("kind", ["joint", "cross"])
-def test_edits_under_autocast(kind):
+def test_edits_whatever_is_set_for_torch(kind):
     cross = kind == "cross"
     model = tiny.PIPELINES["wan21" if cross else "cogvideox"]().transformer.bfloat16()
-    for plan in (None,) if cross else (None, Plan((Rule(Diagonal(3)),)), Plan((Rule(DYNAMIC),))):
+    static, dynamic = (Plan((Rule(pattern),)) for pattern in (Diagonal(3), DYNAMIC))
+    clear_functions()
+    gc.collect()
+    before = {id(x) for x in live_tensors() if x.is_inference()}
+    for plan in (None,) if cross else (None, static, dynamic):
         if plan is not None:
             apply_plan(model, plan)
         for edit in CROSS if cross else JOINT:
             with visattn.steer(model, [edit]):
+                if plan is not dynamic:  # whose choices a layer remembers
+                    with torch.inference_mode():
+                        attended(model, cross, torch.bfloat16)
+                with torch.device("meta"):
+                    found = [attended(model, cross, torch.bfloat16)]
                 expected = attended(model, cross, torch.bfloat16)
                 with AUTOCAST:
-                    found = [attended(model, cross, t) for t in (torch.bfloat16, torch.float32)]
+                    found += [attended(model, cross, t) for t in (torch.bfloat16, torch.float32)]
             for own in found:
                 assert own.dtype == torch.bfloat16 and torch.equal(own, expected), (edit, plan)
+    kept = [list(x.shape) for x in live_tensors() if x.is_inference() and id(x) not in before]
+    assert kept == []
 
 
 def test_observers_and_plans_see_what_attention_is_given():
