@@ -232,3 +232,22 @@ def test_a_folder_that_vanishes_is_one_line(capsys, folder, monkeypatch):
         assert (code, out) == (2, "")
         last = err.splitlines()[-1]
         assert last == f"visattn: error: [Errno 2] No such file or directory: 'out/{name}'"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no file")
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(capsys, folder, monkeypatch):
+    def loaded(*args, **options):
+        raise AssertionError("loaded")
+
+    for module in ("search", "search_heads"):
+        monkeypatch.setattr(f"visattn.cli.{module}.load_pipeline", loaded)
+    write_video(FRAMES, "a")
+    commands = {
+        "/proc/plan": ("search", "a", "--model", "wan", "--target-speedup", "1.1"),
+        "/proc/heads.json": ("search-heads", "a", "--model", "wan", "--objective", "os:getcwd"),
+        "/proc/page.html": ("compare", "a", "a"),
+    }
+    for output, argv in commands.items():
+        code, out, err = run(capsys, *argv, "--output", output)
+        assert (code, out) == (2, "")
+        assert err == f"visattn: error: [Errno 2] No such file or directory: '{output}'\n"

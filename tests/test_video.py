@@ -290,7 +290,7 @@ def test_folder_that_is_a_link_is_replaced_and_nothing_is_left(frames, folder):
 def test_mp4_on_a_full_disk_says_so(frames, folder, monkeypatch):
     """/dev/full refuses every byte as a full disk does."""
     monkeypatch.setattr(video, "part_of", lambda target: folder / ".full.mp4")
-    monkeypatch.setattr(video, "_check_writable", lambda target: None)
+    monkeypatch.setattr(video, "check_writable", lambda target: None)
     (folder / ".full.mp4").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: 'clip.mp4'") as caught:
         write_video(frames, "clip.mp4")

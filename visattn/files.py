@@ -9,7 +9,7 @@ from pathlib import Path
 
 from visattn.leftovers import clear_leftovers, part_of
 
-__all__ = ["read_limited", "read_text", "write_whole"]
+__all__ = ["check_writable", "read_limited", "read_text", "write_whole"]
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 MARKS = {
@@ -54,6 +54,23 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(target)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file or folder that could not be written, before it is made; folders around it are
+    not made.
+
+    Raises:
+        OSError: the folder around it is missing or cannot be written; it names ``path``.
+    """
+    target = Path(path)
+    part = part_of(target)
+    clear_leftovers(target.parent)
+    try:
+        part.touch()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
+    part.unlink()
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:

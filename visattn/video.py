@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from visattn.leftovers import clear_leftovers, old_of, part_of, remove, temporary_folder
+from visattn.files import check_writable
+from visattn.leftovers import old_of, part_of, remove, temporary_folder
 from visattn.picture import save_png
 
 __all__ = [
@@ -89,7 +90,7 @@ def check_target(path: str | os.PathLike[str], *, new_folders: bool = False) -> 
     place = target
     while new_folders and not place.parent.exists():
         place = place.parent
-    _check_writable(place)
+    check_writable(place)
     if kind == "mp4":
         _ffmpeg()
 
@@ -241,17 +242,6 @@ def _stack(pictures: list[Image.Image], source: Path) -> torch.Tensor:
     width, height = sizes[0]
     frames = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures]
     return torch.stack(frames).view(-1, height, width, 3).float() / 255
-
-
-def _check_writable(target: Path) -> None:
-    """Refuse a place that ``_replacing`` could not fill, and tidy it."""
-    part = part_of(target)
-    clear_leftovers(target.parent)
-    try:
-        part.touch()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None
-    part.unlink()
 
 
 @contextmanager

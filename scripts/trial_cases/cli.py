@@ -174,7 +174,7 @@ def a_full_disk_is_told(folder: Path) -> str:
     Path("part.mp4").symlink_to("/dev/full")
     with (
         mock.patch.object(video, "part_of", return_value=Path("part.mp4")),
-        mock.patch.object(video, "_check_writable"),
+        mock.patch.object(video, "check_writable"),
     ):
         told = ""
         try:

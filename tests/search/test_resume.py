@@ -77,7 +77,7 @@ def test_a_second_search_asks_nothing(tmp_path, made_up):
     assert {key: again.report[key] for key in same} == same
 
 
-def test_a_search_writes_its_receipt(tmp_path, made_up):
+def test_a_search_writes_its_receipt(tmp_path, made_up, monkeypatch):
     result = search_runner.run(None, candidates=("band",))
     page = result.save(tmp_path / "out")
     assert sorted(path.name for path in page.parent.iterdir()) == [
@@ -92,6 +92,14 @@ def test_a_search_writes_its_receipt(tmp_path, made_up):
     assert {row["kind"] for row in report["table"]} >= {"searched", "uniform static", "random"}
     assert sum(row["chosen"] for row in report["front"]) == 1
     assert {claim["holds"] for claim in report["claims"]} <= {True, False}
+
+    def interrupted(path, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visattn.search.api.write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        result.save(page.parent)  # a receipt never stands beside another plan
+    assert [path.name for path in page.parent.iterdir()] == ["visattn_plan.json"]
 
 
 def test_a_plan_for_two_shapes(made_up):

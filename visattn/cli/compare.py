@@ -21,7 +21,7 @@ from visattn.cli.generation_options import (
     read_one_plan,
 )
 from visattn.cli.progress import StepLine
-from visattn.files import write_whole
+from visattn.files import check_writable, write_whole
 from visattn.generation import Job, load_pipeline, run_job
 from visattn.generation.quiet import quiet
 from visattn.inject import sparse, summary
@@ -81,6 +81,8 @@ def check_output(path: str) -> None:
         check_target(path)
     elif not Path(path).parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"--output {path!r} is a folder, or lies in one that is not there")
+    else:
+        check_writable(path)
 
 
 def write_output(

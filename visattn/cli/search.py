@@ -16,6 +16,7 @@ from visattn.cli.generation_options import (
     read_loading,
 )
 from visattn.cli.output import Output
+from visattn.files import check_writable
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.quiet import quiet
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> Output:
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {args.output!r} is a file; name a folder")
+    check_folder(folder)
     loading = read_loading(args)
     used, unseen = read_prompts(args, loading.model)
     fields = {k: v for k, v in job_fields(args).items() if k not in ("seed", "fps")}
@@ -127,6 +129,18 @@ def run(args: argparse.Namespace) -> Output:
         numbers = {key: report[key] for key in keys} | {"page": str(page)}
         return Output(json.dumps(numbers, indent=2, sort_keys=True), tuple(failures))
     return Output(text_of(report, page, list(said)), tuple(failures))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that could not be made or written, before the search.
+
+    Raises:
+        OSError: it names the place that cannot be written.
+    """
+    place = folder / "report.json"
+    while not place.parent.exists():
+        place = place.parent
+    check_writable(place)
 
 
 def read_prompts(args: argparse.Namespace, model: str) -> tuple[list[str], list[str] | None]:

@@ -19,6 +19,7 @@ from visattn.cli.generation_options import (
 )
 from visattn.cli.output import Output
 from visattn.cli.search import Lines
+from visattn.files import check_writable
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.quiet import quiet
@@ -184,7 +185,7 @@ def read_output(text: str) -> Path:
     """Where the heads go.
 
     Raises:
-        ValueError: they cannot go there, or something else lies there.
+        ValueError, OSError: they cannot go there, or something else lies there.
     """
     path = Path(text)
     if path.suffix != ".json":
@@ -198,6 +199,7 @@ def read_output(text: str) -> Path:
             raise ValueError(
                 f"--output {text!r} is there and is no head set; name another file"
             ) from None
+    check_writable(path)
     return path
 
 

@@ -59,18 +59,22 @@ class SearchResult:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the plan, ``report.json`` and ``report.html`` into a folder, which is made when it
-        is missing; the path of the page.
+        is missing; the path of the page. A receipt that is there goes first: whatever ends the
+        writing, none stands beside a plan that it is not of.
 
         Raises:
             OSError: it cannot be written.
         """
-        from visattn.report import write_page
+        from visattn.report import render_page
 
         target = Path(folder)
-        self.plan.save_pretrained(target)
         text = json.dumps(self.report, indent=1, sort_keys=True, allow_nan=False)
-        write_whole(target / "report.json", f"{text}\n".encode())
-        write_page(self.report, target / "report.html")
+        parts = {"report.json": f"{text}\n", "report.html": render_page(self.report)}
+        for name in parts:
+            (target / name).unlink(missing_ok=True)
+        self.plan.save_pretrained(target)
+        for name, part in parts.items():
+            write_whole(target / name, part.encode())
         return target / "report.html"
 
 
