@@ -445,3 +445,17 @@ def test_pipelines_that_cannot_be_updated_are_refused():
         tiny.generate(pipe, steps=1)
     with pytest.raises(TypeError, match="must be a LatentUpdate"), update_latents(pipe, 3):
         pass
+
+
+def test_losses_are_computed_without_autocast():
+    pipe, seen = pipeline("wan21"), []
+
+    def loss(maps, before):
+        seen.append((maps.dtype, torch.is_autocast_enabled("cpu")))
+        return maps.square().sum((1, 2, 3, 4))
+
+    update = LatentUpdate(tokens=TOKENS, real=REAL, loss=loss, scale=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16), update_latents(pipe, update) as losses:
+        tiny.generate(pipe, steps=2)
+    assert seen and all(own == (torch.float32, False) for own in seen)
+    assert losses and all(own.dtype == torch.float32 for step in losses.values() for own in step)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.layout import Grid
+from visattn.layout import Grid, on_cpu
 from visattn.orders import Triple
 from visattn.patterns.boxes import AxisPattern
 
@@ -21,6 +21,7 @@ class Bounds(NamedTuple):
     worst: float
 
 
+@on_cpu
 def tile_bounds(pattern: AxisPattern, grid: Grid, q_tile: Triple, k_tile: Triple) -> Bounds:
     """Count the key tiles that each query tile touches, tiles lying where they lie.
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from visattn.draw import INDENT, LABEL, MARGIN, OWN, WIDTH, arranged
+from visattn.layout import on_cpu
 from visattn.picture import GREY, PAPER, font, wrapped, write
 from visattn.readout.heat import heat_picture, legend, top_of
 from visattn.readout.overview import bars, by_distance, percent, seen_around, titled
@@ -28,6 +29,7 @@ NAMES = {
 }
 
 
+@on_cpu
 def draw_detail(
     sampler: Sampler,
     head: HeadReadout,
