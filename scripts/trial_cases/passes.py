@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import tiny_images
 import torch
 import variants
 
+import visattn
 from trial_cases.case import Case
-from visattn import patterns
-from visattn.inject import apply_plan, observe, summary
+from visattn import Grid, TokenLayout, patterns
+from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.plan import Plan, Rule
 from visattn.plan.plan import SCHEMA
 
@@ -92,7 +94,39 @@ def _large_plan(_: Path) -> str:
     return "100,000 rules and 60 MB of empty lists are refused; 65,000 rules, 99 phases are applied"
 
 
+def _nothing_sparse(_: Path) -> str:
+    """A preset of a model of 50 steps, with a LoRA that takes 4."""
+    from visattn.generation import Job, run_job
+
+    pipe = tiny.wan21()
+    size = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 4}
+    plan = Plan((Rule(patterns.Radial(decay=0.2)),), dense_steps=(12, 0))
+    with sparse(pipe, plan):
+        notes = run_job(pipe, Job(prompt="a red square", **size)).notes
+    said = [note for note in notes if "nothing sparse runs" in note]
+    assert len(said) == 1, notes
+    return said[0]
+
+
+def _another_size(_: Path) -> str:
+    pipe = tiny.wan21()
+    plan = Plan((Rule(patterns.Neighborhood((9, 3, 3))),), geometry=TokenLayout(Grid(9, 16, 16)))
+    apply_plan(pipe, plan)
+    with pytest.raises(ValueError, match=r"made at 9x16x16.*visattn search") as caught:
+        tiny.generate(pipe, steps=1)
+    return str(caught.value)
+
+
+def _speed_in_quotes(_: Path) -> str:
+    with pytest.raises(TypeError, match=r"target_speedup='1\.3' must be a number") as caught:
+        visattn.search(tiny.wan21(), ["a"], target_speedup="1.3")
+    return str(caught.value)
+
+
 CASES = (
+    Case("a plan under which nothing is sparse", _nothing_sparse),
+    Case("a plan of another size", _another_size),
+    Case("a search for a speed that is a text", _speed_in_quotes),
     Case("a plan of many rules or values", _large_plan),
     Case("SD3 with an IP-Adapter", _adapter),
     Case("passes of SD3 PAG with several images", _pag),

@@ -2,16 +2,22 @@
 dense says so once."""
 
 import logging
+import re
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+import variants
 from diffusers import DDPMScheduler, UNet2DModel
 
 from visattn import Grid, TokenLayout
 from visattn.execute import BackendUnavailable
-from visattn.inject import apply_plan, denoisers, remove_plan, sparse, summary
+from visattn.guidance import SEG, guide
+from visattn.inject import apply_plan, denoisers, observe, remove_plan, sparse, summary
+from visattn.inject.apply import known_denoisers
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial
+from visattn.pipelines.families import FAMILIES
 from visattn.plan import Denoiser, Plan, Rule
 
 HEADS = (Diagonal(2),) * tiny.HEADS
@@ -70,8 +76,83 @@ def test_model_of_no_known_family_is_refused():
                        up_block_types=("UpBlock2D",) * 2)
     with pytest.raises(ValueError, match=r"UNet2DModel; plans can be applied to .*WanTransformer"):
         apply_plan(unet, Radial())
-    with pytest.raises(ValueError, match="has no denoiser"):
+    with pytest.raises(ValueError, match=r"call visattn\.sparse_attention where it computes"):
+        apply_plan(unet, Radial())
+    with pytest.raises(ValueError, match="has no denoiser under transformer, transformer_2 or"):
         apply_plan(DDPMScheduler(), Radial())
+
+
+@pytest.mark.parametrize("act", [
+    lambda pipe: apply_plan(pipe, Diagonal(2)),
+    lambda pipe: observe(pipe, lambda _: None).__enter__(),
+    lambda pipe: guide(pipe, SEG(layers=[0])).__enter__(),
+    denoisers,
+])
+def test_model_of_a_family_that_has_none_of_its_layers_is_refused(act, monkeypatch):
+    other = replace(known_denoisers(tiny.wan21())["transformer"][1], layers=r"layers\.\d+\.attn")
+    monkeypatch.setitem(FAMILIES, "WanTransformer3DModel", other)
+    match = r"WanTransformer3DModel has no attention layer with a path like .*where Wan has its own"
+    with pytest.raises(ValueError, match=match):
+        act(tiny.wan21())
+
+
+def test_plan_of_another_size_says_for_which_it_was_made(pipe):
+    made_for = TokenLayout(Grid(9, 16, 16))
+    plan = Plan((Rule(Neighborhood((9, 3, 3))),), geometry=made_for)
+    match = r"does not fit the grid 3x6x4 .*; it was made at 9x16x16: .* with visattn search$"
+    with sparse(pipe, plan, guard=False), pytest.raises(ValueError, match=match):
+        tiny.generate(pipe, steps=1)
+
+
+# ---- plans under which nothing is sparse
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "words"),
+    [
+        (Plan((Rule(Diagonal(2)),), dense_steps=(12, 0)), 4,
+         r"nothing sparse runs, as dense_steps=\(12, 0\) of the plan keep all 4 steps dense; use"),
+        (Plan((Rule(Diagonal(2), phase=1),), phases=(0.5,), dense_steps=(0, 0.5)), 4,
+         "and the phases of the plan keep all 4 steps dense"),
+        (Plan((Rule(Diagonal(2)),), dense_layers=(0, 1, 2)), 1, "all heads of all layers dense"),
+        (Plan((Rule(Dense()),)), 1, "all heads of all layers dense"),
+    ],
+)
+def test_plan_under_which_nothing_is_sparse_says_so_once(pipe, plan, steps, words, caplog):
+    with caplog.at_level("WARNING", "visattn"), sparse(pipe, plan, guard=False):
+        tiny.generate(pipe, steps=steps)
+        tiny.generate(pipe, steps=steps)
+        assert sum(row.sparse_calls for row in summary(pipe).layers) == 0
+    (record,) = caplog.records
+    assert re.search(words, record.getMessage())
+
+
+@pytest.mark.parametrize("plan", [
+    Plan((Rule(Diagonal(2)),), dense_steps=(1, 1)),
+    Plan((Rule(Diagonal(2), phase=1),), phases=(0.5,)),
+    Plan((Rule(Diagonal(2), layer="blocks.2.attn1"),), dense_steps=(0, 2)),
+    Plan(),
+])
+def test_plan_under_which_something_is_sparse_says_nothing(pipe, plan, caplog):
+    with caplog.at_level("WARNING", "visattn"), sparse(pipe, plan, guard=False):
+        tiny.generate(pipe, steps=3)
+        tiny.generate(pipe, steps=4)
+    assert caplog.records == []
+
+
+def test_dense_steps_count_over_the_whole_schedule(caplog):
+    """Image-to-image of strength 0.5 runs steps 2 and 3 of 4."""
+    name = "flux img2img"
+    pipe = variants.PIPELINES[name]()
+    for dense_steps, dense, sparse_ in (((2, 0), 0, 2), ((3, 0), 1, 1), ((4, 0), 2, 0)):
+        with caplog.at_level("WARNING", "visattn"):
+            plan = Plan((Rule(Diagonal(2)),), dense_steps=dense_steps)
+            with sparse(pipe, plan, guard=False):
+                variants.generate(name, pipe, False)
+                row = summary(pipe).layers[0]
+        assert (row.dense_calls, row.sparse_calls) == (dense, sparse_)
+    (record,) = caplog.records
+    assert "keep steps 2 to 3 of 4 dense" in record.getMessage()
 
 
 @pytest.mark.parametrize("plan", [Plan((Rule(Dense()), Rule(Neighborhood((1, 3, 9)))))])

@@ -4,9 +4,13 @@ import json
 
 import pytest
 import tiny
+import torch
+from diffusers.configuration_utils import FrozenDict
 
 from visattn import Grid, TokenLayout
-from visattn.inject import apply_plan, remove_plan, summary
+from visattn.inject import apply_plan, observe, remove_plan, summary
+from visattn.inject.apply import known_denoisers
+from visattn.inject.attachment import attention_layers
 from visattn.patterns import Dense, Diagonal, Skip
 from visattn.plan import Plan, Rule
 
@@ -43,6 +47,31 @@ def test_numbers_of_a_summary():
     )
     attention = 3 * 2 * 72**2 * 64
     assert share == pytest.approx(attention / (attention + 72 * weights))
+
+
+def test_share_of_attention_where_the_configuration_names_no_heads():
+    pipe = tiny.wan21()
+    apply_plan(pipe, PLAN)
+    tiny.generate(pipe, steps=1)
+    expected = summary(pipe).attention_share
+    model = pipe.transformer
+    sizes = {"patch_size": model.config.patch_size}
+    model._internal_dict = FrozenDict(sizes)
+    assert summary(pipe).attention_share == expected
+    for layer in attention_layers(model, known_denoisers(pipe)["transformer"][1]).values():
+        del layer.inner_dim
+    assert summary(pipe).attention_share == expected  # by the projection of the queries
+    layer.to_q = torch.nn.Identity()
+    found = summary(pipe)
+    assert (found.attention_share, found.most_speedup) == (None, None)
+    assert len(found.layers) == 4
+
+
+def test_layers_that_are_observed_alone_have_no_row():
+    pipe = tiny.wan21()
+    with observe(pipe, lambda _: None):
+        tiny.generate(pipe, steps=1)
+        assert summary(pipe).layers == ()
 
 
 def test_table_of_a_summary():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from visattn.search import replay
 from visattn.search.api import read_budget, split_prompts
 from visattn.search.calls import spread_steps
 from visattn.search.heads import output_weights
@@ -93,6 +94,9 @@ def test_output_weights_with_and_without_an_adapter():
     module.to_out, module.inner_dim = None, 6  # a block of one stream, which projects all at once
     both = torch.nn.Linear(6 + 3, 4)
     assert torch.equal(output_weights(module, both), both.weight[:, :6])
+    module.to_out = both  # one layer, without dropout behind
+    assert torch.equal(output_weights(module), both.weight[:, :6])
+    module.to_out = None
     for other in (torch.nn.Identity(), module):
         with pytest.raises(ValueError, match="no linear output projection"):
             output_weights(other)
@@ -162,3 +166,13 @@ def test_progress_has_the_time_left(tmp_path):
     assert [line[:3] for line in told] == [("stage", n, 4) for n in range(5)]
     assert told[0][3] is None
     assert told[-1][3] == 0
+
+
+def test_arguments_that_are_recorded_keep_their_kind():
+    """Some denoisers ask whether an argument is a list."""
+    given = {"shapes": [(1, 2, 3), [4]], "x": torch.ones(2), "none": None}
+    tensors = {}
+    found = replay._take(replay._put(replay._copied(given), tensors), tensors, torch.device("cpu"))
+    assert found["shapes"] == given["shapes"]
+    assert [type(own) for own in found["shapes"]] == [tuple, list]
+    assert torch.equal(found["x"], given["x"])

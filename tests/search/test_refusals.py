@@ -19,6 +19,8 @@ def made_up(monkeypatch):
     [
         ({"max_error": 0.1}, "target_speedup and max_error exclude each other"),
         ({"target_speedup": 1.0}, "must be a number above 1"),
+        ({"target_speedup": "1.3"}, "target_speedup='1.3' must be a number above 1"),
+        ({"target_speedup": None, "min_psnr": [30]}, r"min_psnr=\[30\] must be a number above 0"),
         ({"target_speedup": None, "min_psnr": float("nan")}, "must be a number above 0"),
         ({"budget": "soon"}, "must be a time such as"),
         ({"phases": 0}, "phases=0 must be at least 1"),

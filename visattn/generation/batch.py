@@ -291,10 +291,12 @@ class _Session:
         self.apply(pipe)  # a plan for another model fails all items
         self.pipe = pipe
 
-    def apply(self, pipe: Any) -> None:
-        if self.plan is not None:
-            with quiet():
+    def apply(self, pipe: Any) -> list[str]:
+        """Put the plan on the pipeline; what is said of it."""
+        with quiet() as said:
+            if self.plan is not None:
                 apply_plan(pipe, self.plan, backend=self.backend)
+        return said
 
     def generate(self, item: Item, progress: Progress | None) -> Mapping[str, Any]:
         """Make an item and write it; its record."""
@@ -307,9 +309,9 @@ class _Session:
                 f"{str(item.output)!r} holds one frame: give --num-frames 1, or name a folder or a "
                 f"file .mp4"
             )
-        self.apply(self.pipe)  # anew, so that the calls of this item are counted
+        said = self.apply(self.pipe)  # anew, so that the calls of this item are counted
         result = run_job(self.pipe, item.job, progress=progress)
-        result = replace(result, notes=(*self.notes, *result.notes))
+        result = replace(result, notes=(*self.notes, *said, *result.notes))
         numbers = None if self.plan is None else summary(self.pipe).numbers()
         record = make_record(
             request,

@@ -95,6 +95,8 @@ def apply_plan(
         given = {"plan": own, "backend": chosen, "audit": audit, "guard": guard}
         new.append(_on(pipe, role, model, family).changed(**given))
     _exchange([attached(attachment.model) for attachment in new], new)
+    if own.rules and not any(layer.table for attachment in new for layer in attachment.layers):
+        new[0].tell("nothing sparse runs, as the plan keeps all heads of all layers dense")
     return own
 
 
@@ -235,9 +237,11 @@ def known_denoisers(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
     }
     if not known:
         kinds = ", ".join(type(model).__name__ for model in models.values())
+        none = f"no denoiser under {', '.join(ROLES[:-1])} or {ROLES[-1]}"
         raise ValueError(
-            f"pipe={type(pipe).__name__} has {kinds or 'no denoiser'}; plans can be applied to "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"pipe={type(pipe).__name__} has {kinds or none}; plans can be "
+            f"applied to {', '.join(sorted(FAMILIES))}; in another model, call "
+            "visattn.sparse_attention where it computes its attention"
         )
     return known
 

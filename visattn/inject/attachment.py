@@ -30,6 +30,7 @@ from visattn.inject.moment import (
 from visattn.inject.observation import Observer
 from visattn.inject.op import Begun, begin_call, not_a_graph, register_attachment
 from visattn.inject.parallel import check_whole
+from visattn.inject.parts import DENSE
 from visattn.inject.recent import Recent
 from visattn.inject.running import Announced, is_stock, run_of, says_where
 from visattn.inject.wrappers import bare
@@ -46,12 +47,22 @@ logger = logging.getLogger("visattn")
 
 
 def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
-    """The attention modules of a denoiser that plans speak of, by path, in order."""
-    return {
+    """The attention modules of a denoiser that plans speak of, by path, in order.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = {
         bare(path): module
         for path, module in model.named_modules()
         if re.fullmatch(family.layers, bare(path))
     }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention layer with a path like {family.layers!r}, "
+            f"where {family.name} has its own, so that a plan or edit has nothing to be on"
+        )
+    return found
 
 
 def cross_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
@@ -254,7 +265,7 @@ class Attachment:
         for layer in self.layers:
             each = {id(heads): heads for heads in layer.table.values()}.values()  # many are one
             for pattern in dict.fromkeys(p for heads in each for p in heads):
-                _check(pattern, layout, layer.path)
+                _check(pattern, layout, layer.path, self.plan.geometry)
         made_for = self.plan.geometry
         alike = made_for == layout or (
             # of a padded text the length says nothing
@@ -286,6 +297,7 @@ class Attachment:
                     "plan depends on the denoising step, and "
                     + self.unknown("step", "a plan without dense_steps and phases")
                 )
+            self._judge(step, steps)
             phase = self.plan.phase_at(step, steps)
         if phase is None:
             return ((-1, ANY),)
@@ -298,6 +310,34 @@ class Attachment:
                 + self.unknown("pass", "a plan without passes in its rules")
             )
         return tuple((phase, pass_) for pass_ in passes)
+
+    @functools.cached_property
+    def _sparse_phases(self) -> frozenset[int]:
+        """The phases in which some layer has a pattern that is not dense."""
+        return frozenset(
+            phase
+            for layer in self.layers
+            for (phase, _), heads in layer.table.items()
+            if any(head != DENSE for head in heads)
+        )
+
+    def _judge(self, step: int, steps: int) -> None:
+        """Say once, at the first step of a run, that none of its steps has anything sparse."""
+        last, self.call.last = self.call.last, (step, steps)
+        if last is not None and steps == last[1] and step >= last[0]:
+            return  # not the first
+        phases = {self.plan.phase_at(number, steps) for number in range(step, steps)}
+        if not self._sparse_phases & phases and callable(self.pipe()):
+            first = f"all {steps} steps" if step == 0 else f"steps {step} to {steps - 1} of {steps}"
+            why = (
+                f"dense_steps={self.plan.dense_steps} of the plan"
+                if phases == {None}
+                else f"dense_steps={self.plan.dense_steps} and the phases of the plan"
+            )
+            self.tell(
+                f"nothing sparse runs, as {why} keep {first} dense; use more steps, or shares of "
+                "the steps, such as dense_steps=(0.2, 0)"
+            )
 
     def unknown(self, what: str, instead: str, act: str = "apply the plan to") -> str:
         """Why a step or pass is not known, and what to do: ``act`` the right pipeline, or use
@@ -370,13 +410,21 @@ class Attachment:
         return None if pass_ is None else (pass_,)
 
 
-def _check(pattern: HeadPattern, layout: TokenLayout, path: str) -> None:
+def _check(
+    pattern: HeadPattern, layout: TokenLayout, path: str, made_for: TokenLayout | None
+) -> None:
     for _, grid in layout.grids:
         try:
             pattern.check(grid)
         except ValueError as error:
+            made = (
+                ""
+                if made_for is None or made_for == layout
+                else f"; it was made at {made_for}: generate at that size, or make a plan for this "
+                "one with visattn search"
+            )
             raise ValueError(
-                f"plan does not fit the grid {grid} of {layout} tokens at {path}: {error}"
+                f"plan does not fit the grid {grid} of {layout} tokens at {path}: {error}{made}"
             ) from None
 
 

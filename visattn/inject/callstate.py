@@ -39,6 +39,7 @@ class CallState:
         aside: whether the pipeline makes a perturbed call of its own.
         batch: the passes in the batch, over the calls of a schedule.
         calls: the passes of calls without a name, over those of a run.
+        last: the step and the number of steps of the call before, where they were asked for.
     """
 
     slot: int
@@ -50,6 +51,7 @@ class CallState:
     aside: bool = False
     batch: Batch = field(default_factory=Batch)
     calls: Calls = field(default_factory=Calls)
+    last: tuple[int, int] | None = None
 
     def note(self, told: Told) -> None:
         """A call begins."""

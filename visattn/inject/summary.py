@@ -11,7 +11,7 @@ import torch
 
 from visattn.execute import block_sizes, lower_cached
 from visattn.inject.apply import models_of
-from visattn.inject.attachment import Attachment, attached
+from visattn.inject.attachment import Attachment, attached, attention_layers
 from visattn.inject.layer import Layer
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
@@ -226,14 +226,30 @@ def _gain(found: list[Attachment]) -> tuple[float | None, float | None]:
         model: Any = own.model
         weights = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
         linear += float(sum(weights)) * layout.length
-        width = int(model.config.num_attention_heads) * int(model.config.attention_head_dim)
-        one = 2.0 * layout.length**2 * width
-        attention += one * len(own.paths)
+        modules = attention_layers(model, own.family)
+        widths = {path: _width(model, module) for path, module in modules.items()}
+        if None in widths.values():
+            return None, None
+        each = {path: 2.0 * layout.length**2 * (width or 0) for path, width in widths.items()}
+        attention += sum(each.values())
         for layer in own.layers:
+            one = each.get(layer.path, 0.0)
             parts = [_densities(layer, heads, layout)[1] for heads in layer.table.values()]
+            if not parts:  # it is observed or edited, and has no plan
+                continue
             known = [part for part in parts if part is not None]
             if len(known) < len(parts):
                 return None, None
             saved += one * (1 - sum(known) / len(known))
     whole = attention + linear
     return attention / whole, whole / (whole - saved)
+
+
+def _width(model: Any, module: Any) -> int | None:
+    """Heads times head size of an attention module; None where nothing says it."""
+    found = getattr(module, "inner_dim", getattr(getattr(module, "to_q", None), "out_features", 0))
+    if isinstance(found, int) and found > 0:
+        return found
+    config = getattr(model, "config", None)
+    heads, size = (getattr(config, own, 0) for own in ("num_attention_heads", "attention_head_dim"))
+    return heads * size if isinstance(heads, int) and isinstance(size, int) and heads else None

@@ -147,6 +147,8 @@ def search(
         raise ValueError(f"{given[0]} and {given[1]} exclude each other; give one")
     for name, value in goals.items():
         least = 1.0 if name == "target_speedup" else 0.0
+        if isinstance(value, (bool, str)) or not isinstance(value, int | float | None):
+            raise TypeError(f"{name}={value!r} must be a number above {least:g}")
         if value is not None and not (math.isfinite(value) and value > least):
             raise ValueError(f"{name}={value} must be a number above {least:g}")
     if not given:

@@ -24,9 +24,10 @@ def output_weights(module: Any, shared: Any = None) -> torch.Tensor:
         ValueError: there is no output projection that is linear.
     """
     own = getattr(module, "to_out", None)
-    if own is None and shared is not None:
-        return _weights(module, shared)[:, : module.inner_dim]
-    return _weights(module, None if own is None else own[0])
+    if isinstance(own, torch.nn.Sequential | torch.nn.ModuleList):  # with dropout behind
+        own = own[0]
+    weights = _weights(module, shared if own is None else own)
+    return weights[:, : getattr(module, "inner_dim", weights.shape[1])]  # others stand behind
 
 
 @plain_torch()
@@ -35,7 +36,7 @@ def _weights(module: Any, layer: Any) -> torch.Tensor:
         weight: torch.Tensor = layer.weight
         return weight.detach().float()
     if layer is None or not hasattr(layer, "in_features"):
-        raise ValueError(f"{type(module).__name__} has no linear output projection to_out[0]")
+        raise ValueError(f"{type(module).__name__} has no linear output projection to_out")
     own = next(layer.parameters())
     dtype = own.dtype if own.dtype.is_floating_point else torch.float32
     unit = torch.eye(layer.in_features, dtype=dtype, device=own.device)

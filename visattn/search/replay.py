@@ -260,7 +260,8 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, (tuple, list)):
-        return tuple(map(_copied, value))
+        items = map(_copied, value)
+        return list(items) if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
     return value
@@ -273,7 +274,8 @@ def _put(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, (tuple, list)):
-        return {"items": [_put(item, tensors) for item in value]}
+        kind = "list" if isinstance(value, list) else "items"
+        return {kind: [_put(item, tensors) for item in value]}
     if isinstance(value, Mapping):
         return {"object": {key: _put(item, tensors) for key, item in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -286,6 +288,8 @@ def _put(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _take(value: Any, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
     if "tensor" in value:
         return tensors[value["tensor"]].to(device)
+    if "list" in value:
+        return [_take(item, tensors, device) for item in value["list"]]
     if "items" in value:
         return tuple(_take(item, tensors, device) for item in value["items"])
     if "object" in value:

@@ -10,11 +10,10 @@ import torch
 
 from visattn.generation import Job, Result, run_job
 from visattn.inject import remove_plan
-from visattn.inject.apply import denoisers, family_of, models_of
+from visattn.inject.apply import denoisers, family_of, known_denoisers, models_of
 from visattn.inject.attachment import attention_layers
 from visattn.inject.fingerprint import fingerprint
 from visattn.inject.searchable import check_searchable
-from visattn.pipelines.families import FAMILIES
 from visattn.search.heads import output_weights
 from visattn.search.score import Layer
 
@@ -52,18 +51,9 @@ class Subject:
         self.denoisers = denoisers(pipe)
         self.paths: dict[Layer, str] = {}
         self.modules: dict[Layer, Any] = {}
-        for role, model in models_of(pipe).items():
-            family = family_of(model)
-            if family is None:
-                continue
+        for role, (model, family) in known_denoisers(pipe).items():
             for number, (path, module) in enumerate(attention_layers(model, family).items()):
                 self.paths[role, number], self.modules[role, number] = path, module
-        if not self.paths:
-            kinds = ", ".join(type(model).__name__ for model in models_of(pipe).values())
-            raise ValueError(
-                f"pipe={type(pipe).__name__} has no denoiser of a known family but {kinds}; plans "
-                f"can be applied to {', '.join(sorted(FAMILIES))}"
-            )
         check_searchable(pipe)
         remove_plan(pipe)
         own = getattr(getattr(pipe, "config", None), "get", lambda _: None)("_name_or_path")
