@@ -120,6 +120,33 @@ def test_other_commands_are_refused(capsys, alone, started, argv):
     assert run(capsys, "env")[0] == 0
 
 
+def test_one_prompt_is_made_by_the_first(capsys, folder, started):
+    argv = ["generate", "a red square", "--model", "wan", *SIZE, "-o", "clip"]
+    started(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert run(capsys, *argv) == (0, "", "")
+    assert not Path("clip").exists()
+    started(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert run(capsys, *argv)[1].startswith("wrote clip")
+
+
+@pytest.mark.parametrize("command", ["search", "search-heads"])
+def test_the_first_process_writes(capsys, folder, monkeypatch, started, command):
+    class Found:
+        """Nothing that could be saved or told."""
+
+    heads = command == "search-heads"
+    part = "visattn.cli.search_heads.search_heads" if heads else "visattn.search.search"
+    monkeypatch.setattr(part, lambda *args, **options: Found())
+    output = "out.json" if heads else "out"
+    argv = [command, "a red square", "--model", "wan", "-o", output]
+    started(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert run(capsys, *argv) == (0, "", "")
+    assert not list(folder.glob("out*"))
+    started(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "'Found' object has no attribute 'save'" in err
+
+
 def test_generate_makes_each_output_once(folder):
     """With torchrun, which ends all processes when one of them ends with an error: a line that
     fails early ends none, and both know of it at the end."""

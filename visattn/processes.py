@@ -26,7 +26,8 @@ STARTERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
-LONGEST = timedelta(days=7)  # that a process waits for another
+MEETING = timedelta(minutes=10)  # in which all processes have to start
+LONGEST = timedelta(days=7)  # that one waits for another at its work
 
 
 class Processes(NamedTuple):
@@ -172,14 +173,10 @@ def join(what: str | None = None) -> Iterator[ProcessGroup]:
     if own.world == 1 or not meet:
         yield ProcessGroup(own)
         return
-    if there:
-        handle = dist.new_group(backend="gloo", timeout=LONGEST)
-    else:
-        dist.init_process_group(
-            "gloo", rank=own.rank, world_size=own.world, timeout=LONGEST
-        )
-        handle = dist.group.WORLD
+    if not there:
+        dist.init_process_group("gloo", rank=own.rank, world_size=own.world, timeout=MEETING)
+    handle = dist.new_group(backend="gloo", timeout=LONGEST)
     try:
         yield ProcessGroup(own, handle)
     finally:
-        dist.destroy_process_group(handle)
+        dist.destroy_process_group(handle if there else None)
