@@ -7,6 +7,7 @@ import pytest
 from visattn.cli import main
 from visattn.cli.generation_options import add_job_arguments, add_model_arguments, job_fields
 from visattn.generation import read_shapes, shape_of
+from visattn.generation.prompts import model_prompts
 
 SHAPES = {
     "default": {"height": 64, "width": 48, "num_frames": 9, "guidance_scale": 4.0},
@@ -75,3 +76,10 @@ def test_shape_that_is_not_there_is_refused(model, capsys):
     assert "shape 'big' is not one of model" in error and "has default, evaluation" in error
     assert main(["generate", "a prompt", "--model", "user/model", "--shape", "big"]) == 2
     assert "has no visattn_shapes.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "{}", '{"calibration": ["a"]}', '"a"', ""])
+def test_broken_prompts_of_a_model_are_refused_with_the_name_of_the_file(tmp_path, text):
+    (tmp_path / "visattn_prompts.json").write_text(text)
+    with pytest.raises(ValueError, match=r"visattn_prompts\.json"):
+        model_prompts(tmp_path)

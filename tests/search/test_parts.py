@@ -128,6 +128,13 @@ def test_a_team_keeps_what_is_done_and_asks_again_what_failed(tmp_path):
     Team(Store(tmp_path), "another model").do("stage", tasks(calls))
     assert sorted(calls[1:]) == [0, 1, 2, 3]
 
+    def run():
+        raise type("CompilationError", (Exception,), {})("at 3:4")  # of a type of its own
+
+    team = Team(Store(None), "about")
+    team.do("stage", [Task("odd", "odd", run), *tasks(calls)])
+    assert team.failures == {"stage: odd": "CompilationError: at 3:4"}
+
 
 def test_two_that_share_a_folder_alone(tmp_path):
     """What another has done by then is not done again, and both go on with what was kept first."""

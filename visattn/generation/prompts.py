@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from visattn.files import read_text
+from visattn.plan.reading import parse_json
 
 __all__ = ["PROMPTS_FILE", "model_prompts", "read_prompt_lines"]
 
@@ -36,8 +37,8 @@ def model_prompts(model: str | os.PathLike[str]) -> tuple[list[str], list[str]] 
     path = Path(model) / PROMPTS_FILE
     if not path.is_file():
         return None
-    value = json.loads(path.read_bytes())
-    lists = [value.get(key) for key in ("calibration", "held_out")] if value else []
+    value = parse_json(read_text(path, "prompts file"), f"prompts file {str(path)!r}")
+    lists: list[Any] = [value.get(key) for key in ("calibration", "held_out")]
     if not all(isinstance(x, list) and x and all(isinstance(y, str) for y in x) for x in lists):
         raise ValueError(f"{str(path)!r} must hold the lists calibration and held_out of prompts")
     return lists[0], lists[1]

@@ -67,7 +67,7 @@ def parse_json(text: str, what: str) -> Json:
             "more takes gigabytes of memory"
         )
     if not text.strip():
-        raise ValueError(f"{what} is empty; a plan is a JSON object")
+        raise ValueError(f"{what} is empty; it must hold a JSON object")
     try:
         value = json.loads(
             text,

@@ -19,8 +19,6 @@ __all__ = ["Progress", "Task", "Team", "Unfinished"]
 # Called as tasks are done: the stage, how many of how many, seconds left of the stage or None.
 Progress = Callable[[str, int, int, float | None], None]
 Found = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
-# What a task may fail with while the others go on.
-FAILURES = (RuntimeError, MemoryError, ValueError, TypeError, ArithmeticError)
 
 
 class Unfinished(RuntimeError):
@@ -114,7 +112,7 @@ class Team:
                 continue
             try:
                 value, tensors = task.run()
-            except FAILURES as error:
+            except Exception as error:  # of any library; the other tasks go on
                 text = " ".join(str(error).split())[:300] or type(error).__name__
                 value, tensors = {"failed": f"{type(error).__name__}: {text}"}, {}
             if self._kept(keys[number]) is None:  # else all go on with what was kept first
