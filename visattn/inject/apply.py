@@ -16,6 +16,7 @@ from visattn.inject.caught import Editor
 from visattn.inject.moment import PipeRef
 from visattn.inject.observation import Observer
 from visattn.inject.parallel import check_whole
+from visattn.inject.planned import note_planned, planned
 from visattn.inject.wrappers import unwrapped
 from visattn.layout import check_count
 from visattn.patterns import HeadPattern
@@ -97,6 +98,7 @@ def apply_plan(
     _exchange([attached(attachment.model) for attachment in new], new)
     if own.rules and not any(layer.table for attachment in new for layer in attachment.layers):
         new[0].tell("nothing sparse runs, as the plan keeps all heads of all layers dense")
+    note_planned(pipe, {attachment.role: id(attachment.model) for attachment in new})
     return own
 
 
@@ -110,6 +112,7 @@ def remove_plan(pipe: Any) -> None:
             left = attachment.changed(plan=Plan(), backend="auto", audit=0, guard=None)
             if not left.idle:  # it is observed or edited
                 left.install()
+    note_planned(pipe, None)
 
 
 @contextmanager
@@ -124,6 +127,7 @@ def sparse(
     """A plan on a pipeline inside a ``with`` block; after it the pipeline has the plan that it had
     before, or none. Arguments and errors as ``apply_plan``."""
     before = {role: attached(model) for role, model in models_of(pipe).items()}
+    noted = planned(pipe)
     own = apply_plan(pipe, plan, backend=backend, audit=audit, guard=guard)
     try:
         yield own
@@ -131,6 +135,7 @@ def sparse(
         remove_plan(pipe)
         known = [attachment for attachment in before.values() if attachment is not None]
         _exchange([attached(attachment.model) for attachment in known], known)
+        note_planned(pipe, noted)
 
 
 @contextmanager

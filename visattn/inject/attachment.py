@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import re
 import types
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from visattn.attention import Backend
+from visattn.inject.arguments import argument_names, named_arguments
 from visattn.inject.callstate import CallState, States, Told
 from visattn.inject.caught import Editor
 from visattn.inject.front import put_front, take_front
@@ -43,6 +43,10 @@ __all__ = ["Attachment", "attached", "attention_layers", "cross_layers", "descri
 
 ATTRIBUTE = "_visattn"
 SAID = "_visattn_passes"  # what stands in for a pipeline says its passes by
+PASSED_BY = (
+    "it was never called when its model ran; a plan is passed by where a block calls the forward "
+    "or the processor of its attention by itself"
+)
 logger = logging.getLogger("visattn")
 
 
@@ -127,8 +131,9 @@ class Attachment:
         device = next(model.parameters()).device
         self.wanted_guard = guard
         self.guard = backend == "auto" and guards(guard, plan, device)
-        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.names = argument_names(type(model))
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.looked = False  # for layers that a call of the model passes by
         self.layers: list[Layer] = self._layers({})
         self.number = register_attachment(self)
 
@@ -186,7 +191,10 @@ class Attachment:
             return
         for layer in self.layers:
             layer.install()
-        self.handle = self.model.register_forward_pre_hook(_begin, with_kwargs=True)
+        self.handles = [
+            self.model.register_forward_pre_hook(_begin, with_kwargs=True),
+            self.model.register_forward_hook(_end),
+        ]
         pipe = self.pipe()
         if pipe is not None and not says_where(pipe, bool(self.family.batch)):
             put_front(pipe, self.announced)
@@ -197,9 +205,10 @@ class Attachment:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        if self.handles:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
             self.model.__dict__.pop("cache_context", None)
         pipe = self.announcing()
         if pipe is not None:
@@ -215,6 +224,13 @@ class Attachment:
             layer.let_go()
         for layer in self.layers:
             layer.install()
+
+    def look(self) -> None:
+        """After the first call of the model: whether its layers were called."""
+        for layer in () if self.looked else self.layers:
+            if layer.table and not layer.sparse_calls + layer.dense_calls and not layer.reason:
+                layer.tell(PASSED_BY)
+        self.looked = True
 
     def tell(self, text: str) -> None:
         """Log a line once."""
@@ -434,8 +450,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     attachment: Attachment = model._visattn
     if attachment.observers or attachment.editor is not None:
         check_whole(model, attachment.role)
-    arguments = dict(zip(attachment.names, args, strict=False))
-    arguments.update(kwargs)
+    arguments = named_arguments(attachment.names, type(model).__name__, args, kwargs)
     tokens = attachment.family.tokens(model.config, arguments)
     told = attachment.told_by(arguments)
     if torch.compiler.is_compiling():
@@ -447,6 +462,15 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 not_a_graph(_begin)
+
+
+def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """The hook after it."""
+    if not torch.compiler.is_compiling():
+        model._visattn.look()
+
+
+not_a_graph(_end)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from visattn.execute import block_sizes, lower_cached
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import Attachment, attached, attention_layers
 from visattn.inject.layer import Layer
+from visattn.inject.planned import replaced
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
 from visattn.plan import ANY
@@ -56,6 +57,7 @@ class Summary:
     ``most_speedup`` what a step could gain if every visited block cost what it does in dense
     attention and nothing else were added: 1 / (1 − share · (1 − block density)). Both are None
     before a layout is known. ``backend`` is the one asked for, ``ran`` those that ran.
+    ``replaced`` are the roles of denoisers that took the place of one with a plan since.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -65,11 +67,12 @@ class Summary:
     layout: str | None
     attention_share: float | None
     most_speedup: float | None
+    replaced: tuple[str, ...] = ()
 
     def numbers(self) -> dict[str, Any]:
         """The summary as JSON values."""
         value = asdict(self)
-        value["ran"] = list(self.ran)
+        value["ran"], value["replaced"] = list(self.ran), list(self.replaced)
         value["layers"] = [
             {("pass" if key == "pass_" else key): item for key, item in row.items()}
             for row in value["layers"]
@@ -77,8 +80,12 @@ class Summary:
         return value
 
     def __str__(self) -> str:
+        lost = [
+            f"{role} took the place of one with a plan, and has none: call apply_plan again"
+            for role in self.replaced
+        ]
         if not self.layers:
-            return "no layer has a plan: all attention is dense"
+            return "\n".join(["no layer has a plan: all attention is dense", *lost])
         planned = len({(row.role, row.layer) for row in self.layers})
         single = {row.phase for row in self.layers} == {0}
         ran = f" ({', '.join(self.ran)} ran)" if self.ran else ""
@@ -118,7 +125,7 @@ class Summary:
                 f"attention is {self.attention_share:.0%} of the multiplications of a step; a step "
                 f"can gain {self.most_speedup:.2f}x at most"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *lost])
 
 
 def _when(row: LayerSummary, single: bool) -> str:
@@ -144,7 +151,7 @@ def summary(pipe: Any) -> Summary:
     models = models_of(pipe)
     found = [own for model in models.values() if (own := attached(model)) is not None]
     if not found:
-        return Summary((), 0, "auto", (), None, None, None)
+        return Summary((), 0, "auto", (), None, None, None, replaced(pipe, models))
     rows = [row for own in found for row in _rows(own)]
     layouts = {str(layout) for own in found if (layout := _layout(own)) is not None}
     share, speedup = _gain(found)
@@ -158,6 +165,7 @@ def summary(pipe: Any) -> Summary:
         layout=", ".join(sorted(layouts)) or None,
         attention_share=share,
         most_speedup=speedup,
+        replaced=replaced(pipe, models),
     )
 
 

@@ -1,0 +1,36 @@
+"""Which denoisers of a pipeline were given a plan, so that one that took their place is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from visattn.inject.attachment import attached
+
+__all__ = ["note_planned", "planned", "replaced"]
+
+ATTRIBUTE = "_visattn_planned"
+
+
+def planned(pipe: Any) -> dict[str, int] | None:
+    """The denoisers that the plan of a pipeline is on, by role, by identity."""
+    found: dict[str, int] | None = vars(pipe).get(ATTRIBUTE)
+    return found
+
+
+def note_planned(pipe: Any, found: dict[str, int] | None) -> None:
+    """Note them on the pipeline, a denoiser alone excepted; None: there is no plan."""
+    vars(pipe).pop(ATTRIBUTE, None)
+    if found is not None and not isinstance(pipe, torch.nn.Module):
+        vars(pipe)[ATTRIBUTE] = found
+
+
+def replaced(pipe: Any, models: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:
+    """Roles whose denoiser took the place of one with a plan, and has none itself."""
+    return tuple(
+        role
+        for role, identity in (planned(pipe) or {}).items()
+        if role in models and id(models[role]) != identity and attached(models[role]) is None
+    )
