@@ -127,6 +127,20 @@ def test_plan_under_which_nothing_is_sparse_says_so_once(pipe, plan, steps, word
     assert re.search(words, record.getMessage())
 
 
+@pytest.mark.parametrize("make", [tiny.wan21, tiny.cogvideox])
+def test_plan_of_the_unconditional_pass_alone_without_guidance_says_so_once(make, caplog):
+    other = make()
+    apply_plan(other, Plan((Rule(Diagonal(2), pass_="uncond"),)), guard=False)
+    with caplog.at_level("WARNING", "visattn"):
+        tiny.generate(other, steps=1)
+        assert caplog.records == []
+        apply_plan(other, Plan((Rule(Diagonal(2), pass_="uncond"),)), guard=False)
+        tiny.generate(other, steps=2, guidance_scale=1.0)
+    (record,) = caplog.records
+    assert "guidance is off and the plan keeps all heads of the cond" in record.getMessage()
+    remove_plan(other)
+
+
 @pytest.mark.parametrize("plan", [
     Plan((Rule(Diagonal(2)),), dense_steps=(1, 1)),
     Plan((Rule(Diagonal(2), phase=1),), phases=(0.5,)),

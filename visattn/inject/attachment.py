@@ -325,6 +325,8 @@ class Attachment:
                 f"plan tells {' and '.join(self.plan.passes)} passes apart, and "
                 + self.unknown("pass", "a plan without passes in its rules")
             )
+        if passes == ("cond",):
+            self._judge_unguided()
         return tuple((phase, pass_) for pass_ in passes)
 
     @functools.cached_property
@@ -335,6 +337,18 @@ class Attachment:
             for layer in self.layers
             for (phase, _), heads in layer.table.items()
             if any(head != DENSE for head in heads)
+        )
+
+    @functools.cached_property
+    def _sparse_unguided(self) -> bool:
+        """Whether the conditional pass has a pattern that is not dense."""
+        name = "cond" if "cond" in self.plan.passes else ANY
+        return any(
+            head != DENSE
+            for layer in self.layers
+            for (_, pass_), heads in layer.table.items()
+            if pass_ == name
+            for head in heads
         )
 
     def _judge(self, step: int, steps: int) -> None:
@@ -353,6 +367,20 @@ class Attachment:
             self.tell(
                 f"nothing sparse runs, as {why} keep {first} dense; use more steps, or shares of "
                 "the steps, such as dense_steps=(0.2, 0)"
+            )
+
+    def _judge_unguided(self) -> None:
+        """Say once, where the conditional pass is all there is, that it has nothing sparse."""
+        pipe = self.pipe()
+        if self._sparse_unguided or not callable(pipe):
+            return
+        run = run_of(pipe)
+        guided = getattr(pipe, "do_classifier_free_guidance", None) if run is None else run.guided()
+        off = guided is False or bool(self.family.batch)  # which is not doubled
+        if off and not any(layer.sparse_calls for layer in self.layers):
+            self.tell(
+                "nothing sparse runs, as guidance is off and the plan keeps all heads of the "
+                "conditional pass dense; use a plan with patterns for the conditional pass"
             )
 
     def unknown(self, what: str, instead: str, act: str = "apply the plan to") -> str:
