@@ -18,7 +18,7 @@ from visattn.guidance.slope import call_arguments
 from visattn.guidance.state import State
 from visattn.guidance.steering import Steering, check_touched, enter, place
 from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import Attachment, attached
+from visattn.inject.attachment import Attachment, attached, cross_layers
 from visattn.inject.front import Next, put_front, take_front
 from visattn.inject.moment import Context
 
@@ -187,6 +187,12 @@ class _Text:
 
     def __init__(self, nag: NAG, pipe: Any, models: Mapping[str, torch.nn.Module]) -> None:
         self.nag, self.pipe, self.models = nag, pipe, models
+        # kept, as caches may put other blocks in the place of those of a model that runs
+        self.modules = {
+            (role, path): module
+            for role, (model, family) in known_denoisers(pipe).items()
+            for path, module in cross_layers(model, family).items()
+        }
         self.embeds = nag.negative_prompt_embeds
         self.hidden: dict[str, torch.Tensor] = {}
         self.kept: dict[tuple[str, str], Pair] = {}
@@ -223,7 +229,7 @@ class _Text:
             model = self.models[role]
             if role not in self.hidden:
                 self.hidden[role] = _hidden(model, self.of(role, q))
-            self.kept[role, path] = _keys_and_values(model.get_submodule(path), self.hidden[role])
+            self.kept[role, path] = _keys_and_values(self.modules[role, path], self.hidden[role])
         k, v = self.kept[role, path]
         return for_samples(k, q.shape[0]).to(q), for_samples(v, q.shape[0]).to(q)
 

@@ -15,7 +15,7 @@ from visattn.inject.attachment import Attachment, attached, attention_layers, de
 from visattn.inject.caught import Editor
 from visattn.inject.moment import PipeRef
 from visattn.inject.observation import Observer
-from visattn.inject.parallel import check_whole
+from visattn.inject.parallel import check_dispatch, check_whole
 from visattn.inject.planned import note_planned, planned
 from visattn.inject.wrappers import unwrapped
 from visattn.layout import check_count
@@ -92,6 +92,7 @@ def apply_plan(
     check_kernels(backend, (head for rule in own.rules for head in rule.heads))
     new = []
     for role, (model, family) in known.items():
+        check_dispatch(model, role)
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
         given = {"plan": own, "backend": chosen, "audit": audit, "guard": guard}
         new.append(_on(pipe, role, model, family).changed(**given))

@@ -29,7 +29,7 @@ from visattn.inject.moment import (
 )
 from visattn.inject.observation import Observer
 from visattn.inject.op import Begun, begin_call, not_a_graph, register_attachment
-from visattn.inject.parallel import check_whole
+from visattn.inject.parallel import check_dispatch, check_whole
 from visattn.inject.parts import DENSE
 from visattn.inject.recent import Recent
 from visattn.inject.running import Announced, is_stock, run_of, says_where
@@ -478,6 +478,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     attachment: Attachment = model._visattn
     if attachment.observers or attachment.editor is not None:
         check_whole(model, attachment.role)
+    check_dispatch(model, attachment.role)
     arguments = named_arguments(attachment.names, type(model).__name__, args, kwargs)
     tokens = attachment.family.tokens(model.config, arguments)
     told = attachment.told_by(arguments)

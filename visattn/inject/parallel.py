@@ -1,10 +1,23 @@
-"""Models that ``enable_parallelism`` of diffusers has split over several processes."""
+"""Models that are split over several processes, by ``enable_parallelism`` of diffusers or else."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["check_whole"]
+__all__ = ["check_dispatch", "check_whole"]
+
+
+def check_dispatch(model: Any, role: str) -> None:
+    """Refuse a model whose attention goes by other backends than those of diffusers.
+
+    Raises:
+        ValueError: it has the context parallelism of cache-dit.
+    """
+    if getattr(model, "_cp_config", None) is not None:
+        raise ValueError(
+            f"{role} has the context parallelism of cache-dit, whose attention takes no plan: use "
+            "enable_parallelism of diffusers, or no plan"
+        )
 
 
 def check_whole(model: Any, role: str) -> None:
