@@ -325,3 +325,9 @@ def test_many_pairs_are_worked_on_in_parts() -> None:
 def test_bits_of_a_mask() -> None:
     mask = torch.rand(2, 3, 21, generator=torch.Generator().manual_seed(0)) < 0.5
     assert packed(mask).shape == (2, 3, 3) and torch.equal(unpacked(packed(mask), 21), mask)
+
+
+def test_a_share_that_is_not_crossed_has_no_kernel() -> None:
+    scores = torch.randn(1, 1, 3, 9)
+    length, forced = torch.full((1, 1, 9), 4), torch.zeros(1, 1, 1, 9, dtype=torch.bool)
+    assert kernel_levels(TopP(0.5, crossing=False), scores, length, forced) is None

@@ -25,12 +25,13 @@ from selectors_oracle import (
     until,
 )
 
-from visattn import TokenLayout
+from visattn import Grid, TokenLayout
 from visattn.layout import valid_keys
 from visattn.orders import BoxOrder, LineOrder, Order
 from visattn.selectors import (
     ASA,
     NABLA,
+    PISA,
     VSA,
     BiLevel,
     BlockSelector,
@@ -39,6 +40,8 @@ from visattn.selectors import (
     Hierarchical,
     Jenga,
     MoBA,
+    ProxyHeads,
+    Pyramid,
     Selector,
     Sparge,
     TopBlocks,
@@ -470,4 +473,20 @@ def test_mask_with_other_options(selector, mask):  # type: ignore[no-untyped-def
     expected_mask = mask(selector, q, k, v, layout)
     expected = masked_attention(q, k, v, expected_mask, SCALE, valid_keys(text, layout))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
-    assert bool(expected_mask[:, :, 0, : layout.grids[0][1].numel].any(-1).all())
+
+
+# the least that can be asked for, where the own block is not forced
+LEAST = [
+    Draft(0.01, (2, 3)), DFSAttn(0.001, 8, 4), NABLA(1e-6, None, (1, 2, 3)), VSA(0.001, (2, 2, 2)),
+    PISA(0.001, 8), ASA(1e-6, 8, 3), XAttention(1e-6, 4, 8, sink=False), Sparge(0.0001, -1, 8, 8),
+    BiLevel(0.001, (1, 2, 2)), ProxyHeads(1e-6, 1, 3, 8),
+    Pyramid((0.0,) * 4, "count", 8), Pyramid((0.0,) * 4, block=8, least=0.001),
+]
+
+
+@pytest.mark.parametrize("selector", LEAST, ids=lambda own: own.name)
+def test_no_row_is_without_a_key(selector):  # type: ignore[no-untyped-def]
+    layout = TokenLayout(Grid(3, 5, 6))
+    selection = selector.select(*tensors(layout, batch=1), layout, SCALE)
+    seen = (selection.levels == 1).sum(-1)
+    assert bool((seen == 1).all()), seen
