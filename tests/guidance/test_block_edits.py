@@ -300,7 +300,7 @@ def test_guidance_by_skipped_blocks_is_that_of_the_loop(kind, name):
     paths, window = paths_of(PIPELINES[kind]().transformer), {"start": 0, "stop": 1.0, "scale": 2.5}
     ones = {
         "slg": SLG(blocks=[1, 2], **window),
-        "stg": STG(blocks=[1, 2], **window),
+        "stg": STG(blocks=[1, 2], what="attention", **window),
         "s2": S2Guidance(share=0.5, seed=1, **window),
     }
     draws = SkipRandomBlocks(share=0.5, seed=1)
