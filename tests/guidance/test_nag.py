@@ -35,7 +35,7 @@ ROWS = {"cogvideox": VIDEO, "flux": IMAGE, "sd3": slice(24)}
 BATCHED = ("cogvideox", "sd3")
 IMAGE_KEYS = 5
 SHARED = ("image_rotary_emb", "img_ids", "txt_ids")
-STRONG = {"scale": 6.0, "tau": 1.5, "alpha": 0.6}
+STRONG = {"scale": 7.0, "tau": 1.5, "alpha": 0.6}
 NEGATIVE = "blue circle moves"
 
 
