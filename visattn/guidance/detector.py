@@ -184,7 +184,7 @@ class DetectorGuidance:
     def _blurred(self, masks: torch.Tensor) -> torch.Tensor:
         if self.sigma == 0:
             return masks
-        height, width = (blur_matrix(n, self.sigma).to(masks) for n in masks.shape[-2:])
+        height, width = (blur_matrix(n, self.sigma, True).to(masks) for n in masks.shape[-2:])
         return height @ masks @ width.mT
 
     def unconditional(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
