@@ -1,12 +1,16 @@
 """Denoisers are trained with a plan on them."""
 
+import functools
+
 import pytest
 import tiny
+import tiny_images
 import torch
 from peft import LoraConfig
-from planned import KINDS, PLAN
+from planned import KINDS, PLAN, VARIED
+from torch.utils.checkpoint import checkpoint
 
-from visattn.inject import apply_plan, summary
+from visattn.inject import apply_plan, sparse, summary
 
 
 def example(kind):
@@ -74,3 +78,94 @@ def test_lora_is_trained_with_a_plan():
         losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert all(row.sparse_calls == 3 for row in summary(model).layers)
+
+
+def at_size(kind, frames, height, width):
+    """Arguments of a call, of ``height`` times ``width`` patches."""
+    torch.manual_seed(width)
+    if kind == "wan21":
+        return {
+            "hidden_states": torch.randn(1, 4, frames, 2 * height, 2 * width),
+            "timestep": torch.tensor([500]),
+            "encoder_hidden_states": torch.randn(1, 10, 16),
+        }
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ids = torch.stack([torch.zeros(height, width), rows, columns], -1).reshape(-1, 3)
+    return {
+        "hidden_states": torch.randn(1, height * width, 16),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": torch.randn(1, 6, 32),
+        "pooled_projections": torch.randn(1, 16),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(6, 3),
+    }
+
+
+def gradient_of_two(kind, reentrant, plan=PLAN):
+    """The gradient of two calls at once, of a landscape and a portrait of equally many tokens."""
+    if kind == "wan21":
+        model = tiny.wan_transformer(1, layers=1).train()
+    else:
+        model = tiny_images.flux().transformer.train()
+    apply_plan(model, plan, guard=False)
+    if reentrant is not None:
+        model.enable_gradient_checkpointing(
+            functools.partial(checkpoint_module, use_reentrant=reentrant)
+        )
+    outs = []
+    for sizes in ((3, 6, 4), (3, 4, 6)):
+        own = at_size(kind, *sizes)
+        own["hidden_states"].requires_grad_()  # or reentrant checkpointing has no gradient
+        outs.append(model(**own, return_dict=False)[0])
+    sum((out**2).mean() for out in outs).backward()
+    assert all(row.reason is None for row in summary(model).layers)
+    return {name: own.grad for name, own in model.named_parameters()}
+
+
+def checkpoint_module(module, *args, use_reentrant):
+    return checkpoint(module.__call__, *args, use_reentrant=use_reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("kind", ["wan21", "flux"])
+def test_blocks_run_again_at_the_size_of_their_own_call(kind, reentrant):
+    found, expected = gradient_of_two(kind, reentrant), gradient_of_two(kind, None)
+    assert {name for name, own in found.items() if own is None} == {
+        name for name, own in expected.items() if own is None
+    }
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_blocks_run_again_at_the_step_and_pass_of_their_own_call():
+    """What a plan runs at another step is another gradient."""
+    own = at_size("wan21", 3, 6, 4)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny.wan_transformer(1, layers=1).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        apply_plan(model, VARIED)
+        outs = []
+        for step, name in ((0, "cond"), (1, "uncond")):
+            with model.cache_context(name, step_index=step, num_inference_steps=2):
+                outs.append(model(**own, return_dict=False)[0])
+        sum((out**2).mean() for out in outs).backward()
+        gradients.append(model.blocks[0].attn1.to_q.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_backward_after_the_plan_is_taken_off_is_refused(reentrant):
+    model = tiny.wan_transformer(1, layers=1).train()
+    model.enable_gradient_checkpointing(
+        functools.partial(checkpoint_module, use_reentrant=reentrant)
+    )
+    own = at_size("wan21", 3, 6, 4)
+    own["hidden_states"].requires_grad_()
+    with sparse(model, PLAN):
+        loss = model(**own, return_dict=False)[0].mean()
+    with pytest.raises(RuntimeError, match="call backward before the plan is taken off"):
+        loss.backward()
+    model(**own, return_dict=False)[0].mean().backward()  # without a plan as ever

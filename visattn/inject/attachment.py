@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import re
-import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from visattn.attention import Backend
 from visattn.inject.arguments import argument_names, named_arguments
-from visattn.inject.callstate import CallState, States, Told
+from visattn.inject.callstate import CallState, Held, States, Told
 from visattn.inject.caught import Editor
 from visattn.inject.front import put_front, take_front
 from visattn.inject.guard import guards
 from visattn.inject.layer import Layer
+from visattn.inject.methods import follow_checkpointing, put_methods, take_methods
 from visattn.inject.moment import (
     Context,
     PipeRef,
@@ -187,6 +187,7 @@ class Attachment:
     def install(self) -> None:
         """Put the plan on the model."""
         setattr(self.model, ATTRIBUTE, self)
+        put_methods(self.model)
         if not self.layers and self.editor is None:
             return
         for layer in self.layers:
@@ -199,23 +200,30 @@ class Attachment:
         if pipe is not None and not says_where(pipe, bool(self.family.batch)):
             put_front(pipe, self.announced)
             self.announcing = PipeRef(pipe)
-        if hasattr(type(self.model), "cache_context"):
-            own = types.MethodType(_cache_context, self.model)
-            self.model.cache_context = own  # type: ignore[assignment]
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What decides on the attention of a call, besides the call itself."""
+        return self.plan, self.backend, self.wanted_guard, self.editor
+
+    def held(self, batch: int) -> CallState:
+        """The state of the running call, as it is to be when a part of the call runs again."""
+        state, size = self.call, self._size(batch)
+        held = Held(*self.step(), self._passes(size), size)
+        return dataclasses.replace(state, held=state.held or held)
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        if self.handles:
-            for handle in self.handles:
-                handle.remove()
-            self.handles = []
-            self.model.__dict__.pop("cache_context", None)
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
         pipe = self.announcing()
         if pipe is not None:
             take_front(pipe, self.announced)
             self.announcing = PipeRef()
         for layer in self.layers:
             layer.remove()
+        take_methods(self.model)
         self.model.__dict__.pop(ATTRIBUTE, None)
 
     def watch(self) -> None:
@@ -421,6 +429,9 @@ class Attachment:
 
     def step(self) -> tuple[int | None, int | None]:
         """The denoising step and the number of steps, where they are known."""
+        held = self.call.held
+        if held is not None:
+            return held.step, held.steps
         return step_of(self.context, self.pipe(), self.timestep, self.family.timestep_unit)
 
     def passes(self, batch: int, masked: bool = False) -> tuple[str, ...] | None:
@@ -428,12 +439,21 @@ class Attachment:
         ``masked``: whether the call has a mask."""
         if self.call.aside:
             return ("perturbed",)
-        timestep, size = self.timestep, batch
-        if timestep is not None and timestep.ndim and len(timestep) != 1:
-            size = len(timestep)  # of the denoiser's batch, of which a cache may compute a part
-        passes = pass_named(self.context) or getattr(self.pipe(), SAID, None)
-        passes = passes or self._unnamed(size)
+        held = self.call.held
+        size = self._size(batch) if held is None else held.size
+        passes = self._passes(size) if held is None else held.passes
         return None if passes is None else passes_in(passes, size, batch, masked)
+
+    def _size(self, batch: int) -> int:
+        """Samples of the denoiser's batch, of which a cache may compute a part."""
+        timestep = self.timestep
+        several = timestep is not None and timestep.ndim and len(timestep) != 1
+        return len(timestep) if timestep is not None and several else batch
+
+    def _passes(self, size: int) -> tuple[str, ...] | None:
+        """The passes in a batch of the denoiser."""
+        named = pass_named(self.context) or getattr(self.pipe(), SAID, None)
+        return named or self._unnamed(size)
 
     def _unnamed(self, size: int) -> tuple[str, ...] | None:
         """The passes in a batch of ``size`` samples to which the pipeline gives no name."""
@@ -487,6 +507,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return
     attachment.begin(tokens, told)
     attachment.begun.clear()
+    follow_checkpointing(model)
     attachment.watch()
 
 
@@ -500,19 +521,3 @@ def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 not_a_graph(_end)
-
-
-@contextmanager
-def _cache_context(model: Any, name: str, **details: Any) -> Iterator[None]:
-    """``cache_context`` of a denoiser, by which a pipeline says where it is, listened to."""
-    attachment: Attachment = model._visattn
-    before = attachment.context
-    attachment.context = Context(
-        name, details.get("step_index"), details.get("num_inference_steps")
-    )
-    attachment.watch()
-    try:
-        with type(model).cache_context(model, name, **details):
-            yield
-    finally:
-        attachment.context = before

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from visattn.inject.moment import Batch, Context
 from visattn.inject.running import Calls
 from visattn.layout import Tokens
 
-__all__ = ["CallState", "States", "Told"]
+__all__ = ["CallState", "Held", "States", "Told"]
 
 # the timestep of a call, its text, and whether the pipeline makes a perturbed call of its own
 Told = tuple[torch.Tensor | None, torch.Tensor | None, bool]
@@ -24,6 +25,16 @@ Told = tuple[torch.Tensor | None, torch.Tensor | None, bool]
 
 def _nothing() -> None:
     """What a weak reference gives whose object is gone."""
+
+
+class Held(NamedTuple):
+    """Where a call stood, for a part of it that runs again: its step, the number of steps, the
+    passes in its batch, where they are known, and the samples of that."""
+
+    step: int | None
+    steps: int | None
+    passes: tuple[str, ...] | None
+    size: int
 
 
 @dataclass
@@ -40,6 +51,7 @@ class CallState:
         batch: the passes in the batch, over the calls of a schedule.
         calls: the passes of calls without a name, over those of a run.
         last: the step and the number of steps of the call before, where they were asked for.
+        held: of a call a part of which runs again.
     """
 
     slot: int
@@ -52,6 +64,7 @@ class CallState:
     batch: Batch = field(default_factory=Batch)
     calls: Calls = field(default_factory=Calls)
     last: tuple[int, int] | None = None
+    held: Held | None = None
 
     def note(self, told: Told) -> None:
         """A call begins."""
@@ -79,6 +92,16 @@ class States:
                 slot = next(n for n in range(len(taken) + 1) if n not in taken)
                 state = self._states[caller] = CallState(slot)
         return state
+
+    @contextmanager
+    def resumed(self, state: CallState) -> Iterator[None]:
+        """Inside, the call of a state runs in this thread or task, whatever ran last."""
+        caller, before = _caller(), self.here()
+        self._states[caller] = state
+        try:
+            yield
+        finally:
+            self._states[caller] = before
 
     def __deepcopy__(self, memo: object) -> States:
         return States()

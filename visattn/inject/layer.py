@@ -13,6 +13,7 @@ from visattn.attention import attention_by, choose_backend, sparse_attention
 from visattn.inject.caught import Caught, Editor, Kind
 from visattn.inject.computing import Computing
 from visattn.inject.decision import Decision, Guard
+from visattn.inject.front import put_class, take_class
 from visattn.inject.observation import Observation
 from visattn.inject.op import Call, not_a_graph, register_layer
 from visattn.inject.padding import Padding, text_lengths_of
@@ -25,7 +26,6 @@ from visattn.inject.watched import (
     own_backend,
     release,
     stock_attention,
-    watched_class,
 )
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern
@@ -65,7 +65,6 @@ class Layer:
         self.heads, self.table = heads, table
         self.begun = attachment.begun
         self.processor = module.processor
-        self.kind: type[torch.nn.Module] | None = None  # the module's class, where ours replaced it
         self.observers = [own for own, paths in attachment.observers if path in paths]
         self.editor: Editor | None = None
         self.cross = path in attachment.cross_paths
@@ -91,9 +90,7 @@ class Layer:
         """Catch the attention of the module; where that is done already, look whether it still
         holds: processors and their backends are changed by other calls too."""
         setattr(self.module, ATTRIBUTE, self)
-        if not isinstance(self.module, Watched):
-            self.kind = type(self.module)
-            self.module.__class__ = watched_class(self.kind)
+        put_class(self.module, Watched)
         self.processor = self.module.processor
         # a processor that dispatches without a backend of its own ends in torch's attention too
         self.through_sdpa = not hasattr(self.processor, "_attention_backend")
@@ -110,8 +107,7 @@ class Layer:
         release(self.processor)
         release(self.module.processor)  # another one, which modules may share
         self.module.__dict__.pop(ATTRIBUTE, None)
-        if self.kind is not None and type(self.module) is watched_class(self.kind):
-            self.module.__class__ = self.kind
+        take_class(self.module, Watched)
 
     def tell(self, reason: str) -> None:
         """Note why a call is dense where the plan has something sparse; say it once."""

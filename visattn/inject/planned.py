@@ -14,6 +14,16 @@ __all__ = ["note_planned", "planned", "replaced"]
 ATTRIBUTE = "_visattn_planned"
 
 
+class _Noted(dict[str, int]):
+    """By role, by identity, which means nothing where a pickle is read: there it is None."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: object) -> _Noted:
+        return _Noted(self)
+
+
 def planned(pipe: Any) -> dict[str, int] | None:
     """The denoisers that the plan of a pipeline is on, by role, by identity."""
     found: dict[str, int] | None = vars(pipe).get(ATTRIBUTE)
@@ -24,7 +34,7 @@ def note_planned(pipe: Any, found: dict[str, int] | None) -> None:
     """Note them on the pipeline, a denoiser alone excepted; None: there is no plan."""
     vars(pipe).pop(ATTRIBUTE, None)
     if found is not None and not isinstance(pipe, torch.nn.Module):
-        vars(pipe)[ATTRIBUTE] = found
+        vars(pipe)[ATTRIBUTE] = _Noted(found)
 
 
 def replaced(pipe: Any, models: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:

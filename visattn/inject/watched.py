@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from visattn.inject.front import front_class
+from visattn.inject.front import Ours
 from visattn.inject.op import Call, layer_attention
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "own_backend",
     "release",
     "stock_attention",
-    "watched_class",
 ]
 
 ATTRIBUTE = "_visattn_layer"
@@ -56,7 +55,7 @@ class _Traced:
 _running, _traced = _Running(), _Traced()
 
 
-class Watched:
+class Watched(Ours):
     """Goes in front of the class of an attention module that has a plan."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,11 +78,6 @@ class Watched:
         if not torch.compiler.is_compiling():
             layer.look()
         return output
-
-
-def watched_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """``kind`` behind ``Watched``, under the same name; always the same class."""
-    return front_class(Watched, kind)
 
 
 class _Catch(TorchFunctionMode):
@@ -206,8 +200,11 @@ def _member(own: Any, stays: bool) -> Any:
     member._name_ = member._value_ = name
     member._visattn_own = own, stays  # type: ignore[attr-defined]
     AttentionBackendName._value2member_map_[name] = member
-    # copies and pickles go by the value; before Python 3.11.4 they would go by the name
-    vars(member)["__reduce_ex__"] = lambda _: (AttentionBackendName, (name,))
+    # a copy is the member itself; what is pickled is the backend without us
+    vars(member)["__copy__"] = lambda: member
+    vars(member)["__deepcopy__"] = lambda _: member
+    plain = (type(None), ()) if own is None else (AttentionBackendName, (own.value,))
+    vars(member)["__reduce_ex__"] = lambda _: plain
     register: Callable[..., Any] = _AttentionBackendRegistry.register(
         member, supports_context_parallel=_supports_parallel(own)
     )
