@@ -124,7 +124,9 @@ def test_what_is_not_finite_is_said_once(caplog):
         layer.norm_k.weight[0] = torch.nan
     tiny.generate(pipe)
     lines = [record.message for record in caplog.records if "not finite" in record.message]
-    assert len(lines) == 1 and "blocks.1.attn1" in lines[0]
+    assert len(lines) == 1 and "blocks.1.attn1: scores of its blocks" in lines[0]
+    assert "dense" not in lines[0]  # its calls are sparse ones
+    assert summary(pipe).layers[0].dense_calls == 0
     assert "not finite" in summary(pipe).layers[0].reason
 
 

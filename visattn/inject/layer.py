@@ -71,7 +71,9 @@ class Layer:
         self.through_sdpa = False
         self.sparse_calls = self.dense_calls = 0
         self.ran: set[str] = set()  # the backends of its sparse calls
-        self.reason: str | None = None  # of the last dense call that the plan did not ask for
+        # of the last call that did not run, or did not choose, as the plan has it
+        self.reason: str | None = None
+        self._said: set[str] = set()
         self.memories: dict[tuple[object, ...], Memory] = {}
         self.latest: tuple[object, ...] = ()  # what keys of the last call's memories begin with
         self._guard = Guard()
@@ -111,9 +113,14 @@ class Layer:
 
     def tell(self, reason: str) -> None:
         """Note why a call is dense where the plan has something sparse; say it once."""
-        self.reason = reason
         which = f"some calls of {self.path} stay" if self.sparse_calls else f"{self.path} stays"
-        self.attachment.tell(f"{which} dense: {reason}")
+        self._say(reason, f"{which} dense: {reason}")
+
+    def _say(self, reason: str, sentence: str) -> None:
+        self.reason = reason
+        if reason not in self._said:
+            self._said.add(reason)
+            self.attachment.tell(sentence)
 
     def executed(self, pattern: HeadPattern) -> float | None:
         """Share of the keys that a dynamic pattern has had computed, the mean of its last choices;
@@ -144,7 +151,8 @@ class Layer:
     def warn(self, memory: Memory) -> None:
         """Say once that there was nothing to choose by."""
         if memory.broken is not None and bool(memory.broken):
-            self.tell("scores of its blocks were not finite, so that all of them are kept")
+            reason = "scores of its blocks were not finite, so that all of them are kept"
+            self._say(reason, f"{self.path}: {reason}")
 
     def look(self) -> None:
         """After a call of the module: whether its attention has ever been caught."""

@@ -29,9 +29,10 @@ class LayerSummary:
     ``density`` and ``block_density`` are means over its heads at ``layout``, the last one that ran,
     or else the plan's own; None without either. ``sparse_calls`` and ``dense_calls`` count its
     calls so far, in all phases and passes, and ``reason`` says why calls were dense that the plan
-    wanted sparse. ``dropped`` and ``error`` are means over the audited rows of its sparse heads at
-    their last calls: the mass that was left out (None beside a head that has no LSE, as of Agent),
-    and the L1 norm of the output's error over that of the exact output; None without an audit.
+    wanted sparse, or kept all of their blocks. ``dropped`` and ``error`` are means over the audited
+    rows of its sparse heads at their last calls: the mass that was left out (None beside a head
+    that has no LSE, as of Agent), and the L1 norm of the output's error over that of the exact
+    output; None without an audit.
     """
 
     role: str
