@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from visattn.leftovers import clear_leftovers, part_of
 
-__all__ = ["check_writable", "read_limited", "read_text", "write_whole"]
+__all__ = ["check_writable", "read_limited", "read_text", "sha256_of", "write_whole"]
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 MARKS = {
@@ -28,14 +30,33 @@ def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
         OSError: the file is missing or cannot be read.
         ValueError: it is no regular file, or is larger than ``limit``.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError(f"{os.fspath(path)!r} is no regular file; put a file in its place")
+    with _regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{os.fspath(path)!r} has more than the {limit} bytes allowed")
     return data
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a regular file of any size, which is never whole in memory.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is no regular file.
+    """
+    found = hashlib.sha256()
+    with _regular(path) as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _regular(path: str | os.PathLike[str]) -> BinaryIO:
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{os.fspath(path)!r} is no regular file; put a file in its place")
+    return os.fdopen(handle, "rb")
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
-from visattn.files import write_whole
+from visattn.files import read_limited, sha256_of, write_whole
 
 __all__ = ["check_checksums", "write_checksums"]
 
 CHECKSUMS = "checksums.json"
+MOST_BYTES = 16 << 20
 
 
 def write_checksums(folder: str | os.PathLike[str]) -> None:
@@ -19,7 +19,7 @@ def write_checksums(folder: str | os.PathLike[str]) -> None:
     root = Path(folder)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     sums = {
-        path.relative_to(root).as_posix(): _sha256(path)
+        path.relative_to(root).as_posix(): sha256_of(path)
         for path in files
         if path.name not in (CHECKSUMS, "README.md")
     }
@@ -33,20 +33,18 @@ def check_checksums(folder: str | os.PathLike[str]) -> None:
         ValueError: a file is missing or is not what it was.
     """
     root = Path(folder)
-    if not (root / CHECKSUMS).is_file():
+    if not (root / CHECKSUMS).exists():
         return
     remedy = "take the folder anew from where it came"
     try:
-        sums = json.loads((root / CHECKSUMS).read_bytes())
-    except ValueError:
-        raise ValueError(f"model {str(folder)!r} has a broken {CHECKSUMS}; {remedy}") from None
-    for name, value in sums.items() if isinstance(sums, dict) else ():
+        sums = json.loads(read_limited(root / CHECKSUMS, MOST_BYTES))
+    except (ValueError, RecursionError):
+        sums = None
+    if not isinstance(sums, dict):
+        raise ValueError(f"model {str(folder)!r} has a broken {CHECKSUMS}; {remedy}")
+    for name, value in sums.items():
         path = root / name
         if not path.is_file():
             raise ValueError(f"model {str(folder)!r} lacks the file {name}; {remedy}")
-        if _sha256(path) != value:
+        if sha256_of(path) != value:
             raise ValueError(f"model {str(folder)!r} is damaged or changed: {name}; {remedy}")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

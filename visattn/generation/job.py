@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from visattn.files import sha256_of
 from visattn.generation.cut_texts import cut_texts
 from visattn.generation.errors import REFUSALS, GenerationError, reason, sentence
 from visattn.generation.quiet import quiet
@@ -105,7 +104,7 @@ class Job:
         out = asdict(replace(self, guidance=()))
         out["guidance"] = [guidance_text(own) for own in self.guidance]
         if self.image is not None:
-            out["image_sha256"] = hashlib.sha256(Path(self.image).read_bytes()).hexdigest()
+            out["image_sha256"] = sha256_of(self.image)
         return out
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from visattn.files import read_limited
 from visattn.generation.loading import Loading
 
 __all__ = ["origin_of"]
@@ -42,8 +43,8 @@ def _content(name: str, revision: str | None) -> str | None:
     folder = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     wanted = revision or "main"
     try:
-        return (folder / "refs" / wanted).read_text().strip()
-    except OSError:
+        return read_limited(folder / "refs" / wanted, 1024).decode().strip()
+    except (OSError, ValueError):
         return wanted if (folder / "snapshots" / wanted).is_dir() else None
 
 

@@ -14,7 +14,7 @@ import torch
 
 from visattn._version import versions
 from visattn.execute import choose_backend
-from visattn.files import write_whole
+from visattn.files import read_limited, sha256_of, write_whole
 from visattn.generation.job import Job, Result
 from visattn.generation.loading import Loading
 from visattn.plan import Plan
@@ -32,6 +32,7 @@ __all__ = [
 
 SCHEMA = "visattn.generation/1"
 START = b'{\n  "backend": '  # of every record
+MOST_BYTES = 64 << 20  # of a record: four times a plan
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "imageio-ffmpeg")
 
 
@@ -120,9 +121,8 @@ def write_record(output: str | os.PathLike[str], record: Mapping[str, Any]) -> P
 
 def read_record(output: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The record beside an output, or None where there is none that can be read."""
-    path = record_path(output)
     try:
-        value = json.loads(path.read_bytes()) if path.is_file() else None
+        value = json.loads(read_limited(record_path(output), MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
@@ -150,7 +150,7 @@ def check_record_path(output: str | os.PathLike[str]) -> None:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_bytes())
+        json.loads(read_limited(path, MOST_BYTES))
     except (ValueError, RecursionError):
         return False
     return True
@@ -162,11 +162,10 @@ def output_hash(output: str | os.PathLike[str]) -> str | None:
     target, found = Path(output), hashlib.sha256()
     try:
         if target.is_file():
-            return hashlib.sha256(target.read_bytes()).hexdigest()
+            return sha256_of(target)
         for path in sorted(target.iterdir()):
-            found.update(f"{path.name} {path.stat().st_size} ".encode())
-            found.update(path.read_bytes())
-    except OSError:
+            found.update(f"{path.name} {sha256_of(path)} ".encode())
+    except (OSError, ValueError):
         return None
     return found.hexdigest()
 

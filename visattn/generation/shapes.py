@@ -8,12 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from visattn.files import read_limited
 from visattn.generation.job import COUNTS, SCALES, Job
 
 __all__ = ["SHAPES_FILE", "read_shapes", "shape_of"]
 
 SHAPES_FILE = "visattn_shapes.json"
 DEFAULT = "default"
+MOST_BYTES = 1 << 20
 KEYS = (*COUNTS, *SCALES)
 assert set(KEYS) <= {field.name for field in fields(Job)}
 
@@ -28,16 +30,16 @@ def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         ValueError: the file is something else.
     """
     path = Path(model) / SHAPES_FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        shapes = json.loads(path.read_bytes())
+        shapes = json.loads(read_limited(path, MOST_BYTES))
         for shape in shapes.values():
             unknown = set(shape) - set(KEYS)
             if unknown:
                 raise ValueError(f"it has the unknown key {min(unknown)!r}")
             Job(prompt="", **shape)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{SHAPES_FILE} of model {str(model)!r} cannot be read: {error}") from None
     assert isinstance(shapes, dict)
     return shapes

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from visattn.files import read_limited
 from visattn.plan.reading import parse_json, shown
 
 __all__ = ["HeadLog", "Place"]
 
 SCHEMA = "visattn.head_search/1"
+MOST_BYTES = 1 << 30  # some million scores
 
 
 class Place(NamedTuple):
@@ -56,7 +58,7 @@ class HeadLog:
         if self.path is None:
             return
         if self.path.exists():
-            self._read(self.path.read_bytes())
+            self._read(read_limited(self.path, MOST_BYTES))
         elif not self.path.parent.is_dir():
             raise FileNotFoundError(f"resume={str(path)!r} lies in a folder that is not there")
 

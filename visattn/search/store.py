@@ -68,7 +68,9 @@ class Store:
             with safe_open(path, "pt") as file:
                 value = json.loads(file.metadata()["value"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            if not isinstance(value, dict):
+                raise TypeError(f"a result is no {type(value).__name__}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
             if key not in self._damaged:
                 logger.warning("visattn: %s is damaged and is made anew", path)
                 self._damaged.add(key)
