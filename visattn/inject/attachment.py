@@ -33,6 +33,7 @@ from visattn.inject.parallel import check_dispatch, check_whole
 from visattn.inject.parts import DENSE
 from visattn.inject.recent import Recent
 from visattn.inject.running import Announced, is_stock, run_of, says_where
+from visattn.inject.weak import Weak
 from visattn.inject.wrappers import bare
 from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
@@ -119,7 +120,7 @@ class Attachment:
         guard: bool | None = None,
         editor: Editor | None = None,
     ) -> None:
-        self.model, self.role, self.family = model, role, family
+        self._model, self.role, self.family = Weak(model), role, family
         self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
         self.paths = tuple(attention_layers(model, family))
         self.cross_paths = tuple(cross_layers(model, family))
@@ -141,6 +142,11 @@ class Attachment:
         """A copy of an attachment is another one."""
         self.__dict__.update(state)
         register_attachment(self, self.number)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The denoiser."""
+        return self._model()
 
     def _layers(self, had: dict[str, Layer]) -> list[Layer]:
         """The layers that there is something for; those that there were stay what they are."""

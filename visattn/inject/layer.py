@@ -27,6 +27,7 @@ from visattn.inject.watched import (
     release,
     stock_attention,
 )
+from visattn.inject.weak import Weak
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern
 from visattn.plan import ANY
@@ -61,7 +62,7 @@ class Layer:
         heads: int,
         table: dict[tuple[int, str], Heads],
     ) -> None:
-        self.attachment, self.path, self.module = attachment, path, module
+        self._attachment, self.path, self._module = Weak(attachment), path, Weak(module)
         self.heads, self.table = heads, table
         self.begun = attachment.begun
         self.processor = module.processor
@@ -85,6 +86,16 @@ class Layer:
         self.__dict__.update(state)
         self.memories = {}
         register_layer(self, self.number)
+
+    @property
+    def attachment(self) -> Attachment:
+        """Of its denoiser."""
+        return self._attachment()
+
+    @property
+    def module(self) -> Any:
+        """The attention module."""
+        return self._module()
 
     # ---- putting it on the module, and taking it off
 
