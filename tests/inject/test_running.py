@@ -12,7 +12,7 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from planned import Stop, traces
 
 from visattn.guidance import SEG, guide
-from visattn.inject import apply_plan, observe, remove_plan, sparse
+from visattn.inject import apply_plan, attachment, observe, remove_plan, sparse, summary
 from visattn.inject.moment import Batch, passes_in
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule
@@ -113,6 +113,28 @@ class OfItsOwn(FluxImg2ImgPipeline):
 
     def __call__(self, *args, **kwargs):
         return super().__call__(*args, **kwargs)
+
+
+def test_step_and_pass_are_found_out_once_in_a_call(monkeypatch):
+    """FLUX gives its denoiser other timesteps than its schedule has: values are compared, for which
+    a GPU is waited for."""
+    pipe = variants.PIPELINES["flux img2img"]()
+    asked = []
+
+    def counted(name, own):
+        return lambda *args: asked.append(name) or own(*args)
+
+    for name in ("runs", "step_of"):
+        monkeypatch.setattr(attachment, name, counted(name, getattr(attachment, name)))
+    rules = Rule(Diagonal(2), pass_="cond"), Rule(Diagonal(3), pass_="uncond")
+    plan = Plan(rules, dense_steps=(1, 0))
+    apply_plan(pipe, plan)
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(asked.copy()) or asked.clear())
+    variants.generate("flux img2img", pipe, True)
+    assert len(calls) > 1 and asked == []
+    assert all(own == ["step_of", "runs"] for own in calls)
+    assert len({row.layer for row in summary(pipe).layers}) > 1
 
 
 def test_pipeline_of_unknown_order_has_steps_and_is_refused_where_passes_matter():

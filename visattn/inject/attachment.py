@@ -264,7 +264,8 @@ class Attachment:
 
     @context.setter
     def context(self, context: Context | None) -> None:
-        self.call.context = context
+        state = self.call
+        state.context, state.step, state.runs = context, None, None
 
     @property
     def timestep(self) -> torch.Tensor | None:
@@ -404,7 +405,7 @@ class Attachment:
         if pipe is None:
             return f"{why}no pipeline is known that runs it; {act} the pipeline that runs"
         name = type(pipe).__name__
-        if not runs(pipe, self.timestep, self.family.timestep_unit):
+        if not self._runs(pipe):
             return f"{why}{name} is not the pipeline that runs; {act} the pipeline that runs"
         return f"{why}{name} does not say it here; use {instead}"
 
@@ -435,10 +436,19 @@ class Attachment:
 
     def step(self) -> tuple[int | None, int | None]:
         """The denoising step and the number of steps, where they are known."""
-        held = self.call.held
-        if held is not None:
-            return held.step, held.steps
-        return step_of(self.context, self.pipe(), self.timestep, self.family.timestep_unit)
+        state, unit = self.call, self.family.timestep_unit
+        if state.held is not None:
+            return state.held.step, state.held.steps
+        if state.step is None:
+            state.step = step_of(state.context, self.pipe(), self.timestep, unit)
+        return state.step
+
+    def _runs(self, pipe: Any) -> bool:
+        """Whether a pipeline is the one that makes the running call."""
+        state = self.call
+        if state.runs is None:
+            state.runs = runs(pipe, self.timestep, self.family.timestep_unit)
+        return state.runs
 
     def passes(self, batch: int, masked: bool = False) -> tuple[str, ...] | None:
         """The pass of each equal part of the batch of an attention call, where it is known.
@@ -464,7 +474,7 @@ class Attachment:
     def _unnamed(self, size: int) -> tuple[str, ...] | None:
         """The passes in a batch of ``size`` samples to which the pipeline gives no name."""
         pipe, order = self.pipe(), self.family.batch
-        if pipe is None or not runs(pipe, self.timestep, self.family.timestep_unit):
+        if pipe is None or not self._runs(pipe):
             return None
         named = None if self.context is None else self.context.name
         if order:

@@ -52,6 +52,8 @@ class CallState:
         calls: the passes of calls without a name, over those of a run.
         last: the step and the number of steps of the call before, where they were asked for.
         held: of a call a part of which runs again.
+        step, runs: the step and the number of steps, and whether the pipeline is the one that runs,
+            once they have been asked for: finding out may wait for the device.
     """
 
     slot: int
@@ -65,10 +67,13 @@ class CallState:
     calls: Calls = field(default_factory=Calls)
     last: tuple[int, int] | None = None
     held: Held | None = None
+    step: tuple[int | None, int | None] | None = None
+    runs: bool | None = None
 
     def note(self, told: Told) -> None:
         """A call begins."""
         timestep, text, self.aside = told
+        self.step = self.runs = None
         self.timestep_ref = _nothing if timestep is None else weakref.ref(timestep)
         self.text_ref = _nothing if text is None else weakref.ref(text)
         self.text_length = None if text is None else text.shape[1]
