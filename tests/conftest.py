@@ -2,6 +2,7 @@
 folders with models for the tests of commands."""
 
 import os
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -25,6 +26,21 @@ pytest.register_assert_rewrite("cli")
 
 def pytest_unconfigure():
     CACHE.close()
+
+
+@pytest.fixture(autouse=True)
+def attention_backend():
+    """``set_attention_backend`` of a model changes that of the process, too: it is put back."""
+    before = _active_backend()
+    yield
+    if before is not None and _active_backend() is not before:
+        registry = sys.modules["diffusers.models.attention_dispatch"]._AttentionBackendRegistry
+        registry.set_active_backend(before)
+
+
+def _active_backend():
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    return None if dispatch is None else dispatch._AttentionBackendRegistry.get_active_backend()[0]
 
 
 @pytest.fixture

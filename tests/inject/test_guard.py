@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
 from dataclasses import replace
 
@@ -253,3 +255,43 @@ def test_calls_that_hold_are_not_measured_again(calibrated, monkeypatch):
     apply_plan(pipe, Diagonal(3), guard=True)
     run_calls(pipe, watch.CALLS + 1)
     assert all(row.dense_calls == 0 for row in summary(pipe).layers)
+
+
+class Event:
+    """An event of a GPU, on a stream of which the work takes a second at each look."""
+
+    clock = itertools.count()
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.stream, self.time = stream, next(self.clock)
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, end):
+        assert end.stream == self.stream
+        return 1e3 * (end.time - self.time)
+
+
+def test_calls_on_another_gpu_than_the_current_one_are_timed_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    own = watch.Watch(0.5, True, False)
+    for _ in range(watch.CALLS + 1):
+        assert not own.contradicts
+        with own.call(torch.device("cuda:1")):
+            pass
+    assert own.contradicts and own.seconds == [1.0] * watch.CALLS
+
+
+def test_copy_of_a_model_decides_for_itself(calibrated):
+    pipe = tiny.wan21()
+    calibrated(FAST)
+    apply_plan(pipe, Diagonal(3), guard=True)
+    tiny.generate(pipe)
+    other = copy.deepcopy(pipe.transformer)
+    layers = [model._visattn.layers[0] for model in (pipe.transformer, other)]
+    assert [bool(layer._guard._decisions) for layer in layers] == [True, False]

@@ -34,10 +34,14 @@ class Decision(NamedTuple):
 
 
 class Guard:
-    """The decisions of a layer, each worked out once, and again where calls contradict it."""
+    """The decisions of a layer, each worked out once, and again where calls contradict it. A copy
+    works out its own."""
 
     def __init__(self) -> None:
         self._decisions: Recent[tuple[object, ...], Decision] = Recent()
+
+    def __deepcopy__(self, memo: object) -> Guard:
+        return Guard()
 
     def decide(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class Watch:
         self.limit, self.sparse, self.last = limit, sparse, last
         self.seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._lock = threading.Lock()  # as several threads may run the layer
 
     @property
     def done(self) -> bool:
@@ -51,14 +53,16 @@ class Watch:
             self.seconds.append(time.thread_time() - begin)
         else:
             self._collect()
+            stream = torch.cuda.current_stream(device)  # which may not be the current device
             pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
+            pair[0].record(stream)
             yield
-            pair[1].record()
+            pair[1].record(stream)
             self._events.append(pair)
 
     def _collect(self) -> None:
         """Read the events of calls that have ended."""
-        while self._events and self._events[0][1].query():
-            begin, end = self._events.pop(0)
-            self.seconds.append(begin.elapsed_time(end) / 1e3)
+        with self._lock:
+            while self._events and self._events[0][1].query():
+                begin, end = self._events.pop(0)
+                self.seconds.append(begin.elapsed_time(end) / 1e3)

@@ -72,10 +72,7 @@ def sample(tensor: torch.Tensor) -> bytes | None:
     Of a quantized or sharded tensor the tensors that it is made of are read: what they are is
     known to torch, and elements of the whole need not be.
     """
-    if isinstance(tensor, torch.nn.Parameter) and type(tensor) is torch.nn.Parameter:
-        kind = "Tensor"
-    else:
-        kind = type(tensor).__name__
+    kind = "Tensor" if type(tensor) is torch.nn.Parameter else type(tensor).__name__
     said = f"{kind} {tuple(tensor.shape)} {tensor.dtype}".encode()
     if hasattr(tensor, "__tensor_flatten__"):
         names, settings = tensor.__tensor_flatten__()
