@@ -21,6 +21,7 @@ from visattn.generation import Job, run_job
 from visattn.inject import Observation, observe, sparse
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.layer import Layer
+from visattn.inject.measured import executed
 from visattn.inject.op import Call
 from visattn.inject.parts import is_dense
 from visattn.layout import TokenLayout
@@ -387,7 +388,7 @@ class Witness:
         """The density of a pattern, whose result on one head is checked if it is new; ``tensors``
         are queries, keys, values and output ``[1, 1, L, D]``; text_lengths: ``[1, texts]``."""
         if not isinstance(pattern, Pattern):
-            return layer.executed(pattern)
+            return executed(layer, pattern)
         if pattern not in self._known:
             layout = layer.attachment.layout
             self._known[pattern] = pattern.density(layout)

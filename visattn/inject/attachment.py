@@ -17,6 +17,7 @@ from visattn.inject.callstate import CallState, Held, States, Told
 from visattn.inject.caught import Editor
 from visattn.inject.front import put_front, take_front
 from visattn.inject.guard import guards
+from visattn.inject.judging import judge_steps, judge_unguided
 from visattn.inject.layer import Layer
 from visattn.inject.methods import follow_checkpointing, put_methods, take_methods
 from visattn.inject.moment import (
@@ -328,7 +329,7 @@ class Attachment:
                     "plan depends on the denoising step, and "
                     + self.unknown("step", "a plan without dense_steps and phases")
                 )
-            self._judge(step, steps)
+            judge_steps(self, step, steps)
             phase = self.plan.phase_at(step, steps)
         if phase is None:
             return ((-1, ANY),)
@@ -341,62 +342,18 @@ class Attachment:
                 + self.unknown("pass", "a plan without passes in its rules")
             )
         if passes == ("cond",):
-            self._judge_unguided()
+            judge_unguided(self)
         return tuple((phase, pass_) for pass_ in passes)
 
     @functools.cached_property
-    def _sparse_phases(self) -> frozenset[int]:
-        """The phases in which some layer has a pattern that is not dense."""
+    def sparse_moments(self) -> frozenset[tuple[int, str]]:
+        """The phases and passes in which some layer has a pattern that is not dense."""
         return frozenset(
-            phase
+            moment
             for layer in self.layers
-            for (phase, _), heads in layer.table.items()
+            for moment, heads in layer.table.items()
             if any(head != DENSE for head in heads)
         )
-
-    @functools.cached_property
-    def _sparse_unguided(self) -> bool:
-        """Whether the conditional pass has a pattern that is not dense."""
-        name = "cond" if "cond" in self.plan.passes else ANY
-        return any(
-            head != DENSE
-            for layer in self.layers
-            for (_, pass_), heads in layer.table.items()
-            if pass_ == name
-            for head in heads
-        )
-
-    def _judge(self, step: int, steps: int) -> None:
-        """Say once, at the first step of a run, that none of its steps has anything sparse."""
-        last, self.call.last = self.call.last, (step, steps)
-        if last is not None and steps == last[1] and step >= last[0]:
-            return  # not the first
-        phases = {self.plan.phase_at(number, steps) for number in range(step, steps)}
-        if not self._sparse_phases & phases and callable(self.pipe()):
-            first = f"all {steps} steps" if step == 0 else f"steps {step} to {steps - 1} of {steps}"
-            why = (
-                f"dense_steps={self.plan.dense_steps} of the plan"
-                if phases == {None}
-                else f"dense_steps={self.plan.dense_steps} and the phases of the plan"
-            )
-            self.tell(
-                f"nothing sparse runs, as {why} keep {first} dense; use more steps, or shares of "
-                "the steps, such as dense_steps=(0.2, 0)"
-            )
-
-    def _judge_unguided(self) -> None:
-        """Say once, where the conditional pass is all there is, that it has nothing sparse."""
-        pipe = self.pipe()
-        if self._sparse_unguided or not callable(pipe):
-            return
-        run = run_of(pipe)
-        guided = getattr(pipe, "do_classifier_free_guidance", None) if run is None else run.guided()
-        off = guided is False or bool(self.family.batch)  # which is not doubled
-        if off and not any(layer.sparse_calls for layer in self.layers):
-            self.tell(
-                "nothing sparse runs, as guidance is off and the plan keeps all heads of the "
-                "conditional pass dense; use a plan with patterns for the conditional pass"
-            )
 
     def unknown(self, what: str, instead: str, act: str = "apply the plan to") -> str:
         """Why a step or pass is not known, and what to do: ``act`` the right pipeline, or use

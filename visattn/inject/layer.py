@@ -29,9 +29,8 @@ from visattn.inject.watched import (
 )
 from visattn.inject.weak import Weak
 from visattn.layout import TokenLayout
-from visattn.patterns import HeadPattern
 from visattn.plan import ANY
-from visattn.selectors import Memory, Selector
+from visattn.selectors import Memory
 from visattn.selectors.audit import audit
 
 if TYPE_CHECKING:
@@ -132,32 +131,6 @@ class Layer:
         if reason not in self._said:
             self._said.add(reason)
             self.attachment.tell(sentence)
-
-    def executed(self, pattern: HeadPattern) -> float | None:
-        """Share of the keys that a dynamic pattern has had computed, the mean of its last choices;
-        None before the first."""
-        found = [
-            memory.density[pattern]
-            for memory in self.memories.values()
-            if isinstance(pattern, Selector) and pattern in memory.density
-        ]
-        return float(torch.stack(found).mean()) if found else None
-
-    def missed(self, patterns: Heads) -> tuple[float, float] | None:
-        """Mean dropped mass and error of the heads with some patterns in the last audited calls of
-        the size that ran last; None before the first. The mass is NaN where it is not known."""
-        found = [
-            (own.dropped[:, n].mean(), own.error[:, n].mean())
-            for key, memory in self.memories.items()
-            if memory.audited is not None and key[:2] == self.latest
-            for heads, own in [memory.audited]
-            for n, pattern in enumerate(heads)
-            if pattern in patterns
-        ]
-        if not found:
-            return None
-        dropped, error = (float(torch.stack(own).mean()) for own in zip(*found, strict=True))
-        return dropped, error
 
     def warn(self, memory: Memory) -> None:
         """Say once that there was nothing to choose by."""

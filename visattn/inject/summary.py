@@ -13,6 +13,7 @@ from visattn.execute import block_sizes, lower_cached
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import Attachment, attached, attention_layers
 from visattn.inject.layer import Layer
+from visattn.inject.measured import executed, missed
 from visattn.inject.planned import replaced
 from visattn.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
@@ -95,9 +96,9 @@ class Summary:
             for pattern in row.patterns:
                 names.setdefault(pattern, f"p{len(names) + 1}")
         audited = any(row.error is not None for row in self.layers)
-        missed = ("dropped", "error") if audited else ()
+        measured = ("dropped", "error") if audited else ()
         calls = ("sparse calls", "dense calls")
-        table = [("layer", "when", "density", "blocks", *missed, *calls, "heads")]
+        table = [("layer", "when", "density", "blocks", *measured, *calls, "heads")]
         for rows in _runs(self.layers):
             row = rows[0]
             table.append(
@@ -190,10 +191,10 @@ def _densities(
             density += count * pattern.density(layout)
             blocks += count * lower_cached(pattern, layout, None, *sizes).block_density
             continue
-        executed = layer.executed(pattern)
-        if executed is None:
+        share = executed(layer, pattern)
+        if share is None:
             return None, None
-        density, blocks = density + count * executed, blocks + count * executed
+        density, blocks = density + count * share, blocks + count * share
     return density / len(heads), min(blocks / len(heads), 1.0)
 
 
@@ -205,7 +206,7 @@ def _rows(own: Attachment) -> list[LayerSummary]:
             layer.warn(memory)
         for (phase, pass_), heads in layer.table.items():
             density, blocks = (None, None) if layout is None else _densities(layer, heads, layout)
-            missed = layer.missed(heads)
+            audited = missed(layer, heads)
             rows.append(
                 LayerSummary(
                     role=own.role,
@@ -218,8 +219,8 @@ def _rows(own: Attachment) -> list[LayerSummary]:
                     sparse_calls=layer.sparse_calls,
                     dense_calls=layer.dense_calls,
                     reason=layer.reason,
-                    dropped=None if missed is None or math.isnan(missed[0]) else missed[0],
-                    error=None if missed is None else missed[1],
+                    dropped=None if audited is None or math.isnan(audited[0]) else audited[0],
+                    error=None if audited is None else audited[1],
                 )
             )
     return rows
