@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+import variants
 from accelerate import cpu_offload, disk_offload
 from diffusers import (
     DDIMScheduler,
@@ -21,11 +22,13 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 
 from visattn.generation.quiet import quiet
-from visattn.guidance import PAG, guide
+from visattn.guidance import PAG, SEG, guide
 from visattn.guidance.head_search import search_heads
 from visattn.inject import apply_plan, remove_plan, sparse
 from visattn.inject.attachment import attached
 from visattn.inject.fingerprint import fingerprint
+from visattn.inject.front import handlers_of
+from visattn.inject.searchable import check_searchable
 from visattn.patterns import Diagonal
 from visattn.search.subject import Subject
 
@@ -253,6 +256,19 @@ def test_what_cannot_be_searched_is_refused(pipe, search):
     with guide(pipe, PAG(scale=3.0)):
         refuses(search, pipe, "guide or steer")
         tiny.generate(pipe, steps=1)  # as a guidance that was not used is an error
+
+
+def test_a_plan_is_no_edit():
+    """Pipelines that do not say where they stand have their calls announced to a plan."""
+    own = variants.PIPELINES["flux img2img"]()
+    apply_plan(own, Diagonal(2))
+    assert handlers_of(own)
+    check_searchable(own)
+    with guide(own, SEG(layers=[0], scale=2.0)):
+        refuses(check_searchable, own, "guide or steer")
+        variants.generate("flux img2img", own, False)
+    own.transformer._cp_config = object()
+    refuses(check_searchable, own, "the context parallelism of cache-dit")
 
 
 def test_a_plan_stays_where_a_search_is_refused(pipe):

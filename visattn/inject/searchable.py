@@ -7,6 +7,8 @@ from typing import Any
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import attached
 from visattn.inject.front import handlers_of
+from visattn.inject.parallel import check_dispatch
+from visattn.inject.running import Announced
 
 __all__ = ["check_searchable"]
 
@@ -16,10 +18,11 @@ def check_searchable(pipe: Any) -> None:
     spread over processes.
 
     Raises:
-        ValueError: a denoiser has a cache, is edited, or is parallel or sharded.
+        ValueError: a denoiser has a cache, is edited or guided, or is parallel or sharded.
     """
     for role, model in models_of(pipe).items():
         own: Any = model
+        check_dispatch(own, role)
         cache = getattr(own, "_cache_config", None)
         if cache is not None:
             raise ValueError(
@@ -45,7 +48,8 @@ def check_searchable(pipe: Any) -> None:
             )
         attachment = attached(model)
         edited = attachment is not None and attachment.editor is not None
-        if edited or any(map(handlers_of, (pipe, *model.modules()))):
+        handlers = (one for part in (pipe, *model.modules()) for one in handlers_of(part))
+        if edited or not all(isinstance(one, Announced) for one in handlers):  # those of a plan
             raise ValueError(
                 f"{role} of pipe is edited or guided, which a search would take for the model: end "
                 "the block of guide or steer first"
