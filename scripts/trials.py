@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
@@ -73,9 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(chosen))
         return 0
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     held = 0
-    with temporary_folder() as cache:
-        os.environ["VISATTN_CACHE"] = str(cache)
+    with temporary_folder() as cache, mock.patch.dict(os.environ, VISATTN_CACHE=str(cache)):
         for name, case in chosen.items():
             began = time.monotonic()
             good, seen = run_case(case)
