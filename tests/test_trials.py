@@ -12,7 +12,6 @@ AREAS = {
     "callstate",
     "cli",
     "guidance",
-    "kernels",
     "numerics",
     "parallel",
     "passes",

@@ -62,7 +62,7 @@ def call_of(queries, keys, dtype=torch.bfloat16):
 def attended(model, cross, dtype):
     """What the first layer that is watched makes of a call."""
     attachment = attached(model)
-    attachment.tokens = TOKENS[1:] if cross else TOKENS
+    attachment.call.tokens = TOKENS[1:] if cross else TOKENS
     layer = next(own for own in attachment.layers if own.cross == cross)
     lengths = (24, 7) if cross else (29, 29)
     call = Call(None, 0.0, False, None, False, heads_first=layer.through_sdpa)
