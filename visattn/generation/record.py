@@ -32,7 +32,7 @@ __all__ = [
 
 SCHEMA = "visattn.generation/1"
 START = b'{\n  "backend": '  # of every record
-MOST_BYTES = 64 << 20  # of a record: four times a plan
+MOST_BYTES = 1 << 28  # of a record: a plan of the most bytes, a value on each line
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "imageio-ffmpeg")
 
 
