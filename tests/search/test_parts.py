@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+from visattn.processes import Processes, ProcessGroup
 from visattn.search import replay
 from visattn.search.api import read_budget, split_prompts
 from visattn.search.calls import spread_steps
 from visattn.search.heads import output_weights
 from visattn.search.statistics import interval
-from visattn.search.store import Store
+from visattn.search.store import Store, key_of
 from visattn.search.team import Task, Team, Unfinished
 
 
@@ -134,6 +135,30 @@ def test_a_team_keeps_what_is_done_and_asks_again_what_failed(tmp_path):
     team = Team(Store(None), "about")
     team.do("stage", [Task("odd", "odd", run), *tasks(calls)])
     assert team.failures == {"stage: odd": "CompilationError: at 3:4"}
+
+
+class Two(ProcessGroup):
+    """The first of two processes, of which the other cannot read some results, as they are in
+    memory alone where the disk is full."""
+
+    def __init__(self, *unread):
+        super().__init__(Processes(0, 2))
+        self.unread = list(unread)
+
+    def gather(self, value):
+        return [value, value + self.unread if isinstance(value, list) else value]
+
+
+def test_what_one_process_cannot_read_no_process_uses(tmp_path):
+    """Else two processes would go on with different plans."""
+    mine = tasks([])
+    unread = key_of("stage", ["about", mine[2].question])
+    for own in (1, 3):  # of the other process
+        Store(tmp_path).put(key_of("stage", ["about", mine[own].question]), {"n": own})
+    team = Team(Store(tmp_path), "about", group=Two(unread))
+    found = team.do("stage", mine)
+    assert [item and item.value["n"] for item in found] == [0, 1, None, 3]
+    assert team.failures == {"stage: task 2": "a process could not read it"}
 
 
 def test_two_that_share_a_folder_alone(tmp_path):

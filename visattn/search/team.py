@@ -120,11 +120,14 @@ class Team:
         if open_:
             self._tell(stage, len(open_), len(open_), begin)
         self.group.wait()
+        # what one process cannot read no process uses, so that all go on with the same
+        unread = self.group.gather([key for key in keys if self.store.get(key) is None])
+        lost = set[str]().union(*unread)
         found: list[Item | None] = []
         for key, task in zip(keys, tasks, strict=True):
-            item = self.store.get(key)
+            item = None if key in lost else self.store.get(key)
             if item is None or "failed" in item.value:
-                why = "another process did not write it" if item is None else item.value["failed"]
+                why = "a process could not read it" if item is None else item.value["failed"]
                 self.failures[f"{stage}: {task.label}"] = why
                 item = None
             found.append(item)
