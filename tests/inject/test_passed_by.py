@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from visattn.inject import apply_plan, remove_plan, sparse, summary
+from visattn.inject.arguments import argument_names
 from visattn.patterns import Diagonal
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -115,3 +116,17 @@ def test_positions_without_names_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         pytest.raises(TypeError, match="Made was called with 3 arguments by position"),
     ):
         forward(model)
+
+
+def test_source_that_cannot_be_read_alone_names_no_argument() -> None:
+    class Known:
+        def forward(self, hidden: Any, text: Any) -> None: ...
+
+    class Indented(Known):
+        """Its text begins where the class does not:
+here."""  # fmt: skip
+
+        def forward(self, *args: Any) -> None: ...
+
+    assert argument_names(Known) == ("hidden", "text")
+    assert argument_names(Indented) == ("hidden", "text")

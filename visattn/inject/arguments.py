@@ -46,12 +46,10 @@ def named_arguments(
 def _written(kind: type) -> tuple[str, ...] | None:
     """The same by the source of a class; None where it has none, or takes any too."""
     try:
-        source = textwrap.dedent(inspect.getsource(kind))
-    except (OSError, TypeError):
+        own = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError, SyntaxError):  # a text in an indented class may not be
         return None
-    (own,) = ast.parse(source).body
-    assert isinstance(own, ast.ClassDef)
-    for node in own.body:
+    for node in own.body if isinstance(own, ast.ClassDef) else ():
         if isinstance(node, ast.FunctionDef) and node.name == "forward" and not node.args.vararg:
             return tuple(one.arg for one in node.args.args[1:])
     return None
