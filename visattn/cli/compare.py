@@ -23,6 +23,7 @@ from visattn.cli.generation_options import (
 from visattn.cli.progress import StepLine
 from visattn.files import check_writable, write_whole
 from visattn.generation import Job, load_pipeline, run_job
+from visattn.generation.job import FPS
 from visattn.generation.quiet import quiet
 from visattn.inject import sparse, summary
 from visattn.metrics import Comparison, compare_frames
@@ -99,9 +100,9 @@ def write_output(
     if args.fps is not None:
         fps = float(args.fps)
     elif "settings" in numbers:  # of the pipeline that made them
-        fps = float(numbers["settings"].get("fps", 16.0))
+        fps = float(numbers["settings"].get("fps", FPS))
     else:
-        fps = read_rate(args.inputs[0]) or read_rate(args.inputs[1]) or 16.0
+        fps = read_rate(args.inputs[0]) or read_rate(args.inputs[1]) or FPS
     if Path(args.output).suffix.lower() == ".html":
         page = page_of(a, b, found, numbers, fps)
         write_page(page, args.output)

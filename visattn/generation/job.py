@@ -22,7 +22,7 @@ from visattn.inject.apply import family_of, models_of
 from visattn.inject.front import kind_of
 from visattn.plan.reading import shown
 
-__all__ = ["Job", "Progress", "Result", "run_job"]
+__all__ = ["FPS", "Job", "Progress", "Result", "run_job"]
 
 # Called after each denoising step: how many are done, of how many, and the seconds since the start.
 Progress = Callable[[int, int, float], None]
@@ -32,7 +32,7 @@ COUNTS = ("height", "width", "num_frames", "num_inference_steps")
 SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 CALL = ("prompt", "negative_prompt", *COUNTS, *SCALES, "image")
 MAX_SEED = 2**63 - 1
-FPS = 16.0
+FPS = 16.0  # of a pipeline whose family has no rate of its own
 
 
 @dataclass(frozen=True)

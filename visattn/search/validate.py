@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from visattn.generation import Job, Result, run_job
+from visattn.generation.job import FPS
 from visattn.inject import sparse
 from visattn.metrics import compare_frames
 from visattn.metrics.prompt import parse_caption, score_prompt
@@ -82,6 +83,6 @@ def clip_of(
             }
         value[name] = own
         if name in pictures:
-            data = encode_video(found.frames, fps=found.settings.get("fps", 16.0))
+            data = encode_video(found.frames, fps=found.settings.get("fps", FPS))
             videos[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return value, videos
