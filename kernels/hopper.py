@@ -14,7 +14,9 @@ the products of the other group.
 
 Blocks that are partial, or shorter than 64, are masked by bits: two words of 32 keys for each query
 of a block, distinct tiles stored once. A test of a bit costs two instructions an element, which
-coordinates cannot match.
+coordinates cannot match. A copy brings 64 rows, also of a shorter block: what is past the end of a
+block, of a text or of a list is set to 0 in the buffer of values, as a weight of 0 does not mask a
+NaN there.
 """
 
 from __future__ import annotations
@@ -92,10 +94,25 @@ def _bring(
 
 
 @gluon.jit
-def _words(lists, j, end, o_m, LENGTHS: gl.constexpr):
+def _length(lists, j, end, LENGTHS: gl.constexpr):
+    """Keys of the block at place j that are there: those before the end of the block, and of its
+    text; none from ``end`` on."""
+    _, _, columns, p_k_table, p_text = lists
+    place = gl.minimum(j, gl.maximum(end - 1, 0))
+    p_block = p_k_table + gl.load(columns + place).to(gl.int32) * 4
+    length = gl.load(p_block + 1)
+    if LENGTHS:
+        segment = gl.load(p_block + 2)
+        valid = gl.load(p_text + gl.maximum(segment, 0)) - gl.load(p_block + 3)
+        length = gl.where(segment >= 0, gl.minimum(gl.maximum(valid, 0), length), length)
+    return gl.where(j < end, length, 0)
+
+
+@gluon.jit
+def _words(lists, j, end, length, o_m, LENGTHS: gl.constexpr):
     """The two words of each query for the block at place j: those of its tile of bits, if it has
     one, without the keys past the end of a text, none from ``end`` on."""
-    tile_of, bits, columns, p_k_table, p_text = lists
+    tile_of, bits, _, _, _ = lists
     place = gl.minimum(j, gl.maximum(end - 1, 0))
     number = gl.load(tile_of + place)
     inside = j < end
@@ -104,14 +121,27 @@ def _words(lists, j, end, o_m, LENGTHS: gl.constexpr):
     low = gl.where(masked, gl.load(p_bits), gl.where(inside, -1, 0))
     high = gl.where(masked, gl.load(p_bits + 1), gl.where(inside, -1, 0))
     if LENGTHS:
-        p_block = p_k_table + gl.load(columns + place).to(gl.int32) * 4
-        segment = gl.load(p_block + 2)
-        valid = gl.load(p_text + gl.maximum(segment, 0)) - gl.load(p_block + 3)
-        valid = gl.where(segment >= 0, gl.minimum(gl.maximum(valid, 0), 64), 64)
-        low = low & ((1 << gl.minimum(valid, 31)) - 1 | gl.where(valid > 31, -1, 0))
-        rest = gl.maximum(valid - 32, 0)
+        low = low & ((1 << gl.minimum(length, 31)) - 1 | gl.where(length > 31, -1, 0))
+        rest = gl.maximum(length - 32, 0)
         high = high & ((1 << gl.minimum(rest, 31)) - 1 | gl.where(rest > 31, -1, 0))
     return low, high
+
+
+@gluon.jit
+def _blank(v_tiles, v_full, i, length_a, length_b, HALVES: gl.constexpr, STAGES: gl.constexpr):
+    """Set the values past the ends of the blocks of step i to 0. Both groups of warps do so, and
+    each before its own products."""
+    ROWS_OF: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    if gl.minimum(length_a, length_b) < _BLOCK_K:
+        slot = i % STAGES
+        mbarrier.wait(v_full.index(slot), (i // STAGES) & 1)
+        o_n = gl.arange(0, _STEP, layout=gl.SliceLayout(1, ROWS_OF))
+        there = gl.where(o_n < _BLOCK_K, o_n < length_a, o_n - _BLOCK_K < length_b)
+        for h in gl.static_range(HALVES):
+            tile = v_tiles.index(slot * HALVES + h)
+            values = tile.load(ROWS_OF)
+            tile.store(gl.where(there[:, None], values, gl.zeros_like(values)))
+        fence_async_shared()
 
 
 @gluon.jit
@@ -198,15 +228,18 @@ def _step(
     DTYPE: gl.constexpr,
 ):
     """Step i: its logits beside the values of the step before."""
-    s, e, o_0, o_1, m, l = sums
+    s, e, o_0, o_1, m, l, length_a, length_b = sums
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = buffers
     slot = i % STAGES
     before = (i - 1) % STAGES
     p = gl.convert_layout(e.to(DTYPE), P_LAYOUT)
     if MASKED:
+        _blank(v_tiles, v_full, i - 1, length_a, length_b, HALVES, STAGES)
         j = begin + 2 * i
-        low_a, high_a = _words(lists, j, end, o_m, LENGTHS)
-        low_b, high_b = _words(lists, j + 1, end, o_m, LENGTHS)
+        length_a = _length(lists, j, end, LENGTHS)
+        length_b = _length(lists, j + 1, end, LENGTHS)
+        low_a, high_a = _words(lists, j, end, length_a, o_m, LENGTHS)
+        low_b, high_b = _words(lists, j + 1, end, length_b, o_m, LENGTHS)
     mbarrier.wait(k_full.index(slot), (i // STAGES) & 1)
     s = _logits(q_tiles, k_tiles, slot, s, GROUP, HALVES)
     mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
@@ -228,7 +261,7 @@ def _step(
     o_0 = o_0 * alpha
     if HALVES == 2:
         o_1 = o_1 * alpha
-    return s, e, o_0, o_1, m, l
+    return s, e, o_0, o_1, m, l, length_a, length_b
 
 
 @gluon.jit
@@ -310,8 +343,10 @@ def _attend(
     l = gl.zeros([_ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     s = gl.zeros([_ROWS, _STEP], gl.float32, layout=S_LAYOUT)
 
-    low_a, high_a = _words(lists, begin, end, o_m, LENGTHS)
-    low_b, high_b = _words(lists, begin + 1, end, o_m, LENGTHS)
+    length_a = _length(lists, begin, end, LENGTHS)
+    length_b = _length(lists, begin + 1, end, LENGTHS)
+    low_a, high_a = _words(lists, begin, end, length_a, o_m, LENGTHS)
+    low_b, high_b = _words(lists, begin + 1, end, length_b, o_m, LENGTHS)
     mbarrier.wait(k_full.index(0), 0)
     s = _logits(q_tiles, k_tiles, 0, s, GROUP, HALVES)
     s = warpgroup_mma_wait(0, deps=[s])
@@ -319,9 +354,9 @@ def _attend(
     x = _masked(s, low_a, high_a, low_b, high_b, S_LAYOUT)
     e, m, l, _ = _softmax(x, m, l, factor, True)
     for i in range(1, plain):
-        s, e, o_0, o_1, m, l = _step(
+        s, e, o_0, o_1, m, l, length_a, length_b = _step(
             i,
-            (s, e, o_0, o_1, m, l),
+            (s, e, o_0, o_1, m, l, length_a, length_b),
             q_tiles,
             buffers,
             lists,
@@ -340,9 +375,9 @@ def _attend(
             DTYPE,
         )
     for i in range(gl.maximum(plain, 1), steps):
-        s, e, o_0, o_1, m, l = _step(
+        s, e, o_0, o_1, m, l, length_a, length_b = _step(
             i,
-            (s, e, o_0, o_1, m, l),
+            (s, e, o_0, o_1, m, l, length_a, length_b),
             q_tiles,
             buffers,
             lists,
@@ -360,6 +395,7 @@ def _attend(
             P_LAYOUT,
             DTYPE,
         )
+    _blank(v_tiles, v_full, steps - 1, length_a, length_b, HALVES, STAGES)
     last = (steps - 1) % STAGES
     p = gl.convert_layout(e.to(DTYPE), P_LAYOUT)
     mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
@@ -447,8 +483,7 @@ def _hopper_kernel(
     """One program: one work item of one batch item; ``work`` as in ``forward.py``.
 
     firsts, tile_of int32: of each place in the lists, the first key of its block, and its tile of
-    ``bits`` int32 ``[U, 128, 2]`` (-1: none). Of ``columns``, ``k_table`` and ``text_lengths`` only
-    LENGTHS reads.
+    ``bits`` int32 ``[U, 128, 2]`` (-1: none). Of ``text_lengths`` only LENGTHS reads.
     """
     DTYPE: gl.constexpr = q.dtype.element_ty
     q_tiles = gl.allocate_shared_memory(DTYPE, [2 * HALVES, _ROWS, _WIDTH], TILE)
@@ -582,7 +617,6 @@ def forward_hopper(
 
     Args:
         q, k, v: head size a multiple of 8, at most 128.
-        v: what is past the end of a text is multiplied by 0, so it must be finite.
         lists: the tensors ``work, rows, firsts, tile_of, bits, columns, k_table, q_index``, on the
             device of q.
         scale: above 0; text_lengths: int32 ``[B, text segments]`` or None.

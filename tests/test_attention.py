@@ -28,6 +28,7 @@ from visattn.patterns import (
     Union,
 )
 from visattn.patterns.examples import EXAMPLES
+from visattn.selectors import TopBlocks
 from visattn.triton_backend import DEVICE_MAPS
 
 LAYOUT = TokenLayout(Grid(3, 5, 6), text_after=11)
@@ -221,6 +222,15 @@ BAD_CALLS = {
     ),
     "k on meta must be on the device of q, cpu": lambda: sparse_attention(
         Q, K.to("meta"), V, Dense(), LAYOUT
+    ),
+    r"v is a tensor of layout torch.sparse_coo.* call to_dense\(\) first": lambda: sparse_attention(
+        Q, K, V.to_sparse(), Dense(), LAYOUT
+    ),
+    "q is batched by torch.vmap.* put that axis into the batch": lambda: torch.vmap(
+        lambda x: sparse_attention(x, x, x, Dense(), LAYOUT)
+    )(Q[None]),
+    r"q is a meta tensor, which has no values for TopBlocks\(.* give a static pattern": lambda: (
+        sparse_attention(*[Q.to("meta")] * 3, TopBlocks(0.5), LAYOUT)
     ),
     "v of shape .* must have the shape of k": lambda: sparse_attention(
         Q, K, V[..., :8], Dense(), LAYOUT

@@ -17,7 +17,7 @@ ROWS = (
     {"_compat", "_version", "ambient", "files", "processes", "sources"},
     {"kernels"},
     {"launch", "layout"},
-    {"orders"},
+    {"orders", "padding"},
     {"predicates"},
     {"blockmap"},
     {"patterns"},

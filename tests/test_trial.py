@@ -102,6 +102,20 @@ def test_a_wrong_one_is_told_once(
     assert record.getMessage().endswith("the portable one runs, which is slower")
 
 
+def test_a_capture_before_the_trial_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A graph keeps what ran when it was captured; after it the kernel is tried as ever."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    variant = VARIANTS[0]._replace(device=torch.device("cuda"))
+    with caplog.at_level(logging.WARNING):
+        assert not trusted(variant) and not trusted(variant)
+    (record,) = caplog.records
+    assert "torch.float16 at head size 64" in record.getMessage()
+    assert record.getMessage().endswith("call the layer once before the capture")
+    assert variant not in trial._FOUND
+
+
 def test_one_that_does_not_compile_is_told_with_the_reason(
     kernel: Callable[[Forward], None], caplog: pytest.LogCaptureFixture
 ) -> None:

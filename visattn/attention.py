@@ -21,8 +21,8 @@ from visattn.execute import (
     wants_gradients,
 )
 from visattn.layout import TokenLayout
-from visattn.op import attention_op, handle_of
-from visattn.patterns import HeadPattern
+from visattn.op import attention_op, dynamic_op, handle_of
+from visattn.patterns import HeadPattern, Pattern
 from visattn.patterns.pattern import paired_layouts
 from visattn.selectors import Memory
 
@@ -149,6 +149,12 @@ def sparse_attention(
             is allowed.
         BackendUnavailable: an explicit backend cannot run here, or has no kernel for a pattern.
 
+    NaN and infinite numbers: what is past the end of a text, in another head or another sample
+    never matters. A key or value that is not finite reaches the queries that see it, in ``triton``
+    and, on other devices than the CPU, ``blockwise`` all queries of the blocks that visit its
+    block. A dynamic pattern keeps everything in a head whose scores are not finite, as these have
+    no order.
+
     Gradients: through ``reference`` and ``blockwise`` by autograd, through ``triton`` by kernels
     over the transposed block lists; through dynamic patterns for the blocks that were chosen, and
     not under ``torch.compile``. ``torch.compile(fullgraph=True)`` sees one
@@ -183,7 +189,7 @@ def attention_by(
     """``sparse_attention`` with the choices of earlier steps that dynamic patterns may keep."""
     q, k, v = cast_for_attention(q, k, v)
     check_tensors(q, k, v)
-    patterns = check_patterns(pattern, q.shape[1])
+    patterns = check_patterns(pattern, q)
     paired_layouts(layout, kv_layout)
     text_lengths = check_lengths(q, k, layout, kv_layout, text_lengths)
     factor = check_scale(scale, q.shape[3])
@@ -221,5 +227,7 @@ def _compiled(
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_attention(q, k, v)
     with_lse = return_lse or wants_gradients(q, k, v)
-    out, lse = attention_op(q, k, v, handle, text_lengths, factor, with_lse)
+    dynamic = [item for item in heads if not isinstance(item, Pattern)]
+    run = dynamic_op if dynamic else attention_op
+    out, lse = run(q, k, v, handle, text_lengths, factor, with_lse)
     return (out, lse) if return_lse else out

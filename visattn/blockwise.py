@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.blockmap import BlockMap
 from visattn.cpu_rows import rows_on_cpu
-from visattn.layout import valid_keys
-from visattn.reference import masked_softmax
+from visattn.layout import copied_to, index_on, valid_keys
+from visattn.padding import without_padding
+from visattn.reference import known_finite, masked_attention
 from visattn.rows import Row, keys_of, mask_of, ordered, products_of, rows_of
 
 __all__ = ["blockwise_attention", "blockwise_backward"]
@@ -29,18 +30,14 @@ def _attend(
     mask: torch.Tensor | None,
     scale: float,
     with_lse: bool,
+    careful: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over the last two axes; a row without a key gives 0."""
-    if not with_lse:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return (out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)), None
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = q.to(wide) @ k.to(wide).mT * scale
-    if mask is None:
-        lse = logits.logsumexp(-1)
-        return ((logits - lse[..., None]).exp().to(q.dtype).to(wide) @ v.to(wide)).to(q.dtype), lse
-    out, lse = masked_softmax(logits.masked_fill(~mask, -torch.inf), mask, v.to(wide), q.dtype)
-    return out.to(q.dtype), lse
+    if with_lse or careful:
+        out, lse = masked_attention(q, k, v, mask, scale, careful=careful)
+        return out, lse if with_lse else None
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return (out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)), None
 
 
 def _parts(rows: list[Row], heads: int) -> Iterator[Row]:
@@ -62,20 +59,22 @@ def _one_map(
     valid: torch.Tensor | None,
     scale: float,
     with_lse: bool,
+    careful: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Heads that share a map: ``[B, H, L, D]`` in token order, in and out."""
     batch, heads, length, dim = q.shape
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.device.type == "cpu" and not (with_lse or valid is not None or needs_grad):
+    written_out = with_lse or careful
+    if q.device.type == "cpu" and not (written_out or valid is not None or needs_grad):
         return rows_on_cpu(q, k, v, block_map, scale), None
     order = block_map.q_blocks.index
     q = ordered(q, order)
     k, v = (ordered(x, block_map.k_blocks.index) for x in (k, v))
     valid = _valid(block_map, valid, q.device, heads)
-    tiles = block_map.tiles[0].to(q.device)
+    tiles = copied_to(block_map.tiles[0], q.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = rows_of(block_map)
-    rows = list(_parts(rows, len(q))) if with_lse or valid is not None else rows
+    rows = list(_parts(rows, len(q))) if written_out or valid is not None else rows
     outs: list[torch.Tensor] = []
     lses: list[torch.Tensor] = []
     for group in products_of(rows, len(q), dim, valid is None):
@@ -86,13 +85,14 @@ def _one_map(
                 there = keys_of(valid[..., None], group).mT
                 mask = there if mask is None else mask & there
             own_q = own_q.unflatten(1, (len(group), -1))
-            out, lse = _attend(own_q, keys_of(k, group), keys_of(v, group), mask, scale, with_lse)
+            own = (own_q, keys_of(k, group), keys_of(v, group))
+            out, lse = _attend(*own, mask, scale, with_lse, careful)
             outs.append(out.flatten(1, 2))
             lses += [] if lse is None else [lse.flatten(1, 2)]
         else:  # rows of Skip: zero, and zero gradients
             outs.append(torch.where(torch.zeros_like(own_q, dtype=torch.bool), own_q, 0))
             lses.append(own_q.new_full(own_q.shape[:2], -torch.inf, dtype=wide))
-    back = None if order is None else order.argsort()
+    back = None if order is None else copied_to(order, q.device).argsort()
     out = ordered(torch.cat(outs, 1)[:, None], back).view(batch, heads, length, dim)
     if not with_lse:
         return out, None
@@ -107,7 +107,7 @@ def _valid(
     if valid is None:
         return None
     order = block_map.k_blocks.index
-    valid = valid if order is None else valid.index_select(1, order.to(valid.device))
+    valid = valid if order is None else valid.index_select(1, copied_to(order, valid.device))
     return valid.repeat_interleave(heads, 0).to(device)
 
 
@@ -126,9 +126,15 @@ def blockwise_attention(
         maps: one per query head; heads with the same map run together.
         text_lengths: int64 ``[B, text segments]`` or None.
         with_lse: also return the LSE (slower on a CPU: torch's fused attention does not give it).
+
+    What is NaN or infinite reaches the queries that see it and no other; on devices other than the
+    CPU, where looking for it would wait, only what is past the end of a text is kept out.
     """
     distinct = tuple(dict.fromkeys(maps))
     valid = None if text_lengths is None else valid_keys(text_lengths, distinct[0].kv_layout)
+    careful = q.device.type == "cpu" and not known_finite(q, k, v)
+    if text_lengths is not None and q.device.type != "cpu":
+        k, v = (without_padding(x, distinct[0].kv_layout, text_lengths) for x in (k, v))
     share = q.shape[1] // k.shape[1]
     outs: list[torch.Tensor] = []
     lses: list[torch.Tensor] = []
@@ -139,16 +145,18 @@ def blockwise_attention(
         if len(own) == len(maps) and share == 1:
             own_q, own_k, own_v = q, k, v
         else:
-            keys = [head // share for head in own]
-            own_q, own_k, own_v = q[:, own], k[:, keys], v[:, keys]
-        out, lse = _one_map(own_q, own_k, own_v, block_map, valid, scale, with_lse)
+            at = index_on(tuple(own), q.device)
+            keys = index_on(tuple(head // share for head in own), q.device)
+            own_q, own_k, own_v = (x.index_select(1, i) for x, i in ((q, at), (k, keys), (v, keys)))
+        out, lse = _one_map(own_q, own_k, own_v, block_map, valid, scale, with_lse, careful)
         outs.append(out)
         if lse is not None:
             lses.append(lse)
     if len(distinct) == 1:
         return outs[0], lses[0] if with_lse else None
-    back = torch.tensor(heads, device=q.device).argsort()
-    return torch.cat(outs, 1)[:, back], torch.cat(lses, 1)[:, back] if with_lse else None
+    back = index_on(tuple(heads.index(head) for head in range(len(heads))), q.device)
+    out = torch.cat(outs, 1).index_select(1, back)
+    return out, torch.cat(lses, 1).index_select(1, back) if with_lse else None
 
 
 def blockwise_backward(
@@ -168,10 +176,16 @@ def blockwise_backward(
     With ``p = exp(s - lse)`` and ``delta = sum_d grad_out out - grad_lse``::
 
         ds = p (grad_out v^T - delta)    dq = scale ds k    dk = scale ds^T q    dv = p^T grad_out
+
+    What is NaN or infinite is left out of products; it comes in by p and delta of the queries that
+    see it, if they have a gradient.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    used = (grad_out != 0).any(-1)
+    used = used if grad_lse is None else used | (grad_lse != 0)
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
     delta = delta if grad_lse is None else delta - grad_lse.to(wide)
+    delta = torch.where(used, delta, 0)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     valid = None if text_lengths is None else valid_keys(text_lengths, maps[0].kv_layout)
     share = q.shape[1] // k.shape[1]
@@ -180,16 +194,18 @@ def blockwise_backward(
         q_index, k_index = block_map.q_blocks.index, block_map.k_blocks.index
         b_q, b_do = (ordered(x[:, own].to(wide), q_index) for x in (q, grad_out))
         b_k, b_v = (ordered(x[:, key].to(wide), k_index) for x in (k, v))
-        b_lse, b_delta = (ordered(x[:, own, :, None], q_index) for x in (lse, delta))
+        b_lse, b_delta, b_used = (ordered(x[:, own, :, None], q_index) for x in (lse, delta, used))
+        own_q, own_k, own_v = (torch.where(x.isfinite(), x, 0) for x in (b_q, b_k, b_v))
         own_valid = _valid(block_map, valid, q.device, 1)
-        tiles = block_map.tiles[0].to(q.device)
+        tiles = copied_to(block_map.tiles[0], q.device)
         sum_q, sum_k, sum_v = (torch.zeros_like(x) for x in (b_q, b_k, b_v))
         for row in _parts(rows_of(block_map), len(b_q)):
             if not row.keys:
                 continue
             place = slice(row.begin, row.end)
-            row_k, row_v = (keys_of(x, [row])[:, 0] for x in (b_k, b_v))
-            p = (b_q[:, place] @ row_k.mT * scale - b_lse[:, place]).exp()
+            all_k, row_k, row_v = (keys_of(x, [row])[:, 0] for x in (b_k, own_k, own_v))
+            p = (b_q[:, place] @ all_k.mT * scale - b_lse[:, place]).exp()
+            p = torch.where(b_used[:, place], p, 0)
             mask = mask_of([row], tiles)
             if mask is not None:  # a row without a key is masked whole
                 p = torch.where(mask[:, 0], p, 0)
@@ -197,7 +213,7 @@ def blockwise_backward(
                 p = torch.where(keys_of(own_valid[..., None], [row])[:, 0].mT, p, 0)
             ds = p * (b_do[:, place] @ row_v.mT - b_delta[:, place]) * scale
             sum_q[:, place] = ds @ row_k
-            for total, part in ((sum_k, ds.mT @ b_q[:, place]), (sum_v, p.mT @ b_do[:, place])):
+            for total, part in ((sum_k, ds.mT @ own_q[:, place]), (sum_v, p.mT @ b_do[:, place])):
                 done = 0
                 for begin, end in row.runs:
                     total[:, begin:end] += part[:, done : done + end - begin]
@@ -207,6 +223,6 @@ def blockwise_backward(
             (dk, sum_k, key, k_index),
             (dv, sum_v, key, k_index),
         ):
-            back = None if index is None else index.argsort()
+            back = None if index is None else copied_to(index, q.device).argsort()
             total[:, place_of] += ordered(part[:, None], back)[:, None]
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

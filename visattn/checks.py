@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from visattn.layout import TokenLayout, check_text_lengths
-from visattn.patterns import HeadPattern
+from visattn.patterns import HeadPattern, Pattern
 
 __all__ = ["check_lengths", "check_patterns", "check_scale", "check_tensors"]
 
@@ -23,6 +23,9 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(
                 f"{name} of shape {list(x.shape)} must be [B, H, L, D] with no empty axis"
             )
+        kind = _unsupported(x)
+        if kind is not None:
+            raise TypeError(f"{name} is {kind}")
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"{name} of dtype {x.dtype} must be float16, bfloat16, float32 or float64"
@@ -47,7 +50,31 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
+def _unsupported(x: torch.Tensor) -> str | None:
+    """What is told of a tensor that is no plain one, or None."""
+    if x.layout != torch.strided:
+        return f"a tensor of layout {x.layout}; attention takes dense ones: call to_dense() first"
+    if torch._C._functorch.is_batchedtensor(x):
+        return "batched by torch.vmap, which patterns cannot follow; put that axis into the batch"
+    return None
+
+
 def check_patterns(
+    pattern: HeadPattern | Sequence[HeadPattern], q: torch.Tensor
+) -> tuple[HeadPattern, ...]:
+    """Return one pattern for each head of q, or raise a sentence that names what is wrong."""
+    heads = q.shape[1]
+    patterns = _one_per_head(pattern, heads)
+    dynamic = next((item for item in patterns if not isinstance(item, Pattern)), None)
+    if q.device.type == "meta" and dynamic is not None:
+        raise ValueError(
+            f"q is a meta tensor, which has no values for {dynamic} to choose by; give a static "
+            "pattern, or tensors on a device"
+        )
+    return patterns
+
+
+def _one_per_head(
     pattern: HeadPattern | Sequence[HeadPattern], heads: int
 ) -> tuple[HeadPattern, ...]:
     if isinstance(pattern, HeadPattern):

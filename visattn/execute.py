@@ -14,7 +14,8 @@ from visattn.ambient import plain_torch
 from visattn.blockmap import BlockMap, MapCache, PartialPolicy
 from visattn.blockwise import blockwise_attention, blockwise_backward
 from visattn.launch import on_device
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, index_on
+from visattn.padding import without_padding
 from visattn.patterns import HeadPattern, Pattern
 from visattn.reference import reference_attention
 from visattn.selectors import Agent, Selector
@@ -153,19 +154,21 @@ def execute(
         if len(heads) == q.shape[1]:
             parts = (q, k, v)
         else:
-            at = torch.tensor(heads, device=q.device)
-            parts = (q[:, at], k[:, at // share], v[:, at // share])
+            at = index_on(tuple(heads), q.device)
+            of_keys = index_on(tuple(head // share for head in heads), q.device)
+            parts = (q.index_select(1, at), k.index_select(1, of_keys), v.index_select(1, of_keys))
         if dynamic is None:
             own_out, own_lse = _static(own, backend, *parts, text_lengths, scale, with_lse)
         else:
             own_out, own_lse = _dynamic(
                 dynamic, own, backend, *parts, text_lengths, scale, memory or Memory()
             )
-        out[:, heads] = own_out
+        at = index_on(tuple(heads), q.device)
+        out.index_copy_(1, at, own_out)
         if lse is not None:
             if own_lse is None:
                 raise ValueError(f"{dynamic} has no LSE; leave return_lse out")
-            lse[:, heads] = own_lse
+            lse.index_copy_(1, at, own_lse)
     return out, lse
 
 
@@ -206,6 +209,8 @@ def _dynamic(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Heads that share a dynamic pattern."""
     layout = spec.layout
+    if text_lengths is not None:  # neither the choice nor what follows it looks at padding
+        k, v = (without_padding(x, layout, text_lengths) for x in (k, v))
     if isinstance(pattern, Agent):
         return pattern.run(q, k, v, layout, text_lengths, scale), None
     assert isinstance(pattern, Selector)

@@ -15,13 +15,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from visattn.ambient import lasting
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Grid", "Segment", "TokenLayout", "Tokens", "check_text_lengths", "on_cpu", "valid_keys"]
+__all__ = [
+    "Grid",
+    "Segment",
+    "TokenLayout",
+    "Tokens",
+    "check_text_lengths",
+    "copied_to",
+    "index_on",
+    "on_cpu",
+    "valid_keys",
+]
 
 SegmentKind = Literal["grid", "text", "prefix"]
 # A layout in plain words and numbers, in the order of the sequence: ("text", length),
@@ -47,6 +58,28 @@ def on_cpu(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return run
+
+
+@functools.lru_cache(maxsize=256)
+@on_cpu
+def index_on(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Numbers as an index on a device, int64; copied to it once, and not to be written to."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
+_COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@on_cpu
+def copied_to(constant: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor that is never written to, on a device; copied to it once."""
+    if constant.device == torch.device(device):
+        return constant
+    own = _COPIES.setdefault(constant, {})
+    if device not in own:
+        own[device] = constant.to(device)
+    copy: torch.Tensor = own[device]
+    return copy
 
 
 class Traceable:
@@ -315,12 +348,9 @@ def check_text_lengths(text_lengths: torch.Tensor, layout: TokenLayout, batch: i
         raise ValueError(
             f"text_lengths of shape {list(shape)} must be {allowed}: batch, text segments"
         )
-    capacity = torch.tensor([length for _, length in layout.texts], device=text_lengths.device)
-    return (
-        text_lengths.reshape(batch, count)
-        .long()
-        .clamp(min=torch.zeros_like(capacity), max=capacity)
-    )
+    lengths = text_lengths.reshape(batch, count).long()
+    columns = zip(lengths.unbind(1), layout.texts, strict=True)
+    return torch.stack([column.clamp(0, capacity) for column, (_, capacity) in columns], 1)
 
 
 def valid_keys(text_lengths: torch.Tensor, layout: TokenLayout) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""The torch custom op: what ``torch.compile`` sees of a call, and the gradients of the kernels.
+"""The torch custom ops: what ``torch.compile`` sees of a call, and the gradients of the kernels.
+
+There are two. Static patterns are launches alone, which a CUDA graph can capture after a first
+call. Dynamic ones may read back from the device: their op is tagged, so that Inductor leaves it out
+of its graphs.
 
 An op takes no objects, so a call's Spec travels as a handle, a 0-d CPU tensor. Handles are hashes
 of what they stand for: a compiled graph that holds one means the same in any process, and what is
@@ -17,7 +21,7 @@ from visattn.layout import TokenLayout, alive
 from visattn.patterns import HeadPattern
 from visattn.patterns.pattern import paired_layouts
 
-__all__ = ["attention_op", "handle_of", "register"]
+__all__ = ["attention_op", "dynamic_op", "handle_of", "register"]
 
 _SPECS: dict[int, Spec] = {}
 
@@ -61,9 +65,21 @@ def attention_op(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, H, Lq, D]`` and LSE ``[B, H, Lq]`` (empty without ``with_lse``)."""
+    return _run(q, k, v, handle, text_lengths, scale, with_lse)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     spec = _SPECS[int(handle)]
     check_tensors(q, k, v)
-    check_patterns(spec.patterns, q.shape[1])
+    check_patterns(spec.patterns, q)
     paired_layouts(spec.layout, spec.kv_layout)
     lengths = check_lengths(q, k, spec.layout, spec.kv_layout, text_lengths)
     backend = choose_backend(spec.backend, q).backend
@@ -77,8 +93,23 @@ def _wide(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@attention_op.register_fake
-def _(
+@torch.library.custom_op(
+    "visattn::dynamic_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def dynamic_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``attention_op``, for patterns some of which are dynamic."""
+    return _run(q, k, v, handle, text_lengths, scale, with_lse)
+
+
+def _fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -154,4 +185,6 @@ def _backward(
     return (*grads, None, None, None, None)
 
 
-attention_op.register_autograd(_backward, setup_context=_save)
+for _op in (attention_op, dynamic_op):
+    _op.register_fake(_fake)
+    _op.register_autograd(_backward, setup_context=_save)

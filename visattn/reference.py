@@ -14,7 +14,7 @@ from visattn.blockmap import NONE, PARTIAL, BlockMap
 from visattn.layout import TokenLayout, on_cpu, valid_keys
 from visattn.patterns import Pattern
 
-__all__ = ["map_mask", "masked_softmax", "pattern_mask", "reference_attention"]
+__all__ = ["known_finite", "map_mask", "masked_attention", "pattern_mask", "reference_attention"]
 
 
 def pattern_mask(
@@ -70,24 +70,77 @@ def reference_attention(
         Output ``[B, H, Lq, D]`` in the input dtype and natural-log LSE ``[B, H, Lq]`` in the
         accumulating dtype.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     masks = {p: pattern_mask(p, layout, kv_layout, q.device) for p in dict.fromkeys(patterns)}
     mask = torch.stack([masks[p] for p in patterns])[None]  # [1, H, Lq, Lk]
     if text_lengths is not None:
         mask = mask & valid_keys(text_lengths, kv_layout or layout)[:, None, None, :]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    logits = (q.to(wide) @ k.to(wide).mT * scale).masked_fill(~mask, -torch.inf)
-    out, lse = masked_softmax(logits, mask, v.to(wide), q.dtype)
-    return out.to(q.dtype), lse
+    return masked_attention(q, k, v, mask, scale, careful=not known_finite(q, k, v))
 
 
-def masked_softmax(
-    logits: torch.Tensor, mask: torch.Tensor, v: torch.Tensor, rounded: torch.dtype
+def known_finite(*tensors: torch.Tensor) -> bool:
+    """Whether nothing is NaN or infinite, where reading that waits for no device; else False."""
+    return all(
+        x.device.type == "cpu" and bool(x.detach().sum(dtype=_wide(x)).isfinite()) for x in tensors
+    )
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    careful: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of logits that are minus infinity outside the mask; a row without a key gives
-    0 and minus infinity, and no NaN in its gradients. Probabilities are rounded to ``rounded``."""
+    """Softmax attention over the last two axes, output and LSE as ``reference_attention``.
+
+    Args:
+        q: ``[..., Lq, D]``; k, v: ``[..., Lk, D]``.
+        mask: bool ``[..., Lq, Lk]``; None: all is seen.
+        careful: there may be NaN or infinite numbers. A weight of 0 does not mask them in a
+            product, so they are left out of products and put back where they are seen: nothing
+            that is masked reaches an output or a gradient, nor does a NaN query that has no
+            gradient.
+    """
+    wide, rounded = _wide(q), q.dtype
+    q, k, v = (x.to(wide) for x in (q, k, v))
+    if not careful:
+        logits, values = q @ k.mT * scale, v
+    else:
+        q_there, k_there = (x.isfinite().all(-1, keepdim=True) for x in (q, k))
+        own_q = torch.where(q_there, q, 0)
+        values = torch.where(v.isfinite(), v, 0)
+        logits = own_q @ torch.where(k_there, k, 0).mT * scale
+        told = (own_q @ k.mT * scale).detach()
+        logits = torch.where(q_there & ~k_there.mT, told, logits)
+    if mask is None:
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse[..., None]).exp()
+    else:
+        weights, lse = _masked_softmax(logits, mask)
+    weights = weights.to(rounded).to(wide)
+    out = weights @ values
+    if careful:
+        lost = (~v.isfinite()).to(wide)
+        kept = torch.ones_like(weights) if mask is None else mask.to(wide).expand_as(weights)
+        told = weights.detach() @ torch.where(v.isfinite(), 0, v)
+        out = out + torch.where(kept @ lost > 0, told, 0)
+        broken = torch.where(q_there[..., 0] | (lse == -torch.inf), 0, torch.nan)
+        out, lse = out + broken[..., None], lse + broken
+    return out.to(rounded), lse
+
+
+def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and LSE of logits inside a mask; a row without a key gives 0 and minus infinity, and
+    no NaN in its gradients."""
     empty = ~mask.any(-1)
-    logits = logits.masked_fill(empty[..., None], 0)
+    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[..., None], 0)
     lse = logits.logsumexp(-1)
     weights = (logits - lse[..., None]).exp().masked_fill(empty[..., None], 0)
-    return weights.to(rounded).to(v.dtype) @ v, lse.masked_fill(empty, -torch.inf)
+    return weights, lse.masked_fill(empty, -torch.inf)

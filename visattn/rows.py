@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from visattn.blockmap import BlockMap
-from visattn.layout import on_cpu
+from visattn.layout import copied_to, on_cpu
 
 __all__ = [
     "Mask",
@@ -193,7 +193,7 @@ def keys_of(
 def places_of(row: Row, device: torch.device | str = "cpu") -> torch.Tensor:
     """Ordered positions of the keys of a row."""
     if row.positions is not None:
-        return row.positions.to(device)
+        return copied_to(row.positions, device)
     return torch.cat([torch.arange(begin, end, device=device) for begin, end in row.runs])
 
 
@@ -212,13 +212,15 @@ def ordered(
     batch, heads, length, dim = x.shape
     if index is None and x.is_contiguous():
         return x.view(-1, length, dim)
-    index = torch.arange(length) if index is None else index
+    device = x.device
+    index = torch.arange(length, device=device) if index is None else copied_to(index, device)
     by_token = x.transpose(1, 2)
     if heads == 1 or not by_token.is_contiguous():
-        rows = take(x.reshape(-1, length, dim), index.to(x.device), out)
+        rows = take(x.reshape(-1, length, dim), index, out)
     else:  # heads beside each other, as pipelines have them
-        first = torch.arange(batch)[:, None] * length * heads + torch.arange(heads)
-        places = (first[..., None] + index * heads).flatten().to(x.device)
+        first = torch.arange(batch, device=device)[:, None] * length * heads
+        first = first + torch.arange(heads, device=device)
+        places = (first[..., None] + index * heads).flatten()
         rows = torch.index_select(by_token.view(-1, dim), 0, places, out=out)
     return rows.view(-1, length, dim)
 

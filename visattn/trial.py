@@ -43,6 +43,11 @@ def trusted(variant: Variant) -> bool:
     """Whether a variant gives what it should; while a graph is captured, whether it has."""
     if variant not in _FOUND:
         if variant.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _say_once(
+                "a CUDA graph is captured before the kernel for Hopper was tried on "
+                f"{variant.dtype} at head size {variant.dim}; the graph keeps the portable one, "
+                "which is slower: call the layer once before the capture"
+            )
             return False
         _FOUND[variant] = _tried(variant)
         reason = _FOUND[variant]

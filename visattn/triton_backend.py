@@ -12,6 +12,7 @@ from visattn.devicemaps import DeviceMaps, device_maps
 from visattn.kernels.targets import Launch
 from visattn.launch import backward_launch_of, interpreting, launch_of, on_device
 from visattn.layout import TokenLayout
+from visattn.padding import without_padding, without_unused_text
 from visattn.patterns import Pattern
 from visattn.trial import Variant, trusted
 
@@ -75,11 +76,10 @@ def triton_attention(
     if launch.warp_groups and _takes_groups(q, maps, lengths, scale):
         from visattn.kernels.hopper import forward_hopper
 
-        if lengths is not None:
-            own = v if maps.key_slots is not None else v.clone()  # permuted, it is a copy
-            v = _without_padding(own, kv_layout or layout, lengths)
         order, parts = maps.ordered[0], maps.num_parts
         return forward_hopper(q, k, v, maps.lists, lengths, scale, q_ordered=order, num_parts=parts)
+    if text_lengths is not None:  # keys past the end of a block repeat its first one, with weight 0
+        v = without_padding(v, kv_layout or layout, text_lengths)
     return forward(
         q,
         k,
@@ -128,6 +128,9 @@ def triton_backward(
     if settings is None and maps.by_coordinates:
         _, queries, warps, stages = backward_launch_of(q, spare=True)
     keys = k.shape
+    if text_lengths is not None:
+        q, out, lse = without_unused_text(q, out, lse, grad_out, grad_lse, layout)
+        k, v = (without_padding(x, kv_layout or layout, text_lengths) for x in (k, v))
     q, k, v = _ready(maps, q, k, v)
     dq, dk, dv = backward(
         q,
@@ -218,21 +221,6 @@ def _takes_groups(
         return False
     split = maps.num_parts > 0
     return trusted(Variant(q.device, q.dtype, dim, maps.ordered[0], lengths is not None, split))
-
-
-def _without_padding(
-    v: torch.Tensor, layout: TokenLayout, text_lengths: torch.Tensor
-) -> torch.Tensor:
-    """Values, which are written to, with 0 past the end of each text: text keeps its place in every
-    order of blocks."""
-    ordinal = 0
-    for begin, segment in zip(layout.starts, layout.segments, strict=True):
-        if segment.kind == "text":
-            place = torch.arange(segment.length, device=v.device)
-            past = place >= text_lengths[:, ordinal, None]
-            v[:, :, begin : begin + segment.length].masked_fill_(past[:, None, :, None], 0.0)
-            ordinal += 1
-    return v
 
 
 def _ready(

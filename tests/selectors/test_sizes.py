@@ -87,4 +87,6 @@ def test_rows_chosen_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(pattern.select(q, k, v, layout, 0.3).levels, own.levels)
     k[0, 0, 3] = torch.nan
     broken = patterns[0].select(q, k, v, layout, 0.3)
-    assert bool(broken.broken) and bool((broken.levels == 1).all())
+    assert broken.broken.flatten().tolist() == [True, False]
+    assert bool((broken.levels[0, 0] == 1).all())
+    assert torch.equal(broken.levels[0, 1], whole[0].levels[0, 1])

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 KINDS = ("grid", "text", "prefix")
+# what an op does depends on the step, and a choice may read back: no CUDA graph can replay it
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
 _numbers = itertools.count(1)
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
@@ -112,7 +114,7 @@ def unpacked(numbers: list[int]) -> Tokens:
     return tuple(out)
 
 
-@torch.library.custom_op("visattn::begin_call", mutates_args=())
+@torch.library.custom_op("visattn::begin_call", mutates_args=(), tags=UNSAFE)
 def begin_op(
     attachment: torch.Tensor,
     tokens: list[int],
@@ -152,7 +154,7 @@ def begin_call(attachment: Attachment, tokens: Tokens, told: Told) -> None:
     attachment.begun.call = begin_op(attachment.number, packed(tokens), *told)
 
 
-@torch.library.custom_op("visattn::layer_attention", mutates_args=())
+@torch.library.custom_op("visattn::layer_attention", mutates_args=(), tags=UNSAFE)
 def layer_op(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -9,6 +9,7 @@ import torch
 
 from visattn.layout import TokenLayout, valid_keys
 from visattn.orders import BoxOrder
+from visattn.padding import set_aside, without_padding
 from visattn.patterns.pattern import HeadPattern
 from visattn.selectors.inputs import block_means
 from visattn.selectors.sides import ordered_side
@@ -65,20 +66,22 @@ class Agent(HeadPattern):
         text_lengths: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """Output ``[B, H, L, D]``; arguments as ``sparse_attention``. Text tokens beyond their
-        length are no agents and no keys."""
+        """Output ``[B, H, L, D]``; arguments as ``sparse_attention``, k and v finite past the end
+        of a text. Text tokens beyond their length are no agents and no keys."""
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        q, wrong = set_aside(q)
         orders = tuple(BoxOrder(self.box) for _ in layout.grids)
         size = self.box[0] * self.box[1] * self.box[2]
         boxes = ordered_side(layout, orders, size, q.device)
-        own = boxes.grid.nonzero()[:, 0]
-        agents = block_means(boxes.take(q), boxes.exists)[:, :, own]
+        own = boxes.of_grid
+        agents = block_means(boxes.take(q), boxes.exists).index_select(2, own)
         text = [
             torch.arange(begin, begin + segment.length, device=q.device)
             for begin, segment in zip(layout.starts, layout.segments, strict=True)
             if segment.grid is None
         ]
-        agents = torch.cat([agents, *(q.index_select(2, at).to(wide) for at in text)], 2)
+        own_q = q if text_lengths is None else without_padding(q, layout, text_lengths)
+        agents = torch.cat([agents, *(own_q.index_select(2, at).to(wide) for at in text)], 2)
         share = q.shape[1] // k.shape[1]
         keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
         second = scale**EXPONENT if self.second is None else scale * self.second
@@ -91,4 +94,4 @@ class Agent(HeadPattern):
             ones = valid.new_ones(*valid.shape[:3], len(own))
             first = first.masked_fill(~torch.cat([ones, *there], 3), -torch.inf)
         out = first.softmax(-1) @ (last.softmax(-1) @ values)
-        return (out + self.shortcut * values).to(q.dtype)
+        return (out + self.shortcut * values + wrong[..., None]).to(q.dtype)

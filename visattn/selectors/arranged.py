@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 
-from visattn.layout import TokenLayout
+from visattn.layout import TokenLayout, on_cpu
 from visattn.orders import Order
 from visattn.selectors.inputs import Inputs
 from visattn.selectors.past import Past
@@ -15,7 +16,15 @@ from visattn.selectors.selection import Selection
 from visattn.selectors.selector import Selector, only_grid
 from visattn.selectors.sides import Side, arranged_side
 
-__all__ = ["ArrangedSelector", "Runs", "even_runs", "grid_tokens", "order_runs", "uneven_runs"]
+__all__ = [
+    "ArrangedSelector",
+    "Runs",
+    "even_runs",
+    "grid_rows",
+    "grid_tokens",
+    "order_runs",
+    "uneven_runs",
+]
 
 
 class Runs(NamedTuple):
@@ -39,11 +48,19 @@ def even_runs(like: torch.Tensor, size: int) -> Runs:
 
 def order_runs(layout: TokenLayout, order: Order, size: int, like: torch.Tensor) -> Runs:
     """The blocks that an order cuts the one grid into, for all heads of ``[B, H, ...]``."""
-    with torch.device("cpu"):
-        blocks = order.blocks(layout.grids[0][1], size)
-    shape = (*like.shape[:2], -1)
-    start, length = (x.to(like.device).expand(shape) for x in (blocks.start, blocks.length))
-    return Runs(start, length, torch.arange(len(blocks.start), device=like.device).expand(shape))
+    runs = _shared_runs(layout, (order,), size, like.device)
+    return Runs(*(x.expand(*like.shape[:2], -1) for x in runs))
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _shared_runs(
+    layout: TokenLayout, order: tuple[Order], size: int, device: torch.device
+) -> Runs:
+    """The same, of one head."""
+    blocks = order[0].blocks(layout.grids[0][1], size)
+    number = torch.arange(len(blocks.start))
+    return Runs(*(x.to(device) for x in (blocks.start, blocks.length, number)))
 
 
 def uneven_runs(counts: torch.Tensor, tokens: int, size: int) -> Runs:
@@ -110,18 +127,29 @@ class ArrangedSelector(Selector):
         k_side = arranged_side(layout, k_order, k_runs.start, k_runs.length, k_size)
         inputs = Inputs(q, k, v, layout, scale, q_side, k_side, kernels)
         own = self.choose(inputs, q_runs, k_runs)
-        selection = self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side)))
-        return selection.guarded((inputs.q_mean.sum() + inputs.k_mean.sum()).abs())
+        rows = grid_rows(layout, q_side, q_runs), grid_rows(layout, k_side, k_runs)
+        selection = self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side, rows)))
+        means = (inputs.q_mean[:, :, rows[0]], inputs.k_mean[:, :, rows[1]])
+        size = means[0].sum((2, 3), keepdim=True) + means[1].sum((2, 3), keepdim=True)
+        return selection.guarded(size.abs())
 
 
-def _levels(own: torch.Tensor, q_side: Side, k_side: Side) -> torch.Tensor:
+def grid_rows(layout: TokenLayout, side: Side, runs: Runs) -> slice:
+    """The blocks of the one grid among those of a side: what ``side.grid`` says, without asking a
+    device."""
+    before = layout.segments[: [s.kind for s in layout.segments].index("grid")]
+    first = sum(-(-segment.length // side.size) for segment in before)
+    return slice(first, first + runs.start.shape[2])
+
+
+def _levels(
+    own: torch.Tensor, q_side: Side, k_side: Side, rows: tuple[slice, slice]
+) -> torch.Tensor:
     """Levels of all blocks from the kept pairs of grid blocks; the others are seen, and see all."""
     levels = torch.ones(
         *own.shape[:2], len(q_side), len(k_side), dtype=torch.uint8, device=own.device
     )
-    q_grid = q_side.grid.nonzero()[:, 0]
-    k_grid = k_side.grid.nonzero()[:, 0]
-    levels[:, :, q_grid[:, None], k_grid] = own.to(torch.uint8)
+    levels[:, :, rows[0], rows[1]] = own.to(torch.uint8)
     there = (q_side.length > 0)[..., :, None] & (k_side.length > 0)[..., None, :]
     return levels * there
 

@@ -6,12 +6,14 @@ the levels of a row are disjoint key sets, whose results are merged by LSE.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from visattn.layout import TokenLayout, valid_keys
+from visattn.layout import TokenLayout, on_cpu, valid_keys
+from visattn.padding import set_aside
 from visattn.selectors.inputs import block_parts
 from visattn.selectors.selection import PooledRest, SampledRest, Selection
 from visattn.selectors.selects import BLOCK
@@ -86,6 +88,7 @@ def attend(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, _, dim = q.shape
     q_side, k_side = selection.q_side, selection.k_side
+    q, wrong = set_aside(q)
     own = q_side.take(q).to(wide)
     num_q, num_k = own.shape[2], len(k_side)
     rows_q = own.reshape(batch * heads * num_q, q_side.size, dim)
@@ -132,7 +135,8 @@ def attend(
         out = out * factor[..., None, None] + extra[..., None, :]
     length = q.shape[2]
     own_lse = to_tokens(lse[..., None], q_side, length)[..., 0]
-    return to_tokens(out.to(q.dtype), q_side, length), own_lse
+    own_out = to_tokens(out, q_side, length) + wrong[..., None]
+    return own_out.to(q.dtype), own_lse + wrong
 
 
 def _by_columns(
@@ -240,7 +244,9 @@ def _gathers(
             end += 1
         rows = order[begin:end]
         columns = seen[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :widest]
-        yield rows, columns, seen[rows].gather(1, columns)
+        counted = seen[rows].gather(1, columns)
+        # what does not count is a block that the row sees: a weight of 0 does not mask a NaN
+        yield rows, torch.where(counted, columns, columns[:, :1]), counted
         begin = end
 
 
@@ -254,8 +260,8 @@ def value_slope(
     """``scale / N`` times the sum over grid keys of (key - mean of its block) x value,
     ``[B, Hk, D, D]``."""
     there = (side.exists & side.grid[:, None])[..., None]
-    apart = ((keys - means) * there).flatten(2, 3)
-    slope: torch.Tensor = apart.mT @ (values * there).flatten(2, 3)
+    apart = (keys - means).masked_fill(~there, 0).flatten(2, 3)
+    slope: torch.Tensor = apart.mT @ values.masked_fill(~there, 0).flatten(2, 3)
     return slope * (scale / there.sum((2, 3, 4)).to(slope)[..., None, None])
 
 
@@ -267,12 +273,13 @@ def sample_tokens(rest: SampledRest, layout: TokenLayout) -> torch.Tensor:
     return grid[chosen].sort().values
 
 
+@functools.lru_cache(maxsize=64)
+@on_cpu
 def sampled_tokens(
     rest: SampledRest, layout: TokenLayout, device: torch.device
 ) -> torch.Tensor:
-    """The drawn grid tokens, ascending, int64."""
-    with torch.device("cpu"):
-        return sample_tokens(rest, layout).to(device)
+    """The drawn grid tokens, ascending, int64; copied to the device once."""
+    return sample_tokens(rest, layout).to(device)
 
 
 def sampled_bias(
@@ -324,14 +331,12 @@ def _add_sample(
 def to_tokens(blocks: torch.Tensor, side: Side, length: int) -> torch.Tensor:
     """``[B, H, N, size, C]`` back to ``[B, H, length, C]``."""
     batch, heads, _, _, width = blocks.shape
-    out = blocks.new_empty(batch, heads, length, width)
     flat = blocks.flatten(2, 3)
-    if side.tokens.shape[:2] == (1, 1):
-        kept = side.exists.flatten().nonzero()[:, 0]
-        return out.index_copy_(2, side.tokens.flatten()[kept], flat.index_select(2, kept))
-    # what is not there goes to a place beyond the last token, which is left out
-    tokens, exists = side.tokens.flatten(2), side.exists.flatten(2)
-    place = torch.where(exists, tokens, length)
-    wider = blocks.new_empty(batch, heads, length + 1, width)
-    index = place.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
-    return wider.scatter_(2, index, flat)[:, :, :-1]
+    # where each token is; what is not there goes beyond the last token, which is left out
+    token = torch.where(side.exists, side.tokens, length).flatten(2)
+    number = torch.arange(token.shape[2], device=token.device).expand_as(token)
+    place = token.new_empty(*token.shape[:2], length + 1).scatter_(2, token, number)[..., :-1]
+    if token.shape[:2] == (1, 1):
+        return flat.index_select(2, place.flatten())
+    place = place.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
+    return flat.gather(2, place)

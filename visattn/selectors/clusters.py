@@ -8,7 +8,13 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import TokenLayout, check_count
-from visattn.selectors.arranged import ArrangedSelector, Runs, grid_tokens, uneven_runs
+from visattn.selectors.arranged import (
+    ArrangedSelector,
+    Runs,
+    grid_rows,
+    grid_tokens,
+    uneven_runs,
+)
 from visattn.selectors.inputs import Inputs
 from visattn.selectors.past import Past
 from visattn.selectors.select import top_count, top_mass
@@ -86,8 +92,8 @@ class ClusterBlocks(ArrangedSelector):
             iterations = self.iterations if first is None else self.warm
             owner, found = kmeans(seen, min(clusters, x.shape[2]), iterations, first)
             centres.append(found)
-            count = torch.zeros(*owner.shape[:2], min(clusters, x.shape[2]), dtype=torch.int64)
-            count = count.to(owner.device).scatter_add_(2, owner, torch.ones_like(owner))
+            count = owner.new_zeros(*owner.shape[:2], min(clusters, x.shape[2]))
+            count.scatter_add_(2, owner, torch.ones_like(owner))
             sides.append((owner.argsort(dim=-1, stable=True), count))
         past.centres = (centres[0], centres[1])
         (q_order, q_count), (k_order, k_count) = sides
@@ -96,9 +102,10 @@ class ClusterBlocks(ArrangedSelector):
         return q_order, q_runs, self.block, k_order, k_runs, self.block
 
     def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
-        q_grid, k_grid = inputs.q_side.grid, inputs.k_side.grid
-        q_mean, _ = _group_means(inputs.q_mean[:, :, q_grid], q_runs)
-        k_mean, k_count = _group_means(inputs.k_mean[:, :, k_grid], k_runs)
+        q_rows = grid_rows(inputs.layout, inputs.q_side, q_runs)
+        k_rows = grid_rows(inputs.layout, inputs.k_side, k_runs)
+        q_mean, _ = _group_means(inputs.q_mean[:, :, q_rows], q_runs)
+        k_mean, k_count = _group_means(inputs.k_mean[:, :, k_rows], k_runs)
         scores = q_mean @ k_mean.mT * inputs.scale + k_count.clamp(min=1).log()[..., None, :]
         scores = scores.float().masked_fill((k_count == 0)[..., None, :], -torch.inf)
         least = self.least

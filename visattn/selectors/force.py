@@ -47,11 +47,12 @@ def forced_blocks(
     layout: TokenLayout,
     orders: tuple[tuple[Order, ...], tuple[Order, ...]],
     sides: tuple[Side, Side],
+    device: torch.device,
 ) -> torch.Tensor:
-    """Bool ``[1, 1, Nq, Nk]`` on the device of the sides, for blocks that all heads share."""
+    """Bool ``[1, 1, Nq, Nk]`` on a device, for blocks that all heads share; of sides on the CPU, so
+    that nothing is read back."""
     q_side, k_side = sides
-    device = q_side.length.device
-    q_grid, k_grid = q_side.grid.cpu(), k_side.grid.cpu()
+    q_grid, k_grid = q_side.grid, k_side.grid
     out = ~q_grid[:, None] | ~k_grid
     q_own, k_own = _segment_of(q_side, layout), _segment_of(k_side, layout)
     same = (q_own[:, None] == k_own) & q_grid[:, None] & k_grid
@@ -90,14 +91,14 @@ def forced_blocks(
 def _segment_of(side: Side, layout: TokenLayout) -> torch.Tensor:
     """Number of the segment of each block, on the CPU."""
     starts = torch.tensor(layout.starts)
-    first = side.tokens[0, 0, :, 0].contiguous().cpu()
+    first = side.tokens[0, 0, :, 0].contiguous()
     return torch.searchsorted(starts, first, right=True) - 1
 
 
 def _owners(side: Side, length: int) -> torch.Tensor:
     """The block of each token, on the CPU."""
     owner = torch.empty(length, dtype=torch.int64)
-    tokens = side.tokens[0, 0].cpu()
+    tokens = side.tokens[0, 0]
     owner[tokens] = torch.arange(len(side))[:, None].expand_as(tokens)
     return owner
 
@@ -130,7 +131,7 @@ def _boxes_of(side: Side, layout: TokenLayout) -> torch.Tensor:
     """First and last coordinates of the tokens of each block within its grid, ``[N, 2, 3]``, -9
     for others."""
     out = torch.full((len(side), 2, 3), -9)
-    tokens = side.tokens[0, 0].cpu()
+    tokens = side.tokens[0, 0]
     segments = _segment_of(side, layout)
     for number, (begin, segment) in enumerate(zip(layout.starts, layout.segments, strict=True)):
         if segment.grid is None:

@@ -11,6 +11,7 @@ import torch
 from visattn.ambient import plain_torch
 from visattn.launch import backward_launch_of, on_device
 from visattn.layout import TokenLayout
+from visattn.padding import without_unused_text
 from visattn.selectors.attend import first_order, means_of, sampled_bias, sampled_tokens, valid_side
 from visattn.selectors.device import kernel_attend
 from visattn.selectors.selection import SampledRest, Selection
@@ -85,6 +86,8 @@ def gradients(
     from visattn.kernels.levels import Keys
     from visattn.kernels.levels_backward import LIST, MEANS, SAMPLE, level_backward
 
+    if text_lengths is not None:
+        q, out, lse = without_unused_text(q, out, lse, grad_out, grad_lse, layout)
     q, grad_out = (x if x.stride(3) == 1 else x.contiguous() for x in (q, grad_out))
     delta = delta_of(out, grad_out, grad_lse.float().contiguous())
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)

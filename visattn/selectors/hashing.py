@@ -3,12 +3,13 @@ rest."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from visattn.layout import TokenLayout, check_count
+from visattn.layout import TokenLayout, check_count, on_cpu
 from visattn.selectors.arranged import ArrangedSelector, Runs, even_runs, grid_tokens
 from visattn.selectors.inputs import Inputs
 from visattn.selectors.past import Past
@@ -59,9 +60,8 @@ class Hashing(ArrangedSelector):
     def hashes(self, x: torch.Tensor) -> torch.Tensor:
         """Place of each vector's signs in Gray order, int64 ``[B, H, n]``: neighbours differ in one
         sign."""
-        generator = torch.Generator().manual_seed(self.seed)
-        planes = torch.randn(x.shape[3], self.projections, generator=generator, device="cpu")
-        signs = (x @ planes.to(x)) > 0
+        planes = _planes(x.shape[3], self.projections, self.seed, x.dtype, x.device)
+        signs = (x @ planes) > 0
         powers = 1 << torch.arange(self.projections, device=x.device)
         code = (signs * powers).sum(-1)
         for shift in (1, 2, 4, 8):  # the inverse of n ^ (n >> 1), for up to 16 bits
@@ -83,3 +83,13 @@ class Hashing(ArrangedSelector):
 
     def finished(self, selection: Selection) -> Selection:
         return replace(selection, rest=SampledRest(self.samples, self.seed))
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _planes(
+    dim: int, count: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The projections, ``[dim, count]``; copied to the device once."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dim, count, generator=generator, dtype=torch.float32).to(device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from visattn.selectors.arranged import (
     ArrangedSelector,
     Runs,
     even_runs,
+    grid_rows,
     grid_tokens,
     order_runs,
 )
@@ -69,7 +71,7 @@ class KeyOrder(ArrangedSelector):
         mass = (rows @ keys.mT * scale).softmax(-1).mean(2)
         order = mass.argsort(dim=-1, descending=True, stable=True)
         own = order_of(self.order, layout.grids[0][1], self.block)
-        q_order = _index(layout, own).to(q.device).expand(*q.shape[:2], -1)
+        q_order = _index(layout, (own,), q.device).expand(*q.shape[:2], -1)
         return (
             q_order,
             order_runs(layout, own, self.block, q),
@@ -80,11 +82,12 @@ class KeyOrder(ArrangedSelector):
         )
 
     def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
-        q_mean = inputs.q_mean[:, :, inputs.q_side.grid]
-        k_mean = inputs.k_mean[:, :, inputs.k_side.grid]
+        q_mean = inputs.q_mean[:, :, grid_rows(inputs.layout, inputs.q_side, q_runs)]
+        k_mean = inputs.k_mean[:, :, grid_rows(inputs.layout, inputs.k_side, k_runs)]
         return top_mass((q_mean @ k_mean.mT * inputs.scale).float(), self.mass)
 
 
+@functools.lru_cache(maxsize=64)
 @on_cpu
-def _index(layout: TokenLayout, order: Order) -> torch.Tensor:
-    return order.index(layout.grids[0][1])
+def _index(layout: TokenLayout, order: tuple[Order], device: torch.device) -> torch.Tensor:
+    return order[0].index(layout.grids[0][1]).to(device)

@@ -120,7 +120,7 @@ class Memory:
         self.made += 1
         self.density[pattern] = selection.block_density().mean()
         if selection.broken is not None:
-            own = selection.broken
+            own = selection.broken.any()
             self.broken = own if self.broken is None else self.broken | own
         return selection
 

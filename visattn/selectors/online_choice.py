@@ -83,7 +83,7 @@ class OnlineChoice(Selector):
         full = logits.softmax(-1) @ values
         errors = []
         for pattern in self.patterns:
-            mask = _rows_of(pattern, layout, count).to(q.device)
+            mask = _rows_of(pattern, layout, count, q.device)
             out = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ values
             errors.append((out - full).square().mean((-1, -2)))
         return torch.stack(errors, -1).argmin(-1)
@@ -105,15 +105,12 @@ class OnlineChoice(Selector):
         runs = even_runs(torch.empty(*best.shape, grid.numel, device=q.device), self.block)
         sides = []
         for place in range(2):  # queries, keys
-            index = torch.stack([_index(own[place], layout) for own in orders]).to(q.device)
+            index = _indices(tuple(own[place] for own in orders), layout, q.device)
             sides.append(
                 arranged_side(layout, index[best], runs.start, runs.length, self.block)
             )
-        status = [
-            _visited(pattern, layout, own, self.block)
-            for pattern, own in zip(self.patterns, orders, strict=True)
-        ]
-        levels = torch.stack(status).to(q.device)[best].to(torch.uint8)
+        pairs = tuple(zip(self.patterns, orders, strict=True))
+        levels = _visited(pairs, layout, self.block, q.device)[best]
         return Selection.of(sides[0], sides[1], levels)
 
 
@@ -125,24 +122,40 @@ def _line_orders(pattern: Pattern, layout: TokenLayout, block: int) -> tuple[Ord
     return own if plain else (LineOrder(), LineOrder())
 
 
+# what follows is copied to the device once
+
+
+@functools.lru_cache(maxsize=16)
 @on_cpu
-def _index(order: Order, layout: TokenLayout) -> torch.Tensor:
-    return order.index(layout.grids[0][1])
+def _indices(
+    orders: tuple[Order, ...], layout: TokenLayout, device: torch.device
+) -> torch.Tensor:
+    """The tokens of the grid in some orders, int64 ``[orders, n]``."""
+    return torch.stack([order.index(layout.grids[0][1]) for order in orders]).to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 @on_cpu
 def _visited(
-    pattern: Pattern, layout: TokenLayout, orders: tuple[Order, Order], block: int
+    pairs: tuple[tuple[Pattern, tuple[Order, Order]], ...],
+    layout: TokenLayout,
+    block: int,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Blocks that a pattern visits, bool ``[Nq, Nk]``."""
-    return pattern.lower(layout, block, block, partial="promote", order=orders).status() != NONE
+    """Blocks that each pattern visits in its orders, uint8 ``[patterns, Nq, Nk]``."""
+    status = [
+        pattern.lower(layout, block, block, partial="promote", order=orders).status() != NONE
+        for pattern, orders in pairs
+    ]
+    return torch.stack(status).to(device, torch.uint8)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 @on_cpu
-def _rows_of(pattern: Pattern, layout: TokenLayout, count: int) -> torch.Tensor:
+def _rows_of(
+    pattern: Pattern, layout: TokenLayout, count: int, device: torch.device
+) -> torch.Tensor:
     """The token rule of a pattern at evenly spread queries, bool ``[count, L]``."""
     begin, grid = layout.grids[0]
     at = begin + torch.arange(count) * grid.numel // count
-    return pattern.allows(at[:, None], torch.arange(layout.length), layout)
+    return pattern.allows(at[:, None], torch.arange(layout.length), layout).to(device)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from visattn.layout import TokenLayout, valid_keys
+from visattn.padding import set_aside
 from visattn.selectors.attend import sample_tokens
 from visattn.selectors.selection import PooledRest, SampledRest, Selection
 from visattn.selectors.selects import BLOCK
@@ -30,6 +31,7 @@ def reference_attend(
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
     valid = None if text_lengths is None else valid_keys(text_lengths, layout)
+    q, wrong = set_aside(q)
     q_side, k_side, rest = selection.q_side, selection.k_side, selection.rest
     share = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
@@ -83,7 +85,7 @@ def reference_attend(
                     factor, extra = (x[b, h, i] for x in selection.correction)
                     result = result * factor + extra
                 out[b, h, q_tokens] = result.to(q.dtype)
-    return out, lse
+    return out + wrong[..., None], lse + wrong
 
 
 def _blocks(side: Side, b: int, h: int) -> list[torch.Tensor]:

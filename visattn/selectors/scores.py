@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from visattn.layout import index_on
 from visattn.selectors.inputs import Inputs, block_parts
 
 __all__ = [
@@ -215,7 +216,8 @@ class Sampled(Score):
         k = inputs.for_heads(k)
         batch, heads, num_k, width = k.shape[:4]
         flat = k.flatten(2, 3).mT[:, :, None]
-        real = inputs.k_side.exists[..., k_at] & inputs.k_side.grid[:, None]
+        there = inputs.k_side.exists.index_select(-1, index_on(tuple(k_at), k.device))
+        real = there & inputs.k_side.grid[:, None]
         gone = ~real.flatten(-2)[..., None, None, :]
         out = []
         for rows in row_parts(q.shape[2], batch * heads * num_k * width * len(q_at)):
@@ -230,8 +232,9 @@ class Sampled(Score):
 
 def _at(blocks: torch.Tensor, exists: torch.Tensor, places: list[int]) -> torch.Tensor:
     """Tokens at places of each block, its first one where there is none."""
-    there = exists[..., places, None]
-    return torch.where(there, blocks[..., places, :], blocks[..., :1, :])
+    at = index_on(tuple(places), blocks.device)
+    there = exists.index_select(-1, at)[..., None]
+    return torch.where(there, blocks.index_select(-2, at), blocks[..., :1, :])
 
 
 @dataclass(frozen=True)

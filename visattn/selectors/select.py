@@ -102,8 +102,9 @@ def smallest_prefix(
 
 def top_count(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """The ``count`` best of each row, bool; int or int64 that broadcasts to ``[..., 1]``."""
-    target = torch.as_tensor(count, device=scores.device)
-    return smallest_prefix(order_keys(scores), None, target.long())
+    if not isinstance(count, torch.Tensor):
+        count = torch.full((1,), count, dtype=torch.int64, device=scores.device)
+    return smallest_prefix(order_keys(scores), None, count.long())
 
 
 def top_mass(

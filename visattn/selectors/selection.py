@@ -43,8 +43,9 @@ class SampledRest:
 
 
 def not_finite(scores: torch.Tensor) -> torch.Tensor:
-    """Whether some score has no place in an order, bool 0-d; minus infinity has the last."""
-    return (scores.isnan() | (scores == torch.inf)).any()
+    """Whether some score of a head ``[B, H, Nq, Nk]`` has no place in an order, bool ``[B, H, 1,
+    1]``; minus infinity has the last."""
+    return (scores.isnan() | (scores == torch.inf)).flatten(2).any(2)[..., None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,8 @@ class Selection:
         weights: of the tokens of a block in its one mean at level BLOCK, ``[B, H, Nk, block_k]``
             that add up to 1; the logit then has + their entropy in the place of ln n. None: equal
             ones.
-        broken: bool, 0-d: whether scores were not finite, so that everything is seen; None where
-            there are none. Reading it waits for the device.
+        broken: bool ``[B, H, 1, 1]``: whether scores of a head were not finite, so that it sees
+            everything; None where there are none. Reading it waits for the device.
         correction: ``(factor [B, H, Nq], extra [B, H, Nq, D])``: the output of a block's queries
             is multiplied by the one, and then has the other added.
     """
@@ -95,18 +96,18 @@ class Selection:
         return Selection(q_side, k_side, levels, values, rest, variance)
 
     def guarded(self, scores: torch.Tensor) -> Selection:
-        """The selection, or everything where some score is NaN or infinite: what has no order
-        cannot be chosen among."""
+        """The selection, or everything in heads with a score that is NaN or infinite: what has no
+        order cannot be chosen among."""
         return self.guarded_by(not_finite(scores))
 
     def guarded_by(self, broken: torch.Tensor) -> Selection:
-        """The selection, or everything where ``broken``, bool 0-d."""
+        """The selection, or everything where ``broken``, bool ``[B, H, 1, 1]``."""
         there = (self.q_side.length > 0)[..., :, None] & (self.k_side.length > 0)[..., None, :]
         levels = torch.where(broken, there.to(torch.uint8), self.levels)
         correction = self.correction
         if correction is not None:
             factor, extra = correction
-            correction = factor.masked_fill(broken, 1), extra.masked_fill(broken, 0)
+            correction = factor.masked_fill(broken[..., 0], 1), extra.masked_fill(broken, 0)
         return replace(self, levels=levels, correction=correction, broken=broken)
 
     @property

@@ -171,6 +171,12 @@ class Stages:
         )
 
 
+    def forced(self, layout: TokenLayout, device: torch.device) -> torch.Tensor:
+        """Block pairs that are kept whatever their score, bool ``[1, 1, Nq, Nk]``."""
+        sides = self.sides(layout, torch.device("cpu"))
+        return forced_blocks(self.force, layout, self.grid_orders(layout), sides, device)
+
+
 class BlockSelector(Selector):
     """A selector whose blocks are the same for all heads; subclasses give its stages."""
 
@@ -197,7 +203,7 @@ class BlockSelector(Selector):
         sides = own.sides(layout, q.device)
         lse = past.lse if past is not None and self.learns else None
         inputs = Inputs(q, k, v, layout, scale, *sides, kernels, lse)
-        forced = forced_blocks(own.force, layout, own.grid_orders(layout), sides)
+        forced = own.forced(layout, q.device)
         many = q.shape[0] * q.shape[1] * forced.shape[2] * forced.shape[3]
         if many > MOST_SCORES and own.choose.by_rows and own.score.by_rows and self.by_rows:
             step = max(1, forced.shape[2] * MOST_SCORES // many)
@@ -215,7 +221,7 @@ class BlockSelector(Selector):
         """The selection, ``step`` query blocks at a time, so that the scores of all of them are
         never there together."""
         sides, found = (inputs.q_side, inputs.k_side), []
-        broken = torch.zeros((), dtype=torch.bool, device=forced.device)
+        broken = torch.zeros(*inputs.q.shape[:2], 1, 1, dtype=torch.bool, device=forced.device)
         for begin in range(0, len(sides[0]), step):
             rows = slice(begin, begin + step)
             part = replace(inputs, q_side=sides[0].part(rows), whole=inputs)

@@ -46,6 +46,11 @@ class Side:
         offset = torch.arange(self.size, device=self.length.device)
         return offset < self.length[..., None]
 
+    @functools.cached_property
+    def of_grid(self) -> torch.Tensor:
+        """Numbers of the blocks of grid tokens, int64."""
+        return self.grid.nonzero()[:, 0]
+
     def part(self, rows: slice) -> Side:
         """Some of the blocks."""
         tokens, length = self.tokens[:, :, rows], self.length[:, :, rows]

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from visattn.layout import TokenLayout, check_count
-from visattn.selectors.force import Force, forced_blocks
 from visattn.selectors.past import Past
 from visattn.selectors.scores import Pooled
 from visattn.selectors.selection import Selection
@@ -87,7 +86,7 @@ class SkipList(Selector):
             Pooled(), TopK(), orders=(self.order, self.order), blocks=(self.block, self.block)
         )
         sides = stages.sides(layout, q.device)
-        forced = forced_blocks(Force(), layout, stages.grid_orders(layout), sides)
+        forced = stages.forced(layout, q.device)
         shape = (*q.shape[:2], len(sides[0]), len(sides[1]))
         kept = torch.ones(shape, dtype=torch.bool, device=q.device)
         if past is not None:
