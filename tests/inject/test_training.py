@@ -1,6 +1,8 @@
 """Denoisers are trained with a plan on them."""
 
 import functools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -8,9 +10,12 @@ import tiny_images
 import torch
 from peft import LoraConfig
 from planned import KINDS, PLAN, VARIED
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.utils.checkpoint import checkpoint
 
-from visattn.inject import apply_plan, sparse, summary
+from visattn.inject import apply_plan, remove_plan, sparse, summary
 
 
 def example(kind):
@@ -169,3 +174,51 @@ def test_backward_after_the_plan_is_taken_off_is_refused(reentrant):
     with pytest.raises(RuntimeError, match="call backward before the plan is taken off"):
         loss.backward()
     model(**own, return_dict=False)[0].mean().backward()  # without a plan as ever
+
+
+@pytest.mark.parametrize("how", ["wrapper", "other thread"])
+def test_blocks_that_torch_wraps_run_again_in_their_own_call(how):
+    """As FSDP wraps them; a backward on a GPU runs them in a thread of its own."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny.wan_transformer(1, layers=1).train()
+        apply_plan(model, PLAN, guard=False)
+        if checkpointing:
+            apply_activation_checkpointing(model, check_fn=_is_block)
+        outs = [model(**at_size("wan21", *size))[0] for size in ((3, 6, 4), (3, 4, 6))]
+        loss = sum((out**2).mean() for out in outs)
+        if how == "wrapper":
+            loss.backward()
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
+        assert b"visattn" not in pickle.dumps(model)
+        remove_plan(model)
+        assert not any("visattn" in type(x).__module__ for x in vars(model.blocks[0]).values())
+        gradients.append([own.grad for own in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_blocks_that_run_again_unannounced_are_refused():
+    model = tiny.wan_transformer(1, layers=1).train()
+    apply_plan(model, PLAN, guard=False)
+    block = model.blocks[0]
+    model.blocks[0] = _Again(block)
+    loss = model(**at_size("wan21", 3, 6, 4))[0].mean()
+    with pytest.raises(RuntimeError, match="by enable_gradient_checkpointing"):
+        loss.backward()
+
+
+class _Again(torch.nn.Module):
+    """Code of a user's own that runs a block again."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return checkpoint(self.block, *args, use_reentrant=False)
+
+
+def _is_block(module):
+    return type(module).__name__ == "WanTransformerBlock"

@@ -240,6 +240,11 @@ class Attachment:
         for layer in self.layers:
             layer.install()
 
+    def end(self) -> None:
+        """A call of the denoiser has ended: what its layers do from now on is not part of it."""
+        self.call.tokens = ()
+        self.look()
+
     def look(self) -> None:
         """After the first call of the model: whether its layers were called."""
         for layer in () if self.looked else self.layers:
@@ -280,7 +285,9 @@ class Attachment:
         if not tokens:
             raise RuntimeError(
                 f"an attention layer of {self.role} was called outside the forward of its model, "
-                "so that its token layout is not known; remove_plan before calling parts of a model"
+                "so that its token layout is not known; remove_plan before calling parts of a "
+                "model, and let blocks run again in the backward by enable_gradient_checkpointing "
+                "or torch's checkpoint_wrapper"
             )
         return self._checked(tokens)
 
@@ -490,7 +497,7 @@ not_a_graph(_begin)
 def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """The hook after it."""
     if not torch.compiler.is_compiling():
-        model._visattn.look()
+        model._visattn.end()
 
 
 not_a_graph(_end)

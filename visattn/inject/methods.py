@@ -6,6 +6,7 @@ Everything here refers to the denoiser weakly, and to the copy of the denoiser i
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,16 +37,21 @@ class _Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return type(self)(memo.get(id(self.model()), self.model()), self.function)
 
+    def __reduce__(self) -> Any:
+        return functools.partial, (self.function,)
+
 
 class _Checkpointing(_Method):
-    """What a denoiser calls its blocks by, to run them again in the backward."""
+    """What a denoiser, or a module that wraps one of its blocks, calls blocks by, to run them again
+    in the backward."""
 
     def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         own: Attachment | None = model.__dict__.get("_visattn")
         if own is None or torch.compiler.is_compiling():
             return self.function(block, *args, **kwargs)
-        return self.function(_Again(model, own, block, args), *args, **kwargs)
+        given = (*args, *kwargs.values())
+        return self.function(_Again(model, own, block, given), *args, **kwargs)
 
 
 class _Again:
@@ -53,9 +59,9 @@ class _Again:
     of the same call, whatever calls the denoiser has had since."""
 
     def __init__(
-        self, model: Any, own: Attachment, block: Callable[..., Any], args: tuple[Any, ...]
+        self, model: Any, own: Attachment, block: Callable[..., Any], given: tuple[Any, ...]
     ) -> None:
-        samples = next((len(x) for x in args if isinstance(x, torch.Tensor)), 1)
+        samples = next((len(x) for x in given if isinstance(x, torch.Tensor)), 1)
         self.model, self.block = model, block
         self.work, self.state = own.work, own.held(samples)
 
@@ -80,18 +86,27 @@ def put_methods(model: Any) -> None:
 
 def take_methods(model: Any) -> None:
     """Take them off."""
-    for name, own in [*model.__dict__.items()]:
-        if isinstance(own, _Checkpointing):
-            model.__dict__[name] = own.function
-        elif isinstance(own, _Method):
-            del model.__dict__[name]
+    for module in model.modules():
+        for name, own in [*module.__dict__.items()]:
+            if isinstance(own, _Checkpointing):
+                module.__dict__[name] = own.function
+            elif isinstance(own, _Method):
+                del module.__dict__[name]
 
 
 def follow_checkpointing(model: Any) -> None:
-    """Let blocks that gradient checkpointing runs again be part of their own call."""
-    own = model.__dict__.get(CHECKPOINTING)
+    """Let blocks that gradient checkpointing runs again be part of their own call: that of
+    diffusers, and that of modules that torch puts around blocks, as FSDP does."""
+    _follow(model, model, CHECKPOINTING)
+    for module in model.modules() if torch.is_grad_enabled() else ():
+        if type(module).__name__ == "CheckpointWrapper":  # of torch.distributed
+            _follow(model, module, "checkpoint_fn")
+
+
+def _follow(model: Any, module: Any, name: str) -> None:
+    own = module.__dict__.get(name)
     if own is not None and not isinstance(own, _Checkpointing):
-        model.__dict__[CHECKPOINTING] = _Checkpointing(model, own)
+        module.__dict__[name] = _Checkpointing(model, own)
 
 
 @contextmanager
