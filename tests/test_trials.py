@@ -12,6 +12,7 @@ AREAS = {
     "callstate",
     "cli",
     "guidance",
+    "kernels",
     "numerics",
     "parallel",
     "passes",
