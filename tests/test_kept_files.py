@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visattn.files import read_limited, sha256_of
+from visattn.files import read_limited, read_text, sha256_of
 from visattn.generation import checksums, record, shapes
 from visattn.generation.job import Job
 from visattn.generation.loading import Loading
@@ -103,7 +103,7 @@ def test_the_name_of_a_commit_may_be_anything(tmp_path, monkeypatch):
 def test_results_of_a_search_that_are_none_are_made_anew(tmp_path, caplog):
     values = {"deep": DEEP.decode(), "list": "[]", "broken": "{"}
     for kind, text in values.items():
-        save_file({"x": torch.zeros(1)}, tmp_path / f"{kind}.safetensors", {"value": text})
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{kind}.safetensors", {"key": kind, "value": text})
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
     own = Store(tmp_path)
@@ -113,3 +113,8 @@ def test_results_of_a_search_that_are_none_are_made_anew(tmp_path, caplog):
         again = Store(tmp_path).get(kind)
         assert again is not None and again.value == {"a": 1} and again.tensors["x"] == 1
     assert len([own for own in caplog.records if "is damaged" in own.message]) == len(values) + 1
+
+
+def test_a_text_without_end_is_refused():
+    with pytest.raises(ValueError, match="prompts file '/dev/zero' has more than the 1000 bytes"):
+        read_text("/dev/zero", "prompts file", 1000)

@@ -13,6 +13,7 @@ from visattn.leftovers import clear_leftovers, part_of
 
 __all__ = ["check_writable", "read_limited", "read_text", "sha256_of", "write_whole"]
 
+MOST_TEXT = 1 << 26  # bytes of a text, where nothing else is said
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -94,18 +95,23 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     part.unlink()
 
 
-def read_text(path: str | os.PathLike[str], what: str) -> str:
+def read_text(path: str | os.PathLike[str], what: str, limit: int = MOST_TEXT) -> str:
     """The text of a file in UTF-8, or in the encoding of its byte order mark, with lines that end
     in ``\\n``.
 
     Args:
-        path: of the file; what: it is called in a sentence, as in ``"plan"``.
+        path: of the file, which may be a pipe.
+        what: it is called in a sentence, as in ``"plan"``.
+        limit: bytes that it may have.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no such text, or holds the character NUL.
+        ValueError: it is no such text, is too large, or holds the character NUL.
     """
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{what} {str(path)!r} has more than the {limit} bytes allowed")
     encoding = next((own for mark, own in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)

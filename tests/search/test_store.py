@@ -40,6 +40,14 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, cut):
     assert "damaged" in caplog.text
 
 
+def test_a_file_of_another_key_is_made_anew(tmp_path, caplog):
+    Store(tmp_path).put("k", {"n": 1})
+    (tmp_path / "k.safetensors").rename(tmp_path / "other.safetensors")
+    with caplog.at_level(logging.WARNING, "visattn"):
+        assert Store(tmp_path).get("other") is None
+    assert "damaged" in caplog.text
+
+
 def test_a_full_disk_is_said_once_and_survived(tmp_path, caplog, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

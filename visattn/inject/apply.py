@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -101,7 +102,7 @@ def apply_plan(
     _exchange([attached(attachment.model) for attachment in new], new)
     if own.rules and not any(layer.table for attachment in new for layer in attachment.layers):
         new[0].tell("nothing sparse runs, as the plan keeps all heads of all layers dense")
-    note_planned(pipe, {attachment.role: id(attachment.model) for attachment in new})
+    note_planned(pipe, {own.role: weakref.ref(own.model) for own in new})
     return own
 
 

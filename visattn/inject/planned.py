@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,11 @@ __all__ = ["note_planned", "planned", "replaced"]
 ATTRIBUTE = "_visattn_planned"
 
 
-class _Noted(dict[str, int]):
-    """By role, by identity, which means nothing where a pickle is read: there it is None."""
+Models = Mapping[str, weakref.ref[torch.nn.Module]]
+
+
+class _Noted(dict[str, "weakref.ref[torch.nn.Module]"]):
+    """By role, weakly, which cannot be pickled: what is read is None."""
 
     def __reduce_ex__(self, protocol: object) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -24,13 +28,13 @@ class _Noted(dict[str, int]):
         return _Noted(self)
 
 
-def planned(pipe: Any) -> dict[str, int] | None:
-    """The denoisers that the plan of a pipeline is on, by role, by identity."""
-    found: dict[str, int] | None = vars(pipe).get(ATTRIBUTE)
+def planned(pipe: Any) -> Models | None:
+    """The denoisers that the plan of a pipeline is on, by role."""
+    found: Models | None = vars(pipe).get(ATTRIBUTE)
     return found
 
 
-def note_planned(pipe: Any, found: dict[str, int] | None) -> None:
+def note_planned(pipe: Any, found: Models | None) -> None:
     """Note them on the pipeline, a denoiser alone excepted; None: there is no plan."""
     vars(pipe).pop(ATTRIBUTE, None)
     if found is not None and not isinstance(pipe, torch.nn.Module):
@@ -41,6 +45,6 @@ def replaced(pipe: Any, models: Mapping[str, torch.nn.Module]) -> tuple[str, ...
     """Roles whose denoiser took the place of one with a plan, and has none itself."""
     return tuple(
         role
-        for role, identity in (planned(pipe) or {}).items()
-        if role in models and id(models[role]) != identity and attached(models[role]) is None
+        for role, model in (planned(pipe) or {}).items()
+        if role in models and models[role] is not model() and attached(models[role]) is None
     )

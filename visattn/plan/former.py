@@ -12,7 +12,8 @@ __all__ = ["former"]
 
 def former(pattern: HeadPattern) -> HeadPattern:
     """The pattern with the options that schema 1 lacks as they were then, in patterns inside of it
-    too."""
+    too. Plans were written with all options that there were; an option that somebody left out by
+    hand has its present default."""
     changes: dict[str, Any] = dict(pattern.before)
     for own in fields(pattern):  # type: ignore[arg-type]
         value = getattr(pattern, own.name)

@@ -66,7 +66,10 @@ class Store:
 
         try:
             with safe_open(path, "pt") as file:
-                value = json.loads(file.metadata()["value"])
+                kept = file.metadata()
+                if kept["key"] != key:
+                    raise ValueError("it is of another key")
+                value = json.loads(kept["value"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if not isinstance(value, dict):
                 raise TypeError(f"a result is no {type(value).__name__}")
@@ -89,7 +92,7 @@ class Store:
         self._memory[key] = Item(json.loads(text), own)
         if self.folder is not None:
             try:
-                write_whole(self._path(key), save(own, {"value": text}))
+                write_whole(self._path(key), save(own, {"key": key, "value": text}))
             except OSError as error:
                 if self.lost is None:
                     logger.warning(
