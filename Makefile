@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q --no-input -c constraints.txt
 
-.PHONY: all demo test lint gallery clean
+.PHONY: all demo test test-second test-all lint gallery clean
 
 all: test
 
@@ -31,8 +31,16 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 # `python -m pytest` puts the root on the path, so that a folder which hides an installed package shows.
+# The second tier has what takes long: kernels of every pattern, compiled pipelines, killed searches.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
 test: lint
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST) -m "not slow and not second"
+
+test-second: $(STAMP)
+	$(PYTEST) -m second
+
+test-all: test test-second
 
 gallery: $(STAMP)
 	$(BIN)/python scripts/draw_patterns.py

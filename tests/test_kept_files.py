@@ -103,7 +103,8 @@ def test_the_name_of_a_commit_may_be_anything(tmp_path, monkeypatch):
 def test_results_of_a_search_that_are_none_are_made_anew(tmp_path, caplog):
     values = {"deep": DEEP.decode(), "list": "[]", "broken": "{"}
     for kind, text in values.items():
-        save_file({"x": torch.zeros(1)}, tmp_path / f"{kind}.safetensors", {"key": kind, "value": text})
+        kept = {"key": kind, "value": text}
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{kind}.safetensors", kept)
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
     own = Store(tmp_path)

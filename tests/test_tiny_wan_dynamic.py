@@ -86,6 +86,7 @@ def test_passes_choose_for_themselves(expected):
     assert not torch.equal(latents(pipe), expected[0])
 
 
+@pytest.mark.second
 def test_compiled_chooses_as_eager(expected):
     torch._dynamo.reset()
     pipe = load()

@@ -46,6 +46,7 @@ CASES = [(name, way) for name in ("wan21", "cogvideox") for way in WAYS]
 CASES.append(("hunyuanvideo", "wrapped"))
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(("name", "way"), CASES)
 @pytest.mark.parametrize("order", ["plan first", "compiled first"])
 def test_compiled_pipeline_runs_its_plan(name, way, order):
@@ -81,6 +82,7 @@ def test_compiled_pipeline_runs_its_plan(name, way, order):
     assert counter.frame_count <= 2 * once
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("name", ["wan21", "cogvideox"])
 def test_compiled_pipeline_at_a_second_resolution(name):
     pipe = tiny.PIPELINES[name]()

@@ -87,6 +87,7 @@ def check(
         assert error <= allowed, (name, float(error), float(allowed), patterns)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_pattern_is_within_the_bound(name: str, dtype: torch.dtype) -> None:

@@ -101,6 +101,7 @@ def test_every_launch_is_in_the_table(family: str, table: dict[str, Any]) -> Non
     assert {dim for _, _, dim, _ in ROWS[family]} >= ({96} if backward else {40, 80, 96})
 
 
+@pytest.mark.second
 def test_rows_compiled_afresh_agree(tmp_path: Path) -> None:
     import triton
 

@@ -107,6 +107,7 @@ def check(
         assert error <= allowed, (name, float(error), float(allowed), patterns)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout_name", WALKED)
 @pytest.mark.parametrize("name", PATTERNS)
@@ -144,6 +145,7 @@ def test_head_sizes(dim: int) -> None:
     check(inputs(layout, 1, 1, dim, torch.float16), [Diagonal(9)], layout)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("dim", [16, 40, 96, 128])
 def test_tensor_descriptors(dim: int) -> None:
     """Also of tokens outside heads, of padded head sizes, and of rows that none can describe."""

@@ -43,6 +43,7 @@ def gradients_agree(selection: Selection, layout: TokenLayout) -> None:
         assert (x - y).abs().max() <= 1e-5 * max(1.0, float(y.abs().max()))
 
 
+@pytest.mark.second
 @pytest.mark.skipif(GPU, reason="sides are on the CPU")
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in ("reuse", *NONE)])
 def test_every_selector(name: str) -> None:

@@ -18,6 +18,7 @@ def reference(tmp_path_factory):
     return finish(start(folder)), kept(folder)
 
 
+@pytest.mark.second
 def test_killed_at_random_moments(tmp_path, reference):
     """No file is half written, and what was done is not done again."""
     lines, files = reference
@@ -27,6 +28,7 @@ def test_killed_at_random_moments(tmp_path, reference):
     assert len(rest) < len(lines)
 
 
+@pytest.mark.second
 def test_two_processes(tmp_path, reference):
     """Find what one finds, to the bit, with a device each, and share the work of both searches."""
     lines, files = reference
