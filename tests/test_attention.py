@@ -226,6 +226,9 @@ BAD_CALLS = {
     r"v is a tensor of layout torch.sparse_coo.* call to_dense\(\) first": lambda: sparse_attention(
         Q, K, V.to_sparse(), Dense(), LAYOUT
     ),
+    "q is a nested tensor.* call to_padded_tensor": lambda: sparse_attention(
+        torch.nested.nested_tensor([Q[0], Q[0, :, :3]]), K, V, Dense(), LAYOUT
+    ),
     "q is batched by torch.vmap.* put that axis into the batch": lambda: torch.vmap(
         lambda x: sparse_attention(x, x, x, Dense(), LAYOUT)
     )(Q[None]),

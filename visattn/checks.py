@@ -19,13 +19,13 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor [B, H, L, D], not {type(x).__name__}")
+        kind = _unsupported(x)
+        if kind is not None:
+            raise TypeError(f"{name} is {kind}")
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(
                 f"{name} of shape {list(x.shape)} must be [B, H, L, D] with no empty axis"
             )
-        kind = _unsupported(x)
-        if kind is not None:
-            raise TypeError(f"{name} is {kind}")
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"{name} of dtype {x.dtype} must be float16, bfloat16, float32 or float64"
@@ -52,6 +52,8 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def _unsupported(x: torch.Tensor) -> str | None:
     """What is told of a tensor that is no plain one, or None."""
+    if x.is_nested:
+        return "a nested tensor; attention takes dense ones: call to_padded_tensor() first"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}; attention takes dense ones: call to_dense() first"
     if torch._C._functorch.is_batchedtensor(x):
