@@ -2,6 +2,7 @@
 text encoder), against ``visattn.guide`` on the classic one and against its formula."""
 
 import functools
+import threading
 from dataclasses import replace
 
 import pytest
@@ -185,6 +186,36 @@ def test_only_the_blocks_from_the_first_edited_one_run_again():
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     generate(pipe)
     assert ran == [0, 1, 2, 1, 2, 0, 1, 2] * STEPS
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "one guider"])
+def test_second_request_is_refused_and_the_first_is_unharmed(shared):
+    """While the first is in the midst of a step, over the same denoiser."""
+    pipe = modular(guider())
+    other = modular(pipe.guider if shared else guider())
+    other.update_components(transformer=pipe.transformer)
+    expected, calls, said = generate(pipe), [], []
+    alone = generate(other)
+
+    def second():
+        try:
+            generate(other)
+        except RuntimeError as error:
+            said.append(str(error))
+
+    def meanwhile(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            own = threading.Thread(target=second)
+            own.start()
+            own.join()
+
+    handle = pipe.transformer.blocks[2].register_forward_pre_hook(meanwhile)
+    found = generate(pipe)
+    handle.remove()
+    assert len(said) == 1 and "another thread or asyncio task runs" in said[0], said
+    assert torch.equal(found, expected)
+    assert torch.equal(generate(other), alone)
 
 
 def test_formula_with_rescaling():

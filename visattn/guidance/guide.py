@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from visattn.guidance.slope import call_arguments, not_linear, slope
 from visattn.guidance.steering import Steering, check_switches, check_touched, enter, place
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached, describe
+from visattn.inject.callstate import caller
 from visattn.inject.front import Next, handlers_of, put_front, take_front
 from visattn.inject.moment import Context
 from visattn.pipelines.family import Family
@@ -39,9 +41,7 @@ class Perturbation:
         self.switches: list[BlockSwitch] = edit_blocks(stack, pipe, self.of_blocks)
         for switch in self.switches:
             switch.on = False
-        placed = [
-            u for own in self.steerings.values() for _, at in own.edits for u in at.values()
-        ]
+        placed = [u for own in self.steerings.values() for _, at in own.edits for u in at.values()]
         nothing = not self.of_blocks and not any(bool(u.any()) for u in placed)
         self.idle = guidance.scale == 0 or nothing  # p would be c, or does not count
         self.prefixes: dict[str, Prefix] = {}
@@ -52,11 +52,7 @@ class Perturbation:
 
     def _first(self, role: str, paths: Sequence[str]) -> int:
         """Number of the first block that is edited."""
-        found = [
-            n
-            for edit in self.of_blocks
-            for n in block_numbers(edit, len(paths), role)
-        ]
+        found = [n for edit in self.of_blocks for n in block_numbers(edit, len(paths), role)]
         for _, where in self.steerings[role].edits:
             for layer in where:
                 found += [n for n, path in enumerate(paths) if layer.startswith(path + ".")]
@@ -96,7 +92,8 @@ class _Guided:
         self.pipe, self.role, self.model, self.family = pipe, role, model, family
         self.ones, self.zero, self.given = ones, zero, given
         self.busy = False
-        self.cond: torch.Tensor | None = None  # the last one, for the unconditional pass after it
+        # the last one of each thread or task, for the unconditional pass after it
+        self.conds: weakref.WeakKeyDictionary[Any, torch.Tensor] = weakref.WeakKeyDictionary()
         self.changed = False  # whether CFG-Zero* has changed a prediction
 
     @property
@@ -104,13 +101,17 @@ class _Guided:
         """Whether it changes predictions."""
         return bool(self.ones) or self.zero is not None
 
-    def __call__(
-        self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if self.busy:
-            return inner(*args, **kwargs)
+    def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = attached(self.model)
         assert own is not None
+        with own.turn.taken():
+            if self.busy:
+                return inner(*args, **kwargs)
+            return self._call(own, inner, args, kwargs)
+
+    def _call(
+        self, own: Attachment, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         arguments = {**dict(zip(own.names, args, strict=False)), **kwargs}
         own.note(arguments)  # which code that is compiled as a whole does not
         with ExitStack() as stack:
@@ -222,9 +223,10 @@ class _Guided:
             return torch.zeros_like(new)
         halves = dict(zip(passes, sample.chunk(len(passes)), strict=True))
         if "uncond" not in halves:
-            self.cond = halves.get("cond")
+            if "cond" in halves:
+                self.conds[caller()] = halves["cond"]
             return new
-        cond = halves.get("cond", self.cond)
+        cond = halves.get("cond", self.conds.get(caller()))
         if cond is None:
             raise ValueError(
                 f"CFGZeroStar: the unconditional pass of {type(self.pipe).__name__} comes before "
@@ -265,6 +267,8 @@ def guide(
     slope is what the pipeline multiplies ``c`` with; its own combination then makes it ``u + g (c -
     u) + w (c - p)``. The further pass has the conditional prompt, and computes only the blocks from
     the first perturbed one on.
+
+    One thread or asyncio task at a time runs the denoiser meanwhile; another is refused.
 
     Args:
         pipe: a diffusers pipeline of a known family, or a denoiser of one, which is then guided

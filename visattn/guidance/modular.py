@@ -27,8 +27,10 @@ from visattn.guidance.guide import Perturbation
 from visattn.guidance.heads import HeadSet
 from visattn.inject.apply import denoisers, models_of
 from visattn.inject.attachment import attached
-from visattn.inject.front import Next, put_front, take_front
+from visattn.inject.callstate import caller
+from visattn.inject.front import Next, handlers_of, put_front, take_front
 from visattn.inject.moment import Context
+from visattn.inject.turn import Turn
 
 __all__ = ["PerturbedGuidance", "SoftPerturbedGuidance"]
 
@@ -45,6 +47,26 @@ KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (PAG, SEG, SLG, STG, S2Guidance, SoftPAG, TemperatureGuidance, TokenPerturbation)
 }
+
+
+class _Passes:
+    """The calls of a denoiser during a step of a guider."""
+
+    def __init__(
+        self, guider: PerturbedGuidance, denoiser: torch.nn.Module, own: Perturbation | None
+    ) -> None:
+        self.guider, self.denoiser, self.own = guider, denoiser, own
+        self.turn = guider._turn
+
+    def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.turn.check()
+        guider = self.guider
+        name, guider._next = guider._next, None
+        try:
+            return guider._call(name, self.denoiser, self.own, inner, args, kwargs)
+        except BaseException:
+            guider._leave()
+            raise
 
 
 class PerturbedGuidance(BaseGuidance):
@@ -124,6 +146,8 @@ class PerturbedGuidance(BaseGuidance):
         self.use_original_formulation = original
         self._next: str | None = None  # the pass whose call of the denoiser comes next
         self._stack = ExitStack()  # of what is on the denoiser during a step
+        self._turn = Turn("denoiser")
+        self._caller: object = None  # who began the step
 
     # ---- the passes of a step
 
@@ -168,7 +192,9 @@ class PerturbedGuidance(BaseGuidance):
         return self.guidance.active(self._step, self._num_inference_steps)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        self._turn.check()  # before anything of another one's step changes
         self._leave()  # what an interrupted step has left
+        self._caller = caller()
         super().set_state(step, num_inference_steps, timestep)
         if self.base is not None:
             self.base.set_state(step, num_inference_steps, timestep)
@@ -200,6 +226,12 @@ class PerturbedGuidance(BaseGuidance):
     # ---- the denoiser
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        if self._caller not in (None, caller()):
+            raise RuntimeError(
+                "another thread or asyncio task has begun a step with this guider, which keeps the "
+                "state of one request; run one request at a time, or give each a guider and a "
+                "denoiser of its own"
+            )
         super().prepare_models(denoiser)
         if self._count_prepared == 1:
             self._enter(denoiser)
@@ -212,25 +244,27 @@ class PerturbedGuidance(BaseGuidance):
     def _enter(self, denoiser: torch.nn.Module) -> None:
         """Have the calls of a denoiser go by us until the last pass of the step."""
         self._leave()
+        self._caller = caller()
+        turns = [one.turn for one in handlers_of(denoiser) if isinstance(one, _Passes)]
+        (model,) = models_of(denoiser).values()
+        before = attached(model)
+        for turn in turns if before is None else (*turns, before.turn):
+            turn.check()
         self.guidance.fits(denoisers(denoiser))
         with ExitStack() as stack:
+            stack.enter_context(self._turn.taken())
             own = Perturbation(stack, denoiser, self.guidance, True) if self._perturbs() else None
-
-            def handle(_: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                name, self._next = self._next, None
-                try:
-                    return self._call(name, denoiser, own, inner, args, kwargs)
-                except BaseException:
-                    self._leave()
-                    raise
-
+            attachment = attached(model)
+            if attachment is not None:
+                stack.enter_context(attachment.turn.taken())
+            handle = _Passes(self, denoiser, own)
             put_front(denoiser, handle)
             stack.callback(take_front, denoiser, handle)
             self._stack = stack.pop_all()
 
     def _leave(self) -> None:
         """Leave the denoiser as it was."""
-        self._next = None
+        self._next = self._caller = None
         self._stack.close()
 
     def _call(

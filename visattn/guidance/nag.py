@@ -335,6 +335,12 @@ class _Doubled:
     def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = attached(self.model)
         assert own is not None
+        with own.turn.taken():
+            return self._call(own, inner, args, kwargs)
+
+    def _call(
+        self, own: Attachment, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         arguments = {**dict(zip(own.names, args, strict=False)), **kwargs}
         own.note(arguments)
         batch = arguments["hidden_states"].shape[0]

@@ -17,7 +17,9 @@ from visattn.guidance.state import State, run
 from visattn.inject.apply import editing, known_denoisers
 from visattn.inject.attachment import attached, attention_layers, cross_layers, describe
 from visattn.inject.caught import Caught, Editor
+from visattn.inject.front import put_front, take_front
 from visattn.inject.observation import Observation
+from visattn.inject.turn import Gate
 
 __all__ = ["Steering", "check_switches", "check_touched", "enter", "place", "steer"]
 
@@ -148,7 +150,8 @@ def place(
 @contextmanager
 def steer(pipe: Any, edits: Sequence[Edit | BlockEdit] | Edit | BlockEdit) -> Iterator[None]:
     """Edit the attention of a pipeline inside a ``with`` block; after it the pipeline computes what
-    it did before, also when there was an error.
+    it did before, also when there was an error. One thread or asyncio task at a time runs the
+    denoiser meanwhile; another is refused.
 
     Args:
         pipe: a diffusers pipeline, or a denoiser of one; compiled or not, with a plan or without.
@@ -184,12 +187,21 @@ def enter(
     placed: Mapping[str, list[tuple[Edit, dict[str, torch.Tensor]]]],
     on: bool = True,
 ) -> dict[str, Steering]:
-    """Put placed edits on a pipeline until the stack is closed; ``on``: they are made at once."""
+    """Put placed edits on a pipeline until the stack is closed; ``on``: they are made at once. One
+    thread or asyncio task at a time runs it meanwhile."""
     steerings = {}
-    for role, (model, _) in known_denoisers(pipe).items():
+    known = known_denoisers(pipe)
+    for role, (model, _) in known.items():
         own = attached(model)
+        if own is not None:
+            own.turn.check()
         steerings[role] = Steering(placed.get(role, []), None if own is None else own.editor, on)
     stack.enter_context(editing(pipe, steerings))
+    if callable(pipe) and not isinstance(pipe, torch.nn.Module):
+        every = [own.turn for model, _ in known.values() if (own := attached(model)) is not None]
+        gate = Gate(every)
+        put_front(pipe, gate)
+        stack.callback(take_front, pipe, gate)
     return steerings
 
 

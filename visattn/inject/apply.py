@@ -66,7 +66,8 @@ def apply_plan(
     Returns:
         The plan. An earlier one is replaced. Dense layers, heads and steps run the attention
         backend that the pipeline has without a plan; ``remove_plan`` takes the plan off.
-        Calls in several threads or asyncio tasks do not meet. A copy (``copy.deepcopy``) has a plan
+        Calls in several threads or asyncio tasks do not meet (inside ``guide`` and ``steer`` one of
+        them runs at a time). A copy (``copy.deepcopy``) has a plan
         of its own; a pickle (``torch.save``, a process that is spawned) has none.
 
     Raises:

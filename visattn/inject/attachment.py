@@ -34,6 +34,7 @@ from visattn.inject.parallel import check_dispatch, check_whole
 from visattn.inject.parts import DENSE
 from visattn.inject.recent import Recent
 from visattn.inject.running import Announced, is_stock, run_of, says_where
+from visattn.inject.turn import Turn
 from visattn.inject.weak import Weak
 from visattn.inject.wrappers import bare
 from visattn.layout import TokenLayout, Tokens
@@ -126,6 +127,7 @@ class Attachment:
         self.paths = tuple(attention_layers(model, family))
         self.cross_paths = tuple(cross_layers(model, family))
         self.states, self.begun = States(), Begun()
+        self.turn = Turn(role)  # of those that run it while it is edited
         self.latest: Tokens = ()  # of the last call, whoever made it
         self.announced, self.announcing = Announced(), PipeRef()
         self.told: set[str] = set()
@@ -184,7 +186,9 @@ class Attachment:
             "guard": self.wanted_guard,
             "editor": self.editor,
         }
-        return Attachment(self.model, self.role, self.family, **{**own, **given})
+        new = Attachment(self.model, self.role, self.family, **{**own, **given})
+        new.turn = self.turn
+        return new
 
     @property
     def idle(self) -> bool:
@@ -201,7 +205,7 @@ class Attachment:
             layer.install()
         self.handles = [
             self.model.register_forward_pre_hook(_begin, with_kwargs=True),
-            self.model.register_forward_hook(_end),
+            self.model.register_forward_hook(_end, always_call=True),
         ]
         pipe = self.pipe()
         if pipe is not None and not says_where(pipe, bool(self.family.batch)):
@@ -394,6 +398,8 @@ class Attachment:
 
     def begin(self, tokens: Tokens, told: Told) -> CallState:
         """A call of the denoiser begins in this thread or task."""
+        if self.editor is not None:
+            self.turn.check()
         state = self.take(told)
         state.tokens = self.latest = tokens
         return state
@@ -485,6 +491,8 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         begin_call(attachment, tokens, told)
         return
+    if attachment.editor is not None:
+        attachment.turn.call()
     attachment.begin(tokens, told)
     attachment.begun.clear()
     follow_checkpointing(model)
@@ -495,9 +503,13 @@ not_a_graph(_begin)
 
 
 def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """The hook after it."""
-    if not torch.compiler.is_compiling():
-        model._visattn.end()
+    """The hook after it, which has no output where the forward has ended by an error."""
+    if torch.compiler.is_compiling():
+        return
+    attachment: Attachment = model._visattn
+    attachment.turn.done()
+    if output is not None:
+        attachment.end()
 
 
 not_a_graph(_end)

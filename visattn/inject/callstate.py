@@ -17,7 +17,7 @@ from visattn.inject.moment import Batch, Context
 from visattn.inject.running import Calls
 from visattn.layout import Tokens
 
-__all__ = ["CallState", "Held", "States", "Told"]
+__all__ = ["CallState", "Held", "States", "Told", "caller"]
 
 # the timestep of a call, its text, and whether the pipeline makes a perturbed call of its own
 Told = tuple[torch.Tensor | None, torch.Tensor | None, bool]
@@ -89,30 +89,30 @@ class States:
 
     def here(self) -> CallState:
         """The state of whoever asks."""
-        caller = _caller()
-        state = self._states.get(caller)
+        own = caller()
+        state = self._states.get(own)
         if state is None:
             with self._lock:
-                taken = {own.slot for own in self._states.values()}
+                taken = {one.slot for one in self._states.values()}
                 slot = next(n for n in range(len(taken) + 1) if n not in taken)
-                state = self._states[caller] = CallState(slot)
+                state = self._states[own] = CallState(slot)
         return state
 
     @contextmanager
     def resumed(self, state: CallState) -> Iterator[None]:
         """Inside, the call of a state runs in this thread or task, whatever ran last."""
-        caller, before = _caller(), self.here()
-        self._states[caller] = state
+        own, before = caller(), self.here()
+        self._states[own] = state
         try:
             yield
         finally:
-            self._states[caller] = before
+            self._states[own] = before
 
     def __deepcopy__(self, memo: object) -> States:
         return States()
 
 
-def _caller() -> object:
+def caller() -> object:
     """The running task of asyncio, or else the thread."""
     try:
         return asyncio.current_task() or threading.current_thread()

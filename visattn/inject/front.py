@@ -129,9 +129,15 @@ def _bound(handler: Handler, own: Any, inner: Next) -> Next:
 
 
 def put_front(own: Any, handler: Handler) -> None:
-    """Let calls of an object go through a handler, which goes before those that are there."""
+    """Let calls of an object go through a handler, which goes before those that are there, but for
+    those that say that they are ``outermost``."""
     put_class(own, Front)
-    own.__dict__[ATTRIBUTE] = (*own.__dict__.get(ATTRIBUTE, ()), handler)
+    every = (*own.__dict__.get(ATTRIBUTE, ()), handler)
+    own.__dict__[ATTRIBUTE] = tuple(sorted(every, key=_is_outermost))
+
+
+def _is_outermost(handler: Handler) -> bool:
+    return getattr(handler, "outermost", False)
 
 
 def kind_of(own: Any) -> type:
