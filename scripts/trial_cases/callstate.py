@@ -15,7 +15,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from trial_cases.case import Case
-from visattn import apply_plan, sparse, summary
+from visattn import apply_plan, guide, sparse, summary
+from visattn.guidance import SEG
 from visattn.patterns import Diagonal
 
 __all__ = ["CASES"]
@@ -138,8 +139,35 @@ def freed(folder: Path) -> str:
     return "freed at once"
 
 
+def one_guided_request(folder: Path) -> str:
+    pipe = tiny.wan21(layers=2)
+    said: list[str] = []
+
+    def second() -> None:
+        try:
+            tiny.generate(pipe)
+        except RuntimeError as error:
+            said.append(str(error))
+
+    def meanwhile(*_: Any) -> None:
+        if not said:
+            own = threading.Thread(target=second)
+            own.start()
+            own.join()
+
+    with guide(pipe, SEG(layers=[1])):
+        alone = tiny.generate(pipe)
+        handle = pipe.transformer.blocks[0].register_forward_pre_hook(meanwhile)
+        found = tiny.generate(pipe)
+        handle.remove()
+        assert torch.equal(found, alone)
+    assert len(said) == 1 and "run one request at a time" in said[0], said
+    return "the second is refused, the first is what it is alone"
+
+
 CASES = (
     Case("two requests at once over one denoiser", two_requests),
+    Case("two requests at once inside guide", one_guided_request),
     Case("a graph for each resolution", resolutions),
     Case("gradient checkpointing of two sizes", checkpointing),
     Case("backward after the plan has ended", late_backward),

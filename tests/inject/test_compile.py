@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from visattn.inject import apply_plan, remove_plan, summary
+from visattn.inject.op import not_a_graph
 from visattn.patterns import Dense, Diagonal, MultiDiagonal, Neighborhood
 from visattn.plan import Plan, Rule
 
@@ -194,3 +195,21 @@ def test_gradients_are_taken_outside_the_graph_or_refused():
     model = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         gradient(model)
+
+
+def test_torch_without_the_private_names_that_spare_a_graph(monkeypatch):
+    from torch._C._dynamo import eval_frame
+
+    for name in ("_FrameAction", "_FrameExecStrategy", "set_code_exec_strategy"):
+        with monkeypatch.context() as patch:
+            patch.delattr(eval_frame, name)
+            function = not_a_graph_of(torch.sin)
+            assert torch.equal(function(torch.ones(2)), torch.ones(2).sin())
+
+
+def not_a_graph_of(inner):
+    def function(x):
+        return inner(x)
+
+    not_a_graph(function)
+    return torch.compile(function, backend="eager")

@@ -9,9 +9,10 @@ resolution another graph.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -141,12 +142,14 @@ def _(
 
 def not_a_graph(function: Any) -> None:
     """Let ``torch.compile`` never make a graph of its own of a function and what it calls, which it
-    does of the hooks of a compiled module. Inside a compiled function it is traced as any other."""
-    from torch._C._dynamo import eval_frame
+    does of the hooks of a compiled module. Inside a compiled function it is traced as any other.
+    These names of torch are private: without them there is a graph more."""
+    from torch._C import _dynamo
 
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    code, known = function.__code__, cast("Any", _dynamo.eval_frame)
+    with contextlib.suppress(AttributeError):
+        skip = known._FrameAction.SKIP
+        known.set_code_exec_strategy(code, known._FrameExecStrategy(skip, skip))
 
 
 def begin_call(attachment: Attachment, tokens: Tokens, told: Told) -> None:
