@@ -202,3 +202,17 @@ def test_tasks_that_take_turns_do_not_mix_what_cfg_zero_keeps():
         found = asyncio.run(both())
         alone = [asyncio.run(request(s)) for s in (SIZES[0], {"height": 96, "width": 96})]
     assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+def test_from_pipe_inside_guide_is_refused():
+    """diffusers would leave the denoiser out."""
+    pipe = tiny.wan21(layers=2)
+    with guided(pipe):
+        tiny.generate(pipe)
+        assert pipe.components["transformer"] is pipe.transformer
+        with pytest.raises(ValueError, match="call from_pipe before guide, or after it"):
+            type(pipe).from_pipe(pipe)
+    with steered(pipe):
+        other = type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
+        tiny.generate(pipe)
+    assert other.transformer is pipe.transformer
