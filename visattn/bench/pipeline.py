@@ -328,7 +328,7 @@ def check_step(denoising: Denoising, plan: Plan) -> Checked:
     denoising.watched(attachment)
     reasons = Counter(layer.reason for layer in attachment.layers if layer.reason is not None)
     return Checked(
-        layout=attachment.layout,
+        layout=TokenLayout.from_tokens(attachment.latest),
         density=mean(witness.densities),
         notes=tuple(f"{count} layers: {reason}" for reason, count in reasons.items()),
     )

@@ -134,8 +134,10 @@ def _run(argv: Sequence[str] | None) -> int:
         output = command.run(args)
         text, failures, elsewhere = output if isinstance(output, Output) else Output(output)
         encoding = sys.stdout.encoding or "utf-8"
-        if text:
-            print(plain(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        if text:  # in one piece, between the lines of other processes
+            whole = f"{plain(text)}\n"
+            sys.stdout.write(whole.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
         sys.stderr.writelines(map(error_line, failures))
     except SystemExit as stop:  # SIGTERM; or argparse: help, version, a usage error it has printed
         return stop.code if isinstance(stop.code, int) else 0

@@ -47,6 +47,7 @@ class Side:
         return offset < self.length[..., None]
 
     @functools.cached_property
+    @lasting
     def of_grid(self) -> torch.Tensor:
         """Numbers of the blocks of grid tokens, int64."""
         return self.grid.nonzero()[:, 0]
