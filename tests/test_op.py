@@ -149,6 +149,7 @@ def test_rows_without_a_key_have_zero_gradients() -> None:
             assert bool(x.grad.isfinite().all())
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_of_the_kernels(compiled: bool) -> None:
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:

@@ -45,6 +45,7 @@ def damaged_files(folder: Path) -> str:
 
 def other_backend(folder: Path) -> str:
     import tiny
+    from diffusers.models.attention_dispatch import attention_backend
 
     import visattn
     from visattn.inject import guard
@@ -60,9 +61,9 @@ def other_backend(folder: Path) -> str:
     guard.calibration_of = own  # type: ignore[assignment]
     try:
         pipe = tiny.wan21()
-        pipe.transformer.set_attention_backend("_native_math")
         visattn.apply_plan(pipe, Diagonal(3), guard=True)
-        tiny.generate(pipe)
+        with attention_backend("_native_math"):
+            tiny.generate(pipe)
     finally:
         guard.calibration_of = real
     assert asked == {"_native_math"}, asked

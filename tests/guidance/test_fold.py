@@ -636,6 +636,7 @@ def test_strength_does_not_compile_again(kind):
         assert error(generate(pipe, **some), plain) < 2e-6
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_model_that_is_compiled_as_a_whole_is_guided(kind):
     pipe, some = PIPELINES[kind](), {"num_inference_steps": 1}

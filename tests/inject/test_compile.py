@@ -134,6 +134,7 @@ def graphs(plan, way, **options):
     return found
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     ("way", "options"),
     [("blocks", {"dynamic": True}), ("model", {}), ("function", {})],
@@ -153,6 +154,7 @@ def test_layers_with_and_without_a_plan_make_two_graphs():
     assert counter.frame_count == 2
 
 
+@pytest.mark.second
 def test_inductor_runs_a_plan():
     pipe = tiny.wan21(layers=1)
     apply_plan(pipe, PLAN)
@@ -161,6 +163,7 @@ def test_inductor_runs_a_plan():
     assert close(tiny.generate(pipe), expected)
 
 
+@pytest.mark.second
 def test_dense_plan_of_a_compiled_pipeline_changes_no_bit():
     pipe = tiny.wan21()
     compiled(pipe, "wrapped")

@@ -220,6 +220,7 @@ def test_the_feature_does_something(kind, feature):
         assert torch.equal(latents, plain)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_plan_before_the_feature(kind, feature):
@@ -241,6 +242,7 @@ def test_dense_plan_before_the_feature(kind, feature):
         check_alone(pipe, kind, None)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_plan_after_the_feature(kind, feature):
@@ -261,6 +263,7 @@ def test_dense_plan_after_the_feature(kind, feature):
     check_alone(pipe, kind, feature)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_plan_in_either_order(kind, feature):

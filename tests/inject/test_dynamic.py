@@ -25,6 +25,7 @@ def memories(pipe):
     return [memory for layer in layers for memory in layer.memories.values()]
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("kind", tiny.PIPELINES)
 def test_backends_agree_on_a_generation(kind):
     outs = []
@@ -93,6 +94,7 @@ def test_passes_are_kept_apart():
     assert len(own) == tiny.LAYERS and all((m.made, m.reused) == (1, 2) for m in own)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_pipeline_chooses_too(kind):
     torch._dynamo.reset()

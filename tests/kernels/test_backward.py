@@ -105,6 +105,7 @@ def test_mixed_heads_grouped_queries_and_batch(key_heads: int) -> None:
     check(inputs(layout, 4, key_heads, 24, torch.float32, batch=2), MIXED, layout, lengths)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("dim", [16, 40, 64, 128, 256])
 def test_head_sizes(dim: int) -> None:
     layout = LAYOUTS["image_7x7"]
@@ -112,6 +113,7 @@ def test_head_sizes(dim: int) -> None:
     check(inputs(layout, 1, 1, dim, torch.float16), [Diagonal(9)], layout)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("name", UNIONS)
 def test_every_kind_of_predicate(name: str) -> None:
     """Also beside a head that uses none of them."""

@@ -138,6 +138,7 @@ def test_mixed_heads_grouped_queries_and_batch(key_heads: int, dtype: torch.dtyp
     check(inputs(layout, 4, key_heads, 24, dtype, batch=2), MIXED, layout, lengths)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("dim", [16, 24, 32, 40, 64, 72, 80, 96, 128, 160, 256])
 def test_head_sizes(dim: int) -> None:
     layout = LAYOUTS["image_7x7"]
@@ -166,6 +167,7 @@ def test_bfloat16() -> None:
     check(inputs(LAYOUT, 2, 2, 32, torch.bfloat16), [Radial(), Stripe()], LAYOUT)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_long_rows_are_split_and_merged(split: int) -> None:
     layout = LAYOUTS["video_6x6x7_both_texts"]

@@ -52,6 +52,7 @@ def test_every_selector(name: str) -> None:
     gradients_agree(small(name).select(q, k, v, layout, SCALE), layout)
 
 
+@pytest.mark.second
 @pytest.mark.skipif(GPU, reason="sides are on the CPU")
 @pytest.mark.parametrize("rest", [None, PooledRest(), PooledRest(True), SampledRest(5)], ids=str)
 def test_random_levels(rest: PooledRest | SampledRest | None) -> None:

@@ -134,6 +134,7 @@ def outputs_agree(
         assert apart <= 2 * bound + 4e-7 * true.masked_fill(gone, 0).abs().max()
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "reuse"])
 def test_every_selector_through_the_kernels(name: str) -> None:
     outputs_agree(small(name), LAYOUTS["odd"])

@@ -143,6 +143,7 @@ def test_two_things_are_told_apart_by_colour():
     assert score.mean == 1
 
 
+@pytest.mark.second
 @needs_digits
 @pytest.mark.parametrize("size", [(17, 64, 64), (25, 96, 96)], ids=str)
 def test_held_out_videos_are_read(scenes, size):

@@ -26,6 +26,7 @@ def test_least_error_at_a_speed():
     assert len(at_speed) > 3
 
 
+@pytest.mark.second
 def test_fastest_within_an_error():
     """Of the speeds that are tried, and without a goal within 0.05."""
     _, row = chosen(target_speedup=None)
@@ -34,6 +35,7 @@ def test_fastest_within_an_error():
         chosen(target_speedup=None, max_error=1e-9)
 
 
+@pytest.mark.second
 def test_fastest_within_a_psnr():
     """By clips that are not the held-out ones."""
     result, row = chosen(target_speedup=None, min_psnr=20.0)

@@ -104,6 +104,7 @@ def test_a_search_writes_its_receipt(tmp_path, made_up, monkeypatch):
     assert [path.name for path in page.parent.iterdir()] == ["visattn_plan.json"]
 
 
+@pytest.mark.second
 def test_a_plan_for_two_shapes(made_up):
     """Is as fast as was asked for at both, and its error is the mean of both."""
     result = search_runner.run(
