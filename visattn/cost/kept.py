@@ -36,7 +36,7 @@ def calibration_of(
     head_size: int = 64,
     dense_attention: DenseAttention = TORCH,
 ) -> Calibration:
-    """The calibration of a device, measured once (about two seconds) and then kept.
+    """The calibration of a device, measured once (for a few seconds) and then kept.
 
     It is measured once for each device, thread count, dtype, head size, dense attention and version
     of visattn, torch and triton, and kept in ``$VISATTN_CACHE``, by default ``~/.cache/visattn``. A
@@ -55,7 +55,7 @@ def calibration_of(
     if key not in _FOUND:
         found = _read(_path(key), key)
         if found is None:
-            logger.info("visattn: measuring %s once, about two seconds", device_name(device))
+            logger.info("visattn: measuring %s once, for a few seconds", device_name(device))
             found = _measured(key, device, dtype, head_size, dense_attention)
         _FOUND[key] = found
     return _FOUND[key]
