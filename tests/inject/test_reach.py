@@ -15,6 +15,8 @@ from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Dense, Diagonal, MultiDiagonal, Neighborhood, Radial, Skip
 from visattn.plan import Plan, Rule
 
+pytestmark = pytest.mark.second
+
 STEPS = 4
 A = (Dense(), Diagonal(3), Neighborhood((1, 3, 3)), MultiDiagonal(2))
 B = (Radial(0.2, rule="token"), Dense(), Dense(), Skip())

@@ -14,6 +14,8 @@ from planned import PLAN, VARIED, Stop, traces, usual
 from visattn.guidance import SEG, SkipBlock, SoftPAG, guide, steer
 from visattn.inject import apply_plan, observe, remove_plan, sparse
 
+pytestmark = pytest.mark.second
+
 EDITS = [SkipBlock(blocks=(1,), passes="uncond", what="attention")]
 WAYS = {
     "sparse": lambda pipe: sparse(pipe, VARIED),

@@ -121,6 +121,7 @@ def test_every_kind_of_predicate(name: str) -> None:
     check(inputs(layout, 2, 2, 16, torch.float32), [UNIONS[name], Diagonal(0)], layout)
 
 
+@pytest.mark.second
 def test_strides_other_than_contiguous() -> None:
     layout = LAYOUTS["video_7x5x3_text_31"]
     qkv = inputs(layout, 2, 2, 16, torch.float32)

@@ -132,6 +132,7 @@ def test_what_is_masked_does_not_matter(kind: str, backend: str) -> None:
         torch.testing.assert_close(own, exact, **bound)
 
 
+@pytest.mark.second
 def test_padding_does_not_matter_to_dynamic_patterns() -> None:
     """Neither to what they choose, nor to outputs and gradients of what is no padding."""
     valid = valid_text(LENGTHS)

@@ -80,6 +80,7 @@ def scores(seed: int) -> torch.Tensor:
     return x.to(DEVICE)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("select", SELECTS, ids=str)
 def test_select_stage_is_bit_equal(select: Select) -> None:
     generator = torch.Generator().manual_seed(1)

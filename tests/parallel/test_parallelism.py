@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.second
+
 TESTS = Path(__file__).resolve().parents[1]
 SPLIT = [[0, 4, "context parallelism splits its sequence"]]
 KINDS = ("observe", "edit", "block edit", "guidance", "nag")

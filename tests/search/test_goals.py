@@ -6,6 +6,8 @@ import search_runner
 from visattn.search.receipt import PLANNED, Clips
 from visattn.search.store import Item
 
+pytestmark = pytest.mark.second
+
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):

@@ -14,6 +14,8 @@ from visattn.search.store import Item
 from visattn.search.tiles import TileGrid, stencil_of, tile_grids
 from visattn.selectors import VSA, TopBlocks
 
+pytestmark = pytest.mark.second
+
 GROUP = (0, "transformer", 0)
 
 
