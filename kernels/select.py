@@ -1,4 +1,4 @@
-"""The select stage: from scores to levels, the same as ``visattn.selectors.select`` bit by bit.
+"""The select stage: from scores to levels, bit-identical to ``visattn.selectors.stages.prefix``.
 
 A row's scores stay on chip. What is kept is a prefix of one order, score descending and index
 ascending among equals, found by bisection on the score in integers; masses are integers too. Rows

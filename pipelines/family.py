@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visattn.layout import Tokens
+from visattn.geometry.layout import Tokens
 
 __all__ = ["Family"]
 

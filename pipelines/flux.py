@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from visattn.layout import Tokens
+from visattn.geometry.layout import Tokens
 from visattn.pipelines.family import Family
 
 __all__ = ["FLUX"]

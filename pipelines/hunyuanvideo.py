@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from visattn.layout import Tokens
+from visattn.geometry.layout import Tokens
 from visattn.pipelines.family import Family
 
 __all__ = ["HUNYUANVIDEO"]

@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from visattn import Grid, TokenLayout
-from visattn.draw import frames_picture, mask_picture
+from visattn.draw.canvas import GREY, PAPER, font, save_png, wrapped, write
+from visattn.draw.pattern_picture import frames_picture, mask_picture
+from visattn.draw.pattern_view import PatternView, view_pattern
 from visattn.patterns import PATTERNS, Pattern, Union
 from visattn.patterns.examples import EXAMPLES
-from visattn.picture import GREY, PAPER, font, save_png, wrapped, write
-from visattn.view import PatternView, view_pattern
 
 GALLERY = Path(__file__).resolve().parents[1] / "assets" / "patterns" / "gallery.png"
 LAYOUT = TokenLayout(Grid(6, 8, 8))

@@ -47,7 +47,7 @@ from head_table.measure import (  # noqa: E402
     without_counts,
 )
 
-from visattn.picture import save_png  # noqa: E402
+from visattn.draw.canvas import save_png  # noqa: E402
 from visattn.selectors import Selector  # noqa: E402
 
 TABLE = ROOT / "assets" / "tables" / "head_errors.json"

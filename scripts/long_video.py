@@ -41,7 +41,8 @@ import torch  # noqa: E402
 from diffusers import WanPipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from visattn.guidance.sequence import ShareSettings, generate_sequence  # noqa: E402
+from visattn.draw.canvas import GREY, PAPER, save_png, write  # noqa: E402
+from visattn.guidance.composition.ditctrl import ShareSettings, generate_sequence  # noqa: E402
 from visattn.metrics.prompt import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,
@@ -50,8 +51,7 @@ from visattn.metrics.prompt import (  # noqa: E402
     read_scene,
     score_prompt,
 )
-from visattn.picture import GREY, PAPER, save_png, write  # noqa: E402
-from visattn.search.statistics import interval  # noqa: E402
+from visattn.search.measure.statistics import interval  # noqa: E402
 
 FIGURES = ("colour", "object", "both", "asked", "turned", "jump", "seam", "peak")
 OPTIONS = ("seed", "overlap", "transitions", "layers", "start", "stop", "masks")

@@ -30,7 +30,7 @@ from visattn.patterns import (
 )
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Denoiser, Plan, Rule
-from visattn.plan.view import rounded
+from visattn.plan.show.plan_view import rounded
 from visattn.selectors import OnlineChoice
 
 PRESETS_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "plans" / "presets"

@@ -34,7 +34,7 @@ from visattn.metrics.prompt import (
     object_margin,
     score_prompt,
 )
-from visattn.search.statistics import interval
+from visattn.search.measure.statistics import interval
 
 CALL = {
     "height": 96,

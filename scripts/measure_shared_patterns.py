@@ -27,7 +27,7 @@ from visattn.generation import Loading, default_model, load_pipeline
 from visattn.generation.prompts import model_prompts
 from visattn.guidance import Perturb, SoftPAG, guide, steer
 from visattn.inject import sparse
-from visattn.search.statistics import interval
+from visattn.search.measure.statistics import interval
 
 PLAN = Path(__file__).resolve().parents[1] / "assets" / "plans" / "tiny-wan-evaluation"
 CALL = {"height": 96, "width": 96, "num_frames": 25, "num_inference_steps": 12}

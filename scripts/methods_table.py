@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visattn.guidance.methods import EDITS, METHODS
+from method_docs.sources import methods_table
+
+from visattn.guidance.method_list import EDITS, METHODS
 from visattn.patterns import PATTERNS
 from visattn.patterns.parse import DYNAMIC
 from visattn.selectors import SELECTORS
-from visattn.sources import methods_table
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 HEAD = """# The methods and their sources

@@ -42,8 +42,8 @@ from tiny_wan.stages import Clock, Stage, random_numbers, say, train  # noqa: E4
 from torch import Tensor  # noqa: E402
 
 from visattn.generation.checksums import write_checksums  # noqa: E402
+from visattn.generation.clip_shapes import SHAPES_FILE  # noqa: E402
 from visattn.generation.prompts import PROMPTS_FILE  # noqa: E402
-from visattn.generation.shapes import SHAPES_FILE  # noqa: E402
 
 # Parameters that are no hidden matrices: Adam steps them.
 ADAM_WORDS = ("patch_embedding", "proj_out", "scale_shift_table", "time", "text_encoder")

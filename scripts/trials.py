@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from trial_cases.case import Case  # noqa: E402
 
 from visattn._compat import ensure_torchvision  # noqa: E402
-from visattn.leftovers import temporary_folder  # noqa: E402
+from visattn.runtime.temporary_files import temporary_folder  # noqa: E402
 
 
 def named_cases() -> dict[str, Case]:

@@ -14,14 +14,14 @@ if not torch.cuda.is_available():  # true for HIP as well
 os.environ["VISATTN_GUARD"] = "0"  # what runs sparse does not depend on the machine
 
 from visattn._compat import ensure_torchvision
-from visattn.leftovers import temporary_folder
+from visattn.runtime.temporary_files import temporary_folder
 
 CACHE = ExitStack()
 os.environ["VISATTN_CACHE"] = str(CACHE.enter_context(temporary_folder()))
 
 ensure_torchvision()
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("cli")
+pytest.register_assert_rewrite("support.cli")
 
 
 def pytest_unconfigure():
@@ -53,9 +53,9 @@ def alone(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Tiny pipelines saved by name; ``wan`` is ``wan21``."""
-    import tiny  # here, as most tests need no diffusers
+    from support import tiny  # here, as most tests need no diffusers
 
-    from visattn.generation.quiet import quiet
+    from visattn.generation.silence_logs import quiet
 
     folder = tmp_path_factory.mktemp("models")
     with quiet():

@@ -7,13 +7,13 @@ import gc
 
 import pytest
 import torch
-from caches import clear_caches, live_tensors
-from selectors_oracle import SMALL
+from support.caches import clear_caches, live_tensors
+from support.selectors_oracle import SMALL
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.attention import attention_by
-from visattn.dense import dense_with_lse
-from visattn.guidance.token_columns import token_columns
+from visattn.attention.dense_attention import dense_with_lse
+from visattn.guidance.edits.map_columns import token_columns
 from visattn.patterns import HeadPattern, Pattern, parse_pattern
 from visattn.patterns.examples import EXAMPLES
 from visattn.readout import Measures, attention_rows, default_tilings, draw_rows

@@ -8,8 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
 from visattn.attention import choose_backend, merge_attention
-from visattn.execute import MAPS
-from visattn.orders import BoxOrder, sequence_blocks
+from visattn.attention.backends.triton_kernels import DEVICE_MAPS
+from visattn.attention.dispatch import MAPS
+from visattn.geometry.orders import BoxOrder, sequence_blocks
 from visattn.patterns import (
     Block,
     Dense,
@@ -29,7 +30,6 @@ from visattn.patterns import (
 )
 from visattn.patterns.examples import EXAMPLES
 from visattn.selectors import TopBlocks
-from visattn.triton_backend import DEVICE_MAPS
 
 LAYOUT = TokenLayout(Grid(3, 5, 6), text_after=11)
 PLAIN = ["blockwise", "reference"]  # the kernels have tests of their own

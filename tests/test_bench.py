@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from cli import good, refused, run
+from support.cli import good, refused, run
 
 from visattn import Grid, TokenLayout
-from visattn.bench import Scattered, Shape, WrongResult, attention, time_attention
-from visattn.bench.attention import check
-from visattn.bench.selection import smooth_fields, time_selection
+from visattn.bench import Scattered, Shape, WrongResult, time_attention
+from visattn.bench import measure_attention as attention
+from visattn.bench.measure_attention import check
+from visattn.bench.measure_selection import smooth_fields, time_selection
 from visattn.bench.timing import take_turns
 from visattn.patterns import Diagonal
 from visattn.selectors import TopBlocks

@@ -8,17 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from cli import ROOT, good, refused, run
+from support import tiny
+from support.cli import ROOT, good, refused, run
 
 from visattn import Grid, TokenLayout
-from visattn.bench import SHAPES, WrongResult, pipeline
+from visattn.bench import SHAPES, WrongResult
+from visattn.bench import measure_pipeline as pipeline
 from visattn.bench.architectures import ARCHITECTURES, Architecture, build, skeleton, step_inputs
-from visattn.bench.pipeline import Clock, Denoising, StepTime, time_step, watch
+from visattn.bench.measure_pipeline import Clock, Denoising, StepTime, time_step, watch
 from visattn.cli import bench_pipeline
 from visattn.generation import default_model, shape_of
-from visattn.inject import layer
+from visattn.inject.layers import layer
 from visattn.patterns import Dense, Neighborhood
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Plan, Rule

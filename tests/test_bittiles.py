@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, draw
-from kernel_cases import UNIONS
+from support.cases import LAYOUTS, draw
+from support.kernel_cases import UNIONS
 
-from visattn import bittiles
-from visattn.bittiles import packed_words
-from visattn.blockmap import MapBank
-from visattn.devicemaps import BITS, DeviceMaps, device_maps
-from visattn.execute import lower_cached
+from visattn.attention.dispatch import lower_cached
+from visattn.blocks import bit_masks as bittiles
+from visattn.blocks.bit_masks import packed_words
+from visattn.blocks.block_map import MapBank
+from visattn.blocks.device_lists import BITS, DeviceMaps, device_maps
 from visattn.patterns import PATTERNS, Dense, Neighborhood, Pattern, Skip
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_tiles_of_equal_sums_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_map_past_the_limit_keeps_its_predicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visattn.devicemaps.WORDS_LIMIT", 0)
+    monkeypatch.setattr("visattn.blocks.device_lists.WORDS_LIMIT", 0)
     layout = LAYOUTS["video_8x8x8_aligned"]
     maps = [lower_cached(Neighborhood(3), layout, None, 16, 32)]
     packed = device_maps(maps, 1, CPU, words=True)

@@ -7,10 +7,11 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
-from visattn.blockmap import FULL, NONE, PARTIAL, SHORT, TEXT, MapBank, MapCache, pack_rows
-from visattn.execute import MAPS, lower_cached
+from visattn.attention.backends.reference import map_mask, pattern_mask
+from visattn.attention.dispatch import MAPS, lower_cached
+from visattn.blocks.block_map import FULL, NONE, PARTIAL, SHORT, TEXT, MapBank, MapCache, pack_rows
 from visattn.flex import from_block_mask, to_block_mask
-from visattn.orders import LineOrder
+from visattn.geometry.orders import LineOrder
 from visattn.patterns import (
     Block,
     Dense,
@@ -24,7 +25,6 @@ from visattn.patterns import (
     Stripe,
     Union,
 )
-from visattn.reference import map_mask, pattern_mask
 
 LAYOUT = TokenLayout(Grid(4, 8, 8), text_after=37)
 

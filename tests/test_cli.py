@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli import ROOT, process, refused, run
 from PIL import Image
+from support.cli import ROOT, process, refused, run
 
 import visattn
 from visattn.cli import COMMANDS, env, main

@@ -6,16 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from cli import SIZE, made, refused, run
 from diffusers.models import WanTransformer3DModel
+from support import tiny
+from support.cli import SIZE, made, refused, run
 
 from visattn.generation import Job, Loading, load_pipeline, run_job
 from visattn.inject import sparse
+from visattn.media.video import read_video, write_video
 from visattn.metrics import compare_frames
 from visattn.patterns import Diagonal
-from visattn.video import read_video, write_video
 
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from guidance.allocations import check_linear
+from support.allocations import check_linear
 
-from visattn.dense import dense_with_lse
+from visattn.attention.dense_attention import dense_with_lse
 
 
 def tensors(rows=37, keys=53, dim=16, dtype=torch.float64, values=None, batch=2, heads=3):

@@ -9,7 +9,7 @@ import shutil
 import diffusers.modular_pipelines.wan
 import diffusers.pipelines.skyreels_v2
 import diffusers.pipelines.wan
-import tiny
+from support import tiny
 from test_packaging import CONFIG
 
 from visattn.generation import Loading, load_pipeline

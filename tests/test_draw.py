@@ -11,12 +11,20 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visattn import Grid, Segment, TokenLayout
-from visattn.draw import CLASS_COLORS, EMPTY, KEPT, OWN, draw_view, frames_picture, mask_picture
-from visattn.orders import HilbertOrder
+from visattn.attention.backends.reference import pattern_mask
+from visattn.draw.canvas import cells_picture, save_png, wrapped
+from visattn.draw.pattern_picture import (
+    CLASS_COLORS,
+    EMPTY,
+    KEPT,
+    OWN,
+    draw_view,
+    frames_picture,
+    mask_picture,
+)
+from visattn.draw.pattern_view import axis_samples, order_name, view_pattern, view_text
+from visattn.geometry.orders import HilbertOrder
 from visattn.patterns import Block, Diagonal, Neighborhood, Radial, Skip, Stripe, Union
-from visattn.picture import cells_picture, save_png, wrapped
-from visattn.reference import pattern_mask
-from visattn.view import axis_samples, order_name, view_pattern, view_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = TokenLayout(Grid(4, 5, 6), text_before=3, text_after=9)

@@ -10,11 +10,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from cli import GENERATE, SIZE, good, made, run
 from diffusers import WanPipeline
 from diffusers.models import WanTransformer3DModel
+from support import tiny
+from support.cli import GENERATE, SIZE, good, made, run
 
 from visattn.generation import (
     GenerationError,
@@ -30,12 +30,12 @@ from visattn.generation.cut_texts import cut_texts
 from visattn.generation.job import frame_rate
 from visattn.generation.loading import _dtype, pick_device
 from visattn.generation.prompts import read_prompt_lines
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.inject import apply_plan
+from visattn.media.video import read_rate, read_video, to_bytes, write_video
 from visattn.metrics import psnr
 from visattn.patterns import Diagonal
 from visattn.plan import Plan, Rule, read_plan
-from visattn.video import read_rate, read_video, to_bytes, write_video
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -670,7 +670,7 @@ LIMITS = {  # of the tokenizers that read the prompt, at the limits that these c
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_tokens_that_are_cut_off_are_counted(name):
-    import tiny_images
+    from support import tiny_images
 
     pipe = getattr(tiny if name in tiny.PIPELINES else tiny_images, name)()
     kinds = [type(part) for part in pipe.components.values()]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import GENERATE, SIZE, made, process, refused
 from diffusers.models import WanTransformer3DModel
 from PIL import Image
+from support.cli import GENERATE, SIZE, made, process, refused
 
 from visattn.generation import Job, Loading, load_pipeline
 from visattn.patterns import Diagonal

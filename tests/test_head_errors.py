@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from cli import ROOT
 from PIL import Image
+from support.cli import ROOT
 
 from visattn.patterns import PATTERNS, HeadPattern, Union
 from visattn.selectors import SELECTORS, Agent

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
-from cli import SHAPE, good, made, refused
 from PIL import Image
+from support import tiny
+from support.cli import SHAPE, good, made, refused
 
-from visattn.draw import OWN
+from visattn.draw.pattern_picture import OWN
 from visattn.generation import Job, Loading, load_pipeline, run_job
 from visattn.inject import observe
 from visattn.readout import Sampler

@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visattn.files import read_limited, read_text, sha256_of
-from visattn.generation import checksums, record, shapes
+from visattn._atomic import read_limited, read_text, sha256_of
+from visattn.generation import checksums, record
+from visattn.generation import clip_shapes as shapes
 from visattn.generation.job import Job
 from visattn.generation.loading import Loading
 from visattn.generation.origin import origin_of
-from visattn.guidance import head_log
-from visattn.guidance.head_log import HeadLog
-from visattn.search.store import Store
+from visattn.guidance.head_search import head_log
+from visattn.guidance.head_search.head_log import HeadLog
+from visattn.search.tasks.result_store import Store
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 DATA = {"deep": DEEP, "list": b"[]", "large": b" " * 2000, "broken": b"no JSON"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visattn import Grid, Segment, TokenLayout
-from visattn.layout import check_text_lengths, valid_keys
+from visattn.geometry.layout import check_text_lengths, valid_keys
 
 
 def test_grid_is_row_major() -> None:

@@ -7,16 +7,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from cli import GENERATE, run
 from PIL import Image
+from support import tiny
+from support.cli import GENERATE, run
 
-from visattn import leftovers
-from visattn.files import write_whole
+from visattn._atomic import write_whole
 from visattn.generation import Item, Job, Loading, Result, batch, read_record
-from visattn.leftovers import clear_leftovers, old_of, part_of, temporary_folder
-from visattn.video import check_target, encode_video, read_video, write_video
+from visattn.media.video import check_target, encode_video, read_video, write_video
+from visattn.runtime import temporary_files as leftovers
+from visattn.runtime.temporary_files import clear_leftovers, old_of, part_of, temporary_folder
 
 FRAMES = torch.rand(3, 16, 16, 3, generator=torch.Generator().manual_seed(0))
 

@@ -11,9 +11,9 @@ import torch
 
 from visattn import Grid, TokenLayout, patterns, sparse_attention
 from visattn.attention import BackendUnavailable
-from visattn.blockwise import blockwise_backward
-from visattn.execute import Spec
-from visattn.op import attention_op, register
+from visattn.attention.backends.blockwise import blockwise_backward
+from visattn.attention.compiled_op import attention_op, register
+from visattn.attention.dispatch import Spec
 from visattn.patterns import (
     AxisOrder,
     Dense,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS
+from support.cases import LAYOUTS
 
 from visattn import Grid, TokenLayout
-from visattn.orders import (
+from visattn.geometry.orders import (
     BoxOrder,
     ExplicitOrder,
     HilbertOrder,

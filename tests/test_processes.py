@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import ROOT, SIZE, refused, run
+from support.cli import ROOT, SIZE, refused, run
 
-from visattn import processes as module
 from visattn.generation.loading import Loading, load_pipeline, pick_device
-from visattn.processes import Processes, join, own_device, processes
+from visattn.runtime import processes as module
+from visattn.runtime.processes import Processes, join, own_device, processes
 
 NAMES = {name for names in module.STARTERS.values() for name in names} | {"MASTER_ADDR"}
 

@@ -7,16 +7,23 @@ import threading
 
 import pytest
 import torch
-from caches import clear_caches, clear_functions, live_tensors
-from cases import LAYOUTS, draw
+from support.caches import clear_caches, clear_functions, live_tensors
+from support.cases import LAYOUTS, draw
 
-import visattn.cpu_rows as cpu_rows
-import visattn.rows as module
+import visattn.attention.backends.block_rows as module
+import visattn.attention.backends.blockwise_cpu as cpu_rows
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.execute import MAPS, lower_cached
+from visattn.attention.backends.block_rows import (
+    keys_of,
+    mask_of,
+    ordered,
+    products_of,
+    rows_of,
+    window_of,
+)
+from visattn.attention.backends.workspace import _KEPT, KEPT, workspace
+from visattn.attention.dispatch import MAPS, lower_cached
 from visattn.patterns import PATTERNS, Diagonal, Neighborhood, Radial, Skip, Stripe
-from visattn.rows import keys_of, mask_of, ordered, products_of, rows_of, window_of
-from visattn.workspace import _KEPT, KEPT, workspace
 
 LAYOUT = LAYOUTS["video_6x6x7_both_texts"]
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.execute import lower_cached
+from visattn.attention.dispatch import lower_cached
 from visattn.patterns import (
     PATTERNS,
     AxisOrder,
@@ -120,9 +120,9 @@ def test_blockwise_makes_nothing_of_size_n_squared(
 ) -> None:
     """Whatever the length, the largest tensor is a chunk, one row of blocks, or the distinct
     tiles."""
-    monkeypatch.setattr("visattn.blockwise.CHUNK", 1 << 17)
-    monkeypatch.setattr("visattn.cpu_rows.LOGITS", 1 << 17)
-    monkeypatch.setattr("visattn.workspace._KEPT.tensors", {})  # what larger calls left
+    monkeypatch.setattr("visattn.attention.backends.blockwise.CHUNK", 1 << 17)
+    monkeypatch.setattr("visattn.attention.backends.blockwise_cpu.LOGITS", 1 << 17)
+    monkeypatch.setattr("visattn.attention.backends.workspace._KEPT.tensors", {})
     for grid in (Grid(8, 16, 16), Grid(8, 32, 16)):
         layout = TokenLayout(grid, text_after=100)
         q, k, v = (torch.randn(1, 1, layout.length, 8) for _ in range(3))

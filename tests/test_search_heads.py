@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import made, refused, run
+from support.cli import made, refused, run
 
 from visattn.generation import Job, Loading, load_pipeline, read_record, run_job
 from visattn.guidance import HeadSet, SkipBlock, SoftPAG
-from visattn.guidance.named import GUIDANCES
-from visattn.video import read_video, to_bytes
+from visattn.guidance.registry import GUIDANCES
+from visattn.media.video import read_video, to_bytes
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -87,13 +87,13 @@ def test_search_by_the_scorer_as_json(capsys):
     found = HeadSet.load("heads.json")
     assert found.layers["blocks.1.attn1"] == {3: 0.5}
     assert [own for own in found if own[0] == "blocks.2.attn1"]
-    assert found.objective == "visattn.guidance.objectives:caption_score"
+    assert found.objective == "visattn.guidance.head_search.objectives:caption_score"
     assert made() == ["heads.json", "my.log"]
 
 
 @pytest.mark.usefixtures("scores")
 def test_candidates_that_fail_are_told_and_the_rest_is_written(capsys, monkeypatch):
-    from visattn.guidance.trials import Generating
+    from visattn.guidance.head_search.batched_trials import Generating
 
     frames = Generating.frames
 

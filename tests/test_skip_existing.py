@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli import GENERATE, good, refused
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from support.cli import GENERATE, good, refused
 
 pytestmark = pytest.mark.usefixtures("folder")
 

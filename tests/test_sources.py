@@ -7,8 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from visattn.sources import DEFAULTS, methods_table, read_source
+from method_docs.sources import DEFAULTS, methods_table, read_source
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from cli import ROOT, good, refused
+from support.cli import ROOT, good, refused
 
 from visattn.generation import default_model, read_shapes, shape_of
 from visattn.generation.checksums import check_checksums
 from visattn.inject import observe
+from visattn.media.video import read_video
 from visattn.metrics.prompt import score_prompt
 from visattn.readout import Sampler
-from visattn.video import read_video
 
 MODEL = ROOT / "assets" / "models" / "tiny-wan"
 # a held-out caption and a seed with which the model does as it is told

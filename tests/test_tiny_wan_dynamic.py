@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cli import ROOT
+from support.cli import ROOT
 
 from visattn.inject import apply_plan, observe, remove_plan
 from visattn.inject.attachment import attached

@@ -20,17 +20,20 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from selectors_oracle import small
+from support.selectors_oracle import small
 
-from visattn import Grid, TokenLayout, triton_backend
-from visattn.checks import check_lengths
-from visattn.execute import Spec, execute, execute_backward
-from visattn.inject.op import begin_op, layer_op
+from visattn import Grid, TokenLayout
+from visattn.attention.backends import triton_kernels as triton_backend
+from visattn.attention.checks import check_lengths
+from visattn.attention.compiled_op import attention_op, backward_op, dynamic_op
+from visattn.attention.dispatch import Spec, execute, execute_backward
+from visattn.inject.layers.compiled_layer import begin_op, layer_op
 from visattn.kernels.targets import backward_settings, launch_settings
-from visattn.op import attention_op, backward_op, dynamic_op
 from visattn.patterns import HeadPattern, Neighborhood, Skip
 from visattn.patterns.examples import EXAMPLES
-from visattn.selectors import SELECTORS, Agent, device, gradients
+from visattn.selectors import SELECTORS, Agent
+from visattn.selectors.attend import dynamic_triton as device
+from visattn.selectors.attend import gradients
 
 META = torch.device("meta")
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from visattn import trial
-from visattn.layout import TokenLayout
+from visattn.attention.backends import kernel_check as trial
+from visattn.attention.backends.kernel_check import LAYOUT, Variant, trusted
+from visattn.attention.backends.reference import reference_attention
+from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood
-from visattn.reference import reference_attention
-from visattn.trial import LAYOUT, Variant, trusted
 
 CPU = torch.device("cpu")
 hopper = pytest.importorskip("visattn.kernels.hopper")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli import ROOT
+from support.cli import ROOT
 
 pytest.importorskip("triton")
 

@@ -7,9 +7,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from visattn import video
+from visattn.media import video
+from visattn.media.video import (
+    check_target,
+    kind_of,
+    read_picture,
+    read_video,
+    to_bytes,
+    write_video,
+)
 from visattn.metrics import psnr
-from visattn.video import check_target, kind_of, read_picture, read_video, to_bytes, write_video
 
 
 @pytest.fixture(autouse=True)

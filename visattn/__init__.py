@@ -8,9 +8,9 @@ ensure_torchvision()
 
 from visattn import guidance, metrics, patterns, search, selectors  # noqa: E402
 from visattn.attention import sparse_attention  # noqa: E402
+from visattn.geometry.layout import Grid, Segment, TokenLayout  # noqa: E402
 from visattn.guidance import HeadSet, SoftPAG, guide, search_heads, steer  # noqa: E402
 from visattn.inject import apply_plan, remove_plan, sparse, summary  # noqa: E402
-from visattn.layout import Grid, Segment, TokenLayout  # noqa: E402
 from visattn.plan import Plan  # noqa: E402
 
 __all__ = [

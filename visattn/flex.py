@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from visattn.blockmap import (
+from visattn.blocks.block_map import (
     FULL,
     NONE,
     PARTIAL,
@@ -21,8 +21,8 @@ from visattn.blockmap import (
     distinct_tiles,
     pack_rows,
 )
-from visattn.layout import TokenLayout, on_cpu
-from visattn.orders import LineOrder, SequenceBlocks, sequence_blocks
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.geometry.orders import LineOrder, SequenceBlocks, sequence_blocks
 
 __all__ = ["from_block_mask", "to_block_mask"]
 

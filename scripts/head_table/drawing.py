@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from visattn.picture import GREY, INK, PAPER, cells_picture, write
+from visattn.draw.canvas import GREY, INK, PAPER, cells_picture, write
 
 CELL, LEFT, TOP = 22, 330, 110
 RED = (214, 40, 40)

@@ -9,12 +9,12 @@ import torch
 
 import visattn
 from head_table.families import BLOCK, Family
+from visattn.geometry.layout import Grid, TokenLayout
+from visattn.geometry.orders import fitted
 from visattn.inject import Observation, observe
-from visattn.layout import Grid, TokenLayout
-from visattn.orders import fitted
 from visattn.patterns import HeadPattern, Pattern, Stencil
 from visattn.selectors import Agent, Selector
-from visattn.selectors.attend import attend
+from visattn.selectors.attend.dynamic_blockwise import attend
 
 FITS = 8  # halvings when a share is fitted
 SLACK = 1.02  # of the share that may be executed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from visattn.bench import WrongResult
-from visattn.layout import TokenLayout
+from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Pattern
 
 __all__ = ["check_gradients"]

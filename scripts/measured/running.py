@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from visattn.files import write_whole
+from visattn._atomic import write_whole
 
 __all__ = ["ROOT", "Budget", "apart", "no_gpu", "output_folder", "read_json", "reason", "save"]
 

@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from measured.gradients import check_gradients
 from measured.running import ROOT, Send, reason
 from visattn import Grid, TokenLayout, sparse_attention
+from visattn.attention.dispatch import lower_cached
 from visattn.bench import (
     SHAPES,
     AttentionTime,
@@ -35,11 +36,10 @@ from visattn.bench import (
     time_attention,
     time_selection,
 )
-from visattn.bench.attention import check
+from visattn.bench.measure_attention import check
 from visattn.bench.timing import take_turns
-from visattn.execute import lower_cached
 from visattn.flex import to_block_mask
-from visattn.launch import backward_launch_of, launch_of
+from visattn.kernels.launch import backward_launch_of, launch_of
 from visattn.patterns import Dense, Neighborhood, Pattern, Radial, SlidingTile, parse_pattern
 from visattn.selectors import SELECTORS, Reuse, Selector, SkipList, TopBlocks
 

@@ -19,15 +19,15 @@ from measured.candidates import (
 )
 from measured.gradients import check_gradients
 from measured.running import Budget, Send, reason
+from visattn.attention.backends.triton_kernels import triton_attention, triton_backward
+from visattn.attention.dispatch import lower_cached
 from visattn.bench import SHAPES, Scattered, WrongResult
-from visattn.bench.attention import check
+from visattn.bench.measure_attention import check
 from visattn.bench.timing import Time, take_turns
-from visattn.blockmap import BlockMap
-from visattn.execute import lower_cached
+from visattn.blocks.block_map import BlockMap
+from visattn.geometry.layout import TokenLayout
 from visattn.kernels.targets import BackwardLaunch, Launch
-from visattn.layout import TokenLayout
 from visattn.patterns import Neighborhood, Pattern, Radial
-from visattn.triton_backend import triton_attention, triton_backward
 
 __all__ = ["MAPS", "Bench", "Job", "identity", "jobs_of", "try_maps", "tune"]
 

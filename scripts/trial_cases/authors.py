@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
+from method_docs.sources import read_source
 
 from trial_cases.case import Case
 from visattn import Grid, Plan, TokenLayout
 from visattn.patterns.parse import known_kinds
 from visattn.selectors import NABLA, PISA, Pyramid, Selector, Sparge, VMoBA, XAttention
-from visattn.sources import read_source
 
 LAYOUT = TokenLayout(Grid(4, 8, 8))
 PRESETS = Path(__file__).resolve().parents[2] / "assets" / "plans" / "presets"

@@ -44,11 +44,11 @@ def damaged_files(folder: Path) -> str:
 
 
 def other_backend(folder: Path) -> str:
-    import tiny
     from diffusers.models.attention_dispatch import attention_backend
+    from support import tiny
 
     import visattn
-    from visattn.inject import guard
+    from visattn.inject.layers import guard
     from visattn.patterns import Diagonal
 
     asked: set[str] = set()

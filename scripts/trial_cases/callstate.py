@@ -10,8 +10,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
+from support import tiny
 from torch._dynamo.testing import CompileCounter
 
 from trial_cases.case import Case

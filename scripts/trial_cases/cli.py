@@ -25,8 +25,8 @@ def command(*argv: str) -> tuple[int, str, str]:
 
 
 def saved(name: str) -> str:
-    """The folder of a tiny pipeline of ``tests/tiny.py``, saved in the working folder."""
-    import tiny
+    """The folder of a tiny pipeline of ``tests/support/tiny.py``, saved in the working folder."""
+    from support import tiny
 
     make = getattr(tiny, name)
     make().save_pretrained(name)
@@ -55,10 +55,10 @@ def any_error_is_a_line(folder: Path) -> str:
 
 
 def lora_is_on_both(folder: Path) -> str:
-    import tiny
     from diffusers import WanPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
+    from support import tiny
 
     from visattn.generation import Loading, Lora, load_pipeline
 
@@ -83,7 +83,7 @@ def negative_prompt_is_not_ignored(folder: Path) -> str:
 def photograph_is_turned(folder: Path) -> str:
     from PIL import Image
 
-    from visattn.video import read_picture
+    from visattn.media.video import read_picture
 
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -95,7 +95,7 @@ def photograph_is_turned(folder: Path) -> str:
 
 
 def frame_rate_is_the_models(folder: Path) -> str:
-    from visattn.video import read_rate
+    from visattn.media.video import read_rate
 
     code, _, err = command("generate", "a", "--model", saved("cogvideox"), *SIZE, "-o", "a.mp4")
     assert code == 0, err
@@ -146,8 +146,8 @@ def cut_prompts_are_noted(folder: Path) -> str:
 def kills_leave_nothing(folder: Path) -> str:
     import torch
 
-    from visattn import leftovers
-    from visattn.video import check_target, write_video
+    from visattn.media.video import check_target, write_video
+    from visattn.runtime import temporary_files as leftovers
 
     def kill(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -169,7 +169,7 @@ def kills_leave_nothing(folder: Path) -> str:
 def a_full_disk_is_told(folder: Path) -> str:
     import torch
 
-    from visattn import video
+    from visattn.media import video
 
     Path("part.mp4").symlink_to("/dev/full")
     with (

@@ -19,8 +19,7 @@ def skip_guidance(folder: Path) -> str:
 
 
 def perturbed_guidance(folder: Path) -> str:
-    import tiny
-    import tiny_images
+    from support import tiny, tiny_images
 
     from visattn.guidance import PAG, SoftPAG, guide
 
@@ -36,7 +35,7 @@ def perturbed_guidance(folder: Path) -> str:
 
 
 def clamped_blur(folder: Path) -> str:
-    from visattn.guidance.queries import blur_matrix
+    from visattn.guidance.edits.query_edits import blur_matrix
 
     rows = blur_matrix(8, 100.0, False)
     assert int((rows[0] > 0).sum()) == 5  # 9 taps that are reflected at the border
@@ -44,7 +43,7 @@ def clamped_blur(folder: Path) -> str:
 
 
 def pairs_of_segments(folder: Path) -> str:
-    import tiny
+    from support import tiny
 
     from visattn.guidance import generate_sequence
 

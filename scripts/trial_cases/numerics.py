@@ -10,7 +10,7 @@ import torch
 import visattn
 from trial_cases.case import Case
 from visattn import Grid, Plan, TokenLayout, sparse_attention
-from visattn.execute import MAPS
+from visattn.attention.dispatch import MAPS
 from visattn.patterns import Dense, Diagonal, HeadPattern, Neighborhood, parse_pattern
 from visattn.plan import Rule
 
@@ -45,7 +45,7 @@ def autocast(folder: Path) -> str:
 
 
 def hunyuan_under_autocast(folder: Path) -> str:
-    import tiny
+    from support import tiny
 
     pipe = tiny.hunyuanvideo()
     visattn.apply_plan(pipe, Diagonal(0.2), guard=False)
@@ -57,7 +57,7 @@ def hunyuan_under_autocast(folder: Path) -> str:
 
 
 def validation_before_training(folder: Path) -> str:
-    import tiny
+    from support import tiny
 
     heads = (Diagonal(2), Dense(), Neighborhood((1, 3, 3)), parse_pattern(TRIED[1]))
     model = tiny.wan21().transformer.train()

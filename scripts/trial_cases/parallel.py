@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import tiny
 import torch
+from support import tiny
 
 import visattn
 from trial_cases.case import Case

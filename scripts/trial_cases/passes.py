@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_images
 import torch
-import variants
+from support import tiny, tiny_images, variants
 
 import visattn
 from trial_cases.case import Case

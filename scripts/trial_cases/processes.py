@@ -40,10 +40,10 @@ def others_are_refused(folder: Path) -> str:
 
 
 def lora_scale_is_another_pipeline(folder: Path) -> str:
-    import tiny
     from peft import LoraConfig
+    from support import tiny
 
-    from visattn.inject.fingerprint import fingerprint
+    from visattn.inject.models.fingerprint import fingerprint
 
     pipe = tiny.wan21()
     config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
@@ -58,8 +58,8 @@ def lora_scale_is_another_pipeline(folder: Path) -> str:
 
 
 def cache_is_refused(folder: Path) -> str:
-    import tiny
     from diffusers import FirstBlockCacheConfig
+    from support import tiny
 
     import visattn
 
@@ -76,10 +76,10 @@ def cache_is_refused(folder: Path) -> str:
 
 def offloaded_is_read(folder: Path) -> str:
     import accelerate
-    import tiny
     import torch
+    from support import tiny
 
-    from visattn.inject.fingerprint import fingerprint
+    from visattn.inject.models.fingerprint import fingerprint
 
     found = set()
     for seed in (0, 0, 1):

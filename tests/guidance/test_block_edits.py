@@ -6,14 +6,13 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from diffusers import CogVideoXTransformer3DModel, FluxTransformer2DModel, SD3Transformer2DModel
-from guidance import pipelines
-from guidance.pipelines import generate
-from perturbed import Written
-from planned import traces
+from support import guided_pipelines as pipelines
+from support import tiny, tiny_images
+from support.guided_pipelines import generate
+from support.perturbed import Written
+from support.planned import traces
 
 import visattn
 from visattn.guidance import (

@@ -3,7 +3,7 @@
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from visattn.guidance.calls import part_of, sample_of, with_sample
+from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
 
 X = torch.arange(8).reshape(4, 2)
 

@@ -5,14 +5,18 @@ import functools
 from dataclasses import dataclass, field
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import check_linear, joint_state
+from support import tiny
+from support.allocations import check_linear, joint_state
 
 import visattn
-from visattn.guidance.compose import ComposeObject, prime_composer, region_constrained
-from visattn.guidance.edit import Edit
-from visattn.guidance.state import run as state_run
+from visattn.guidance.composition.prime_composer import (
+    ComposeObject,
+    prime_composer,
+    region_constrained,
+)
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.state import run as state_run
 
 KINDS = {"wan21": "cross", "cogvideox": "self"}
 PROMPTS = {

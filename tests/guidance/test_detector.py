@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import check_linear, joint_state
-from planned import OTHER
+from support import tiny
+from support.allocations import check_linear, joint_state
+from support.planned import OTHER
 
 import visattn
-from visattn.guidance.detector import DetectorGuidance, largest_subject
-from visattn.guidance.edit import Edit
-from visattn.guidance.state import run as state_run
-from visattn.guidance.token_readout import frame_minmax
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.state import run as state_run
+from visattn.guidance.token_maps.detector import DetectorGuidance, largest_subject
+from visattn.guidance.token_maps.token_readout import frame_minmax
 
 KINDS = {"wan21": "cross", "cogvideox": "self"}
 SUBJECTS = (1, (2, 3))

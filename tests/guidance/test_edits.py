@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from guidance.edited import (
+from support.edited import (
     DIM,
     FIRST,
     GRID,
@@ -24,6 +24,7 @@ from guidance.edited import (
 )
 
 from visattn import Grid, TokenLayout
+from visattn.attention.backends.reference import pattern_mask
 from visattn.guidance import (
     BlurQueries,
     BorrowKeys,
@@ -36,10 +37,9 @@ from visattn.guidance import (
     ShareKV,
     Temperature,
 )
-from visattn.guidance.queries import blur_matrix
-from visattn.guidance.state import State, run
+from visattn.guidance.edits.query_edits import blur_matrix
+from visattn.guidance.edits.state import State, run
 from visattn.patterns import Neighborhood
-from visattn.reference import pattern_mask
 from visattn.selectors import TopBlocks
 
 LAYOUTS = {"video": VIDEO, "text first": FIRST, "text last": LAST}

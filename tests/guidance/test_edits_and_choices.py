@@ -3,8 +3,8 @@ remember what they chose; and biases of any size."""
 
 import pytest
 import torch
-from guidance.edited import FIRST, VIDEO, edited, image_of, logits, softmax, tensors, text_of
-from guidance.pipelines import generate, pipeline
+from support.edited import FIRST, VIDEO, edited, image_of, logits, softmax, tensors, text_of
+from support.guided_pipelines import generate, pipeline
 
 import visattn
 from visattn import TokenLayout

@@ -1,17 +1,16 @@
 """Enhance-A-Video equals the sum over frames and sites that is written out."""
 
 import pytest
-import tiny
-import tiny_images
 import torch
-from guidance.allocations import check_linear
-from planned import Stop, traces
+from support import tiny, tiny_images
+from support.allocations import check_linear
+from support.planned import Stop, traces
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from visattn.guidance import enhance as module
 from visattn.guidance import steer
-from visattn.guidance.enhance import EnhanceVideo, cross_frame_intensity
+from visattn.guidance.edits import enhance_a_video as module
+from visattn.guidance.edits.enhance_a_video import EnhanceVideo, cross_frame_intensity
 from visattn.inject import sparse
 from visattn.patterns import Dense, Diagonal
 

@@ -7,13 +7,12 @@ import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from diffusers import FirstBlockCacheConfig
-from guidance import pipelines
-from perturbed import Written, perturbing
-from planned import Stop, traces
+from support import guided_pipelines as pipelines
+from support import tiny, tiny_images
+from support.perturbed import Written, perturbing
+from support.planned import Stop, traces
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from visattn import Grid, TokenLayout, guide

@@ -5,9 +5,9 @@ import functools
 import math
 
 import pytest
-import tiny
 import torch
-from guidance.pipelines import generate, pipeline
+from support import tiny
+from support.guided_pipelines import generate, pipeline
 
 import visattn
 from visattn.guidance import SEG, SLG, Guidance, RegionMask, SoftPAG

@@ -4,14 +4,14 @@ import functools
 import math
 
 import pytest
-import tiny
-import tiny_images
 import torch
-from guidance.edited import FIRST, LAST, VIDEO, edited, image_of, logits, softmax, tensors, text_of
-from guidance.pipelines import generate
 from guidance.test_compose import Tensors
+from support import tiny, tiny_images
+from support.edited import FIRST, LAST, VIDEO, edited, image_of, logits, softmax, tensors, text_of
+from support.guided_pipelines import generate
 
 import visattn
+from visattn.attention.backends.reference import pattern_mask
 from visattn.guidance import (
     BorrowKeys,
     LabelBias,
@@ -22,7 +22,6 @@ from visattn.guidance import (
     Temperature,
 )
 from visattn.patterns import Neighborhood
-from visattn.reference import pattern_mask
 
 HEADS = [1, 3]  # that are changed
 LAYOUTS = {"video": VIDEO, "text first": FIRST, "text last": LAST}

@@ -6,15 +6,15 @@ import logging
 import random
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.guidance import HeadSet, SoftPAG, guide
-from visattn.guidance import head_search as module
-from visattn.guidance.head_log import HeadLog, Place
-from visattn.guidance.head_search import search_heads
-from visattn.guidance.trials import Generating
+from visattn.guidance.head_search import driver as module
+from visattn.guidance.head_search.batched_trials import Generating
+from visattn.guidance.head_search.driver import search_heads
+from visattn.guidance.head_search.head_log import HeadLog, Place
 
 CALL = {
     "height": 32,

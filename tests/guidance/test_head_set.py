@@ -4,12 +4,12 @@ import json
 import random
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.guidance import PAG, HeadSet, Perturb, SoftPAG, guide
-from visattn.guidance.heads import HEADS_FILE, SCHEMA
+from visattn.guidance.head_set import HEADS_FILE, SCHEMA
 
 SET = HeadSet(
     {"blocks.2.attn1": {1: 1.0, 3: 0.25}, "blocks.0.attn1": {0: 1.0, 2: 1.0}},

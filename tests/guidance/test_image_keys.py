@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import tiny
 import torch
 from diffusers import WanTransformer3DModel
+from support import tiny
 
 import visattn
 from visattn.guidance import ScaleTokens
-from visattn.guidance.edit import Edit
+from visattn.guidance.edits.edit import Edit
 
 TEXT, IMAGE = 512, 5  # diffusers' processor counts on 512 text tokens
 

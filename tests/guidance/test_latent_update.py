@@ -4,23 +4,23 @@ whole forward says where."""
 import functools
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import recorded
-from planned import OTHER, Stop, traces
+from support import tiny
+from support.allocations import recorded
+from support.planned import OTHER, Stop, traces
 
 import visattn
 from visattn.guidance import SoftPAG
-from visattn.guidance.attention_losses import (
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.read_tokens import ReadTokens
+from visattn.guidance.token_maps.latent_update import AStar, AttendAndExcite, LatentUpdate
+from visattn.guidance.token_maps.losses import (
     astar_retention,
     astar_segregation,
     attend_and_excite,
 )
-from visattn.guidance.edit import Edit
-from visattn.guidance.latent_update import AStar, AttendAndExcite, LatentUpdate
-from visattn.guidance.readout import ReadTokens
-from visattn.guidance.token_readout import token_masks
-from visattn.guidance.update_latents import update_latents
+from visattn.guidance.token_maps.token_readout import token_masks
+from visattn.guidance.token_maps.update_latents import update_latents
 
 KINDS = {"wan21": "cross", "cogvideox": "self"}
 REAL = (0, 1, 2, 3, 4)

@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import check_linear, joint_state
-from guidance.edited import edited, tensors
+from support import tiny
+from support.allocations import check_linear, joint_state
+from support.edited import edited, tensors
 
 import visattn
 from visattn import Grid, TokenLayout
 from visattn.guidance import RegionMask, ShuffleTokens, SkipBlock, SoftPAG, consistory
-from visattn.guidance.state import run
+from visattn.guidance.edits.state import run
 from visattn.patterns import Diagonal
 
 OF_DENOISERS = {

@@ -1,11 +1,11 @@
 """Every public method of guidance names its source, its default and its differences."""
 
 import pytest
+from method_docs.sources import read_source
 
 import visattn.guidance
-from visattn.guidance.methods import EDITS, METHODS
-from visattn.guidance.named import GUIDANCES
-from visattn.sources import read_source
+from visattn.guidance.method_list import EDITS, METHODS
+from visattn.guidance.registry import GUIDANCES
 
 # what other methods are made of, or what runs them
 PARTS = {"BlockEdit", "Edit", "Guidance", "HeadSet", "LatentUpdate", "ReadTokens", "Reading"}

@@ -6,7 +6,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
@@ -18,7 +17,8 @@ from diffusers.guiders import (
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
-from planned import Stop, traces
+from support import tiny
+from support.planned import Stop, traces
 
 from visattn import guide
 from visattn.guidance import (
@@ -34,7 +34,7 @@ from visattn.guidance import (
     TemperatureGuidance,
     TokenPerturbation,
 )
-from visattn.guidance.modular import PerturbedGuidance, SoftPerturbedGuidance
+from visattn.guidance.guiders.modular import PerturbedGuidance, SoftPerturbedGuidance
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule

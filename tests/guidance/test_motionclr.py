@@ -5,11 +5,11 @@ import functools
 import math
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import check_linear, joint_state
-from guidance.edited import FIRST, LAST, VIDEO, WORDS, edited, image_of, softmax, tensors, text_of
 from guidance.test_compose import PROMPTS, Tensors
+from support import tiny
+from support.allocations import check_linear, joint_state
+from support.edited import FIRST, LAST, VIDEO, WORDS, edited, image_of, softmax, tensors, text_of
 
 import visattn
 from visattn.guidance import (
@@ -22,7 +22,7 @@ from visattn.guidance import (
     Temperature,
     replace_motion,
 )
-from visattn.guidance.state import run
+from visattn.guidance.edits.state import run
 from visattn.patterns import Neighborhood
 
 NEAR = Neighborhood((1, 3, 3))

@@ -9,20 +9,19 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from guidance.allocations import check_linear
-from planned import Stop, traces
+from support import tiny, tiny_images
+from support.allocations import check_linear
+from support.planned import Stop, traces
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from visattn import Grid, TokenLayout
 from visattn.guidance import CFGZeroStar, SoftPAG, guide, steer
-from visattn.guidance import nag as module
-from visattn.guidance.nag import NAG, CrossNAG, JointNAG
+from visattn.guidance.guiders import nag as module
+from visattn.guidance.guiders.nag import NAG, CrossNAG, JointNAG
 from visattn.inject import sparse
 from visattn.patterns import Diagonal
 from visattn.pipelines.families import FAMILIES

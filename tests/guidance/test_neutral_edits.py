@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from guidance.pipelines import generate, pipeline
+from support.guided_pipelines import generate, pipeline
 
 import visattn
 from visattn.guidance import (

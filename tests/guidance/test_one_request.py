@@ -7,8 +7,8 @@ import functools
 import threading
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from visattn.guidance import NAG, SEG, CFGZeroStar, Perturb, guide, steer
 

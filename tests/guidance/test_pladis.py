@@ -1,15 +1,15 @@
 """PLADIS: the sparse rules equal a bisection, and cross-attention the mix that is written out."""
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import check_linear
+from support import tiny
+from support.allocations import check_linear
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from visattn.guidance import pladis as module
 from visattn.guidance import steer
-from visattn.guidance.pladis import PLADIS, entmax15, sparse_attention_of, sparsemax
+from visattn.guidance.edits import pladis as module
+from visattn.guidance.edits.pladis import PLADIS, entmax15, sparse_attention_of, sparsemax
 
 RULES = {"entmax15": (entmax15, 0.5, 2), "sparsemax": (sparsemax, 1.0, 1)}
 

@@ -2,14 +2,13 @@
 the whole map in float64: with the text in front (CogVideoX, Flux) and behind (SD3)."""
 
 import pytest
-import tiny
-import tiny_images
 import torch
-from perturbed import perturbed_attention
+from support import tiny, tiny_images
+from support.perturbed import perturbed_attention
 
 from visattn import guide
 from visattn.guidance import PAG, SEG, SoftPAG, steer
-from visattn.guidance.steering import Steering
+from visattn.guidance.edits.steer import Steering
 from visattn.inject import observe
 
 KINDS = {"cogvideox": tiny, "flux": tiny_images, "sd3": tiny_images}
@@ -138,7 +137,7 @@ def test_half_a_batch_is_edited_where_edits_are_for_one_pass(kind, calls):
 
 def test_strength_one_hides_values_that_are_not_finite():
     """A head that is wholly replaced may hold anything, as one that was never computed."""
-    from visattn.guidance.state import State
+    from visattn.guidance.edits.state import State
 
     class Call:
         kind = "self"

@@ -3,10 +3,10 @@
 import math
 
 import pytest
-import tiny
+from support import tiny
 
 from visattn.guidance import Temperature, steer
-from visattn.guidance.proportional import ProportionalAttention
+from visattn.guidance.edits.proportional import ProportionalAttention
 
 
 @pytest.mark.parametrize(("kind", "keys"), [("wan21", 72), ("cogvideox", 82)])

@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
-import tiny
 import torch
-from guidance.allocations import check_linear, joint_state
-from guidance.pipelines import generate, pipeline
+from support import tiny
+from support.allocations import check_linear, joint_state
+from support.guided_pipelines import generate, pipeline
 from tokenizers.processors import TemplateProcessing
 
 import visattn
 from visattn.guidance import BorrowKeys, Edit, LabelBias, ScaleTokens, Temperature
-from visattn.guidance.prompt_tokens import phrase_tokens, real_tokens
-from visattn.guidance.readout import ReadTokens
-from visattn.guidance.state import run
-from visattn.guidance.token_readout import TokenReadout, frame_minmax, token_masks
+from visattn.guidance.edits.read_tokens import ReadTokens
+from visattn.guidance.edits.state import run
+from visattn.guidance.token_maps.prompt_tokens import phrase_tokens, real_tokens
+from visattn.guidance.token_maps.token_readout import TokenReadout, frame_minmax, token_masks
 from visattn.patterns import Diagonal
 from visattn.plan import Plan, Rule
 

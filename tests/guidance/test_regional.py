@@ -4,20 +4,19 @@ written out, and whole generations at both ends of the base ratio."""
 import functools
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from guidance.allocations import check_linear, joint_state
 from guidance.test_compose import Tensors
+from support import tiny, tiny_images
+from support.allocations import check_linear, joint_state
 
 import visattn
+from visattn.attention.backends.reference import pattern_mask
 from visattn.guidance import PAG, RegionMask, ScaleHeads, regional
-from visattn.guidance.regional import MixBase, RegionBits
-from visattn.guidance.state import run
+from visattn.guidance.composition.regional import MixBase, RegionBits
+from visattn.guidance.edits.state import run
 from visattn.patterns import Dense, Neighborhood
 from visattn.plan import Plan, Rule
-from visattn.reference import pattern_mask
 
 KINDS = {"wan21": "cross", "wan22": "cross", "cogvideox": "self", "flux": "self", "sd3": "self"}
 BATCHED = ("cogvideox", "sd3")  # whose guidance doubles the batch

@@ -6,30 +6,30 @@ import itertools
 import math
 
 import pytest
-import tiny
 import torch
 from diffusers import (
     CogVideoXDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from guidance.allocations import check_linear, joint_state, recorded
-from planned import Stop
+from support import tiny
+from support.allocations import check_linear, joint_state, recorded
+from support.planned import Stop
 
 import visattn
 from visattn.guidance import SoftPAG
-from visattn.guidance.edit import Edit
-from visattn.guidance.regions import RegionMask
-from visattn.guidance.sequence import (
+from visattn.guidance.composition.ditctrl import (
     WORD_SWAP,
     ShareSettings,
     _key_bits,
     _query_bits,
     generate_sequence,
 )
-from visattn.guidance.sharing import ShareKV
-from visattn.guidance.state import run
-from visattn.guidance.windows import Windows
+from visattn.guidance.composition.windows import Windows
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.label_bias import RegionMask
+from visattn.guidance.edits.share_keys import ShareKV
+from visattn.guidance.edits.state import run
 
 KINDS = ("wan21", "cogvideox")
 VIDEOS = ("wan21", "wan22", "cogvideox", "cogvideox15")
@@ -333,7 +333,7 @@ def test_each_segment_has_the_keys_of_the_one_before_where_it_is_told(kind, pair
     [(ShareSettings(), 6, {1, 2}), (WORD_SWAP, 6, {0, 1}), (ShareSettings(), 50, {*range(2, 25)})],
 )
 def test_default_windows(share, steps, sharing):
-    from visattn.guidance.edit import in_window
+    from visattn.guidance.edits.edit import in_window
 
     assert sharing == {n for n in range(steps) if in_window(share.start, share.stop, n, steps)}
 

@@ -3,8 +3,8 @@ they are without it, and nothing is lost to numbers that are not finite."""
 
 import pytest
 import torch
-from guidance.pipelines import generate, pipeline
 from guidance.test_compose import Tensors
+from support.guided_pipelines import generate, pipeline
 
 import visattn
 from visattn.guidance import (

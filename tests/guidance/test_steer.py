@@ -2,16 +2,16 @@
 
 import math
 
-import planned
 import pytest
-import tiny
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from guidance.allocations import check_linear
-from guidance.edited import edited, tensors
+from support import planned, tiny
+from support.allocations import check_linear
+from support.edited import edited, tensors
 
 import visattn
 from visattn import Grid, TokenLayout
+from visattn.attention.backends.reference import pattern_mask
 from visattn.guidance import (
     BlurQueries,
     BorrowKeys,
@@ -29,12 +29,11 @@ from visattn.guidance import (
     SkipRandomBlocks,
     Temperature,
 )
-from visattn.guidance.subjects import MixQueries
+from visattn.guidance.composition.consistent_subjects import MixQueries
 from visattn.inject import observe, summary
 from visattn.inject.attachment import attached
 from visattn.patterns import Dense, Neighborhood
 from visattn.plan import Plan, Rule
-from visattn.reference import pattern_mask
 from visattn.selectors import Reuse, TopBlocks
 
 STEPS = 4

@@ -4,12 +4,11 @@ sees, written out."""
 import functools
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from diffusers import WanTransformer3DModel
-from guidance.allocations import check_linear, joint_state
-from guidance.edited import (
+from support import tiny, tiny_images
+from support.allocations import check_linear, joint_state
+from support.edited import (
     DIM,
     FIRST,
     GRID,
@@ -24,20 +23,20 @@ from guidance.edited import (
 )
 
 import visattn
-from visattn.guidance.edit import Edit
-from visattn.guidance.sharing import BorrowKeys, Rotary, rotary_of
-from visattn.guidance.state import run
-from visattn.guidance.subject_masks import SubjectMasks
-from visattn.guidance.subjects import (
+from visattn.attention.backends.reference import pattern_mask
+from visattn.guidance.composition.consistent_subjects import (
     BorrowSometimes,
     MixQueries,
     consistory,
     ir_diffusion,
     story_diffusion,
 )
-from visattn.guidance.token_readout import otsu, token_masks
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.share_keys import BorrowKeys, Rotary, rotary_of
+from visattn.guidance.edits.state import run
+from visattn.guidance.token_maps.subject_masks import SubjectMasks
+from visattn.guidance.token_maps.token_readout import otsu, token_masks
 from visattn.patterns import Neighborhood
-from visattn.reference import pattern_mask
 
 LAYOUTS = {"video": VIDEO, "text first": FIRST, "text last": LAST}
 PATTERNS = {"dense": None, "sparse": Neighborhood((1, 3, 3))}

@@ -1,14 +1,14 @@
 """Guidances in written form: every one is read and written, and what is wrong is named."""
 
 import pytest
-import tiny
 import torch
 from diffusers import WanTransformer3DModel
+from support import tiny
 
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.guidance import PAG, SEG, HeadSet, Perturb, SkipBlock, SoftPAG
-from visattn.guidance.named import GUIDANCES, guided
-from visattn.guidance.text import (
+from visattn.guidance.registry import GUIDANCES, guided
+from visattn.guidance.written_form import (
     guidance_text,
     listed_guidances,
     parse_guidance,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from guidance.allocations import check_linear, recorded
+from support.allocations import check_linear, recorded
 
-from visattn.guidance import token_columns as module
-from visattn.guidance.token_columns import columns_by_lse, token_columns
+from visattn.guidance.edits import map_columns as module
+from visattn.guidance.edits.map_columns import columns_by_lse, token_columns
 
 FACTOR = 0.3
 KEYS = torch.tensor([1, 4, 7])

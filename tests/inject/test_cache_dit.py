@@ -8,8 +8,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from visattn import guidance, guide
 from visattn.inject import apply_plan, remove_plan, summary

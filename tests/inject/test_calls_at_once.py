@@ -5,9 +5,9 @@ import copy
 import threading
 
 import pytest
-import tiny
 import torch
-from planned import PLAN, VARIED
+from support import tiny
+from support.planned import PLAN, VARIED
 
 from visattn.inject import apply_plan, summary
 from visattn.plan import Plan, Rule

@@ -1,12 +1,12 @@
 """Plans and ``torch.compile``: one graph, in whichever order they come, changed, and taken away."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from visattn.inject import apply_plan, remove_plan, summary
-from visattn.inject.op import not_a_graph
+from visattn.inject.layers.compiled_layer import not_a_graph
 from visattn.patterns import Dense, Diagonal, MultiDiagonal, Neighborhood
 from visattn.plan import Plan, Rule
 

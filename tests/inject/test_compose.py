@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload
 from diffusers import (
@@ -15,6 +14,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import HookRegistry
+from support import tiny
 
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Diagonal, Neighborhood

@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import (
     CogVideoXDPMScheduler,
@@ -15,7 +14,8 @@ from diffusers import (
     WanPipeline,
     WanVideoToVideoPipeline,
 )
-from planned import (
+from support import tiny
+from support.planned import (
     KINDS,
     OTHER,
     PASSED,

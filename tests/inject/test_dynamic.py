@@ -2,11 +2,11 @@
 from another generation."""
 
 import pytest
-import tiny
 import torch
-from planned import KINDS, with_plan
+from support import tiny
+from support.planned import KINDS, with_plan
 
-from visattn.execute import BackendUnavailable
+from visattn.attention.dispatch import BackendUnavailable
 from visattn.inject import apply_plan, observe, remove_plan, sparse, summary
 from visattn.inject.attachment import attached
 from visattn.patterns import Dense, Diagonal

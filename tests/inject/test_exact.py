@@ -2,8 +2,8 @@
 ended in an exception."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from visattn.inject import apply_plan, remove_plan, sparse, summary
 from visattn.patterns import AxisOrder, Block, Dense, Diagonal, Neighborhood, Radial, Union

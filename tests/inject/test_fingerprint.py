@@ -5,10 +5,8 @@ import contextlib
 import logging
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-import variants
 from accelerate import cpu_offload, disk_offload
 from diffusers import (
     DDIMScheduler,
@@ -20,17 +18,18 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
+from support import tiny, variants
 
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.guidance import PAG, SEG, guide
-from visattn.guidance.head_search import search_heads
+from visattn.guidance.head_search.driver import search_heads
 from visattn.inject import apply_plan, remove_plan, sparse
 from visattn.inject.attachment import attached
-from visattn.inject.fingerprint import fingerprint
-from visattn.inject.front import handlers_of
-from visattn.inject.searchable import check_searchable
+from visattn.inject.hooks.class_swap import handlers_of
+from visattn.inject.models.fingerprint import fingerprint
+from visattn.inject.models.searchable import check_searchable
 from visattn.patterns import Diagonal
-from visattn.search.subject import Subject
+from visattn.search.measure.target import Subject
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 import logging
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from support import tiny, tiny_images
 
 from visattn.inject import apply_plan, observe, remove_plan, summary
 from visattn.patterns import Diagonal

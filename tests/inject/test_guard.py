@@ -8,11 +8,11 @@ import logging
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
-import visattn.inject.guard as guard
-import visattn.inject.watch as watch
+import visattn.inject.layers.first_calls as watch
+import visattn.inject.layers.guard as guard
 from visattn.cost import Calibration, device_name
 from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.patterns import Dense, Diagonal, Skip, Stripe
@@ -164,7 +164,7 @@ def test_dense_attention_of_a_backend_is_what_is_timed(monkeypatch):
     """It is called with tensors of the calibration, heads first."""
     from diffusers.models import attention_dispatch
 
-    from visattn.inject.dense_attention import dense_attention
+    from visattn.inject.layers.stock_attention import dense_attention
 
     pipe = tiny.wan21()
     pipe.transformer.set_attention_backend("_native_math")

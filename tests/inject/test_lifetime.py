@@ -4,12 +4,12 @@ import gc
 import weakref
 
 import pytest
-import tiny
 import torch
 from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from planned import (
+from support import tiny
+from support.planned import (
     HEADS,
     KINDS,
     OTHER,
@@ -23,9 +23,10 @@ from planned import (
     usual,
 )
 
-from visattn.inject import apply_plan, recent, remove_plan, sparse, summary
+from visattn.inject import apply_plan, remove_plan, sparse, summary
 from visattn.inject.attachment import attached
-from visattn.inject.op import _LAYERS
+from visattn.inject.hooks import recent
+from visattn.inject.layers.compiled_layer import _LAYERS
 from visattn.patterns import Diagonal, Neighborhood
 from visattn.plan import Plan, Rule
 

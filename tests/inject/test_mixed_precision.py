@@ -3,10 +3,10 @@
 import gc
 
 import pytest
-import tiny
 import torch
-from caches import clear_functions, live_tensors
-from planned import PLAN
+from support import tiny
+from support.caches import clear_functions, live_tensors
+from support.planned import PLAN
 
 import visattn
 from visattn.guidance import (
@@ -24,7 +24,7 @@ from visattn.guidance import (
 )
 from visattn.inject import apply_plan, observe, summary
 from visattn.inject.attachment import attached
-from visattn.inject.op import Call, layer_attention
+from visattn.inject.layers.compiled_layer import Call, layer_attention
 from visattn.patterns import Diagonal, parse_pattern
 from visattn.plan import Plan, Rule
 

@@ -1,8 +1,8 @@
 """Attention calls are shown as they are, and showing them changes nothing."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.inject import apply_plan, observe, summary

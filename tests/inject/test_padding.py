@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.guidance import NAG, BorrowKeys, Perturb, SoftPAG, guide, steer
-from visattn.inject import apply_plan, layer, observe, remove_plan, summary
+from visattn.inject import apply_plan, observe, remove_plan, summary
 from visattn.inject.attachment import attached
+from visattn.inject.layers import layer
 from visattn.patterns import Dense, Diagonal, Neighborhood
 from visattn.plan import Plan, Rule
 from visattn.selectors import TopBlocks

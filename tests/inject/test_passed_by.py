@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from support import tiny
 
 from visattn.inject import apply_plan, remove_plan, sparse, summary
-from visattn.inject.arguments import argument_names
+from visattn.inject.hooks.argument_names import argument_names
 from visattn.patterns import Diagonal
 
 GENERATOR = torch.Generator().manual_seed(0)

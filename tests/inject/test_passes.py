@@ -1,10 +1,10 @@
 """Plans and guidance: the cond and the uncond pass, in one batch or in two calls."""
 
 import pytest
-import tiny
 import torch
 from diffusers import FasterCacheConfig
-from planned import HEADS, KINDS, PASSED, PLAN, calls, usual, with_plan
+from support import tiny
+from support.planned import HEADS, KINDS, PASSED, PLAN, calls, usual, with_plan
 
 from visattn.inject import apply_plan
 from visattn.patterns import Diagonal

@@ -5,9 +5,9 @@ import multiprocessing
 import pickle
 
 import pytest
-import tiny
 import torch
-from planned import PLAN, VARIED, traces, usual
+from support import tiny
+from support.planned import PLAN, VARIED, traces, usual
 
 from visattn.guidance import SEG, SkipBlock, guide, steer
 from visattn.inject import apply_plan, summary

@@ -1,7 +1,6 @@
 """Plans together with the attention backends and processors of diffusers."""
 
 import pytest
-import tiny
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -10,7 +9,8 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from planned import HEADS, KINDS, PLAN, attention, calls, traces, usual
+from support import tiny
+from support.planned import HEADS, KINDS, PLAN, attention, calls, traces, usual
 
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.plan import Plan, Rule

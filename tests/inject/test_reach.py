@@ -6,8 +6,8 @@ import copy
 from collections import Counter
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 

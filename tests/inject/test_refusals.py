@@ -6,13 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-import variants
 from diffusers import DDPMScheduler, UNet2DModel
+from support import tiny, variants
 
 from visattn import Grid, TokenLayout
-from visattn.execute import BackendUnavailable
+from visattn.attention.dispatch import BackendUnavailable
 from visattn.guidance import SEG, guide
 from visattn.inject import apply_plan, denoisers, observe, remove_plan, sparse, summary
 from visattn.inject.apply import known_denoisers

@@ -7,9 +7,9 @@ import multiprocessing
 import weakref
 
 import pytest
-import tiny
 import torch
-from planned import PLAN, VARIED, Stop, traces, usual
+from support import tiny
+from support.planned import PLAN, VARIED, Stop, traces, usual
 
 from visattn.guidance import SEG, SkipBlock, SoftPAG, guide, steer
 from visattn.inject import apply_plan, observe, remove_plan, sparse

@@ -3,17 +3,15 @@
 import logging
 
 import pytest
-import tiny
-import tiny_images
 import torch
-import variants
 from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from diffusers.callbacks import SD3CFGCutoffCallback
-from planned import Stop, traces
+from support import tiny, tiny_images, variants
+from support.planned import Stop, traces
 
 from visattn.guidance import SEG, guide
 from visattn.inject import apply_plan, attachment, observe, remove_plan, sparse, summary
-from visattn.inject.moment import Batch, passes_in
+from visattn.inject.hooks.run_state import Batch, passes_in
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import tiny
 import torch
 from diffusers.configuration_utils import FrozenDict
+from support import tiny
 
 from visattn import Grid, TokenLayout
 from visattn.inject import apply_plan, observe, remove_plan, summary

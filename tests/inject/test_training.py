@@ -5,11 +5,10 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
-import tiny_images
 import torch
 from peft import LoraConfig
-from planned import KINDS, PLAN, VARIED
+from support import tiny, tiny_images
+from support.planned import KINDS, PLAN, VARIED
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from visattn import triton_backend
+from visattn.attention.backends import triton_kernels as triton_backend
 
 
 @pytest.fixture

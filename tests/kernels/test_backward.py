@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS, draw
-from kernel_cases import DEVICE, DTYPES, GPU, HEAD_SIZES, MIXED, UNIONS, WALKED, case, inputs
+from support.cases import LAYOUTS, draw
+from support.kernel_cases import (
+    DEVICE,
+    DTYPES,
+    GPU,
+    HEAD_SIZES,
+    MIXED,
+    UNIONS,
+    WALKED,
+    case,
+    inputs,
+)
 
 from visattn import TokenLayout, sparse_attention
-from visattn.execute import lower_cached
+from visattn.attention.backends.triton_kernels import triton_attention, triton_backward
+from visattn.attention.dispatch import lower_cached
+from visattn.geometry.layout import check_text_lengths
+from visattn.kernels.launch import backward_launch_of
 from visattn.kernels.targets import Launch
-from visattn.launch import backward_launch_of
-from visattn.layout import check_text_lengths
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Skip
-from visattn.triton_backend import triton_attention, triton_backward
 
 Settings = tuple[tuple[int, int], tuple[int, int], int, int]
 SOME = {  # what is interpreted

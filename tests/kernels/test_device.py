@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from selectors_oracle import LAYOUTS, SCALE, tensors
+from support.selectors_oracle import LAYOUTS, SCALE, tensors
 
 from visattn import TokenLayout, sparse_attention
-from visattn.execute import lower_cached
-from visattn.launch import interpreting
+from visattn.attention.backends.triton_kernels import triton_attention
+from visattn.attention.dispatch import lower_cached
+from visattn.kernels.launch import interpreting
 from visattn.patterns import AxisOrder, Diagonal, Pattern
 from visattn.selectors import MoBA, Pyramid, TopBlocks
 from visattn.selectors.selector import Stages
-from visattn.selectors.selects import TopP
-from visattn.triton_backend import triton_attention
+from visattn.selectors.stages.choose import TopP
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="records what the interpreter runs")
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"

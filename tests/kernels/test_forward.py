@@ -14,16 +14,27 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS
-from kernel_cases import DEVICE, DTYPES, GPU, HEAD_SIZES, MIXED, UNIONS, WALKED, case, inputs
+from support.cases import LAYOUTS
+from support.kernel_cases import (
+    DEVICE,
+    DTYPES,
+    GPU,
+    HEAD_SIZES,
+    MIXED,
+    UNIONS,
+    WALKED,
+    case,
+    inputs,
+)
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.devicemaps import device_maps
-from visattn.execute import lower_cached
+from visattn.attention.backends.triton_kernels import triton_attention
+from visattn.attention.dispatch import lower_cached
+from visattn.blocks.device_lists import device_maps
+from visattn.geometry.layout import check_text_lengths
 from visattn.kernels.forward import describable
+from visattn.kernels.launch import launch_of
 from visattn.kernels.targets import Launch
-from visattn.launch import launch_of
-from visattn.layout import check_text_lengths
 from visattn.patterns import (
     PATTERNS,
     Dense,
@@ -34,7 +45,6 @@ from visattn.patterns import (
     Skip,
     Stripe,
 )
-from visattn.triton_backend import triton_attention
 
 SETTINGS = Launch(16, 32, 4, 1)
 LIMIT = 15_000

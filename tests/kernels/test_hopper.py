@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS
-from kernel_cases import GPU, MIXED, UNIONS, case, inputs
+from support.cases import LAYOUTS
+from support.kernel_cases import GPU, MIXED, UNIONS, case, inputs
 
-from visattn import sparse_attention, triton_backend
+from visattn import sparse_attention
+from visattn.attention.backends import triton_kernels as triton_backend
 from visattn.kernels.targets import LAUNCHES
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Skip
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
+from support.selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import TokenLayout, sparse_attention
-from visattn.execute import BackendUnavailable, Spec, execute
+from visattn.attention.dispatch import BackendUnavailable, Spec, execute
+from visattn.geometry.orders import LineOrder
 from visattn.kernels import levels_backward
-from visattn.orders import LineOrder
 from visattn.patterns import Dense, Diagonal
 from visattn.selectors import MoBA, PooledRest, Pyramid, SampledRest, Selection, TopBlocks
-from visattn.selectors.attend import attend
-from visattn.selectors.gradients import LevelAttention
-from visattn.selectors.sides import ordered_side
+from visattn.selectors.attend.dynamic_blockwise import attend
+from visattn.selectors.attend.gradients import LevelAttention
+from visattn.selectors.stages.blocks import ordered_side
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -12,12 +12,13 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import DEVICE
-from selectors_oracle import small
+from support.kernel_cases import DEVICE
+from support.selectors_oracle import small
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.execute import lower_cached
-from visattn.launch import INTERPRETED, INTERPRETED_BACKWARD
+from visattn.attention.backends.reference import pattern_mask
+from visattn.attention.dispatch import lower_cached
+from visattn.kernels.launch import INTERPRETED, INTERPRETED_BACKWARD
 from visattn.patterns import (
     Dense,
     Diagonal,
@@ -30,7 +31,6 @@ from visattn.patterns import (
     Stripe,
     parse_pattern,
 )
-from visattn.reference import pattern_mask
 from visattn.selectors import SELECTORS
 
 LAYOUT = TokenLayout(Grid(3, 3, 9), text_before=5, text_after=6)

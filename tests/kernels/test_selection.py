@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
+from support.selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.execute import Spec, execute
+from visattn.attention.dispatch import Spec, execute
+from visattn.geometry.orders import LineOrder
 from visattn.kernels.levels import Keys
 from visattn.kernels.queries import queries_forward
 from visattn.kernels.summary import summarise
-from visattn.orders import LineOrder
 from visattn.selectors import (
     Memory,
     MoBA,
@@ -27,12 +27,12 @@ from visattn.selectors import (
     SkipList,
     TopBlocks,
 )
-from visattn.selectors.attend import attend
-from visattn.selectors.device import kernel_attend, kernel_levels, summary
-from visattn.selectors.inputs import Inputs, block_means
-from visattn.selectors.reference import reference_attend
-from visattn.selectors.scores import Pooled
-from visattn.selectors.selects import (
+from visattn.selectors.attend.dynamic_blockwise import attend
+from visattn.selectors.attend.dynamic_reference import reference_attend
+from visattn.selectors.attend.dynamic_triton import kernel_attend, kernel_levels, summary
+from visattn.selectors.methods.skip_list import packed, unpacked
+from visattn.selectors.stages.blocks import ordered_side
+from visattn.selectors.stages.choose import (
     Levels,
     Select,
     Threshold,
@@ -40,8 +40,8 @@ from visattn.selectors.selects import (
     TopK,
     TopP,
 )
-from visattn.selectors.sides import ordered_side
-from visattn.selectors.skip_list import packed, unpacked
+from visattn.selectors.stages.inputs import Inputs, block_means
+from visattn.selectors.stages.scores import Pooled
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -31,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ranks.py")), str(rank), str(folder)],
+            [sys.executable, str(TESTS / "support" / "ranks.py"), str(rank), str(folder)],
             env={**os.environ, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from cases import LAYOUTS, draw, draw_text_lengths
+from support.cases import LAYOUTS, draw, draw_text_lengths
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
-from visattn.blockmap import FULL, PARTIAL, SHORT, TEXT
+from visattn.attention.backends.reference import map_mask, pattern_mask
+from visattn.blocks.block_map import FULL, PARTIAL, SHORT, TEXT
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Skip, Stripe
-from visattn.reference import map_mask, pattern_mask
 
 BLOCKS = [(4, 4), (16, 16), (7, 11), (32, 16), (16, 64), (64, 64), (128, 128)]
 
@@ -137,7 +137,7 @@ def test_separate_key_layout(pattern: object) -> None:
 @pytest.mark.parametrize("order", ["hilbert", "wth", "box", "explicit"])
 def test_any_order_gives_the_same_pattern(name: str, order: str) -> None:
     """A pattern lowered in a foreign order visits more blocks and keeps the same pairs."""
-    from visattn.orders import BoxOrder, ExplicitOrder, HilbertOrder, LineOrder
+    from visattn.geometry.orders import BoxOrder, ExplicitOrder, HilbertOrder, LineOrder
 
     layout = TokenLayout(Grid(5, 6, 7), text_after=5)
     shuffled = torch.randperm(210, generator=torch.Generator().manual_seed(3)).tolist()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from visattn import Grid, TokenLayout
-from visattn.orders import BoxOrder, Triple
+from visattn.geometry.orders import BoxOrder, Triple
 from visattn.patterns import Block, Diagonal, Halo, Neighborhood, Radial, Sharded, SlidingTile
 from visattn.patterns.diagonal import band_pairs
 

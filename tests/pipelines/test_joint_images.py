@@ -4,14 +4,14 @@ joint attention, and nothing else, with the passes and steps that they name."""
 import copy
 
 import pytest
-import tiny_images
 import torch
-from planned import traces
+from support import tiny_images
+from support.planned import traces
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from visattn import Grid, TokenLayout
-from visattn.guidance.blocks import block_paths
+from visattn.guidance.edits.block_edits import block_paths
 from visattn.inject import apply_plan, denoisers, remove_plan, sparse, summary
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import attention_layers

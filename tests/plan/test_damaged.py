@@ -14,8 +14,8 @@ from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Stripe, Union
 from visattn.patterns.parse import known_kinds, parse_pattern, signature_of
 from visattn.plan import Denoiser, Plan, Rule
-from visattn.plan.text import plan_text
-from visattn.plan.view import view_plan
+from visattn.plan.show.plan_view import view_plan
+from visattn.plan.show.terminal import plan_text
 from visattn.selectors import OnlineChoice, Reuse, TopBlocks
 
 LAYER = "blocks.1.attn1"

@@ -7,8 +7,8 @@ import pytest
 from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Radial, Skip
 from visattn.plan import Denoiser, Plan, Rule
-from visattn.plan.difference import difference
-from visattn.plan.text import difference_text
+from visattn.plan.show.difference import difference
+from visattn.plan.show.terminal import difference_text
 
 A, B, C = Diagonal(8), Diagonal(16), Skip()
 LAYERS = [f"blocks.{n}.attn1" for n in range(4)]

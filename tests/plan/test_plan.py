@@ -16,7 +16,7 @@ from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Union
 from visattn.patterns.parse import known_kinds
 from visattn.plan import ANY, PLAN_FILE, Denoiser, Plan, Rule, read_plan
-from visattn.plan.source import as_plan
+from visattn.plan.read import as_plan
 from visattn.selectors import NABLA, PISA, Agent, Reuse, XAttention
 
 PATTERNS = [Dense(), Skip(), Diagonal(5), Radial(0.2), Neighborhood((0.5, 3, 1.0)),

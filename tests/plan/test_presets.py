@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from visattn.bench.architectures import ARCHITECTURES, skeleton
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
+from visattn.geometry.layout import TokenLayout
 from visattn.inject.attachment import attention_layers, describe
-from visattn.layout import TokenLayout
 from visattn.patterns import Pattern
 from visattn.pipelines.families import FAMILIES
-from visattn.plan import PLAN_FILE, Plan, read_plan, source
-from visattn.plan.view import view_plan
+from visattn.plan import PLAN_FILE, Plan, read_plan
+from visattn.plan import read as source
+from visattn.plan.show.plan_view import view_plan
 from visattn.selectors import OnlineChoice
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,18 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from cli import good, refused
 from PIL import Image
+from support.cli import good, refused
 
 from visattn import Grid, TokenLayout
 from visattn.cli.show_plan import layer_paths
+from visattn.draw.canvas import PAPER
+from visattn.draw.plan_picture import COLORS, draw_plan
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, SlidingTile
-from visattn.picture import PAPER
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Denoiser, Plan, Rule
-from visattn.plan.head_map import COLORS, draw_plan
-from visattn.plan.text import plan_text
-from visattn.plan.view import view_plan
+from visattn.plan.show.plan_view import view_plan
+from visattn.plan.show.terminal import plan_text
 from visattn.selectors import TopBlocks
 
 GRID = TokenLayout(Grid(3, 8, 8), text_before=4)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from visattn import Grid, TokenLayout
-from visattn.draw import MARGIN, OWN
+from visattn.draw.canvas import PAPER
+from visattn.draw.heat import RAMP, heat_picture, legend, top_of
+from visattn.draw.pattern_picture import MARGIN, OWN
 from visattn.inject import Observation
-from visattn.picture import PAPER
 from visattn.readout import Sampler
 from visattn.readout.detail import _frames, draw_detail
-from visattn.readout.heat import RAMP, heat_picture, legend, top_of
 from visattn.readout.overview import by_distance, draw_overview, percent, seen_around, shared_keys
 
 

@@ -1,8 +1,8 @@
 """The sampler: what it makes of the calls of running pipelines, and of heads of known structure."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from visattn import Grid, TokenLayout
 from visattn.inject import Observation, apply_plan, observe

@@ -6,8 +6,8 @@ import json
 
 import pytest
 from PIL import Image
-from report.browser import Browser, find_chromium
-from report.example import EVIL_PROMPT, example_report, example_videos
+from support.browser import Browser, find_chromium
+from support.example import EVIL_PROMPT, example_report, example_videos
 
 from visattn.report import write_page
 

@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report.example import example_report, example_videos
+from support.example import example_report, example_videos
 
 import visattn.report
+from visattn.media.mp4_timing import timing_of
 from visattn.report import render_page, write_page
-from visattn.report.clip_timing import timing_of
+from visattn.report.colors import COLORS, OTHERS, contrast, families_of
 from visattn.report.markup import figure, interval, plain, put
-from visattn.report.palette import COLORS, OTHERS, contrast, families_of
-from visattn.report.stencils import stencil_data
+from visattn.report.stencil_figure import stencil_data
 
 SOURCES = Path(visattn.report.__file__).parent
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from visattn.layout import Grid
+from visattn.geometry.layout import Grid
 from visattn.patterns import Neighborhood, SlidingTile
 from visattn.search.cost import end_to_end, tile_bounds
 
@@ -56,7 +56,7 @@ def test_aligned_windows_cost_their_density():
 
 
 def _layout(grid):
-    from visattn.layout import TokenLayout
+    from visattn.geometry.layout import TokenLayout
 
     return TokenLayout(grid)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from visattn import TokenLayout, sparse_attention
-from visattn.blockmap import BlockMap
+from visattn.attention.dispatch import block_sizes, lower_cached
+from visattn.blocks.block_map import BlockMap
 from visattn.cost import (
     TORCH,
     Calibration,
@@ -27,8 +28,7 @@ from visattn.cost import (
 )
 from visattn.cost import kept as module
 from visattn.cost.calibration import CASES, DENSE_QUERIES, HEADS, TOKENS, fit
-from visattn.execute import block_sizes, lower_cached
-from visattn.layout import Grid
+from visattn.geometry.layout import Grid
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Radial, Skip, Stripe
 from visattn.search.cost import crossover, layer_cost, step_speedup, work_of
 from visattn.selectors import TopBlocks
@@ -66,7 +66,7 @@ def lower(pattern: Pattern, layout: TokenLayout = LAYOUT, size: int = 64) -> Blo
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_kernels_count_the_blocks_of_the_map(name: str) -> None:
-    from cases import draw
+    from support.cases import draw
 
     block_map = lower(draw(name, LAYOUT, 1))
     work = work_of(block_map, "triton", 3, 64)
@@ -82,9 +82,9 @@ def test_kernels_count_the_blocks_of_the_map(name: str) -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_plain_torch_counts_what_it_multiplies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, products and copied elements as the backend itself has them."""
-    from cases import draw
+    from support.cases import draw
 
-    import visattn.cpu_rows as rows
+    import visattn.attention.backends.blockwise_cpu as rows
 
     pattern = draw(name, LAYOUT, 1)
     seen = {"logits": 0, "products": 0}

@@ -1,10 +1,10 @@
 """What a search is asked for: a speed, an error, a PSNR, phases."""
 
 import pytest
-import search_runner
+from support import search_runner
 
 from visattn.search.receipt import PLANNED, Clips
-from visattn.search.store import Item
+from visattn.search.tasks.result_store import Item
 
 pytestmark = pytest.mark.second
 

@@ -3,16 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from visattn.patterns import Diagonal
 from visattn.plan import Plan, Rule
-from visattn.search import stages
-from visattn.search.stages import Search, Settings
-from visattn.search.store import key_of
-from visattn.search.subject import Subject
-from visattn.search.validate import caption_scorer
+from visattn.search import run as stages
+from visattn.search.measure.clip_quality import caption_scorer
+from visattn.search.measure.target import Subject
+from visattn.search.run import Search, Settings
+from visattn.search.tasks.result_store import key_of
 
 CALL = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 3}
 PLAN = Plan((Rule((Diagonal(4),)),))

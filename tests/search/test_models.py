@@ -4,19 +4,17 @@ and of images."""
 import json
 
 import pytest
-import search_runner
-import tiny
-import tiny_images
 import torch
+from support import search_runner, tiny, tiny_images
 
 from visattn.generation import run_job
 from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.patterns import Diagonal
 from visattn.readout import attention_rows
-from visattn.search.replay import Recorder, Replay
-from visattn.search.score import Pool, Scorer
-from visattn.search.subject import Subject
-from visattn.search.tiles import tile_grids
+from visattn.search.measure.output_losses import Pool, Scorer
+from visattn.search.measure.replay import Recorder, Replay
+from visattn.search.measure.target import Subject
+from visattn.search.measure.tile_grid import tile_grids
 from visattn.selectors import TopBlocks
 
 TRUE = {"negative_prompt": "a blue circle", "true_cfg_scale": 2.0}

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from visattn.processes import Processes, ProcessGroup
-from visattn.search import replay
+from visattn.runtime.processes import Processes, ProcessGroup
 from visattn.search.api import read_budget, split_prompts
-from visattn.search.calls import spread_steps
-from visattn.search.heads import output_weights
-from visattn.search.statistics import interval
-from visattn.search.store import Store, key_of
-from visattn.search.team import Task, Team, Unfinished
+from visattn.search.measure import replay
+from visattn.search.measure.output_projection import output_weights
+from visattn.search.measure.recorded_attention import spread_steps
+from visattn.search.measure.statistics import interval
+from visattn.search.tasks.result_store import Store, key_of
+from visattn.search.tasks.runner import Task, Team, Unfinished
 
 
 def test_steps_are_spread():

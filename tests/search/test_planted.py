@@ -1,17 +1,17 @@
 """Heads of known structure get their pattern."""
 
-import planted
 import pytest
 import torch
+from support import planted
 
 from visattn import sparse_attention
 from visattn.inject import Observation
 from visattn.patterns import Dense, Skip, Stencil
-from visattn.search.learn import learned, stencils_of
-from visattn.search.score import Pool, Scorer
-from visattn.search.solutions import LayerFronts
-from visattn.search.store import Item
-from visattn.search.tiles import TileGrid, stencil_of, tile_grids
+from visattn.search.candidates.learned_stencils import learned, stencils_of
+from visattn.search.measure.output_losses import Pool, Scorer
+from visattn.search.measure.tile_grid import TileGrid, stencil_of, tile_grids
+from visattn.search.solve.assignments import LayerFronts
+from visattn.search.tasks.result_store import Item
 from visattn.selectors import VSA, TopBlocks
 
 pytestmark = pytest.mark.second
@@ -134,7 +134,7 @@ def test_a_candidate_that_runs_out_of_memory_is_left_out_and_said(monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
-    monkeypatch.setattr("visattn.search.score.sparse_attention", out_of_memory)
+    monkeypatch.setattr("visattn.search.measure.output_losses.sparse_attention", out_of_memory)
     pool = Pool((), (("top", TopBlocks(0.25)),), {})
     grids = tile_grids(planted.LAYOUT, planted.BLOCK)
     scorer = Scorer(pool, planted.weights_of().__getitem__, {0}, grids, 4, 4)
@@ -148,7 +148,7 @@ def test_a_candidate_that_runs_out_of_memory_is_left_out_and_said(monkeypatch):
 def test_losses_are_those_of_the_operator(text):
     """Of random heads with all rows read: every candidate's projected and output error is what
     ``sparse_attention`` gives, and the rest is Skip's."""
-    from visattn.layout import Grid, TokenLayout
+    from visattn.geometry.layout import Grid, TokenLayout
     from visattn.patterns import Diagonal, Neighborhood
 
     layout = TokenLayout(Grid(3, 4, 4), text_after=text)

@@ -1,12 +1,12 @@
 """What a search refuses, in one sentence, and what it survives."""
 
 import pytest
-import search_runner
-import tiny
 import torch
+from support import search_runner, tiny
 
 import visattn
-from visattn.search import replay, stages
+from visattn.search import run as stages
+from visattn.search.measure import replay
 
 
 @pytest.fixture(autouse=True)

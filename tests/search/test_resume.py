@@ -4,9 +4,9 @@ import json
 import socket
 
 import pytest
-import search_runner
 import torch
-from search_runner import finish, heads_of, kept, killed, plan_of, start
+from support import search_runner
+from support.search_runner import finish, heads_of, kept, killed, plan_of, start
 
 KILLS = 3
 

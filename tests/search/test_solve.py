@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from visattn.search.solve import Option, best_choice, frontier, pareto
+from visattn.search.solve.knapsack import Option, best_choice, frontier, pareto
 
 
 def groups(seed):

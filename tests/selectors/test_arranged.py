@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from selectors_oracle import (
+from support.selectors_oracle import (
     LAYOUTS,
     SCALE,
     Output,
@@ -25,9 +25,9 @@ from selectors_oracle import (
 )
 
 from visattn import TokenLayout
-from visattn.orders import LineOrder
+from visattn.attention.backends.reference import map_mask
+from visattn.geometry.orders import LineOrder
 from visattn.patterns import MultiDiagonal, Neighborhood, Stripe, Union
-from visattn.reference import map_mask
 from visattn.selectors import (
     ClusterBlocks,
     Hashing,
@@ -35,8 +35,8 @@ from visattn.selectors import (
     OnlineChoice,
     Selector,
 )
-from visattn.selectors.attend import sample_tokens
-from visattn.selectors.selection import SampledRest
+from visattn.selectors.attend.dynamic_blockwise import sample_tokens
+from visattn.selectors.stages.selection import SampledRest
 
 
 def by_keys(

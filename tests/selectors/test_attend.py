@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
+from support.selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.layout import valid_keys
-from visattn.orders import LineOrder
+from visattn.geometry.layout import valid_keys
+from visattn.geometry.orders import LineOrder
 from visattn.patterns import Diagonal, Neighborhood, Radial, parse_pattern
 from visattn.selectors import (
     SELECTORS,
@@ -23,11 +23,11 @@ from visattn.selectors import (
     VMoBA,
     register_gate,
 )
-from visattn.selectors.arranged import uneven_runs
-from visattn.selectors.attend import attend
-from visattn.selectors.reference import reference_attend
-from visattn.selectors.selects import BLOCK
-from visattn.selectors.sides import arranged_side, ordered_side
+from visattn.selectors.attend.dynamic_blockwise import attend
+from visattn.selectors.attend.dynamic_reference import reference_attend
+from visattn.selectors.methods.per_head_order import uneven_runs
+from visattn.selectors.stages.blocks import arranged_side, ordered_side
+from visattn.selectors.stages.choose import BLOCK
 
 
 def random_selection(layout: TokenLayout, values: tuple[int, ...], seed: int) -> Selection:

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from selectors_oracle import LAYOUTS, SCALE, lengths, small, tensors
+from support.selectors_oracle import LAYOUTS, SCALE, lengths, small, tensors
 
 from visattn import Grid, TokenLayout
-from visattn.execute import Spec, execute
+from visattn.attention.dispatch import Spec, execute
 from visattn.patterns import Diagonal
 from visattn.selectors import (
     ClusterBlocks,
@@ -23,12 +23,12 @@ from visattn.selectors import (
     SkipList,
     TopBlocks,
 )
-from visattn.selectors.attend import attend
+from visattn.selectors.attend.dynamic_blockwise import attend
+from visattn.selectors.attend.largest_logits import largest_logits
 from visattn.selectors.audit import audit, audited_rows
-from visattn.selectors.clusters import kmeans
-from visattn.selectors.largest import largest_logits
-from visattn.selectors.past import Past
-from visattn.selectors.reuse import raised
+from visattn.selectors.methods.clusters import kmeans
+from visattn.selectors.methods.reuse import raised
+from visattn.selectors.stages.history import Past
 
 TOP = TopBlocks(0.3, block=8)
 LINE = TokenLayout(Grid(2, 3, 4))

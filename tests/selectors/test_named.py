@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from selectors_oracle import (
+from support.selectors_oracle import (
     LAYOUTS,
     SCALE,
     count,
@@ -26,8 +26,8 @@ from selectors_oracle import (
 )
 
 from visattn import Grid, TokenLayout
-from visattn.layout import valid_keys
-from visattn.orders import BoxOrder, LineOrder, Order
+from visattn.geometry.layout import valid_keys
+from visattn.geometry.orders import BoxOrder, LineOrder, Order
 from visattn.selectors import (
     ASA,
     NABLA,
@@ -48,8 +48,8 @@ from visattn.selectors import (
     VMoBA,
     XAttention,
 )
-from visattn.selectors.attend import attend
-from visattn.selectors.reference import reference_attend
+from visattn.selectors.attend.dynamic_blockwise import attend
+from visattn.selectors.attend.dynamic_reference import reference_attend
 
 # ---- the masks, as their sources say them
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from selectors_oracle import (
+from support.selectors_oracle import (
     LAYOUTS,
     SCALE,
     Output,
@@ -30,7 +30,7 @@ from selectors_oracle import (
 )
 
 from visattn import TokenLayout
-from visattn.orders import BoxOrder
+from visattn.geometry.orders import BoxOrder
 from visattn.selectors import (
     PISA,
     Agent,
@@ -41,8 +41,8 @@ from visattn.selectors import (
     Selector,
     TopBlocks,
 )
-from visattn.selectors.attend import attend
-from visattn.selectors.reference import reference_attend
+from visattn.selectors.attend.dynamic_blockwise import attend
+from visattn.selectors.attend.dynamic_reference import reference_attend
 
 
 def leveled(

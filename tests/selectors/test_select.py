@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from visattn.selectors.select import (
+from visattn.selectors.stages.choose import Levels, Threshold, TokenBudget, TopK, TopP
+from visattn.selectors.stages.prefix import (
     count_of,
     levels_by,
     mass_weights,
@@ -16,7 +17,6 @@ from visattn.selectors.select import (
     top_count,
     top_mass,
 )
-from visattn.selectors.selects import Levels, Threshold, TokenBudget, TopK, TopP
 
 
 def ranked(scores: list[float]) -> list[int]:

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visattn import Grid, TokenLayout
-from visattn.bench.selection import smooth_fields
+from visattn.bench.measure_selection import smooth_fields
 from visattn.patterns import parse_pattern
 from visattn.selectors import SELECTORS, MoBA, Selector, TopBlocks, VMoBA, selector
-from visattn.selectors.attend import attend
+from visattn.selectors.attend.dynamic_blockwise import attend
 
 DIM = 32
 SIZES = {2048: (2, 32, 32), 4096: (4, 32, 32), 8192: (8, 32, 32)}
@@ -59,9 +59,10 @@ def test_no_tensor_grows_faster_than_the_tokens(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products are cut into parts of a constant size, which is small here."""
-    from visattn.selectors import attend as attending
-    from visattn.selectors import clusters, scores
-    from visattn.selectors import largest as largest_of
+    from visattn.selectors.attend import dynamic_blockwise as attending
+    from visattn.selectors.attend import largest_logits as largest_of
+    from visattn.selectors.methods import clusters
+    from visattn.selectors.stages import scores
 
     for module in (clusters, largest_of, scores, attending):
         monkeypatch.setattr(module, "CHUNK", 1 << 15)

@@ -1,11 +1,11 @@
 """Measurements: what parts of the work cost, beside dense attention."""
 
 from visattn.bench.architectures import ARCHITECTURES, Architecture, build
-from visattn.bench.attention import AttentionTime, WrongResult, time_attention
-from visattn.bench.pipeline import GenerationTime, StepTime, time_generation, time_step
-from visattn.bench.scattered import Scattered
-from visattn.bench.selection import SelectionTime, time_selection
-from visattn.bench.shapes import SHAPES, Shape
+from visattn.bench.measure_attention import AttentionTime, WrongResult, time_attention
+from visattn.bench.measure_pipeline import GenerationTime, StepTime, time_generation, time_step
+from visattn.bench.measure_selection import SelectionTime, time_selection
+from visattn.bench.scattered_pattern import Scattered
+from visattn.bench.video_shapes import SHAPES, Shape
 
 __all__ = [
     "ARCHITECTURES",

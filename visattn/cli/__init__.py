@@ -22,7 +22,7 @@ from visattn._version import __version__
 from visattn.cli import bench, compare, env, generate, inspect, search, search_heads, show
 from visattn.cli.output import Output, error_line, plain
 from visattn.generation.errors import REFUSALS, sentence
-from visattn.processes import one_process, processes
+from visattn.runtime.processes import one_process, processes
 
 __all__ = ["main"]
 

@@ -10,14 +10,14 @@ import torch
 
 from visattn.bench import WrongResult
 from visattn.bench.architectures import ARCHITECTURES, Architecture, build, operations, skeleton
-from visattn.bench.pipeline import GenerationTime, StepTime, time_generation, time_step
+from visattn.bench.measure_pipeline import GenerationTime, StepTime, time_generation, time_step
 from visattn.bench.timing import Time
 from visattn.cli.env import version_of
 from visattn.cli.machine import Machine, add_machine, at_least_one, read_machine
 from visattn.cli.output import Output
 from visattn.generation import Job, Loading, default_model, load_pipeline, shape_of
 from visattn.generation.errors import reason
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.plan import Plan, read_plan
 
 CPU_MODELS = ("tiny-wan",)

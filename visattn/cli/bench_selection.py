@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from visattn.bench import SelectionTime, time_selection
 from visattn.cli.machine import Machine, add_machine, at_least_one, read_machine
 from visattn.cli.show import read_grid
-from visattn.layout import Grid, TokenLayout
+from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import parse_pattern
 from visattn.selectors import SELECTORS, Reuse, Selector, SkipList
 

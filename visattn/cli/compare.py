@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from visattn._atomic import check_writable, write_whole
 from visattn.cli.compare_page import page_of
 from visattn.cli.generation_options import (
     add_job_arguments,
@@ -21,10 +22,9 @@ from visattn.cli.generation_options import (
     read_one_plan,
 )
 from visattn.cli.progress import StepLine
-from visattn.files import check_writable, write_whole
 from visattn.generation import Job, load_pipeline, run_job
 from visattn.generation.job import FPS
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.inject import sparse, summary
 from visattn.metrics import Comparison, compare_frames
 from visattn.report import write_page
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> str:
 
 def check_output(path: str) -> None:
     """Refuse an output that could not be written, before anything is computed."""
-    from visattn.video import check_target
+    from visattn.media.video import check_target
 
     if Path(path).suffix.lower() not in (".json", ".html"):
         check_target(path)
@@ -95,7 +95,7 @@ def write_output(
     text: str,
 ) -> None:
     """The numbers, a page, or A and B side by side."""
-    from visattn.video import read_rate, write_video
+    from visattn.media.video import read_rate, write_video
 
     if args.fps is not None:
         fps = float(args.fps)
@@ -114,7 +114,7 @@ def write_output(
 
 def read_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """The frames of two outputs, and what they are."""
-    from visattn.video import read_video
+    from visattn.media.video import read_video
 
     unused = [flag for flag in given_options(args) if flag != "--fps"]
     if unused:

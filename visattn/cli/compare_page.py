@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from visattn._version import __version__
+from visattn.media.video import encode_video
 from visattn.metrics import Comparison
-from visattn.video import encode_video
 
 __all__ = ["page_of"]
 

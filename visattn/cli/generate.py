@@ -19,9 +19,9 @@ from visattn.cli.output import Output
 from visattn.cli.progress import StepLine
 from visattn.generation import Item, Job, Outcome, generate_all, read_prompts
 from visattn.generation.batch import seeded
-from visattn.guidance.named import GUIDANCES
-from visattn.guidance.text import listed_guidances, parse_guidances
-from visattn.processes import ProcessGroup, join
+from visattn.guidance.registry import GUIDANCES
+from visattn.guidance.written_form import listed_guidances, parse_guidances
+from visattn.runtime.processes import ProcessGroup, join
 
 OUTPUT = "visattn.mp4"
 

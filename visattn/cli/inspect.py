@@ -20,11 +20,11 @@ from visattn.cli.generation_options import (
 from visattn.cli.progress import StepLine
 from visattn.cli.show import read_integers, read_query
 from visattn.generation import Job, Loading, Result, load_pipeline, run_job
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
+from visattn.geometry.orders import Triple
 from visattn.inject import observe, sparse
 from visattn.inject.apply import family_of, models_of
 from visattn.inject.attachment import attention_layers
-from visattn.orders import Triple
 from visattn.readout import HeadReadout, Sampler
 from visattn.readout.measures import FEW_TILES, WINDOW, check_window
 from visattn.readout.tiles import MOST_TOKENS
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> str:
 
 def check_output(path: str) -> None:
     """Refuse a picture that could not be written, before anything is computed."""
-    from visattn.video import check_target
+    from visattn.media.video import check_target
 
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"--output {path!r} must end in .png; no other format is written")
@@ -334,7 +334,7 @@ def _listed(values: Sequence[object] | None) -> str:
 
 def draw(path: str, facts: dict[str, Any], sampler: Sampler, result: Result | None) -> None:
     """Draw all heads, or with the result of a generation the one that was read."""
-    from visattn.picture import save_png  # Pillow is loaded for pictures only
+    from visattn.draw.canvas import save_png  # Pillow is loaded for pictures only
     from visattn.readout.detail import draw_detail
     from visattn.readout.overview import draw_overview
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from visattn.processes import processes
+from visattn.runtime.processes import processes
 
 __all__ = ["StepLine"]
 

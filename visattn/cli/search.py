@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from visattn._atomic import check_writable
 from visattn.cli.generation_options import (
     add_job_arguments,
     add_model_arguments,
@@ -16,11 +17,10 @@ from visattn.cli.generation_options import (
     read_loading,
 )
 from visattn.cli.output import Output
-from visattn.files import check_writable
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
-from visattn.generation.quiet import quiet
-from visattn.processes import processes
+from visattn.generation.silence_logs import quiet
+from visattn.runtime.processes import processes
 
 KEPT = "kept"  # the folder of what is found, in that of the output
 UNUSED = ("plan", "backend", "compile", "image", "fps")

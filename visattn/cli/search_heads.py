@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from visattn._atomic import check_writable
 from visattn.cli.generation_options import (
     add_job_arguments,
     add_model_arguments,
@@ -19,17 +20,16 @@ from visattn.cli.generation_options import (
 )
 from visattn.cli.output import Output
 from visattn.cli.search import Lines
-from visattn.files import check_writable
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
-from visattn.generation.quiet import quiet
-from visattn.guidance.guidances import SoftPAG
-from visattn.guidance.head_search import search_heads
-from visattn.guidance.heads import HeadSet
-from visattn.guidance.objectives import Objective, caption_score
-from visattn.guidance.parameters import HEADS
+from visattn.generation.silence_logs import quiet
+from visattn.guidance.guiders.guidances import SoftPAG
+from visattn.guidance.head_search.driver import search_heads
+from visattn.guidance.head_search.objectives import Objective, caption_score
+from visattn.guidance.head_set import HeadSet
+from visattn.guidance.parameter_kinds import HEADS
 from visattn.inject import apply_plan
-from visattn.processes import processes
+from visattn.runtime.processes import processes
 
 SCORER = "scorer"
 UNUSED = ("seed", "image", "fps")

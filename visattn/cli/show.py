@@ -9,14 +9,14 @@ import re
 import textwrap
 from pathlib import Path
 
-from visattn.blockmap import PartialPolicy
+from visattn.attention.dispatch import block_sizes
+from visattn.blocks.block_map import PartialPolicy
 from visattn.cli.show_plan import read_shown, show_difference, show_plan
-from visattn.execute import block_sizes
-from visattn.layout import Grid, TokenLayout
+from visattn.draw.pattern_view import view_pattern, view_text
+from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import Pattern, parse_pattern
 from visattn.patterns.parse import known_kinds, signature_of
-from visattn.plan.source import is_pattern
-from visattn.view import view_pattern, view_text
+from visattn.plan.read import is_pattern
 
 EXAMPLE = "for example 'radial(decay=0.2, sink=True)'"
 GRID = "8x16x16"
@@ -108,8 +108,8 @@ def show_pattern(args: argparse.Namespace) -> str:
         query=None if args.query is None else read_query(args.query),
     )
     if args.output is not None:
-        from visattn.draw import draw_view  # Pillow is loaded for pictures only
-        from visattn.picture import save_png
+        from visattn.draw.canvas import save_png
+        from visattn.draw.pattern_picture import draw_view  # Pillow is loaded for pictures only
 
         save_png(draw_view(view), args.output)
     if args.json:

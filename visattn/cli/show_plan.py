@@ -9,16 +9,16 @@ import os
 import re
 from collections.abc import Sequence
 
-from visattn.layout import TokenLayout
+from visattn.geometry.layout import TokenLayout
 from visattn.patterns.parse import known_kinds
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
 from visattn.plan import ANY, Plan
-from visattn.plan.difference import difference
-from visattn.plan.places import by_number
-from visattn.plan.source import as_plan, is_pattern
-from visattn.plan.text import difference_text, plan_text
-from visattn.plan.view import view_plan
+from visattn.plan.read import as_plan, is_pattern
+from visattn.plan.show.difference import difference
+from visattn.plan.show.places import by_number
+from visattn.plan.show.plan_view import view_plan
+from visattn.plan.show.terminal import difference_text, plan_text
 
 __all__ = ["layer_paths", "read_shown", "show_difference", "show_plan"]
 
@@ -49,8 +49,8 @@ def show_plan(
     """
     view = view_plan(plan, layout, layer_paths([plan]))
     if output is not None:
-        from visattn.picture import save_png  # Pillow is loaded for pictures only
-        from visattn.plan.head_map import draw_plan
+        from visattn.draw.canvas import save_png  # Pillow is loaded for pictures only
+        from visattn.draw.plan_picture import draw_plan
 
         save_png(draw_plan(view, title=name), output)
     if as_json:

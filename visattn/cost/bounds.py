@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.layout import Grid, on_cpu
-from visattn.orders import Triple
+from visattn.geometry.layout import Grid, on_cpu
+from visattn.geometry.orders import Triple
 from visattn.patterns.boxes import AxisPattern
 
 __all__ = ["Bounds", "end_to_end", "tile_bounds"]

@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import choose_backend, sparse_attention
+from visattn.attention.dispatch import block_sizes, lower_cached
 from visattn.cost.clock import Timing, interleaved
 from visattn.cost.work import Work, work_of
-from visattn.execute import block_sizes, lower_cached
-from visattn.launch import launch_of
-from visattn.layout import Grid, TokenLayout
+from visattn.geometry.layout import Grid, TokenLayout
+from visattn.kernels.launch import launch_of
 from visattn.patterns import Diagonal, Neighborhood, Pattern
 
 __all__ = ["TORCH", "Calibration", "DenseAttention", "calibrate", "device_name"]

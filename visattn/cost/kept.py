@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from visattn._atomic import read_limited, write_whole
 from visattn._version import __version__
 from visattn.cost.calibration import TORCH, Calibration, DenseAttention, calibrate, device_name
-from visattn.files import read_limited, write_whole
 
 __all__ = ["calibration_of", "measured_again"]
 

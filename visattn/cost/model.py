@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from visattn.attention.dispatch import lower_cached
 from visattn.cost.bounds import end_to_end
 from visattn.cost.calibration import Calibration
 from visattn.cost.work import Work, work_of
-from visattn.execute import lower_cached
-from visattn.layout import TokenLayout
+from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, Pattern
 
 __all__ = ["LayerCost", "crossover", "layer_cost", "seconds_of", "step_speedup"]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.blockmap import BlockMap
-from visattn.rows import products_of, rows_of, window_of
+from visattn.attention.backends.block_rows import products_of, rows_of, window_of
+from visattn.blocks.block_map import BlockMap
 
 __all__ = ["BROAD", "Work", "work_of"]
 

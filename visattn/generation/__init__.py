@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from visattn.generation.batch import Item, Outcome, generate_all, read_prompts
+from visattn.generation.clip_shapes import read_shapes, shape_of
 from visattn.generation.errors import GenerationError
 from visattn.generation.job import Job, Result, run_job
 from visattn.generation.loading import Loading, Lora, default_model, load_pipeline
 from visattn.generation.record import read_record, record_path
-from visattn.generation.shapes import read_shapes, shape_of
 
 __all__ = [
     "GenerationError",

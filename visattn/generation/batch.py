@@ -13,12 +13,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from visattn.files import read_text
+from visattn._atomic import read_text
 from visattn.generation.errors import sentence
 from visattn.generation.job import FPS, Job, Progress, Result, run_job
 from visattn.generation.loading import Loading, load_pipeline, lora_notes
 from visattn.generation.origin import origin_of
-from visattn.generation.quiet import quiet
 from visattn.generation.record import (
     check_record_path,
     make_record,
@@ -28,9 +27,10 @@ from visattn.generation.record import (
     request_of,
     write_record,
 )
+from visattn.generation.silence_logs import quiet
 from visattn.inject import apply_plan, summary
 from visattn.plan import Plan
-from visattn.plan.reading import parse_json, shown
+from visattn.plan.json_format import parse_json, shown
 
 __all__ = ["Item", "Outcome", "generate_all", "read_prompts", "seeded"]
 
@@ -266,7 +266,7 @@ class _Session:
 
     def prepare(self, item: Item, skip_existing: bool) -> Mapping[str, Any] | None:
         """The record of an item that need not be made; else its target is checked."""
-        from visattn.video import check_target, read_picture
+        from visattn.media.video import check_target, read_picture
 
         assert item.job is not None and item.output is not None
         if item.job.image is not None:
@@ -300,7 +300,7 @@ class _Session:
 
     def generate(self, item: Item, progress: Progress | None) -> Mapping[str, Any]:
         """Make an item and write it; its record."""
-        from visattn.video import kind_of
+        from visattn.media.video import kind_of
 
         assert item.job is not None and item.output is not None
         request = self.request(item.job)
@@ -333,7 +333,7 @@ class _Session:
         return count if isinstance(count, int) else 2
 
     def _write(self, output: Path, result: Result, record: Mapping[str, Any]) -> None:
-        from visattn.video import write_video
+        from visattn.media.video import write_video
 
         if self.new_folders:
             output.parent.mkdir(parents=True, exist_ok=True)

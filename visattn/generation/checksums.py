@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from visattn.files import read_limited, sha256_of, write_whole
+from visattn._atomic import read_limited, sha256_of, write_whole
 
 __all__ = ["check_checksums", "write_checksums"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from visattn.plan.reading import shown
+from visattn.plan.json_format import shown
 
 __all__ = ["cut_texts"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visattn.execute import BackendUnavailable
+from visattn.attention.dispatch import BackendUnavailable
 
 __all__ = ["REFUSALS", "GenerationError", "reason", "sentence"]
 

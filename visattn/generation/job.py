@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from visattn.files import sha256_of
+from visattn._atomic import sha256_of
 from visattn.generation.cut_texts import cut_texts
 from visattn.generation.errors import REFUSALS, GenerationError, reason, sentence
-from visattn.generation.quiet import quiet
-from visattn.guidance.named import guided
-from visattn.guidance.text import guidance_text, parse_guidances
+from visattn.generation.silence_logs import quiet
+from visattn.guidance.registry import guided
+from visattn.guidance.written_form import guidance_text, parse_guidances
 from visattn.inject.apply import family_of, models_of
-from visattn.inject.front import kind_of
-from visattn.plan.reading import shown
+from visattn.inject.hooks.class_swap import kind_of
+from visattn.plan.json_format import shown
 
 __all__ = ["FPS", "Job", "Progress", "Result", "run_job"]
 
@@ -49,8 +49,8 @@ class Job:
         guidance_scale_2: of the second denoiser, where there are two; None is ``guidance_scale``.
         image: file of the first frame, for image-to-video pipelines.
         fps: frames per second of an mp4, above 0 and at most 1000; None is that of the model.
-        guidance: guidances of ``visattn.guidance.text``, one or several, as texts or as what they
-            say.
+        guidance: guidances of ``visattn.guidance.written_form``, one or several, as texts or
+            as what they say.
 
     Raises:
         TypeError, ValueError: a field is something else.
@@ -200,7 +200,7 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
     """The arguments of the pipeline's call that the job gives."""
-    from visattn.video import read_picture
+    from visattn.media.video import read_picture
 
     parameters, kind = _parameters(pipe), type(pipe).__name__
     options = {name: value for name in CALL if (value := getattr(job, name)) is not None}

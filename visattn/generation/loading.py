@@ -14,9 +14,9 @@ import torch
 
 from visattn.generation.checksums import check_checksums
 from visattn.generation.errors import reason
-from visattn.generation.quiet import quiet
+from visattn.generation.silence_logs import quiet
 from visattn.plan import ROLES
-from visattn.processes import one_process, own_device, processes
+from visattn.runtime.processes import one_process, own_device, processes
 
 __all__ = [
     "DTYPES",

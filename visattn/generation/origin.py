@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from visattn.files import read_limited
+from visattn._atomic import read_limited
 from visattn.generation.loading import Loading
 
 __all__ = ["origin_of"]

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from visattn.files import read_text
-from visattn.plan.reading import parse_json
+from visattn._atomic import read_text
+from visattn.plan.json_format import parse_json
 
 __all__ = ["PROMPTS_FILE", "model_prompts", "read_prompt_lines"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from visattn._atomic import read_limited, sha256_of, write_whole
 from visattn._version import versions
-from visattn.execute import choose_backend
-from visattn.files import read_limited, sha256_of, write_whole
+from visattn.attention.dispatch import choose_backend
 from visattn.generation.job import Job, Result
 from visattn.generation.loading import Loading
 from visattn.plan import Plan
@@ -75,7 +75,7 @@ def make_record(
     Args:
         request: of ``request_of``; pipe: the pipeline that ran; result: of ``run_job``.
         output: where the frames were written; only its name is recorded.
-        summary: the numbers of ``visattn.inject.summary``, or None without a plan.
+        summary: the numbers of ``visattn.inject.layer_summary``, or None without a plan.
         load_seconds: that loading the pipeline took.
     """
     device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)

@@ -3,14 +3,34 @@ and the search for the heads that it needs."""
 
 from typing import Any
 
-from visattn.guidance.attention_losses import astar_retention, astar_segregation, attend_and_excite
-from visattn.guidance.blocks import BlockEdit, ShuffleTokens, SkipBlock, SkipRandomBlocks
-from visattn.guidance.columns import ScaleHeads, ScaleTokens
-from visattn.guidance.compose import ComposeObject, prime_composer, region_constrained
-from visattn.guidance.detector import DetectorGuidance
-from visattn.guidance.edit import Edit
-from visattn.guidance.enhance import EnhanceVideo
-from visattn.guidance.guidances import (
+from visattn.guidance.composition.consistent_subjects import (
+    consistory,
+    ir_diffusion,
+    story_diffusion,
+)
+from visattn.guidance.composition.ditctrl import WORD_SWAP, ShareSettings, generate_sequence
+from visattn.guidance.composition.prime_composer import (
+    ComposeObject,
+    prime_composer,
+    region_constrained,
+)
+from visattn.guidance.composition.regional import regional
+from visattn.guidance.edits.block_edits import BlockEdit, ShuffleTokens, SkipBlock, SkipRandomBlocks
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.enhance_a_video import EnhanceVideo
+from visattn.guidance.edits.key_weights import ScaleHeads, ScaleTokens
+from visattn.guidance.edits.label_bias import LabelBias, RegionMask
+from visattn.guidance.edits.perturb import Perturb
+from visattn.guidance.edits.pladis import PLADIS
+from visattn.guidance.edits.proportional import ProportionalAttention
+from visattn.guidance.edits.query_edits import BlurQueries, ReplaceQueries, Temperature
+from visattn.guidance.edits.read_tokens import Reading, ReadTokens
+from visattn.guidance.edits.replace_map import ReplaceMap, replace_motion
+from visattn.guidance.edits.share_keys import BorrowKeys, ShareKV
+from visattn.guidance.edits.sinks import RedistributeSinks
+from visattn.guidance.edits.state import State
+from visattn.guidance.edits.steer import steer
+from visattn.guidance.guiders.guidances import (
     PAG,
     SEG,
     SLG,
@@ -22,32 +42,20 @@ from visattn.guidance.guidances import (
     TemperatureGuidance,
     TokenPerturbation,
 )
-from visattn.guidance.guide import guide
-from visattn.guidance.head_search import search_heads
-from visattn.guidance.heads import HeadSet
-from visattn.guidance.latent_update import AStar, AttendAndExcite, LatentUpdate
-from visattn.guidance.motion import ReplaceMap, replace_motion
-from visattn.guidance.nag import NAG
-from visattn.guidance.named import GUIDANCES, guided
-from visattn.guidance.objectives import caption_score
-from visattn.guidance.perturb import Perturb
-from visattn.guidance.pladis import PLADIS
-from visattn.guidance.prompt_tokens import phrase_tokens, real_tokens
-from visattn.guidance.proportional import ProportionalAttention
-from visattn.guidance.queries import BlurQueries, ReplaceQueries, Temperature
-from visattn.guidance.readout import Reading, ReadTokens
-from visattn.guidance.regional import regional
-from visattn.guidance.regions import LabelBias, RegionMask
-from visattn.guidance.sequence import WORD_SWAP, ShareSettings, generate_sequence
-from visattn.guidance.sharing import BorrowKeys, ShareKV
-from visattn.guidance.sinks import RedistributeSinks
-from visattn.guidance.state import State
-from visattn.guidance.steering import steer
-from visattn.guidance.subject_masks import SubjectMasks
-from visattn.guidance.subjects import consistory, ir_diffusion, story_diffusion
-from visattn.guidance.text import guidance_text, parse_guidance
-from visattn.guidance.token_readout import TokenReadout
-from visattn.guidance.update_latents import update_latents
+from visattn.guidance.guiders.guide import guide
+from visattn.guidance.guiders.nag import NAG
+from visattn.guidance.head_search.driver import search_heads
+from visattn.guidance.head_search.objectives import caption_score
+from visattn.guidance.head_set import HeadSet
+from visattn.guidance.registry import GUIDANCES, guided
+from visattn.guidance.token_maps.detector import DetectorGuidance
+from visattn.guidance.token_maps.latent_update import AStar, AttendAndExcite, LatentUpdate
+from visattn.guidance.token_maps.losses import astar_retention, astar_segregation, attend_and_excite
+from visattn.guidance.token_maps.prompt_tokens import phrase_tokens, real_tokens
+from visattn.guidance.token_maps.subject_masks import SubjectMasks
+from visattn.guidance.token_maps.token_readout import TokenReadout
+from visattn.guidance.token_maps.update_latents import update_latents
+from visattn.guidance.written_form import guidance_text, parse_guidance
 
 __all__ = [
     "GUIDANCES",
@@ -122,7 +130,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("PerturbedGuidance", "SoftPerturbedGuidance"):  # which import diffusers
-        from visattn.guidance import modular
+        from visattn.guidance.guiders import modular
 
         return getattr(modular, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

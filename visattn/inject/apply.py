@@ -11,20 +11,20 @@ from typing import Any, cast
 import torch
 
 from visattn.attention import Backend, choose_backend
-from visattn.execute import BACKENDS, check_kernels
+from visattn.attention.dispatch import BACKENDS, check_kernels
+from visattn.geometry.layout import check_count
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
-from visattn.inject.caught import Editor
-from visattn.inject.moment import PipeRef
+from visattn.inject.editor import Editor
+from visattn.inject.hooks.run_state import PipeRef
+from visattn.inject.models.parallel import check_dispatch, check_whole
+from visattn.inject.models.planned import note_planned, planned
+from visattn.inject.models.wrappers import unwrapped
 from visattn.inject.observation import Observer
-from visattn.inject.parallel import check_dispatch, check_whole
-from visattn.inject.planned import note_planned, planned
-from visattn.inject.wrappers import unwrapped
-from visattn.layout import check_count
 from visattn.patterns import HeadPattern
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
 from visattn.plan import ROLES, Denoiser, Plan
-from visattn.plan.source import as_plan
+from visattn.plan.read import as_plan
 
 __all__ = [
     "apply_plan",

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from visattn.attention import Backend
-from visattn.inject.arguments import argument_names, named_arguments
-from visattn.inject.callstate import CallState, Held, States, Told
-from visattn.inject.caught import Editor
-from visattn.inject.front import put_front, take_front
-from visattn.inject.guard import guards
-from visattn.inject.judging import judge_steps, judge_unguided
-from visattn.inject.layer import Layer
-from visattn.inject.methods import follow_checkpointing, put_methods, take_methods
-from visattn.inject.moment import (
+from visattn.geometry.layout import TokenLayout, Tokens
+from visattn.inject.editor import Editor
+from visattn.inject.hooks.argument_names import argument_names, named_arguments
+from visattn.inject.hooks.call_state import CallState, Held, States, Told
+from visattn.inject.hooks.class_swap import put_front, take_front
+from visattn.inject.hooks.denoiser_methods import follow_checkpointing, put_methods, take_methods
+from visattn.inject.hooks.recent import Recent
+from visattn.inject.hooks.run_state import (
     Context,
     PipeRef,
     pass_named,
@@ -28,16 +27,17 @@ from visattn.inject.moment import (
     runs,
     step_of,
 )
+from visattn.inject.hooks.running import Announced, is_stock, run_of, says_where
+from visattn.inject.hooks.turn import Turn
+from visattn.inject.hooks.weak import Weak
+from visattn.inject.layers.all_dense import judge_steps, judge_unguided
+from visattn.inject.layers.compiled_layer import Begun, begin_call, not_a_graph, register_attachment
+from visattn.inject.layers.guard import guards
+from visattn.inject.layers.head_groups import DENSE
+from visattn.inject.layers.layer import Layer
+from visattn.inject.models.parallel import check_dispatch, check_whole
+from visattn.inject.models.wrappers import bare
 from visattn.inject.observation import Observer
-from visattn.inject.op import Begun, begin_call, not_a_graph, register_attachment
-from visattn.inject.parallel import check_dispatch, check_whole
-from visattn.inject.parts import DENSE
-from visattn.inject.recent import Recent
-from visattn.inject.running import Announced, is_stock, run_of, says_where
-from visattn.inject.turn import Turn
-from visattn.inject.weak import Weak
-from visattn.inject.wrappers import bare
-from visattn.layout import TokenLayout, Tokens
 from visattn.patterns import HeadPattern
 from visattn.pipelines.family import Family
 from visattn.plan import ANY, Denoiser, Plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from visattn.layout import TokenLayout, valid_keys
+from visattn.geometry.layout import TokenLayout, valid_keys
 
 __all__ = ["Observation", "Observer"]
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ambient import plain_torch
+from visattn.runtime.torch_settings import plain_torch
 
 # Red, green and blue in [0, 1].
 COLOURS: Mapping[str, tuple[float, float, float]] = {

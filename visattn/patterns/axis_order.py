@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid
-from visattn.orders import Order, axis_permutation
+from visattn.blocks.predicates import Places, Predicate
+from visattn.geometry.layout import Grid
+from visattn.geometry.orders import Order, axis_permutation
 from visattn.patterns.pattern import Pattern
-from visattn.predicates import Places, Predicate
 
 
 @dataclass(frozen=True, eq=False)

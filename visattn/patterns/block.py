@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid, check_count
-from visattn.orders import Triple
+from visattn.blocks.predicates import AxisRule, Places
+from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.orders import Triple
 from visattn.patterns.boxes import NO_UNIT, AxisPattern
 from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_tokens
-from visattn.predicates import AxisRule, Places
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,10 @@ from functools import cache
 
 import torch
 
-from visattn.layout import Grid
-from visattn.orders import BoxOrder, Order, Triple, axis_cells
+from visattn.blocks.predicates import Axis, AxisRule
+from visattn.geometry.layout import Grid
+from visattn.geometry.orders import BoxOrder, Order, Triple, axis_cells
 from visattn.patterns.pattern import Pattern
-from visattn.predicates import Axis, AxisRule
 
 NO_UNIT: Triple = (0, 0, 0)
 

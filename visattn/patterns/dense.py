@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid
-from visattn.orders import LineOrder, Order
+from visattn.blocks.predicates import UNBOUNDED, Band, Places, Predicate
+from visattn.geometry.layout import Grid
+from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.pattern import Pattern
-from visattn.predicates import UNBOUNDED, Band, Places, Predicate
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from visattn.blockmap import BlockMap, PartialPolicy, build_map
-from visattn.layout import Grid, TokenLayout, Traceable, check_count, on_cpu
-from visattn.orders import GridBlocks, LineOrder, Order, sequence_blocks
-from visattn.predicates import Places, Predicate
+from visattn.blocks.block_map import BlockMap, PartialPolicy, build_map
+from visattn.blocks.predicates import Places, Predicate
+from visattn.geometry.layout import Grid, TokenLayout, Traceable, check_count, on_cpu
+from visattn.geometry.orders import GridBlocks, LineOrder, Order, sequence_blocks
 
 MAX_BLOCK = 4096
 

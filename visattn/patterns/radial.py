@@ -10,13 +10,13 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from visattn.layout import Grid, check_count
-from visattn.orders import LineOrder, Order
+from visattn.blocks.predicates import Axis, AxisRule, CoarseTable, Places, Predicate, linear_form
+from visattn.blocks.predicates import Radial as RadialPredicate
+from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.diagonal import band_pairs
 from visattn.patterns.pattern import Pattern
 from visattn.patterns.sizes import check_flag, count_runs
-from visattn.predicates import Axis, AxisRule, CoarseTable, Places, Predicate, linear_form
-from visattn.predicates import Radial as RadialPredicate
 
 RadialRule = Literal["block", "token", "paper"]
 SHORTEST = 128  # a diagonal shorter than this is thinned over frames instead, in the published form

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid, check_count
-from visattn.orders import LineOrder, Order
+from visattn.blocks.predicates import CoarseTable, Places, Predicate, linear_form
+from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.pattern import Pattern
 from visattn.patterns.sizes import check_flag, count_runs
-from visattn.predicates import CoarseTable, Places, Predicate, linear_form
 
 
 @dataclass(frozen=True, eq=False)

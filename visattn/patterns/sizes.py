@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from visattn.layout import Grid
+from visattn.geometry.layout import Grid
 
 Size = int | float
 Sizes = Size | tuple[Size, ...]

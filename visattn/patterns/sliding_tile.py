@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid
-from visattn.orders import Triple
+from visattn.blocks.predicates import AxisRule, Places
+from visattn.geometry.layout import Grid
+from visattn.geometry.orders import Triple
 from visattn.patterns.boxes import NO_UNIT, AxisPattern
 from visattn.patterns.sizes import Sizes, check_sizes, per_axis, sizes_of, to_tokens
-from visattn.predicates import AxisRule, Places
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid, check_count
-from visattn.orders import BoxOrder, Order, Triple
+from visattn.blocks.predicates import Label, Places, Predicate, TileOffsets, linear_form
+from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.orders import BoxOrder, Order, Triple
 from visattn.patterns.boxes import NO_UNIT, box_candidates
 from visattn.patterns.pattern import Pattern
 from visattn.patterns.sizes import Sizes, check_sizes, sizes_of
-from visattn.predicates import Label, Places, Predicate, TileOffsets, linear_form
 
 
 @dataclass(frozen=True, eq=False)

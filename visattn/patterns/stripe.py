@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid
-from visattn.orders import ExplicitOrder, LineOrder, Order
+from visattn.blocks.predicates import Label, Places, Predicate, linear_form
+from visattn.geometry.layout import Grid
+from visattn.geometry.orders import ExplicitOrder, LineOrder, Order
 from visattn.patterns.pattern import Pattern
 from visattn.patterns.sizes import Size, check_flag, check_size
-from visattn.predicates import Label, Places, Predicate, linear_form
 
 Column = Size | tuple[Size, Size]
 

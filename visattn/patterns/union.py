@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid, TokenLayout
-from visattn.orders import Order
+from visattn.blocks.predicates import Places, Predicate
+from visattn.geometry.layout import Grid, TokenLayout
+from visattn.geometry.orders import Order
 from visattn.patterns.pattern import Pattern, visited_blocks
-from visattn.predicates import Places, Predicate
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visattn._version import __version__
-from visattn.layout import TokenLayout
+from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, parse_pattern
-from visattn.plan import store
-from visattn.plan.former import former
-from visattn.plan.reading import (
+from visattn.plan import hub as store
+from visattn.plan.json_format import (
     MAX_BYTES,
     MAX_COUNT,
     MAX_PARTS,
@@ -26,6 +25,7 @@ from visattn.plan.reading import (
     parse_json,
     shown,
 )
+from visattn.plan.schema_1 import former
 from visattn.plan.writing import written
 
 __all__ = ["ANY", "PASSES", "ROLES", "SCHEMA", "Denoiser", "Plan", "Rule"]

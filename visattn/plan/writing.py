@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 
-from visattn.plan.reading import Json
+from visattn.plan.json_format import Json
 
 __all__ = ["written"]
 

@@ -1,7 +1,7 @@
 """Attention read out of running pipelines: sampled rows, measures of heads, pictures of them."""
 
 from visattn.readout.measures import Measures, Tally
-from visattn.readout.rows import RowChunk, RowSample, TileSample, attention_rows, draw_rows
+from visattn.readout.sampled_rows import RowChunk, RowSample, TileSample, attention_rows, draw_rows
 from visattn.readout.sampler import ANY_PASS, HeadReadout, Key, Sampler, Shares
 from visattn.readout.tiles import Tiling, default_tilings
 

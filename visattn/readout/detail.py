@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 
-from visattn.draw import INDENT, LABEL, MARGIN, OWN, WIDTH, arranged
-from visattn.layout import on_cpu
-from visattn.picture import GREY, PAPER, font, wrapped, write
-from visattn.readout.heat import heat_picture, legend, top_of
+from visattn.draw.canvas import GREY, PAPER, font, wrapped, write
+from visattn.draw.heat import heat_picture, legend, top_of
+from visattn.draw.pattern_picture import INDENT, LABEL, MARGIN, OWN, WIDTH, arranged
+from visattn.geometry.layout import on_cpu
 from visattn.readout.overview import bars, by_distance, percent, seen_around, titled
 from visattn.readout.sampler import HeadReadout, Key, Sampler
 

@@ -34,10 +34,10 @@ from functools import cached_property
 
 import torch
 
-from visattn.ambient import lasting, plain_torch
-from visattn.layout import Grid, check_count
-from visattn.orders import Triple
-from visattn.readout.rows import MAX_BYTES, RowChunk, RowSample, TileSample
+from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.orders import Triple
+from visattn.readout.sampled_rows import MAX_BYTES, RowChunk, RowSample, TileSample
+from visattn.runtime.torch_settings import lasting, plain_torch
 
 __all__ = [
     "AROUND",

@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 from PIL import Image, ImageDraw
 
-from visattn.draw import OWN
-from visattn.picture import GREY, INK, PAPER, Color, font, wrapped, write
-from visattn.readout.heat import heat_picture, legend, top_of
+from visattn.draw.canvas import GREY, INK, PAPER, Color, font, wrapped, write
+from visattn.draw.heat import heat_picture, legend, top_of
+from visattn.draw.pattern_picture import OWN
 from visattn.readout.measures import FEW_TILES
 from visattn.readout.sampler import HeadReadout, Key, Sampler
 

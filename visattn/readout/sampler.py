@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn.geometry.layout import TokenLayout, check_count, check_query
+from visattn.geometry.orders import Triple
 from visattn.inject import Observation
-from visattn.layout import TokenLayout, check_count, check_query
-from visattn.orders import Triple
 from visattn.readout.measures import AROUND, WINDOW, Measures, Tally, check_window, column_mass
-from visattn.readout.rows import MAX_BYTES, RowSample, attention_rows, draw_rows
+from visattn.readout.sampled_rows import MAX_BYTES, RowSample, attention_rows, draw_rows
 from visattn.readout.tiles import MOST_TOKENS, Tiling, default_tilings
 
 __all__ = ["ANY_PASS", "HeadReadout", "Key", "Sampler", "Shares"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from visattn.layout import Grid, TokenLayout, check_count
-from visattn.orders import (
+from visattn.geometry.layout import Grid, TokenLayout, check_count
+from visattn.geometry.orders import (
     BoxOrder,
     LineOrder,
     SequenceBlocks,

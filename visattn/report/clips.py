@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visattn.report.clip_timing import Timing, timing_of
+from visattn.media.mp4_timing import Timing, timing_of
 from visattn.report.markup import Html, figure, joined, put
 
 __all__ = ["clips_html"]

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from visattn.files import write_whole
+from visattn._atomic import write_whole
 from visattn.report.clips import clips_html
-from visattn.report.heads import family_styles, head_data, heads_html
+from visattn.report.colors import symbols
+from visattn.report.head_table import family_styles, head_data, heads_html
 from visattn.report.markup import Html, joined, put
-from visattn.report.palette import symbols
 from visattn.report.sections import (
     claims_html,
     command_html,
@@ -27,7 +27,7 @@ from visattn.report.sections import (
     plan_html,
     verdict_html,
 )
-from visattn.report.stencils import stencil_data
+from visattn.report.stencil_figure import stencil_data
 from visattn.report.tables import plans_html, rows_html, speeds_html, stages_html
 
 __all__ = ["SCHEMA", "render_page", "write_page"]

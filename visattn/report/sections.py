@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visattn.plan.store import PLAN_FILE
+from visattn.plan.hub import PLAN_FILE
+from visattn.report.colors import KINDS, kind_class, kind_mark
 from visattn.report.markup import Html, figure, joined, plain, put
-from visattn.report.palette import KINDS, kind_class, kind_mark
 
 __all__ = ["claims_html", "command_html", "facts_html", "front_data", "front_html", "headline_html",
            "notes_html", "plan_html", "verdict_html"]

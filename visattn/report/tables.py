@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from visattn.report.colors import kind_mark
 from visattn.report.markup import Html, figure, interval, joined, plain, put
-from visattn.report.palette import kind_mark
 
 __all__ = ["plans_html", "rows_html", "speeds_html", "stages_html"]
 

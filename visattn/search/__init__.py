@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visattn.search.api import SearchResult, search
-    from visattn.search.stages import Settings
+    from visattn.search.run import Settings
 
 __all__ = ["SearchResult", "Settings", "search"]
 
-HOMES = {"SearchResult": "api", "search": "api", "Settings": "stages"}
+HOMES = {"SearchResult": "api", "search": "api", "Settings": "run"}
 
 
 class _Callable(ModuleType):

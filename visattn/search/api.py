@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from visattn._atomic import write_whole
 from visattn._version import __version__
 from visattn.cost import device_name
-from visattn.files import write_whole
-from visattn.layout import check_count
+from visattn.geometry.layout import check_count
 from visattn.patterns import HeadPattern, Skip
 from visattn.plan import Plan
-from visattn.processes import join
-from visattn.search.found import Finding
-from visattn.search.learn import middle_of
+from visattn.runtime.processes import join
+from visattn.search.candidates.learned_stencils import middle_of
+from visattn.search.measure.clip_quality import Scorer, caption_scorer
+from visattn.search.measure.target import Subject
 from visattn.search.receipt import (
     PLANNED,
     Clips,
@@ -30,10 +31,9 @@ from visattn.search.receipt import (
     rounded,
     stencil_rows,
 )
-from visattn.search.stages import Search, Settings
-from visattn.search.subject import Subject
-from visattn.search.team import Progress
-from visattn.search.validate import Scorer, caption_scorer
+from visattn.search.run import Search, Settings
+from visattn.search.solve.evaluated_plan import Finding
+from visattn.search.tasks.runner import Progress
 
 __all__ = ["SearchResult", "search"]
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from visattn._version import __version__
-from visattn.execute import block_sizes, lower_cached
+from visattn.attention.dispatch import block_sizes, lower_cached
 from visattn.patterns import Dense, HeadPattern, Pattern, Stencil
-from visattn.search.found import Finding
-from visattn.search.statistics import Interval, interval
-from visattn.search.store import Item
-from visattn.search.table import Group, Table
-from visattn.search.tiles import TileGrid
+from visattn.search.measure.statistics import Interval, interval
+from visattn.search.measure.tile_grid import TileGrid
+from visattn.search.solve.evaluated_plan import Finding
+from visattn.search.solve.price_table import Group, Table
+from visattn.search.tasks.result_store import Item
 
 __all__ = ["Clips", "claims", "head_rows", "machine", "stencil_rows"]
 

@@ -5,16 +5,17 @@ Each is a frozen dataclass with ``select(q, k, v, layout, scale)``, which gives 
 """
 
 from visattn.patterns.parse import DYNAMIC
-from visattn.selectors.agent import Agent
-from visattn.selectors.clusters import ClusterBlocks
-from visattn.selectors.core_context import CoreContext
-from visattn.selectors.hashing import Hashing
-from visattn.selectors.hierarchical import Hierarchical
-from visattn.selectors.key_order import KeyOrder
 from visattn.selectors.memory import Memory
-from visattn.selectors.moba import MoBA
-from visattn.selectors.online_choice import OnlineChoice
-from visattn.selectors.pooled_family import (
+from visattn.selectors.methods.agent import Agent
+from visattn.selectors.methods.bi_level import BiLevel, ProxyHeads
+from visattn.selectors.methods.clusters import ClusterBlocks
+from visattn.selectors.methods.core_context import CoreContext
+from visattn.selectors.methods.hashing import Hashing
+from visattn.selectors.methods.hierarchical import Hierarchical
+from visattn.selectors.methods.key_order import KeyOrder
+from visattn.selectors.methods.moba import MoBA
+from visattn.selectors.methods.online_choice import OnlineChoice
+from visattn.selectors.methods.pooled_methods import (
     ASA,
     NABLA,
     PISA,
@@ -24,17 +25,16 @@ from visattn.selectors.pooled_family import (
     Jenga,
     XAttention,
 )
-from visattn.selectors.pyramid import Pyramid
-from visattn.selectors.rectified import Rectified
-from visattn.selectors.reuse import Reuse
-from visattn.selectors.scores import register_gate
-from visattn.selectors.selection import PooledRest, SampledRest, Selection
+from visattn.selectors.methods.pyramid import Pyramid
+from visattn.selectors.methods.rectified import Rectified
+from visattn.selectors.methods.reuse import Reuse
+from visattn.selectors.methods.skip_list import SkipList
+from visattn.selectors.methods.sparge import Sparge
+from visattn.selectors.methods.top_blocks import TopBlocks
+from visattn.selectors.methods.vmoba import VMoBA
 from visattn.selectors.selector import BlockSelector, Selector
-from visattn.selectors.shared_heads import BiLevel, ProxyHeads
-from visattn.selectors.skip_list import SkipList
-from visattn.selectors.sparge import Sparge
-from visattn.selectors.top_blocks import TopBlocks
-from visattn.selectors.vmoba import VMoBA
+from visattn.selectors.stages.scores import register_gate
+from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection
 
 __all__ = [
     "ASA",

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.ambient import plain_torch
-from visattn.layout import TokenLayout, valid_keys
+from visattn.geometry.layout import TokenLayout, valid_keys
+from visattn.runtime.torch_settings import plain_torch
 
 __all__ = ["Audit", "audit", "audited_rows"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from visattn.layout import TokenLayout
+from visattn.geometry.layout import TokenLayout
 from visattn.selectors.audit import Audit, audit
-from visattn.selectors.past import Past
-from visattn.selectors.selection import Selection
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.selection import Selection
 
 if TYPE_CHECKING:
     from visattn.patterns import HeadPattern
-    from visattn.selectors.reuse import Reuse
+    from visattn.selectors.methods.reuse import Reuse
     from visattn.selectors.selector import Selector
 
 __all__ = ["Memory"]
@@ -77,7 +77,7 @@ class Memory:
         kernels: bool = False,
     ) -> Selection:
         """The selection of a pattern: one that is kept where it serves, else a new one."""
-        from visattn.selectors.reuse import Reuse
+        from visattn.selectors.methods.reuse import Reuse
 
         if not isinstance(pattern, Reuse) or self.step is None:
             return self._new(pattern, pattern, q, k, v, layout, scale, kernels)
@@ -138,7 +138,7 @@ class Memory:
         highest: torch.Tensor | None,
     ) -> None:
         """After a call: what the pattern and its guard are to know of it."""
-        from visattn.selectors.reuse import Reuse
+        from visattn.selectors.methods.reuse import Reuse
 
         if self.step is None:
             return

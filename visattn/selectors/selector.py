@@ -14,16 +14,16 @@ from typing import ClassVar
 
 import torch
 
-from visattn.layout import Grid, TokenLayout, check_count, on_cpu
-from visattn.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
+from visattn.geometry.layout import Grid, TokenLayout, check_count, on_cpu
+from visattn.geometry.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns.pattern import HeadPattern
-from visattn.selectors.force import Force, forced_blocks
-from visattn.selectors.inputs import Inputs
-from visattn.selectors.past import Past
-from visattn.selectors.scores import Score
-from visattn.selectors.selection import PooledRest, SampledRest, Selection, not_finite
-from visattn.selectors.selects import Select
-from visattn.selectors.sides import Side, ordered_side
+from visattn.selectors.stages.always_kept import Force, forced_blocks
+from visattn.selectors.stages.blocks import Side, ordered_side
+from visattn.selectors.stages.choose import Select
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.scores import Score
+from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection, not_finite
 
 __all__ = [
     "ORDERS",
@@ -268,7 +268,7 @@ def choose(
 ) -> torch.Tensor:
     """``select(scores, length, forced)``, by the kernel where it is asked for and has the rule."""
     if kernels:
-        from visattn.selectors.device import kernel_levels
+        from visattn.selectors.attend.dynamic_triton import kernel_levels
 
         levels = kernel_levels(select, scores, length, forced)
         if levels is not None:

@@ -1,0 +1,92 @@
+"""The words of the package: plain technical English in what people read, and names that say what a
+variable holds."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+from test_imports import MODULES, part_of
+
+# Names that say the place of a value in a sentence and not what it holds.
+EMPTY_NAMES = {"at", "found", "own", "said", "told", "wide"}
+# Constructions that a reader has to decode; CONTRIBUTING says what to write in their place.
+CONSTRUCTIONS = (
+    r"to the bit\b",
+    r"\b(is|are|was|were) held to\b",
+    r"\btold apart\b",
+    r"\bsaid once\b",
+    r"\bof so many\b",
+    r"\b(is|are|be) had\b",
+    r"\b(goes|go) on\b",
+    r"\bby turns\b",
+    r"\bnone is made\b",
+    r"\bmakes? of\b",
+    r"\bbeside\b",
+    r"\bstands?\b(?!-)",
+    r"\bin place of\b",
+)
+PATTERN = re.compile("|".join(CONSTRUCTIONS), re.IGNORECASE)
+# Parts whose words are still to be mended.
+WAITING = set(map(part_of, MODULES))
+PARTS = sorted(set(map(part_of, MODULES)))
+
+
+def files_of(part: str) -> list[Path]:
+    return sorted(path for module, path in MODULES.items() if part_of(module) == part)
+
+
+def empty_names(source: str) -> list[str]:
+    """Return ``line: name`` for each variable or parameter with a name of EMPTY_NAMES."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        name = node.arg if isinstance(node, ast.arg) else getattr(node, "id", None)
+        stored = isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
+        if stored and name in EMPTY_NAMES:
+            lines.append(f"{node.lineno}: {name}")
+    return lines
+
+
+def read_by_people(source: str) -> list[tuple[int, str]]:
+    """Return the comments and the strings of a source, with their first lines."""
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type in kinds]
+
+
+def constructions(source: str) -> list[str]:
+    """Return ``line: words`` for each construction in what people read."""
+    return [
+        f"{line + text[: match.start()].count(chr(10))}: {match[0]}"
+        for line, text in read_by_people(source)
+        for match in PATTERN.finditer(re.sub(r"[ \t]+", " ", text))
+    ]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_words(part):
+    lines = [
+        f"{path.name}:{line}"
+        for path in files_of(part)
+        for source in [path.read_text(encoding="utf-8")]
+        for line in (*empty_names(source), *constructions(source))
+    ]
+    if part not in WAITING:
+        assert lines == []
+
+
+def test_what_is_to_be_found_is_found():
+    assert empty_names("own = 1\ndef f(wide): pass\nfor at in []: pass\nx.own = own") == [
+        "1: own",
+        "3: at",
+        "2: wide",
+    ]
+    assert constructions('x = 1  # equal to the bit\ny = "a row beside it"') == [
+        "1: to the bit",
+        "2: beside",
+    ]
+    assert constructions("beside = stands") == []

@@ -1,0 +1,1 @@
+"""The backends of attention: each computes the same numbers."""

@@ -1,0 +1,146 @@
+"""The oracle: dense masked attention from the patterns' token rules. Any dtype, any device, O(L^2)
+memory.
+
+This is the only place where an ``Lq x Lk`` tensor is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from visattn.blocks.block_map import NONE, PARTIAL, BlockMap
+from visattn.geometry.layout import TokenLayout, on_cpu, valid_keys
+from visattn.patterns import Pattern
+
+__all__ = ["known_finite", "map_mask", "masked_attention", "pattern_mask", "reference_attention"]
+
+
+def pattern_mask(
+    pattern: Pattern,
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The token rule of a pattern as a mask, bool ``[Lq, Lk]``."""
+    q = torch.arange(layout.length, device=device)
+    k = torch.arange((kv_layout or layout).length, device=device)
+    return pattern.allows(q[:, None], k[None, :], layout, kv_layout)
+
+
+@on_cpu
+def map_mask(block_map: BlockMap) -> torch.Tensor:
+    """What a block map computes, as a mask in token order, bool ``[Lq, Lk]``."""
+    status = block_map.status()
+    out = torch.zeros(block_map.layout.length, block_map.kv_layout.length, dtype=torch.bool)
+    whole = ((status != NONE) & (status != PARTIAL)).nonzero()
+    tiles, index = block_map.tiles
+    rows, columns = block_map.partial_pairs
+    masks = torch.cat(
+        [torch.ones(len(whole), 1, 1).bool().expand(-1, *tiles.shape[1:]), tiles[index]]
+    )
+    q, q_exists = block_map.q_blocks.tokens(torch.cat([whole[:, 0], rows]))
+    k, k_exists = block_map.k_blocks.tokens(torch.cat([whole[:, 1], columns]))
+    kept = masks & q_exists[:, :, None] & k_exists[:, None, :]
+    number, a, b = kept.nonzero(as_tuple=True)
+    out[q[number, a], k[number, b]] = True
+    return out
+
+
+def reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    patterns: Sequence[Pattern],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked softmax attention; a row without a key gives 0 and LSE minus infinity.
+
+    Args:
+        q: ``[B, H, Lq, D]``; k, v: ``[B, Hk, Lk, D]`` with ``Hk`` dividing ``H``. Logits, softmax
+            and sums are in float32, float64 for float64 inputs; probabilities are rounded to the
+            input dtype.
+        patterns: one per head; text_lengths: int64 ``[B, text segments]`` or None.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in the input dtype and natural-log LSE ``[B, H, Lq]`` in the
+        accumulating dtype.
+    """
+    masks = {p: pattern_mask(p, layout, kv_layout, q.device) for p in dict.fromkeys(patterns)}
+    mask = torch.stack([masks[p] for p in patterns])[None]  # [1, H, Lq, Lk]
+    if text_lengths is not None:
+        mask = mask & valid_keys(text_lengths, kv_layout or layout)[:, None, None, :]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return masked_attention(q, k, v, mask, scale, careful=not known_finite(q, k, v))
+
+
+def known_finite(*tensors: torch.Tensor) -> bool:
+    """Whether nothing is NaN or infinite, where reading that waits for no device; else False."""
+    return all(
+        x.device.type == "cpu" and bool(x.detach().sum(dtype=_wide(x)).isfinite()) for x in tensors
+    )
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    careful: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the last two axes, output and LSE as ``reference_attention``.
+
+    Args:
+        q: ``[..., Lq, D]``; k, v: ``[..., Lk, D]``.
+        mask: bool ``[..., Lq, Lk]``; None: all is seen.
+        careful: there may be NaN or infinite numbers. A weight of 0 does not mask them in a
+            product, so they are left out of products and put back where they are seen: nothing
+            that is masked reaches an output or a gradient, nor does a NaN query that has no
+            gradient.
+    """
+    wide, rounded = _wide(q), q.dtype
+    q, k, v = (x.to(wide) for x in (q, k, v))
+    if not careful:
+        logits, values = q @ k.mT * scale, v
+    else:
+        q_there, k_there = (x.isfinite().all(-1, keepdim=True) for x in (q, k))
+        own_q = torch.where(q_there, q, 0)
+        values = torch.where(v.isfinite(), v, 0)
+        logits = own_q @ torch.where(k_there, k, 0).mT * scale
+        told = (own_q @ k.mT * scale).detach()
+        logits = torch.where(q_there & ~k_there.mT, told, logits)
+    if mask is None:
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse[..., None]).exp()
+    else:
+        weights, lse = _masked_softmax(logits, mask)
+    weights = weights.to(rounded).to(wide)
+    out = weights @ values
+    if careful:
+        lost = (~v.isfinite()).to(wide)
+        kept = torch.ones_like(weights) if mask is None else mask.to(wide).expand_as(weights)
+        told = weights.detach() @ torch.where(v.isfinite(), 0, v)
+        out = out + torch.where(kept @ lost > 0, told, 0)
+        broken = torch.where(q_there[..., 0] | (lse == -torch.inf), 0, torch.nan)
+        out, lse = out + broken[..., None], lse + broken
+    return out.to(rounded), lse
+
+
+def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and LSE of logits inside a mask; a row without a key gives 0 and minus infinity, and
+    no NaN in its gradients."""
+    empty = ~mask.any(-1)
+    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[..., None], 0)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse[..., None]).exp().masked_fill(empty[..., None], 0)
+    return weights, lse.masked_fill(empty, -torch.inf)

@@ -1,0 +1,235 @@
+"""The Triton backend: the launches that compute the heads of a layer, and what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from visattn.attention.backends.kernel_check import Variant, trusted
+from visattn.blocks.block_map import BlockMap, MapCache
+from visattn.blocks.device_lists import DeviceMaps, device_maps
+from visattn.geometry.layout import TokenLayout
+from visattn.geometry.padding import without_padding, without_unused_text
+from visattn.kernels.launch import backward_launch_of, interpreting, launch_of, on_device
+from visattn.kernels.targets import Launch
+from visattn.patterns import Pattern
+
+__all__ = ["TritonAttention", "triton_attention", "triton_backward", "why_unavailable"]
+
+Lower = Callable[[Pattern, int, int], BlockMap]
+MAX_HEAD_SIZE = 256
+
+DEVICE_MAPS: MapCache[DeviceMaps] = MapCache(limit_bytes=1 << 30)
+
+
+def why_unavailable(q: torch.Tensor) -> str | None:
+    """Why the kernels cannot run on a tensor like ``q``, or None when they can."""
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreting()):
+        return f"it needs a CUDA or ROCm GPU, and q is on {q.device}"
+    try:
+        import triton
+    except ImportError:
+        return "the package triton is not installed"
+    del triton
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes float16, bfloat16 and float32, and q is {q.dtype}"
+    if q.shape[3] > MAX_HEAD_SIZE:
+        return f"its head size is at most {MAX_HEAD_SIZE}, and q has {q.shape[3]}"
+    if q.device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if major < 8:
+            return f"it needs compute capability 8.0, and {q.device} has {major}.{minor}"
+    return None
+
+
+@on_device
+def triton_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    lower: Lower,
+    *,
+    settings: Launch | None = None,
+    split: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes and results as ``reference_attention``; the LSE is float32.
+
+    Args:
+        lower: gives the map of a pattern at a block size.
+        settings: how it is launched; default: the launch table's.
+        split: most key blocks of a row that is not split; default as ``device_maps``.
+    """
+    from visattn.kernels.forward import forward
+
+    launch = settings or launch_of(q)
+    blocks = (launch.block_q, launch.block_k)
+    maps = _maps(patterns, layout, kv_layout, blocks, k, lower, split=split)
+    q, k, v = _ready(maps, q, k, v)
+    lengths = None if text_lengths is None else text_lengths.int().contiguous()
+    if launch.warp_groups and _takes_groups(q, maps, lengths, scale):
+        from visattn.kernels.hopper import forward_hopper
+
+        order, parts = maps.ordered[0], maps.num_parts
+        return forward_hopper(q, k, v, maps.lists, lengths, scale, q_ordered=order, num_parts=parts)
+    if text_lengths is not None:  # keys past the end of a block repeat its first one, with weight 0
+        v = without_padding(v, kv_layout or layout, text_lengths)
+    return forward(
+        q,
+        k,
+        v,
+        maps.lists,
+        lengths,
+        scale,
+        block=maps.block,
+        kinds=maps.kinds,
+        ordered=maps.ordered,
+        num_parts=maps.num_parts,
+        warps=launch.warps,
+        stages=launch.stages,
+        descriptors=launch.descriptors,
+    )
+
+
+@on_device
+def triton_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    lower: Lower,
+    *,
+    settings: tuple[tuple[int, int], tuple[int, int], int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, in their dtype, from what ``triton_attention`` took and gave.
+
+    Args:
+        settings: blocks of queries and keys, queries of a part and of a masked part, warps, stages;
+            default: the launch table's.
+    """
+    from visattn.kernels.backward import backward
+
+    blocks, queries, warps, stages = settings or backward_launch_of(q)
+    maps = _maps(patterns, layout, kv_layout, blocks, k, lower, backward=True)
+    if settings is None and maps.by_coordinates:
+        _, queries, warps, stages = backward_launch_of(q, spare=True)
+    keys = k.shape
+    if text_lengths is not None:
+        q, out, lse = without_unused_text(q, out, lse, grad_out, grad_lse, layout)
+        k, v = (without_padding(x, kv_layout or layout, text_lengths) for x in (k, v))
+    q, k, v = _ready(maps, q, k, v)
+    dq, dk, dv = backward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_out if grad_out.stride(3) == 1 else grad_out.contiguous(),
+        None if grad_lse is None else grad_lse.float().contiguous(),
+        maps.lists,
+        None if text_lengths is None else text_lengths.int().contiguous(),
+        scale,
+        block=maps.block,
+        queries=queries,
+        kinds=maps.kinds,
+        ordered=maps.ordered,
+        shared_keys=keys[1] < q.shape[1],
+        warps=warps,
+        stages=stages,
+    )
+    if keys[1] < q.shape[1]:
+        dk, dv = (x.unflatten(1, (keys[1], -1)).sum(2).to(q.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+class TritonAttention(torch.autograd.Function):
+    """``triton_attention`` with gradients of q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        patterns: tuple[Pattern, ...],
+        layout: TokenLayout,
+        kv_layout: TokenLayout | None,
+        text_lengths: torch.Tensor | None,
+        scale: float,
+        lower: Lower,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.call = (patterns, layout, kv_layout, text_lengths, scale, lower)
+        out, lse = triton_attention(q, k, v, *ctx.call)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        given = (q, k, v, out, lse, grad_out, grad_lse)
+        patterns, layout, kv_layout, text_lengths, scale, lower = ctx.call
+        grads = triton_backward(*given, patterns, layout, kv_layout, text_lengths, scale, lower)
+        return (*grads, None, None, None, None, None, None)
+
+
+def _maps(
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    blocks: tuple[int, int],
+    k: torch.Tensor,
+    lower: Lower,
+    split: int | None = None,
+    backward: bool = False,
+) -> DeviceMaps:
+    """The lists of a launch, made once. On a GPU masks are bits, where they fit."""
+    key = (patterns, layout, kv_layout, blocks, k.shape[1], k.device, split, backward)
+
+    def make() -> DeviceMaps:
+        maps = {pattern: lower(pattern, *blocks) for pattern in dict.fromkeys(patterns)}
+        heads = [maps[pattern] for pattern in patterns]
+        words = k.device.type == "cuda"
+        return device_maps(heads, k.shape[1], k.device, split, backward, words)
+
+    return DEVICE_MAPS.get(key, make)
+
+
+def _takes_groups(
+    q: torch.Tensor, maps: DeviceMaps, lengths: torch.Tensor | None, scale: float
+) -> bool:
+    """Whether the kernel for Hopper computes a call: 16-bit types, heads of up to 128 whose rows a
+    copy can read, a scale above 0 (its largest logit is that of the largest product), masks that
+    fit in memory as bits, and a trial of the variant that went well."""
+    dim = q.shape[3]
+    if q.element_size() != 2 or dim % 8 or dim > 128 or scale <= 0 or "firsts" not in maps.lists:
+        return False
+    split = maps.num_parts > 0
+    return trusted(Variant(q.device, q.dtype, dim, maps.ordered[0], lengths is not None, split))
+
+
+def _ready(
+    maps: DeviceMaps, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the kernels take them: stride 1 along D, keys and values in block order."""
+    from visattn.kernels.permute import permute
+
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if maps.key_slots is not None:
+        k, v = permute(k, v, maps.key_slots[0], maps.key_slots[1], maps.lists["k_index"])
+    return q, k, v

@@ -1,0 +1,121 @@
+"""What a call must satisfy, each with one sentence that names what does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, check_text_lengths
+from visattn.patterns import HeadPattern, Pattern
+
+__all__ = ["check_lengths", "check_patterns", "check_scale", "check_tensors"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [B, H, L, D], not {type(x).__name__}")
+        kind = _unsupported(x)
+        if kind is not None:
+            raise TypeError(f"{name} is {kind}")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name} of shape {list(x.shape)} must be [B, H, L, D] with no empty axis"
+            )
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} of dtype {x.dtype} must be float16, bfloat16, float32 or float64"
+            )
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"{name} of dtype {x.dtype} must have the dtype of q, {q.dtype}; convert it"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"{name} on {x.device} must be on the device of q, {q.device}; move it"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"v of shape {list(v.shape)} must have the shape of k, {list(k.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"k of shape {list(k.shape)} must have the batch and head size of q, {list(q.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, which the {k.shape[1]} heads of k do not divide"
+        )
+
+
+def _unsupported(x: torch.Tensor) -> str | None:
+    """What is told of a tensor that is no plain one, or None."""
+    if x.is_nested:
+        return "a nested tensor; attention takes dense ones: call to_padded_tensor() first"
+    if x.layout != torch.strided:
+        return f"a tensor of layout {x.layout}; attention takes dense ones: call to_dense() first"
+    if torch._C._functorch.is_batchedtensor(x):
+        return "batched by torch.vmap, which patterns cannot follow; put that axis into the batch"
+    return None
+
+
+def check_patterns(
+    pattern: HeadPattern | Sequence[HeadPattern], q: torch.Tensor
+) -> tuple[HeadPattern, ...]:
+    """Return one pattern for each head of q, or raise a sentence that names what is wrong."""
+    heads = q.shape[1]
+    patterns = _one_per_head(pattern, heads)
+    dynamic = next((item for item in patterns if not isinstance(item, Pattern)), None)
+    if q.device.type == "meta" and dynamic is not None:
+        raise ValueError(
+            f"q is a meta tensor, which has no values for {dynamic} to choose by; give a static "
+            "pattern, or tensors on a device"
+        )
+    return patterns
+
+
+def _one_per_head(
+    pattern: HeadPattern | Sequence[HeadPattern], heads: int
+) -> tuple[HeadPattern, ...]:
+    if isinstance(pattern, HeadPattern):
+        return (pattern,) * heads
+    if not isinstance(pattern, Sequence) or isinstance(pattern, str):
+        raise TypeError(f"pattern={pattern!r} must be a pattern, or a sequence of one per head")
+    for item in pattern:
+        if not isinstance(item, HeadPattern):
+            raise TypeError(f"pattern holds {item!r}; it takes patterns, for example Radial()")
+    if len(pattern) != heads:
+        raise ValueError(
+            f"pattern holds {len(pattern)} patterns; q has {heads} heads, give one for each"
+        )
+    return tuple(pattern)
+
+
+def check_lengths(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    layout: TokenLayout,
+    kv_layout: TokenLayout | None,
+    text_lengths: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Refuse tensors that are not as long as their layouts; the text lengths, int64 ``[B,
+    texts]``."""
+    keys = kv_layout or layout
+    for name, own, x in (("q", layout, q), ("k", keys, k)):
+        if own.length != x.shape[2]:
+            which = "layout" if own is layout else "kv_layout"
+            raise ValueError(f"{name} has {x.shape[2]} tokens but {which} {own} has {own.length}")
+    if text_lengths is None:
+        return None
+    return check_text_lengths(text_lengths, keys, q.shape[0]).to(q.device)
+
+
+def check_scale(scale: float | None, dim: int) -> float:
+    """The factor of the logits."""
+    if scale is None:
+        return float(dim**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be a finite number or None")
+    return float(scale)

@@ -1,0 +1,190 @@
+"""The torch custom ops: what ``torch.compile`` sees of a call, and the gradients of the kernels.
+
+There are two. Static patterns are launches alone, which a CUDA graph can capture after a first
+call. Dynamic ones may read back from the device: their op is tagged, so that Inductor leaves it out
+of its graphs.
+
+An op takes no objects, so a call's Spec travels as a handle, a 0-d CPU tensor. Handles are hashes
+of what they stand for: a compiled graph that holds one means the same in any process, and what is
+looked up in the op is the same in forward and backward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from visattn.attention.checks import check_lengths, check_patterns, check_tensors
+from visattn.attention.dispatch import Spec, choose_backend, execute, execute_backward
+from visattn.geometry.layout import TokenLayout, alive
+from visattn.patterns import HeadPattern
+from visattn.patterns.pattern import paired_layouts
+
+__all__ = ["attention_op", "dynamic_op", "handle_of", "register"]
+
+_SPECS: dict[int, Spec] = {}
+
+
+def register(spec: Spec) -> torch.Tensor:
+    """The handle of a Spec, int64, 0-d, on the CPU."""
+    digest = hashlib.sha256(repr(spec).encode()).digest()
+    handle = int.from_bytes(digest[:8], "little") >> 1
+    _SPECS[handle] = spec
+    return torch.tensor(handle, device="cpu")
+
+
+def handle_of(
+    patterns: tuple[int, ...], layout: int, kv_layout: int | None, backend: str
+) -> torch.Tensor:
+    """``register`` for objects named by their ``id()``, as a constant of the compiled graph."""
+    heads: list[HeadPattern] = []
+    for identity in patterns:
+        pattern = alive(identity)
+        assert isinstance(pattern, HeadPattern)
+        heads.append(pattern)
+    own, keys = alive(layout), None if kv_layout is None else alive(kv_layout)
+    assert isinstance(own, TokenLayout)
+    assert keys is None or isinstance(keys, TokenLayout)
+    return register(Spec(tuple(heads), own, keys, backend))
+
+
+# what torch.compiler.assume_constant_result sets; calling that would import Dynamo, and Triton
+# with it
+handle_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.library.custom_op("visattn::attention", mutates_args=())
+def attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, H, Lq, D]`` and LSE ``[B, H, Lq]`` (empty without ``with_lse``)."""
+    return _run(q, k, v, handle, text_lengths, scale, with_lse)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spec = _SPECS[int(handle)]
+    check_tensors(q, k, v)
+    check_patterns(spec.patterns, q)
+    paired_layouts(spec.layout, spec.kv_layout)
+    lengths = check_lengths(q, k, spec.layout, spec.kv_layout, text_lengths)
+    backend = choose_backend(spec.backend, q).backend
+    out, lse = execute(spec, backend, q, k, v, lengths, scale, with_lse)
+    if lse is None or not with_lse:
+        lse = q.new_empty(0, dtype=_wide(q))
+    return out.contiguous(), lse.contiguous()
+
+
+def _wide(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op(
+    "visattn::dynamic_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def dynamic_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``attention_op``, for patterns some of which are dynamic."""
+    return _run(q, k, v, handle, text_lengths, scale, with_lse)
+
+
+def _fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = q.new_empty(q.shape[:3] if with_lse else (0,), dtype=_wide(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _save(ctx: object, inputs: tuple[object, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, k, v, handle, text_lengths, scale, with_lse = inputs
+    assert with_lse, "gradients need the LSE"
+    ctx.save_for_backward(q, k, v, handle, text_lengths, *output)  # type: ignore[attr-defined]
+    ctx.scale = scale  # type: ignore[attr-defined]
+
+
+@torch.library.custom_op("visattn::attention_backward", mutates_args=())
+def backward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, contiguous, by the backend that ran forward."""
+    spec = _SPECS[int(handle)]
+    lengths = check_lengths(q, k, spec.layout, spec.kv_layout, text_lengths)
+    backend = choose_backend(spec.backend, q).backend
+    return execute_backward(spec, backend, q, k, v, out, lse, grad_out, grad_lse, lengths, scale)
+
+
+@backward_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _backward(
+    ctx: object, grad_out: torch.Tensor, grad_lse: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, handle, text_lengths, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    grads = backward_op(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        handle,
+        text_lengths,
+        ctx.scale,  # type: ignore[attr-defined]
+    )
+    return (*grads, None, None, None, None)
+
+
+for _op in (attention_op, dynamic_op):
+    _op.register_fake(_fake)
+    _op.register_autograd(_backward, setup_context=_save)

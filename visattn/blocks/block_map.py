@@ -1,0 +1,447 @@
+"""BlockMap: per query block, the key blocks that are visited. Patterns lower to it, kernels run it.
+
+A row of a map lists its key blocks by class, so that a kernel's loops know what they need not
+check::
+
+    bounds[i] = (begin, full, text, short, partial)      columns[begin:partial]
+    [begin, full)     full-length blocks, every pair kept: no mask
+    [full, text)      full-length text blocks: no mask, unless text lengths are given at run time
+    [text, short)     every pair kept, but the block is shorter than ``block_k``: mask by length
+    [short, partial)  mask by predicate (or by bit tile) and by length
+
+Positions are those of the ordered sequences (``q_blocks.index``, ``k_blocks.index``).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from typing import Generic, Literal, Protocol, TypeVar, cast
+
+import torch
+
+from visattn.blocks.predicates import Predicate
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.geometry.orders import SequenceBlocks
+from visattn.runtime.torch_settings import lasting
+
+__all__ = ["BlockMap", "MapBank", "MapCache", "PartialPolicy", "build_map", "grown", "pack_rows"]
+
+PartialPolicy = Literal["exact", "promote", "drop"]
+NONE, FULL, TEXT, SHORT, PARTIAL = range(5)  # classes of a block pair, in the order of a row's list
+MAX_PREDICATES = 2  # more than two in one map go to bit tiles
+TILE_CHUNK = 1 << 20  # elements of a temporary when partial blocks are evaluated
+
+
+class Sized(Protocol):
+    """What a MapCache holds."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Sized)
+_growths = [0]  # how often something that caches hold has grown
+
+
+def grown() -> None:
+    """Note that something that caches may hold takes more memory than before."""
+    _growths[0] += 1
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """The block form of one head's pattern; all tensors live on the CPU.
+
+    Attributes:
+        q_blocks, k_blocks: the blocks of the query and key sequence, in their orders.
+        bounds: int32 ``[Nq, 5]``; columns: int16 or int32 ``[visited]`` (int16 while blocks fit).
+        predicates: per grid of the layout, the predicates whose union masks its partial blocks.
+        given_tiles: (bool ``[U, block_q, block_k]``, int64 ``[partial]``) when the mask of partial
+            blocks is known by bits alone.
+        made: what ``of_map`` has made of it, by key.
+    """
+
+    q_blocks: SequenceBlocks
+    k_blocks: SequenceBlocks
+    bounds: torch.Tensor
+    columns: torch.Tensor
+    predicates: tuple[tuple[Predicate, ...], ...]
+    given_tiles: tuple[torch.Tensor, torch.Tensor] | None = None
+    made: dict[Hashable, Sized] = field(default_factory=dict, init=False, repr=False)
+
+    def of_map(self, key: Hashable, make: Callable[[], Item]) -> Item:
+        """What is made of the map once: a part of it, that counts with it and goes with it. It does
+        not refer to the map. ``key``: a key has items of one class."""
+        if key not in self.made:
+            self.made[key] = make()
+            grown()
+        return cast(Item, self.made[key])
+
+    @property
+    def layout(self) -> TokenLayout:
+        return self.q_blocks.layout
+
+    @property
+    def kv_layout(self) -> TokenLayout:
+        return self.k_blocks.layout
+
+    @property
+    def block_q(self) -> int:
+        return self.q_blocks.size
+
+    @property
+    def block_k(self) -> int:
+        return self.k_blocks.size
+
+    @cached_property
+    @lasting
+    def visits(self) -> torch.Tensor:
+        """Key blocks visited by each query block, int64 ``[Nq]``."""
+        return (self.bounds[:, 4] - self.bounds[:, 0]).long()
+
+    @property
+    def num_visited(self) -> int:
+        return len(self.columns)
+
+    @cached_property
+    def num_partial(self) -> int:
+        return int((self.bounds[:, 4] - self.bounds[:, 3]).sum())
+
+    @property
+    def block_density(self) -> float:
+        """Executed block area over that of dense attention with the same blocks and no segments."""
+        rows = -(-self.layout.length // self.block_q)
+        return self.num_visited / (rows * -(-self.kv_layout.length // self.block_k))
+
+    @property
+    def needs_bits(self) -> bool:
+        """Whether partial blocks are masked by bit tiles, because no kernel predicate says them."""
+        return self.given_tiles is not None or any(
+            len(union) > MAX_PREDICATES or any(p.kind == "table" for p in union)
+            for union in self.predicates
+        )
+
+    @cached_property
+    def _given_nbytes(self) -> int:
+        given = (self.q_blocks, self.k_blocks, self.bounds, self.columns, self.predicates)
+        return _nbytes_of((*given, self.given_tiles))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the map and all that has been made of it; what maps share counts for each."""
+        found = [self.__dict__.get(name) for name in ("visits", "partial_pairs", "tiles")]
+        made = sum(item.nbytes for item in tuple(self.made.values()))
+        return self._given_nbytes + _nbytes_of(tuple(found)) + made
+
+    @on_cpu
+    def status(self) -> torch.Tensor:
+        """The class of every block pair, uint8 ``[Nq, Nk]``: NONE, FULL, TEXT, SHORT or PARTIAL."""
+        out = torch.zeros(len(self.q_blocks), len(self.k_blocks), dtype=torch.uint8)
+        rows = torch.repeat_interleave(torch.arange(len(self.q_blocks)), self.visits)
+        place = torch.arange(self.num_visited)
+        kind = 1 + (place[:, None] >= self.bounds[rows, 1:4]).sum(1)
+        out[rows, self.columns.long()] = kind.byte()
+        return out
+
+    @cached_property
+    @on_cpu
+    def partial_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(query block, key block) of the partial blocks, row by row, int64 ``[partial]`` each."""
+        counts = (self.bounds[:, 4] - self.bounds[:, 3]).long()
+        rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        within = torch.arange(len(rows)) - torch.repeat_interleave(
+            counts.cumsum(0) - counts, counts
+        )
+        return rows, self.columns[self.bounds[rows, 3].long() + within].long()
+
+    @cached_property
+    @on_cpu
+    def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of the partial blocks: distinct tiles bool ``[U, block_q, block_k]``, and each
+        partial block's tile, int64 ``[partial]``. Pairs outside a short block are False.
+        """
+        if self.given_tiles is not None:
+            return self.given_tiles
+        rows, columns = self.partial_pairs
+        return distinct_tiles(rows, columns, self.block_q, self.block_k, self._evaluate)
+
+    def _evaluate(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Token masks of partial blocks ``[n]``: bool ``[n, block_q, block_k]``."""
+        q, q_exists = self.q_blocks.tokens(rows)
+        k, k_exists = self.k_blocks.tokens(columns)
+        out = q_exists[:, :, None] & k_exists[:, None, :]
+        segment = self.q_blocks.segment[rows]
+        ordinal = -1
+        for number, (begin, part) in enumerate(
+            zip(self.layout.starts, self.layout.segments, strict=True)
+        ):
+            if part.grid is None:
+                continue
+            ordinal += 1
+            mine = segment == number
+            if not bool(mine.any()):
+                continue
+            key_begin = self.kv_layout.grids[ordinal][0]
+            q_place = part.grid.coordinates(q[mine] - begin)
+            k_place = part.grid.coordinates(k[mine] - key_begin)
+            q_axes = (q_place[0][:, :, None], q_place[1][:, :, None], q_place[2][:, :, None])
+            k_axes = (k_place[0][:, None], k_place[1][:, None], k_place[2][:, None])
+            kept = torch.zeros((), dtype=torch.bool)
+            for predicate in self.predicates[ordinal]:
+                kept = kept | predicate.allows(q_axes, k_axes)
+            out[mine] &= kept
+        return out
+
+    @on_cpu
+    def pairs(self) -> int:
+        """Kept (query, key) pairs, counted."""
+        areas = self.q_blocks.length[:, None] * self.k_blocks.length
+        status = self.status()
+        whole = int(areas[(status != NONE) & (status != PARTIAL)].sum())
+        tiles, index = self.tiles
+        return whole + int(tiles.flatten(1).sum(1)[index].sum())
+
+
+def _nbytes_of(value: object) -> int:
+    """Bytes of the tensors in tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, tuple):
+        return sum(map(_nbytes_of, value))
+    if is_dataclass(value):
+        return sum(_nbytes_of(getattr(value, own.name)) for own in fields(value))
+    return 0
+
+
+def distinct_tiles(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate the masks of block pairs in chunks and keep each distinct one once."""
+    words = -(-block_q * block_k // 63)
+    odd = (
+        torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    )
+    powers = 1 << torch.arange(63)
+    seen: dict[int, list[int]] = {}
+    kept: list[torch.Tensor] = []
+    index = torch.empty(len(rows), dtype=torch.int64)
+    step = max(1, TILE_CHUNK // (block_q * block_k))
+    for begin in range(0, len(rows), step):
+        part = slice(begin, min(begin + step, len(rows)))
+        masks = evaluate(rows[part], columns[part])
+        flat = torch.nn.functional.pad(masks.flatten(1), (0, words * 63 - block_q * block_k))
+        packed = (flat.view(len(flat), words, 63) * powers).sum(2)
+        for place, key in enumerate(((packed * odd).sum(1) ^ packed.sum(1)).tolist(), begin):
+            mask = masks[place - begin]
+            for number in seen.setdefault(key, []):
+                if torch.equal(kept[number], mask):
+                    break
+            else:
+                number = len(kept)
+                kept.append(mask.clone())
+                seen[key].append(number)
+            index[place] = number
+    tiles = torch.stack(kept) if kept else torch.zeros(0, block_q, block_k, dtype=torch.bool)
+    return tiles, index
+
+
+def pack_rows(status: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes uint8 ``[Nq, Nk]`` -> (bounds int32 ``[Nq, 5]``, columns), each class ascending."""
+    counts = torch.stack([(status == kind).sum(1) for kind in (FULL, TEXT, SHORT, PARTIAL)], 1)
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    bounds = torch.cat([(ends[:, :1] - counts[:, :1]), ends], 1).int()
+    fits = status.shape[1] <= torch.iinfo(torch.int16).max
+    columns = torch.empty(int(counts.sum()), dtype=torch.int16 if fits else torch.int32)
+    for place, kind in enumerate((FULL, TEXT, SHORT, PARTIAL)):
+        rows, cols = (status == kind).nonzero(as_tuple=True)
+        own = counts[:, place]
+        within = torch.arange(len(rows)) - (own.cumsum(0) - own)[rows]
+        columns[bounds[rows, place].long() + within] = cols.to(columns.dtype)
+    return bounds, columns
+
+
+def build_map(
+    q_blocks: SequenceBlocks,
+    k_blocks: SequenceBlocks,
+    predicates: Sequence[Sequence[Predicate] | None],
+    *,
+    partial: PartialPolicy,
+    outside: bool = True,
+    description: str,
+) -> BlockMap:
+    """Classify every block pair and pack the rows.
+
+    Args:
+        q_blocks, k_blocks: the blocks of both sequences.
+        predicates: per grid of the query layout, the union that says which pairs with the grid of
+            the same number on the key side are kept; None where there is no such grid.
+        partial: ``exact`` keeps partial blocks with their mask, ``promote`` makes them full (a
+            superset of the rule), ``drop`` leaves them out (a subset).
+        outside: whether pairs outside those grids (text, prefix, another grid) are kept.
+        description: the pattern, for error messages.
+
+    Raises:
+        ValueError: some query block is left without any key.
+    """
+    if partial not in ("exact", "promote", "drop"):
+        raise ValueError(f"partial={partial!r} must be 'exact', 'promote' or 'drop'")
+    is_text = torch.tensor([s.kind == "text" for s in k_blocks.layout.segments])[k_blocks.segment]
+    whole = torch.full((len(k_blocks),), FULL, dtype=torch.uint8)
+    whole[is_text] = TEXT
+    whole[k_blocks.length < k_blocks.size] = SHORT
+    status = (
+        whole.expand(len(q_blocks), -1).clone()
+        if outside
+        else torch.zeros(len(q_blocks), len(k_blocks)).byte()
+    )
+    used: list[tuple[Predicate, ...]] = []
+    for ordinal, union in enumerate(predicates):
+        if union is None:
+            used.append(())
+            continue
+        q_grid, k_grid = q_blocks.grids[ordinal], k_blocks.grids[ordinal]
+        q_part = slice(q_blocks.first[ordinal], q_blocks.first[ordinal] + len(q_grid.start))
+        k_part = slice(k_blocks.first[ordinal], k_blocks.first[ordinal] + len(k_grid.start))
+        answers = [predicate.classify(q_grid, k_grid) for predicate in union]
+        some = torch.zeros(len(q_grid.start), len(k_grid.start), dtype=torch.bool)
+        every = some.clone()
+        for own_some, own_every in answers:
+            some |= own_some
+            every |= own_every
+        some &= ~every
+        used.append(
+            tuple(p for p, (own, _) in zip(union, answers, strict=True) if bool((own & some).any()))
+        )
+        if partial == "drop":
+            some.zero_()
+        part = every * whole[k_part]
+        part[some] = PARTIAL
+        if partial == "promote":
+            part = torch.where(some, whole[k_part], part)
+        status[q_part, k_part] = part
+    bounds, columns = pack_rows(status)
+    if outside:
+        check_rows(bounds, partial, description)
+    if partial != "exact":
+        used = [() for _ in used]
+    return BlockMap(q_blocks, k_blocks, bounds, columns, tuple(used))
+
+
+def check_rows(bounds: torch.Tensor, partial: str, description: str) -> None:
+    """Refuse a map with a query block that sees no key."""
+    empty = (bounds[:, 4] == bounds[:, 0]).nonzero()
+    if len(empty):
+        remedy = (
+            "; use partial='exact' or 'promote'"
+            if partial == "drop"
+            else "; only Skip() may leave rows empty: widen the pattern or add Diagonal(0)"
+        )
+        raise ValueError(
+            f"{description} with partial={partial!r} leaves {len(empty)} of {len(bounds)} query "
+            f"blocks "
+            f"without any key, the first is block {int(empty[0])}{remedy}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MapBank:
+    """The distinct maps of a layer's heads, packed for one launch; ``M`` maps.
+
+    Attributes:
+        maps: the distinct maps.
+        head_map: int32 ``[H]``, the map of each head.
+        bounds: int32 ``[M, Nq, 5]`` into ``columns``; rows past a map's own are empty.
+        columns: the maps' columns, one after the other.
+        q_table, k_table: int32 ``[M, Nq, 2]``, ``[M, Nk, 2]``: first position and length of
+            each block.
+    """
+
+    maps: tuple[BlockMap, ...]
+    head_map: torch.Tensor
+    bounds: torch.Tensor
+    columns: torch.Tensor
+    q_table: torch.Tensor
+    k_table: torch.Tensor
+
+    @staticmethod
+    def of(heads: Sequence[BlockMap]) -> MapBank:
+        """Pack one map per head, each distinct map once.
+
+        Raises:
+            ValueError: there is no head, or the maps differ in layout or block size.
+        """
+        if not heads:
+            raise ValueError("heads=() is empty; a bank holds one map per head")
+        first = heads[0]
+        for item in heads:
+            if (item.layout, item.kv_layout, item.block_q, item.block_k) != (
+                first.layout,
+                first.kv_layout,
+                first.block_q,
+                first.block_k,
+            ):
+                raise ValueError(
+                    f"heads hold maps of layout {first.layout} with blocks "
+                    f"{first.block_q}x{first.block_k} and of "
+                    f"layout {item.layout} with blocks {item.block_q}x{item.block_k}; one bank "
+                    "takes one of each"
+                )
+        maps = tuple(dict.fromkeys(heads))
+        head_map = torch.tensor([maps.index(item) for item in heads], dtype=torch.int32)
+        num_q = max(len(m.q_blocks) for m in maps)
+        num_k = max(len(m.k_blocks) for m in maps)
+        bounds = torch.zeros(len(maps), num_q, 5, dtype=torch.int32)
+        q_table = torch.zeros(len(maps), num_q, 2, dtype=torch.int32)
+        k_table = torch.zeros(len(maps), num_k, 2, dtype=torch.int32)
+        offset = 0
+        for number, item in enumerate(maps):
+            bounds[number, : len(item.bounds)] = item.bounds + offset
+            for table, blocks in ((q_table, item.q_blocks), (k_table, item.k_blocks)):
+                table[number, : len(blocks), 0] = blocks.start
+                table[number, : len(blocks), 1] = blocks.length
+            offset += item.num_visited
+        widest = torch.int32 if any(m.columns.dtype == torch.int32 for m in maps) else torch.int16
+        columns = torch.cat([m.columns.to(widest) for m in maps])
+        return MapBank(maps, head_map, bounds, columns, q_table, k_table)
+
+
+class MapCache(Generic[Item]):
+    """Maps by key, least recently used out first, within a limit of bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._items: OrderedDict[Hashable, Item] = OrderedDict()
+        self._growths = 0  # when it was last held to the limit
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(item.nbytes for item in self._items.values())
+
+    def get(self, key: Hashable, make: Callable[[], Item]) -> Item:
+        """The item of ``key``, made when it is not there. The last one that was asked for stays,
+        whatever its size."""
+        if key in self._items:
+            self._items.move_to_end(key)
+        else:
+            self._items[key] = make()
+            grown()
+        item = self._items[key]
+        if self._growths != _growths[0]:
+            self._growths = _growths[0]
+            left = self.nbytes - self.limit_bytes
+            while len(self._items) > 1 and left > 0:
+                left -= self._items.popitem(last=False)[1].nbytes
+        return item
+
+    def clear(self) -> None:
+        self._items.clear()

@@ -1,0 +1,64 @@
+"""Colours for amounts of attention: times what uniform attention gives, on a logarithmic scale."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from PIL import Image, ImageDraw
+
+from visattn.draw.canvas import GREY, PAPER, Color, cells_picture, font, write
+from visattn.draw.pattern_picture import EMPTY, KEPT
+
+__all__ = ["heat_picture", "legend", "top_of"]
+
+STOPS: tuple[Color, ...] = (EMPTY, (150, 188, 212), (72, 126, 176), KEPT, (12, 20, 44))
+LEVELS = 254  # besides one for places that there are not
+MOST = 5  # powers of ten on the scale
+
+
+def _ramp() -> tuple[Color, ...]:
+    """``LEVELS`` colours from light to dark, and that of the paper."""
+    colors: list[Color] = []
+    for level in range(LEVELS):
+        place = level / (LEVELS - 1) * (len(STOPS) - 1)
+        low = min(int(place), len(STOPS) - 2)
+        red, green, blue = (
+            round(a + (b - a) * (place - low))
+            for a, b in zip(STOPS[low], STOPS[low + 1], strict=True)
+        )
+        colors.append((red, green, blue))
+    return (*colors, PAPER)
+
+
+RAMP = _ramp()
+
+
+def top_of(values: torch.Tensor) -> int:
+    """The power of ten at the dark end of a scale on which almost all of the values differ."""
+    finite = values[torch.isfinite(values)]
+    peak = float(finite.float().quantile(0.999)) if 0 < len(finite) < 1 << 24 else 10.0
+    return max(1, min(MOST, math.ceil(math.log10(max(peak, 1.0)) - 0.3)))
+
+
+def heat_picture(values: torch.Tensor, power: int, high: int, wide: int) -> Image.Image:
+    """Values ``[rows, columns]`` as cells of ``high`` by ``wide`` pixels: up to 1 light, from
+    ``10 ** power`` on dark, NaN blank."""
+    level = values.float().clamp(min=1.0).log10() / power * (LEVELS - 1)
+    level = level.round().clamp(max=LEVELS - 1).nan_to_num(LEVELS)
+    return cells_picture(level.to(torch.uint8), RAMP, high, wide)
+
+
+def legend(power: int, width: int = 420) -> Image.Image:
+    """The scale of ``heat_picture``, with its powers of ten."""
+    out = Image.new("RGB", (width + 80, 58), PAPER)
+    draw = ImageDraw.Draw(out)
+    for x in range(width):
+        color = RAMP[x * LEVELS // width]
+        draw.line([(x + 30, 0), (x + 30, 21)], color)
+    for tick in range(power + 1):
+        x = 30 + tick * (width - 1) // power
+        draw.line([(x, 22), (x, 27)], GREY)
+        text = f"{10**tick}x"
+        write(out, x - int(font(20).getlength(text)) // 2, 30, text, 20, GREY)
+    return out

@@ -1,0 +1,1 @@
+"""Several prompts, subjects or scenes in one generation."""

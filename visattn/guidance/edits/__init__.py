@@ -1,0 +1,1 @@
+"""Edits of attention: one file for each kind."""

@@ -1,0 +1,226 @@
+"""What an edit of attention is: a change at one stage of a call, and where it applies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from visattn.guidance.head_set import Heads, HeadSet, Layers
+from visattn.plan import PASSES, ROLES
+
+if TYPE_CHECKING:
+    from visattn.guidance.edits.state import State
+
+__all__ = [
+    "Edit",
+    "Stream",
+    "Where",
+    "check_number",
+    "check_share",
+    "check_window",
+    "in_window",
+    "numbers_of",
+]
+
+Stream = Literal["all", "image", "text"]
+STAGES = ("query", "keys", "bias", "kernel", "columns", "lerp", "output", "read")
+
+
+@dataclass(frozen=True)
+class Where:
+    """The calls of a denoiser that an edit is placed on: the strength of each head, float32
+    ``[H]``, by the path of the layer."""
+
+    strengths: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change of attention calls.
+
+    Args:
+        layers: numbers among the denoiser's attention layers of the kind (negative ones from the
+            end), or their module paths; a HeadSet names layers and heads with strengths. Default:
+            all.
+        heads: numbers of heads, or strengths in [0, 1] by number, or a strength of all heads as a
+            float. Default: all, at strength 1.
+        attention: ``self`` (self-attention, joint attention where text is part of it) or ``cross``
+            (to text, where a model has it apart).
+        stream: whose rows change: ``all``, ``image`` (or video; of several grids the first, which
+            is the one that is generated) or ``text`` queries.
+        passes: of ``cond``, ``uncond`` and ``perturbed``; default: all.
+        samples: numbers of the samples of a pass in its batch; default: all.
+        start, stop: the steps, from ``start`` on and up to before ``stop``: an int is a step, a
+            float a share of the steps.
+        role: which denoiser of a pipeline that has two; ``any``.
+    """
+
+    layers: Layers | HeadSet = None
+    heads: Heads = None
+    attention: Literal["self", "cross"] = "self"
+    stream: Stream = "all"
+    passes: tuple[str, ...] | None = None
+    samples: tuple[int, ...] | None = None
+    start: int | float = 0
+    stop: int | float = 1.0
+    role: str = "any"
+
+    stage: ClassVar[str]
+    streams: ClassVar[tuple[Stream, ...]] = ("all", "image", "text")  # that it can be limited to
+    partial: ClassVar[bool] = True  # whether heads may have strengths between 0 and 1
+    needs_lse: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.attention not in ("self", "cross"):
+            raise ValueError(f"{name}(attention={self.attention!r}) must be self or cross")
+        if self.stream not in self.streams:
+            raise ValueError(f"{name}(stream={self.stream!r}) must be {' or '.join(self.streams)}")
+        if self.passes is not None:
+            passes = (self.passes,) if isinstance(self.passes, str) else tuple(self.passes)
+            if not passes or not set(passes) <= set(PASSES):
+                raise ValueError(
+                    f"{name}(passes={self.passes!r}) must be of {', '.join(PASSES)}; None is all"
+                )
+            object.__setattr__(self, "passes", passes)
+        if self.samples is not None:
+            samples = numbers_of(f"{name}(samples=...)", self.samples)
+            if not samples:
+                raise ValueError(f"{name}(samples=()) names no sample; None is all of them")
+            object.__setattr__(self, "samples", samples)
+        check_window(name, self.start, self.stop)
+        if self.role not in (*ROLES, "any"):
+            raise ValueError(f"{name}(role={self.role!r}) must be one of {', '.join(ROLES)}, any")
+
+    def place(self, paths: Sequence[str], heads: int) -> Where:
+        """The layers and heads that are meant, among those of a denoiser.
+
+        Raises:
+            ValueError: there is no such layer or head, or it cannot have its strength.
+        """
+        found = self._place(paths, heads)
+        every = () if self.partial else found.strengths.values()
+        if any(bool(((own > 0) & (own < 1)).any()) for own in every):
+            raise ValueError(
+                f"{type(self).__name__} is for whole heads; give heads strengths of 0 or 1"
+            )
+        return found
+
+    def _place(self, paths: Sequence[str], heads: int) -> Where:
+        name = type(self).__name__
+        if isinstance(self.layers, HeadSet):
+            if self.heads is not None:
+                raise ValueError(f"{name} has heads and a HeadSet; the set has the heads")
+            named = {
+                _path(name, path, paths): _strengths(name, own, heads) * self.layers.strength
+                for path, own in self.layers.layers.items()
+            }
+            return Where(named)
+        own = self.layers
+        if own is None:
+            chosen = list(paths)
+        elif isinstance(own, (int, str)):
+            chosen = [_path(name, own, paths)]
+        elif isinstance(own, Sequence):
+            chosen = [_path(name, item, paths) for item in own]
+        else:
+            raise TypeError(
+                f"{name}(layers={own!r}) must be numbers or paths of layers, a HeadSet, or None"
+            )
+        if not chosen:
+            raise ValueError(f"{name}(layers={own!r}) names no layer; None is all of them")
+        strengths = _strengths(name, self.heads, heads)
+        return Where(dict.fromkeys(chosen, strengths))
+
+    def apply(self, state: State, strength: torch.Tensor) -> None:
+        """Make the change at its stage of a call.
+
+        Args:
+            state: the call so far, of one pass.
+            strength: of its heads, ``[H]``.
+        """
+        raise NotImplementedError
+
+
+def numbers_of(name: str, value: object) -> tuple[int, ...]:
+    """One or several numbers from 0 on."""
+    items = [value] if isinstance(value, int) else value
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
+        raise TypeError(f"{name} is {value!r}; it must be whole numbers from 0 on")
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            raise ValueError(f"{name} has {item!r}; it must be whole numbers from 0 on")
+    return tuple(items)
+
+
+def check_window(name: str, start: object, stop: object) -> None:
+    """Raise ValueError for a window that is not one."""
+    for bound in (start, stop):
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound < 0:
+            raise ValueError(
+                f"{name}(start={start!r}, stop={stop!r}) must be steps, or shares of the steps "
+                "from 0.0 to 1.0"
+            )
+        if isinstance(bound, float) and bound > 1:
+            raise ValueError(f"{name} has {bound} for a share of the steps; it is at most 1.0")
+    if isinstance(start, int) == isinstance(stop, int) and start >= stop:  # type: ignore[operator]
+        raise ValueError(f"{name}(start={start!r}, stop={stop!r}) must start before it stops")
+
+
+def check_number(
+    name: str,
+    argument: str,
+    value: object,
+    allowed: str,
+    fine: Callable[[float], bool] = math.isfinite,
+) -> None:
+    """Raise ValueError for an argument that is no number, or not one that is fine."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not fine(value):  # type: ignore[arg-type]
+        raise ValueError(f"{name}({argument}={value!r}) must be {allowed}")
+
+
+def check_share(name: str, share: object) -> None:
+    """Raise ValueError for what is no share of something."""
+    check_number(name, "share", share, "above 0 and at most 1", lambda own: 0 < own <= 1)
+
+
+def in_window(start: int | float, stop: int | float, step: int, steps: int) -> bool:
+    """Whether a step is in a window, whose start is part of it."""
+    first, last = (bound if isinstance(bound, int) else bound * steps for bound in (start, stop))
+    return first <= step < last
+
+
+def _path(name: str, layer: int | str, paths: Sequence[str]) -> str:
+    if isinstance(layer, int) and not isinstance(layer, bool):
+        if -len(paths) <= layer < len(paths):
+            return paths[layer]
+        raise ValueError(f"{name} names layer {layer}; there are {len(paths)}, from 0 on")
+    if layer in paths:
+        return str(layer)
+    raise ValueError(
+        f"{name} names the layer {layer!r}; the attention layers are {', '.join(paths[:3])}..."
+    )
+
+
+def _strengths(name: str, heads: Heads, count: int) -> torch.Tensor:
+    if heads is None:
+        return torch.ones(count)
+    if isinstance(heads, float):
+        heads = dict.fromkeys(range(count), heads)
+    if not isinstance(heads, Mapping):
+        heads = dict.fromkeys(numbers_of(f"{name}(heads=...)", heads), 1.0)
+    out = torch.zeros(count)
+    for head, strength in heads.items():
+        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
+            raise ValueError(f"{name} names head {head!r}; a layer has {count} heads, from 0 on")
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+            raise TypeError(f"{name} has the strength {strength!r}; it is a number from 0 to 1")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"{name} has the strength {strength!r}; it is from 0 to 1")
+        out[head] = float(strength)
+    return out

@@ -1,0 +1,284 @@
+"""Which heads of which layers, each with a strength; JSON in and out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from visattn._atomic import write_whole
+from visattn._version import __version__
+from visattn.plan import Denoiser
+from visattn.plan import hub as store
+from visattn.plan.json_format import (
+    MAX_PARTS,
+    Json,
+    Record,
+    brief,
+    check_values,
+    parse_json,
+    shown,
+)
+from visattn.plan.writing import written
+
+__all__ = ["HEADS_FILE", "SCHEMA", "HeadSet", "Heads", "Layers"]
+
+SCHEMA = "visattn.heads/1"
+HEADS_FILE = "visattn_heads.json"
+TEXTS = ("model", "objective", "policy", "target")
+KEYS = ("schema", "visattn", "layers", "size", "strength", "scale", "provenance", *TEXTS)
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """Heads with strengths, as ``search_heads`` finds them.
+
+    Args:
+        layers: strength in [0, 1] by head, by module path of the attention layer, as in
+            ``{"blocks.3.attn1": {2: 1.0}}``.
+        model: class name of the denoiser that they are heads of; empty: any.
+        provenance: what they were found by, as JSON values.
+        strength: multiplies those of the heads, in [0, 1].
+        scale: the ``w`` of guidance by them; None: not said.
+        policy, target: of SoftPAG; empty: not said.
+        objective: what they are good for.
+        size: attention layers of the denoiser, and heads of each; None: any.
+
+    Raises:
+        TypeError, ValueError: an argument is something else.
+    """
+
+    layers: Mapping[str, Mapping[int, float]]
+    model: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+    scale: float | None = None
+    policy: str = ""
+    target: str = ""
+    objective: str = ""
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(
+                f"layers={shown(self.layers)} must map paths to heads with strengths, as in "
+                "{'blocks.3.attn1': {2: 1.0}}"
+            )
+        own = {path: _checked(path, heads) for path, heads in self.layers.items()}
+        object.__setattr__(self, "layers", own)
+        _check_share("strength", self.strength)
+        if self.scale is not None and not _is_number(self.scale):
+            raise ValueError(f"scale={shown(self.scale)} must be a finite number or None")
+        for name in TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={shown(getattr(self, name))} must be text")
+        own_size = self.size is None or (isinstance(self.size, tuple) and len(self.size) == 2)
+        if not own_size or not all(map(_is_count, self.size or ())):
+            raise ValueError(
+                f"size={shown(self.size)} must be (attention layers, heads of each), each from 1 "
+                f"to {MAX_PARTS}"
+            )
+        check_values("provenance", self.provenance)
+
+    def __len__(self) -> int:
+        return sum(len(heads) for heads in self.layers.values())
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """(layer, head) pairs."""
+        return ((path, head) for path, heads in self.layers.items() for head in heads)
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, int]], strength: float = 1.0) -> HeadSet:
+        """Heads of one strength from (layer, head) pairs."""
+        layers: dict[str, dict[int, float]] = {}
+        for path, head in pairs:
+            layers.setdefault(path, {})[head] = strength
+        return cls(layers)
+
+    def fits(self, denoisers: Mapping[str, Denoiser]) -> None:
+        """Raise ValueError, in one sentence, when the heads are of another model than that of some
+        denoisers by role."""
+        for role, own in denoisers.items():
+            known = own.kind if self.size is None else str(own)
+            mine = self.model or own.kind
+            if self.size is not None:
+                mine = str(Denoiser(mine, *self.size))
+            if mine != known:
+                raise ValueError(
+                    f"heads are of another model: of {mine}, and {role} is {known}; use heads "
+                    "that were searched for this model"
+                )
+
+    def to_json(self) -> str:
+        """The set as a file holds it: sorted keys, a layer on a line; heads of strength 1 as a list
+        of numbers, others by number."""
+        value: Json = {
+            "schema": SCHEMA,
+            "visattn": __version__,
+            "layers": {path: _plainest(heads) for path, heads in self.layers.items()},
+            "strength": self.strength,
+            "scale": self.scale,
+            "size": None if self.size is None else list(self.size),
+            "provenance": dict(self.provenance),
+            **{name: getattr(self, name) for name in TEXTS},
+        }
+        return written(value, ("layers", "provenance"))
+
+    @classmethod
+    def from_json(cls, text: str, what: str = "the head set") -> HeadSet:
+        """Read what ``to_json`` wrote; ``what`` names it in errors.
+
+        Raises:
+            ValueError: it is no JSON, of another schema, has an unknown key, or a value that no
+                head set may have.
+        """
+        if not text.strip():
+            raise ValueError(f"{what} is empty; a head set is a JSON object")
+        value = parse_json(text, what)
+        schema = value.get("schema")
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{what} has the schema {shown(schema)}; this version of visattn reads {SCHEMA!r}"
+            )
+        record = Record(value, what, KEYS)
+        record.text("visattn")
+        if "layers" not in value:
+            raise ValueError(f"{what} lacks the key 'layers'")
+        layers = record.mapping("layers")
+        size = value.get("size")
+        if size is not None and not isinstance(size, list):
+            raise record.wrong("size", "a list of two: attention layers, and heads of each")
+        try:
+            return cls(
+                layers={path: _read(heads, path, what) for path, heads in layers.items()},
+                provenance=record.mapping("provenance"),
+                strength=value.get("strength", 1.0),
+                scale=value.get("scale"),
+                size=None if size is None else tuple(size),
+                **{name: record.text(name, "") or "" for name in TEXTS},
+            )
+        except (TypeError, ValueError) as error:
+            text = brief(error)
+            raise ValueError(text if what in text else f"{what}: {text}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set to a JSON file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadSet:
+        """Read a JSON file.
+
+        Raises:
+            OSError: it is not there; ValueError: it holds no head set.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"head set {str(path)!r} is not there")
+        return cls.from_json(store.load(Path(path), "head set"), f"head set {str(path)!r}")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``visattn_heads.json`` into a folder, which is made when it is missing.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / HEADS_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> HeadSet:
+        """Read a set from a file, a folder or a repository of the Hugging Face hub.
+
+        Args:
+            source: path of a JSON file, of a folder with ``visattn_heads.json``, or a hub id.
+            revision, token, local_files_only: as diffusers takes them, for the hub.
+
+        Raises:
+            OSError: there is no such file or repository; ValueError: the file holds no head set.
+        """
+        path = store.find(
+            source,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            file=HEADS_FILE,
+            what="head set",
+        )
+        return cls.from_json(store.load(path, "head set"), f"head set {str(source)!r}")
+
+
+def _checked(path: object, heads: object) -> dict[int, float]:
+    """The heads of a layer with their strengths."""
+    if not isinstance(path, str) or not path or not isinstance(heads, Mapping):
+        raise TypeError(
+            f"layers has {shown(heads)} for {shown(path)}; it must map paths to heads with "
+            "strengths, as in {'blocks.3.attn1': {2: 1.0}}"
+        )
+    for head, strength in heads.items():
+        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < MAX_PARTS:
+            raise ValueError(
+                f"layers[{path!r}] has head {shown(head)}; heads count from 0, below {MAX_PARTS}"
+            )
+        _check_share(f"layers[{path!r}][{head}]", strength)
+    return {head: float(strength) for head, strength in heads.items()}
+
+
+def _check_share(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={shown(value)} must be a strength from 0 to 1")
+
+
+def _is_number(value: Any) -> bool:
+    own = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return own and abs(value) < 1 << 64 and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PARTS
+
+
+def _plainest(heads: Mapping[int, float]) -> list[int] | dict[str, float]:
+    """The heads of a layer as JSON values."""
+    if all(strength == 1 for strength in heads.values()):
+        return list(heads)
+    return {str(head): strength for head, strength in heads.items()}
+
+
+def _read(value: object, path: str, what: str) -> dict[int, float]:
+    """The heads of a layer from JSON values."""
+    where = f"layer {shown(path)} of {what}"
+    if isinstance(value, list):
+        if len(value) != len({repr(head) for head in value}):
+            raise ValueError(f"{where} names a head twice: {shown(value)}")
+        if any(isinstance(head, bool) or not isinstance(head, int) for head in value):
+            raise ValueError(f"{where} holds {shown(value)}; heads are numbers from 0 on")
+        return dict.fromkeys(value, 1.0)
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where} is {shown(value)}; it must be a list of heads, or an object of strengths by "
+            "head"
+        )
+    heads: dict[int, Any] = {}
+    for head, strength in value.items():
+        if not (head.isascii() and head.isdecimal() and len(head) < 6 and str(int(head)) == head):
+            raise ValueError(f"{where} names the head {shown(head)}; heads are numbers from 0 on")
+        heads[int(head)] = strength
+    return heads
+
+
+Layers = int | str | Sequence[int | str] | None
+Heads = int | float | Sequence[int] | Mapping[int, float] | None

@@ -1,0 +1,1 @@
+"""A layer with a plan: what its heads run at a call."""

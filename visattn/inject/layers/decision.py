@@ -1,0 +1,106 @@
+"""What the heads of a layer run at a call: as the plan says, or as the guard does."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from visattn.cost import DenseAttention
+from visattn.geometry.layout import TokenLayout
+from visattn.inject.hooks.recent import Recent
+from visattn.inject.layers.first_calls import Watch
+from visattn.inject.layers.guard import measure_again, worthwhile
+from visattn.inject.layers.head_groups import Part
+from visattn.inject.layers.stock_attention import dense_attention
+
+if TYPE_CHECKING:
+    from visattn.inject.layers.layer import Layer
+
+__all__ = ["Decision", "Guard"]
+
+
+class Decision(NamedTuple):
+    """What the heads run in each equal part of the batch, None where all is dense; and what times
+    such calls, where there is a prediction to hold them to."""
+
+    parts: tuple[Part, ...] | None
+    watch: Watch | None = None
+
+    def timed(self, query: torch.Tensor) -> AbstractContextManager[None]:
+        """Around the attention of a call."""
+        return nullcontext() if self.watch is None else self.watch.call(query.device)
+
+
+class Guard:
+    """The decisions of a layer, each worked out once, and again where calls contradict it. A copy
+    works out its own."""
+
+    def __init__(self) -> None:
+        self._decisions: Recent[tuple[object, ...], Decision] = Recent()
+
+    def __deepcopy__(self, memo: object) -> Guard:
+        return Guard()
+
+    def decide(
+        self,
+        layer: Layer,
+        parts: tuple[Part, ...],
+        query: torch.Tensor,
+        layout: TokenLayout,
+    ) -> Decision:
+        """The parts without the heads that would be slower than dense ones."""
+        dense = dense_attention(layer.module)
+        key = (parts, layout, query.device, query.dtype, query.shape, dense.name)
+        decision = self._decisions.get(key)
+        if decision is None:
+            decision = self._decisions[key] = _predicted(layer, parts, query, layout, dense, False)
+        elif decision.watch is not None and decision.watch.contradicts:
+            decision = _contradicted(layer, decision.watch, parts, query, layout, dense)
+            self._decisions[key] = decision
+        return decision
+
+
+def _predicted(
+    layer: Layer,
+    parts: tuple[Part, ...],
+    query: torch.Tensor,
+    layout: TokenLayout,
+    dense: DenseAttention,
+    last: bool,
+) -> Decision:
+    """The parts as the calibration of the device has them; ``last``: it has been measured again."""
+    one = query[: max(1, len(query) // len(parts))]
+    tell = layer.attachment.tell
+    verdicts = {part: worthwhile(part.heads, one, layout, tell, dense) for part in parts}
+    guarded = {part: Part(verdict.heads, layout) for part, verdict in verdicts.items()}
+    sparse = any(part.sparse for part in guarded.values())
+    if not sparse:
+        layer.tell("none of its heads would be faster than dense attention")
+    limits = [verdicts[part].limit for part in parts]
+    known = [limit for limit in limits if limit is not None]
+    watch = Watch(sum(known), sparse, last) if len(known) == len(limits) else None
+    return Decision(tuple(guarded[part] for part in parts) if sparse else None, watch)
+
+
+def _contradicted(
+    layer: Layer,
+    watch: Watch,
+    parts: tuple[Part, ...],
+    query: torch.Tensor,
+    layout: TokenLayout,
+    dense: DenseAttention,
+) -> Decision:
+    """What runs from now on, where the first calls took longer than was predicted. The device is
+    measured again, once in a process; where calls contradict that too, the layer runs dense."""
+    took = f"{1e3 * min(watch.seconds):.3g} ms, where at most {1e3 * watch.limit:.3g} ms"
+    if not watch.last:
+        if measure_again(query, dense):
+            layer.attachment.tell(
+                f"{layer.path}: calls take {took} was predicted; the device has been measured again"
+            )
+        return _predicted(layer, parts, query, layout, dense, True)
+    if watch.sparse:
+        layer.tell(f"its sparse calls take {took} is predicted for dense ones")
+    return Decision(None)

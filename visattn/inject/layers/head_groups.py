@@ -1,0 +1,59 @@
+"""What the heads of a layer run in a part of the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.patterns import Dense, HeadPattern, Pattern
+from visattn.runtime.torch_settings import lasting
+from visattn.selectors import Agent
+
+__all__ = ["DENSE", "Heads", "Part", "Plain", "is_dense"]
+
+Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Heads = tuple[HeadPattern, ...]
+DENSE = Dense()
+
+
+class Part:
+    """What the heads of a layer run in a part of the batch: numbers of the dense ones, and of the
+    others with their patterns."""
+
+    def __init__(self, heads: Heads, layout: TokenLayout) -> None:
+        self.heads = heads
+        self.dense = [n for n, pattern in enumerate(heads) if is_dense(pattern, layout)]
+        self.sparse = [n for n in range(len(heads)) if n not in set(self.dense)]
+        self.patterns = tuple(heads[n] for n in self.sparse)
+        self.dynamic = any(not isinstance(pattern, Pattern) for pattern in self.patterns)
+        agents = {isinstance(pattern, Agent) for pattern in self.patterns}
+        self.kernels, self.products = False in agents, True in agents
+        self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @lasting
+    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense and the other heads as indices on a device, which they are copied to once."""
+        if device not in self._indices:
+            dense, sparse = (torch.tensor(x, device=device) for x in (self.dense, self.sparse))
+            if torch.compiler.is_compiling():
+                return dense, sparse
+            self._indices[device] = dense, sparse
+        return self._indices[device]
+
+
+@functools.lru_cache(maxsize=4096)
+@on_cpu
+def is_dense(pattern: HeadPattern, layout: TokenLayout) -> bool:
+    """Whether a pattern keeps every pair of a layout. A few rows tell most patterns apart, so that
+    the pairs are seldom counted."""
+    if pattern == DENSE:
+        return True
+    if not isinstance(pattern, Pattern):
+        return False  # it is known at a call only
+    queries = torch.linspace(0, layout.length - 1, 5).long()[:, None]
+    if not bool(pattern.allows(queries, torch.arange(layout.length), layout).all()):
+        return False
+    return pattern.density(layout) == 1.0

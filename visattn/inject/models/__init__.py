@@ -1,0 +1,1 @@
+"""Facts about a model: wrappers, weights, its fingerprint."""

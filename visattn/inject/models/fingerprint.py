@@ -1,0 +1,142 @@
+"""A hash of all of a pipeline that its results depend on, by which kept results of another one are
+told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from visattn.inject.apply import models_of
+from visattn.inject.hooks.class_swap import kind_of
+from visattn.inject.hooks.interception import own_backend
+from visattn.inject.models.json_values import plain
+from visattn.inject.models.weights import sample, tensors_of
+
+__all__ = ["fingerprint"]
+
+logger = logging.getLogger("visattn")
+
+# Attributes of modules, besides their tensors, that a result depends on: of adapters (peft), of
+# decoding in tiles, of image prompts and of FreeU.
+ADAPTERS = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+PLAIN = ("scale", "b1", "b2", "s1", "s2")
+PREFIXES = ("use_", "tile_")
+# Hooks of diffusers that move weights; some come and go while a pipeline runs.
+OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash of a pipeline, 24 hexadecimal digits: its class and settings, the class, settings and
+    some elements of every tensor of each of its models, adapters with their scales, caches, what
+    computes attention, offloading and compilation, the scheduler and the tokenizers.
+
+    It does not depend on the device, on what has run before, or on a plan.
+    """
+    found = hashlib.sha256()
+    unread: list[str] = []
+
+    def add(*values: object) -> None:
+        found.update(json.dumps([plain(value) for value in values], sort_keys=True).encode())
+
+    add(kind_of(pipe).__name__, _settings(getattr(pipe, "config", None)), _attention())
+    parts = models_of(pipe) if isinstance(pipe, torch.nn.Module) else _components(pipe)
+    for name, part in sorted(parts.items()):
+        add(name, kind_of(part).__name__, _settings(getattr(part, "config", None)))
+        if isinstance(part, torch.nn.Module):
+            model = getattr(part, "_orig_mod", part)
+            add(type(model).__name__, model is part, model.training)
+            for key, tensor in tensors_of(model):
+                values = sample(tensor)
+                if values is None:
+                    unread.append(f"{name}.{key}")
+                found.update(key.encode() + (values or str(tuple(tensor.shape)).encode()))
+            for path, module in model.named_modules():
+                if state := _state(module):
+                    add(path, state)
+        else:
+            add(getattr(part, "shift", None), _vocabulary(part))
+    if unread:
+        logger.warning(
+            "visattn: %d tensors of the pipeline cannot be read, %s first: results that are kept "
+            "cannot be told from those of other weights there; keep them in another place when "
+            "weights change",
+            len(unread),
+            unread[0],
+        )
+    return found.hexdigest()[:24]
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    """The parts of a pipeline by name."""
+    names = [name for name in getattr(pipe, "config", ()) if not name.startswith("_")]
+    found = {name: vars(pipe).get(name) for name in names} | models_of(pipe)
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _settings(config: Any) -> Any:
+    """A configuration, without where it came from."""
+    own = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(own, Mapping):
+        return None
+    left_out = ("transformers_version", "dtype", "torch_dtype")
+    return {k: v for k, v in own.items() if not str(k).startswith("_") and k not in left_out}
+
+
+def _state(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module has that a result depends on, besides its tensors."""
+    found: dict[str, Any] = {}
+    if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
+        found |= {name: getattr(module, name, None) for name in ADAPTERS}
+    found |= _numbers(module)
+    processor = getattr(module, "processor", None)
+    if processor is not None:
+        found["processor"] = type(processor).__name__
+        found |= {f"processor.{name}": value for name, value in _numbers(processor).items()}
+        if hasattr(processor, "_attention_backend"):
+            found["attention"] = own_backend(processor)
+    if getattr(module, "_cache_config", None) is not None:
+        found["cache"] = module._cache_config
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    names = [name for name in hooks if name not in OFFLOADING]
+    if names:
+        found["hooks"] = names
+    if "group_offloading" in hooks:
+        found["offloaded"] = "by groups"
+    if hasattr(module, "_hf_hook"):
+        found["offloaded"] = type(module._hf_hook).__name__
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        found["compiled"] = True
+    return found
+
+
+def _numbers(own: Any) -> dict[str, Any]:
+    """Numbers of an object that have one of the known names."""
+    return {
+        name: value
+        for name, value in vars(own).items()
+        if (name in PLAIN or name.startswith(PREFIXES))
+        and isinstance(value, (bool, int, float, list, tuple))
+    }
+
+
+def _attention() -> Any:
+    """The attention backend of this process for processors that have none of their own."""
+    try:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+    except ImportError:
+        return None
+    registry: Any = _AttentionBackendRegistry
+    return registry.get_active_backend()[0]
+
+
+def _vocabulary(part: Any) -> Any:
+    """What a tokenizer makes of a text."""
+    if not hasattr(part, "get_vocab"):
+        return None
+    names = ("model_max_length", "padding_side", "truncation_side")
+    return [sorted(part.get_vocab().items()), *(getattr(part, name, None) for name in names)]

@@ -1,0 +1,1 @@
+"""Text, terminal and page views of a plan."""

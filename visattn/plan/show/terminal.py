@@ -1,0 +1,244 @@
+"""Plans and their differences for a terminal."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from visattn.geometry.layout import TokenLayout
+from visattn.patterns import Dense, HeadPattern, Skip
+from visattn.plan.plan import Plan
+from visattn.plan.show.difference import HeadChange, PlanDifference
+from visattn.plan.show.places import Heads, Place
+from visattn.plan.show.plan_view import Densities, PlanRow, PlanView
+
+__all__ = ["difference_text", "facts_of", "number_words", "plain", "plan_text"]
+
+Names = Mapping[HeadPattern, str]
+WIDTH, LEAST_WIDTH = 100, 48  # of a line, and of a last column
+MOST_VALUES = 12  # of an object that are shown
+MOST_PATTERN, MOST_TEXT = 240, 2000  # characters of a pattern and of a text
+
+
+def plan_text(view: PlanView) -> str:
+    """The view for a terminal."""
+    facts = facts_of(view)
+    wide = max(map(len, facts)) + 2
+    lines = []
+    for name, value in facts.items():
+        first, *others = value.split("; ")
+        lines.append(f"{name.ljust(wide)}{first}")
+        lines += [" " * wide + text for text in others]
+    lines += ["", *_columns([("layer", "when", "density", "heads"), *_layer_lines(view)])]
+    lines += [*_legend(view.names, view.densities, view.misfits), ""]
+    for name in ("evidence", "provenance"):
+        values = getattr(view.plan, name)
+        lines += [name, *_value_lines(values, "  ")] if values else [f"{name}: none"]
+    return "\n".join(lines)
+
+
+def facts_of(view: PlanView) -> dict[str, str]:
+    """What a plan is for, its settings and its density, in words; parts end in "; "."""
+    plan = view.plan
+    denoisers = [f"{role}: {plain(str(own))}" for role, own in plan.denoisers.items()]
+    facts = {
+        "model": plain(plan.model or "any"),
+        "denoisers": "; ".join(denoisers) or "any",
+        "geometry": "none" if plan.geometry is None else _layout_words(plan.geometry),
+        "dense layers": ", ".join(map(str, plan.dense_layers)) or "none",
+        "dense steps": _step_words(plan),
+    }
+    if plan.phases:
+        ends = ", ".join(f"{end:.0%}" for end in plan.phases)
+        facts["phases"] = f"{len(plan.phases) + 1}, split at {ends} of the steps"
+    return facts | {"density": _density_words(view)}
+
+
+def difference_text(difference: PlanDifference, old: str, new: str) -> str:
+    """The difference for a terminal; ``old`` and ``new`` are what the plans are called."""
+    if difference.same:
+        return "the same"
+    lines = [f"old: {plain(old)}", f"new: {plain(new)}"]
+    for key, values in difference.settings.items():
+        before, after = ("none" if value is None else _value_words(value) for value in values)
+        change = f"{plain(key)}: {before} -> {after}"
+        if len(change) <= WIDTH:
+            lines.append(change)
+        else:
+            lines += [f"{plain(key)}:", f"    {before}", f"    -> {after}"]
+    if difference.note is not None:
+        return "\n".join([*lines, plain(difference.note)])
+    if not difference.changes:
+        return "\n".join([*lines, "all heads run the same"])
+    densities = difference.densities
+    table = [("layer", "when", "density", "heads", "change")]
+    for own in difference.changes:
+        names = difference.names[own.old], difference.names[own.new]
+        pair = densities[0][own.old], densities[1][own.new]
+        table.append(
+            (
+                own.place.words(own.layers),
+                own.when,
+                " -> ".join(map(_share, pair)),
+                _which_heads(own),
+                " -> ".join(names),
+            )
+        )
+    mean = " -> ".join("not known" if x is None else f"{x:.3f}" for x in difference.density)
+    return "\n".join(
+        [
+            *lines,
+            f"mean density: {mean}",
+            "",
+            *_columns([tuple(map(plain, row)) for row in table]),
+            *_legend(difference.names, {**densities[0], **densities[1]}, {}),
+        ]
+    )
+
+
+def plain(text: str) -> str:
+    """A text of a file as it may stand in a terminal: one line, and nothing that controls it."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def number_words(numbers: Iterable[int]) -> str:
+    """``"0-3, 7"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _layout_words(layout: TokenLayout) -> str:
+    return f"{layout}, {layout.length} tokens"
+
+
+def _step_words(plan: Plan) -> str:
+    words = [
+        f"the {end} {f'{count:.0%} of the steps' if isinstance(count, float) else count}"
+        for end, count in zip(("first", "last"), plan.dense_steps, strict=True)
+        if count
+    ]
+    return " and ".join(words) or "none"
+
+
+def _density_words(view: PlanView) -> str:
+    """The mean density in words, or why there is none."""
+    if view.layout is None:
+        return "not known without a layout, which --grid gives"
+    if view.density is not None:
+        where = "" if view.layout == view.plan.geometry else f" at {view.layout}"
+        return f"{view.density:.3f}{where}, mean over layers and heads outside dense steps"
+    if view.misfits:
+        names = ", ".join(view.names[pattern] for pattern in view.misfits)
+        return f"not known: {view.layout} does not fit {names}"
+    if any(density is None for density in view.densities.values()):
+        return "not known: some heads choose what they see at run time"
+    return "not known: the plan does not say how many layers its model has"
+
+
+def _layer_lines(view: PlanView) -> list[tuple[str, ...]]:
+    """Neighbouring layers that run the same stand in one line."""
+    runs: list[tuple[Place, list[str], list[PlanRow]]] = []
+    for place, layer, rows in view.layers:
+        bare = [replace(row, layer="") for row in rows]
+        if place.whole and runs and runs[-1][0] is place and runs[-1][2] == bare:
+            runs[-1][1].append(layer)
+        else:
+            runs.append((place, [layer], bare))
+    return [
+        (
+            plain(place.words(layers)) if number == 0 else "",
+            row.when,
+            _share(row.density),
+            _heads_words(row.patterns, view.names),
+        )
+        for place, layers, rows in runs
+        for number, row in enumerate(rows)
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _heads_words(heads: Heads, names: Names) -> str:
+    """``"all p1"``, or ``"p1: 0-3, 7; p2: 4-6"``."""
+    distinct = list(dict.fromkeys(heads))
+    if len(distinct) == 1:
+        return f"all {names[distinct[0]]}"
+    return "; ".join(
+        f"{names[own]}: {number_words(n for n, head in enumerate(heads) if head == own)}"
+        for own in distinct
+    )
+
+
+def _which_heads(change: HeadChange) -> str:
+    """``"0-3, 7 of 12"``."""
+    if change.heads is None:
+        return "all"
+    if len(change.heads) == change.count:
+        return f"all {change.count}"
+    return f"{number_words(change.heads)} of {change.count}"
+
+
+def _legend(names: Names, densities: Densities, misfits: Names) -> list[str]:
+    """A line for each pattern: its name, its written form, and its density or why there is none."""
+    lines = []
+    for pattern, name in names.items():
+        if pattern in (Dense(), Skip()):  # are called so
+            continue
+        text = repr(pattern)
+        if len(text) > MOST_PATTERN:
+            text = f"{text[:MOST_PATTERN]}... ({len(text)} characters)"
+        own = densities.get(pattern)
+        note = "" if own is None else f", density {own:.3f}"
+        if pattern in misfits:
+            note = f", does not fit: {plain(misfits[pattern])}"
+        lines.append(f"{name} = {text}{note}")
+    return ["", *lines] if lines else []
+
+
+def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """A table for a terminal; its last column is broken into lines where there is no room."""
+    sizes = [max(map(len, column)) + 2 for column in zip(*table, strict=True)][:-1]
+    left = sum(sizes)
+    lines = []
+    for row in table:
+        start = "".join(text.ljust(size) for text, size in zip(row, sizes, strict=False))
+        for text in textwrap.wrap(row[-1], max(WIDTH - left, LEAST_WIDTH), break_on_hyphens=False):
+            lines.append((start + text).rstrip())
+            start = " " * left
+    return lines
+
+
+def _value_words(value: object) -> str:
+    """A JSON value on one line, cut to a readable length."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if len(text) <= WIDTH:
+        return plain(text)
+    many = f" ({len(value)} values)" if isinstance(value, (list, dict)) else ""
+    return f"{plain(text[:WIDTH])}...{many}"
+
+
+def _value_lines(values: Mapping[str, Any], indent: str) -> list[str]:
+    """JSON values for a reader: a key on a line, what is long cut."""
+    lines = []
+    for name, value in sorted(values.items())[:MOST_VALUES]:
+        head = f"{indent}{plain(name)}"
+        if isinstance(value, Mapping) and value:
+            lines += [head, *_value_lines(value, indent + "  ")]
+            continue
+        text = plain(value[:MOST_TEXT]) if isinstance(value, str) else _value_words(value)
+        lines += textwrap.wrap(
+            f"{head}: {text}", WIDTH, subsequent_indent=indent + "    ", break_on_hyphens=False
+        )
+    if len(values) > MOST_VALUES:
+        lines.append(f"{indent}and {len(values) - MOST_VALUES} more; --json has them")
+    return lines

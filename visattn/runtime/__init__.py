@@ -1,0 +1,1 @@
+"""The process and its settings: torch's modes, several processes, temporary files."""

@@ -1,0 +1,1 @@
+"""The attention that the search considers for a head."""

@@ -1,0 +1,172 @@
+"""Where the attention of heads lies: mean mass by relative tile offset and by key tile."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from visattn.geometry.layout import Grid
+from visattn.geometry.orders import Triple
+from visattn.inject import Observation
+from visattn.patterns import Stencil
+from visattn.readout import Tiling, attention_rows, draw_rows
+from visattn.search.measure.recorded_attention import Call, Place, calls_of
+from visattn.search.measure.tile_grid import TileGrid, stencil_of, tile_grids
+from visattn.search.tasks.result_store import Item
+
+__all__ = ["Learner", "learned", "middle_of", "stencils_of"]
+
+MOST_DRAWN = 8192  # tokens up to which the attention of a query is kept
+
+
+def middle_of(grid: Grid) -> Triple:
+    """The place whose attention is drawn."""
+    t, h, w = (length // 2 for length in grid.shape)
+    return t, h, w
+
+
+class Learner:
+    """An observer that takes the tables of a generation.
+
+    Args:
+        steps: that are read; block: most tokens of a tile.
+        tiles, rows_per_tile, seed: of the sample of rows, as ``draw_rows`` takes them, from the
+            flattest tiling.
+    """
+
+    def __init__(
+        self, steps: Collection[int], block: int, tiles: int, rows_per_tile: int, seed: int = 0
+    ) -> None:
+        self.steps, self.block = steps, block
+        self.tiles, self.rows_per_tile, self.seed = tiles, rows_per_tile, seed
+        self.grids: list[TileGrid] = []
+        self.places: list[Place] = []
+        self.found: list[list[torch.Tensor]] = []  # of each place, by tiling
+        self.failures: list[str] = []
+        self.attention: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}  # calls, sums
+
+    def __call__(self, observation: Observation) -> None:
+        for call in calls_of(observation, self.steps):
+            if not self.grids:
+                self.grids = tile_grids(call.layout, self.block)
+                tiling = Tiling(self.grids[0].tile)
+                self.rows = draw_rows(
+                    call.layout,
+                    [tiling],
+                    tiles=self.tiles,
+                    rows_per_tile=self.rows_per_tile,
+                    seed=self.seed,
+                ).tokens
+                self.numbers = [self._numbers(grid) for grid in self.grids]
+            tables = [torch.empty(0)] * len(self.grids)
+            finite = True
+            for chunk in attention_rows(
+                call.q, call.k, self.rows, scale=call.scale, valid=call.valid
+            ):
+                finite = finite and bool(torch.isfinite(chunk.lse).all())
+                for at, grid in enumerate(self.grids):
+                    own = self._table(grid, at, chunk.weights, chunk.rows)
+                    if chunk.rows.start:
+                        tables[at][chunk.heads] += own
+                    else:
+                        tables[at] = own if not chunk.heads.start else torch.cat([tables[at], own])
+            if not finite:
+                self.failures.append(f"{call.layer} at step {call.place.step} is not finite")
+                continue
+            self.places.append(call.place)
+            self.found.append(tables)
+            if call.layout.length <= MOST_DRAWN:
+                self._attend(call)
+
+    def _attend(self, call: Call) -> None:
+        """Keep the attention of the query in the middle of the grid, for pictures."""
+        start, grid = call.layout.grids[0]
+        token = start + sum(x * s for x, s in zip(middle_of(grid), grid.strides, strict=True))
+        row = torch.cat(
+            [
+                chunk.weights[:, 0, start : start + grid.numel].cpu()
+                for chunk in attention_rows(
+                    call.q, call.k, torch.tensor([token]), scale=call.scale, valid=call.valid
+                )
+            ]
+        ).unflatten(1, grid.shape)
+        key = call.place.role, call.place.number
+        count, total = self.attention.get(key, (0, torch.zeros(())))
+        self.attention[key] = count + 1, total + row
+
+    def _numbers(self, grid: TileGrid) -> tuple[torch.Tensor, torch.Tensor]:
+        """The offset of every key tile from each row, ``[R, n]``, and how often each occurs."""
+        owner = grid.owner[self.rows]
+        numbers = grid.offset(owner[:, None], torch.arange(grid.count.numel))
+        return numbers, torch.bincount(numbers.flatten(), minlength=len(grid.pairs))
+
+    def _table(
+        self, grid: TileGrid, at: int, weights: torch.Tensor, rows: slice
+    ) -> torch.Tensor:
+        """Mean mass by offset, then by key tile, ``[h, m + n]``, the part of some rows."""
+        mass = grid.mass(weights).cpu()
+        numbers, visits = self.numbers[at]
+        offsets = torch.zeros(len(mass), len(visits))
+        offsets.index_add_(1, numbers[rows].flatten(), mass.flatten(1))
+        return torch.cat([offsets / visits.clamp(min=1), mass.sum(1) / len(self.rows)], 1)
+
+    def item(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What is kept of a generation."""
+        tables = {
+            f"tiles {at}": torch.stack([own[at] for own in self.found])
+            for at in range(len(self.grids) if self.found else 0)
+        }
+        attended = sorted(self.attention)
+        if attended:
+            means = [total / count for count, total in map(self.attention.__getitem__, attended)]
+            tables["attention"] = torch.stack(means)
+        value = {
+            "places": [list(own) for own in self.places],
+            "attended": [list(own) for own in attended],
+            "failures": self.failures,
+        }
+        return value, tables
+
+
+def learned(items: Sequence[Item], phase_of: Any) -> dict[tuple[int, str, int], list[torch.Tensor]]:
+    """Mean tables of each (phase, role, layer) over generations, steps and passes, by tiling.
+
+    Args:
+        phase_of: the phase of a step.
+    """
+    sums: dict[tuple[int, str, int], list[torch.Tensor]] = {}
+    counts: dict[tuple[int, str, int], int] = {}
+    for item in items:
+        many = sum(name.startswith("tiles ") for name in item.tensors)
+        tables = [item.tensors[f"tiles {at}"] for at in range(many)]
+        for number, values in enumerate(item.value["places"]):
+            place = Place(*values)
+            key = phase_of(place.step), place.role, place.number
+            own = [table[number].double() for table in tables]
+            counts[key] = counts.get(key, 0) + 1
+            sums[key] = [a + b for a, b in zip(sums[key], own, strict=True)] if key in sums else own
+    return {key: [x / counts[key] for x in own] for key, own in sums.items()}
+
+
+def stencils_of(
+    tables: Sequence[torch.Tensor], grids: Sequence[TileGrid], levels: Sequence[float]
+) -> list[list[Stencil]]:
+    """The stencils of each head of a layer, for every tiling and level of density; the same number
+    for each head.
+
+    Args:
+        tables: of ``learned``, by tiling.
+    """
+    heads = len(tables[0])
+    out: list[list[Stencil]] = [[] for _ in range(heads)]
+    for table, grid in zip(tables, grids, strict=True):
+        offsets = len(grid.pairs)
+        for level in levels:
+            own = [stencil_of(grid, row[:offsets], row[offsets:], level) for row in table]
+            if own[0] is not None:  # it depends on the level alone
+                for head, stencil in enumerate(own):
+                    assert stencil is not None
+                    out[head].append(stencil)
+    return out

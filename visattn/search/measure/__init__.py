@@ -1,0 +1,1 @@
+"""What the search measures: errors, latencies, videos."""

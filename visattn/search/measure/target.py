@@ -1,0 +1,91 @@
+"""What is searched: a pipeline at a shape, its attention layers, and who it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from visattn.generation import Job, Result, run_job
+from visattn.inject import remove_plan
+from visattn.inject.apply import denoisers, family_of, known_denoisers, models_of
+from visattn.inject.attachment import attention_layers
+from visattn.inject.models.fingerprint import fingerprint
+from visattn.inject.models.searchable import check_searchable
+from visattn.search.measure.output_losses import Layer
+from visattn.search.measure.output_projection import output_weights
+
+__all__ = ["Subject"]
+
+CALL_KEYS = tuple(
+    field.name for field in fields(Job) if field.name not in ("prompt", "seed", "fps", "guidance")
+)
+
+
+class Subject:
+    """A pipeline and the arguments of its calls.
+
+    Args:
+        pipe: a diffusers pipeline; a plan that it has is taken off.
+        call: fields of a Job besides prompt and seed.
+        name: of the model.
+
+    Raises:
+        TypeError, ValueError: the pipeline is of no known family, has a cache, is edited or is
+            parallel, or a field is unknown.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], name: str | None) -> None:
+        for key in call:
+            if key not in CALL_KEYS:
+                known = ", ".join(CALL_KEYS)
+                raise ValueError(f"call has the unknown key {key!r}; keys are {known}")
+        if isinstance(pipe, torch.nn.Module):
+            raise TypeError(
+                f"pipe={type(pipe).__name__} is a denoiser alone; a search generates, so give the "
+                "whole pipeline"
+            )
+        self.pipe, self.call = pipe, dict(call)
+        self.denoisers = denoisers(pipe)
+        self.paths: dict[Layer, str] = {}
+        self.modules: dict[Layer, Any] = {}
+        for role, (model, family) in known_denoisers(pipe).items():
+            for number, (path, module) in enumerate(attention_layers(model, family).items()):
+                self.paths[role, number], self.modules[role, number] = path, module
+        check_searchable(pipe)
+        remove_plan(pipe)
+        own = getattr(getattr(pipe, "config", None), "get", lambda _: None)("_name_or_path")
+        self.name = name or (own if isinstance(own, str) and own else type(pipe).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoisers compute."""
+        return next(next(iter(models_of(self.pipe).values())).parameters()).device
+
+    def heads(self, layer: Layer) -> int:
+        """Query heads of a layer."""
+        return int(self.modules[layer].heads)
+
+    def weights(self, layer: Layer) -> torch.Tensor:
+        """The output projection of a layer, float32 ``[out, H D]``."""
+        role, _ = layer
+        model = models_of(self.pipe)[role]
+        family = family_of(model)
+        assert family is not None
+        block = model.get_submodule(self.paths[layer].rpartition(".")[0])
+        shared = getattr(block, family.shared_output, None) if family.shared_output else None
+        return output_weights(self.modules[layer], shared)
+
+    def job(self, prompt: str, seed: int) -> Job:
+        """A generation."""
+        return Job(prompt=prompt, seed=seed, **self.call)
+
+    def generate(self, prompt: str, seed: int) -> Result:
+        """Frames of a prompt by the pipeline as it is."""
+        return run_job(self.pipe, self.job(prompt, seed))
+
+    def fingerprint(self) -> str:
+        """A hash of the pipeline."""
+        return fingerprint(self.pipe)

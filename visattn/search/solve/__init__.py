@@ -1,0 +1,1 @@
+"""The choice of one candidate for each head."""

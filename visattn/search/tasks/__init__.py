@@ -1,0 +1,1 @@
+"""Tasks of a search: run once, by one of several processes, and kept."""

@@ -1,0 +1,113 @@
+"""Results that are kept: one file each, named by the content of what was asked, so that a search
+that was killed goes on, and several processes share one folder.
+
+A file is written whole or not at all, and is never changed. Where the disk is full, results stay in
+memory and that is said once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn._atomic import write_whole
+
+__all__ = ["Item", "Store", "key_of"]
+
+logger = logging.getLogger("visattn")
+
+
+class Item(NamedTuple):
+    """A result: JSON values, and tensors by name."""
+
+    value: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def key_of(kind: str, question: Any) -> str:
+    """The name of a result: its kind, and the hash of what was asked, as JSON values."""
+    text = json.dumps(question, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+class Store:
+    """Results by key.
+
+    Args:
+        folder: where they lie, made when it is missing; None keeps them in memory alone.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.lost: str | None = None  # why results could not be written
+        self._memory: dict[str, Item] = {}
+        self._damaged: set[str] = set()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Item | None:
+        """A result, or None where there is none, or its file was damaged."""
+        if key in self._memory or self.folder is None:
+            return self._memory.get(key)
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                kept = file.metadata()
+                if kept["key"] != key:
+                    raise ValueError("it is of another key")
+                value = json.loads(kept["value"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not isinstance(value, dict):
+                raise TypeError(f"a result is no {type(value).__name__}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+            if key not in self._damaged:
+                logger.warning("visattn: %s is damaged and is made anew", path)
+                self._damaged.add(key)
+            return None
+        self._memory[key] = Item(value, tensors)
+        return self._memory[key]
+
+    def put(
+        self, key: str, value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> Item:
+        """Keep a result, and give it back as ``get`` does."""
+        from safetensors.torch import save
+
+        text = json.dumps(value, allow_nan=False)
+        own = {name: x.detach().cpu().contiguous() for name, x in (tensors or {}).items()}
+        self._memory[key] = Item(json.loads(text), own)
+        if self.folder is not None:
+            try:
+                write_whole(self._path(key), save(own, {"key": key, "value": text}))
+            except OSError as error:
+                if self.lost is None:
+                    logger.warning(
+                        "visattn: results are kept in memory only, for %s cannot be written: %s",
+                        self.folder,
+                        error.strerror,
+                    )
+                self.lost = str(error)
+        return self._memory[key]
+
+    def forget(self) -> None:
+        """Free the memory of what can be read again."""
+        if self.folder is not None and self.lost is None:
+            self._memory.clear()
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"

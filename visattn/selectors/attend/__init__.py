@@ -1,0 +1,1 @@
+"""Attention by the blocks that a selector chose."""

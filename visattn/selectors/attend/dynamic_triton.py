@@ -1,0 +1,315 @@
+"""Selection and attention by the kernels: what they are given, and what they give back."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, valid_keys
+from visattn.kernels.launch import launch_of
+from visattn.selectors.attend.dynamic_blockwise import (
+    first_order,
+    sampled_bias,
+    sampled_tokens,
+    to_tokens,
+    value_slope,
+    weighted_means,
+)
+from visattn.selectors.stages.blocks import Side
+from visattn.selectors.stages.choose import (
+    BLOCK,
+    Levels,
+    Select,
+    Threshold,
+    TokenBudget,
+    TopK,
+    TopP,
+)
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.prefix import PARTS
+from visattn.selectors.stages.selection import SampledRest, Selection
+
+if TYPE_CHECKING:
+    from visattn.kernels.levels import Keys
+    from visattn.kernels.select import Rule
+
+__all__ = ["kernel_attend", "kernel_levels", "pooled", "rule_of", "summary"]
+
+MOST_POOLS = 4  # levels that are read as units
+WASTE = 1.25  # tokens of padded blocks over those of blocks, up to which they are read as tiles
+
+
+def rule_of(select: Select) -> Rule | None:
+    """What the select kernel does for a way to choose; None where it has none."""
+    from visattn.kernels.select import COUNT, MASS, MOST_ENDS, TOKENS, Rule
+
+    def shares(*values: float) -> tuple[int, ...]:
+        return tuple(int(value * PARTS + 1e-6) for value in values)
+
+    def bound(keep: int | float | None) -> tuple[int, bool] | None:
+        if keep is None:
+            return None
+        return (keep, True) if isinstance(keep, int) else (shares(keep)[0], False)
+
+    if isinstance(select, TopK):
+        numbers = isinstance(select.keep, int)
+        return Rule(
+            COUNT.value,
+            (int(select.keep),) if numbers else shares(select.keep),
+            numbers=numbers,
+            first=select.inside,
+            some=not numbers,
+            head=select.scope == "head",
+        )
+    if isinstance(select, TopP):
+        if not select.crossing:
+            return None
+        return Rule(
+            MASS.value,
+            shares(select.mass),
+            least=bound(select.least),
+            most=bound(select.most),
+            first=select.counted,
+            head=select.scope == "head",
+        )
+    if isinstance(select, Threshold):
+        return Rule(MASS.value, (select.units,), least=(1, True), above=True)
+    if isinstance(select, TokenBudget):
+        return Rule(TOKENS.value, shares(select.share), first=True)
+    if isinstance(select, Levels) and len(select.ends) <= MOST_ENDS:
+        by = MASS.value if select.by == "mass" else COUNT.value
+        return Rule(by, shares(*select.ends), select.pools, least=bound(select.least))
+    return None
+
+
+def kernel_levels(
+    select: Select, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
+) -> torch.Tensor | None:
+    """As ``select(scores, length, forced)``; None where the kernel has not the rule, or rows have
+    too many blocks for it."""
+    from visattn.kernels.select import MOST_BLOCKS
+    from visattn.kernels.select import select as run
+
+    rule = rule_of(select)
+    if rule is None or scores.shape[3] > MOST_BLOCKS:
+        return None
+    return run(scores.contiguous(), length.int(), forced, rule)
+
+
+def summary(x: torch.Tensor, side: Side, heads: int) -> torch.Tensor:
+    """Means of blocks, float32 ``[B, heads, N, D]``."""
+    from visattn.kernels.summary import summarise
+
+    x = _rows(x)
+    mean = x.new_empty(x.shape[0], heads, len(side), x.shape[3], dtype=torch.float32)
+    summarise(x, side.tokens32, side.length32, part=side.size, width=1, mean=mean)
+    return mean
+
+
+def pooled(inputs: Inputs, factor: float, bias: torch.Tensor) -> torch.Tensor:
+    """Pooled scores ``[B, H, Nq, Nk]``, minus infinity for pairs that are not chosen among; two
+    launches."""
+    from visattn.kernels.pooled import pooled_scores
+
+    q_side, k_side = inputs.q_side, inputs.k_side
+    return pooled_scores(
+        _rows(inputs.q),
+        inputs.own_k_mean,
+        bias.float().contiguous(),
+        q_side.tokens32,
+        q_side.length32,
+        q_side.some,
+        k_side.some,
+        factor,
+    )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _settings(q: torch.Tensor, size: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps and stages."""
+    block_q, block_k, warps, stages = launch_of(q)[:4]
+    while block_q >= 2 * max(16, size):
+        block_q //= 2
+    return block_q, block_k, warps, stages
+
+
+def kernel_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: Selection,
+    layout: TokenLayout,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    *,
+    settings: tuple[int, int, int, int] | None = None,
+    reference: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Arguments and results as ``attend``; the LSE is float32. Besides, the largest logit less the
+    reference of each block pair, float32 ``[B, H, Nq, Nk]``.
+
+    Args:
+        settings: queries and keys of a tile, warps, stages; default: the launch table's.
+        reference: LSE ``[B, H, L]`` that the largest logits are taken from, at level 1; None, or
+            blocks that are too far from whole tiles: they are not recorded.
+    """
+    from visattn.kernels.levels import levels_forward
+    from visattn.kernels.queries import queries_forward
+
+    q, k, v = (_rows(x) for x in (q, k, v))
+    q_side, k_side = selection.q_side, selection.k_side
+    block_m, block_n, warps, stages = settings or _settings(q, q_side.size)
+    size = k_side.size
+    slots = max(k.shape[1], k_side.tokens.shape[1])
+    if selection.weights is not None:
+        slots = max(slots, selection.weights.shape[1])
+    valid = None
+    if text_lengths is not None:
+        valid = valid_keys(text_lengths, layout).to(torch.uint8).contiguous()
+    pack = functools.partial(_keys, k, v, k_side, slots, valid)
+    plain = selection.values == (1,) and selection.rest is None and selection.correction is None
+    if q_side.size == 1 and plain and reference is None:
+        block_m, block_n, warps, stages = settings or launch_of(q)[:4]
+        while block_n >= 2 * max(16, size):
+            block_n //= 2
+        return *queries_forward(
+            q,
+            selection.levels.contiguous(),
+            q_side.tokens32,
+            pack(((1, -(-size // block_n) * block_n),)),
+            scale,
+            tile=(block_m, block_n),
+            warps=warps,
+            stages=stages,
+        ), None
+    wide = -(-size // block_n) * block_n
+    tiled = 1 in selection.values and wide <= WASTE * size
+    full = pack(((1, wide),)) if tiled else None
+    values = [x for x in selection.values if x != BLOCK and (x != 1 or not tiled)]
+    pooled_keys, pools, unit = None, [], 0
+    if values:
+        parts = [min(value, size) for value in values]
+        lanes = [-(-size // part) for part in parts]
+        unit = min(block_n, 1 << (min(lanes).bit_length() - 1))
+        each = [-(-lane // unit) for lane in lanes]
+        if len(values) > MOST_POOLS or (selection.variance and selection.weights is not None):
+            raise ValueError(
+                f"levels {selection.values} with the rest {selection.rest} have no kernel; use "
+                "backend='blockwise'"
+            )
+        pooled_keys = pack(
+            tuple((part, n * unit) for part, n in zip(parts, each, strict=True)),
+            selection.variance,
+        )
+        first = 0
+        for value, number in zip(values, each, strict=True):
+            pools.append((value, number, first))
+            first += number * len(k_side)
+    rest: Keys | None = None
+    if isinstance(selection.rest, SampledRest):
+        rest = _sample(k, v, selection, layout, slots)
+    elif selection.weights is not None:
+        rest = _weighted(k, v, selection, slots)
+    elif BLOCK in selection.values:
+        rest = pack(((size, 1),), selection.variance)
+    out, lse, share, highest = levels_forward(
+        q,
+        selection.levels.contiguous(),
+        q_side.tokens32,
+        q_side.length32,
+        scale,
+        full=full,
+        pools=tuple(pools),
+        pooled=pooled_keys,
+        unit=unit,
+        rest=rest,
+        share=first_order(selection),
+        reference=reference if tiled else None,
+        tile=(block_m, block_n),
+        warps=warps,
+        stages=stages,
+    )
+    if share is not None:
+        keys, values_ = k_side.take(k).float(), k_side.take(v).float()
+        means = summary(k, k_side, keys.shape[1])
+        slope = value_slope(keys, values_, means[:, :, :, None], k_side, scale)
+        slope = slope.repeat_interleave(q.shape[1] // slope.shape[1], 1)
+        out = (out + share[..., None] * (q.float() @ slope)).to(q.dtype)
+    if selection.correction is not None:
+        factor, extra = (
+            to_tokens(
+                x.unsqueeze(3).expand(*x.shape[:3], q_side.size, *x.shape[3:]), q_side, q.shape[2]
+            )
+            for x in (selection.correction[0][..., None], selection.correction[1])
+        )
+        out = (out * factor + extra).to(q.dtype)
+    return out, lse, highest
+
+
+def _keys(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    side: Side,
+    slots: int,
+    valid: torch.Tensor | None,
+    parts: tuple[tuple[int, int], ...],
+    variance: bool = False,
+) -> Keys:
+    """Keys and values by means of ``part`` tokens, ``width`` of them for a block, one kind after
+    the other."""
+    from visattn.kernels.levels import Keys
+    from visattn.kernels.summary import summarise
+
+    batch, _, _, dim = k.shape
+    rows = len(side) * sum(width for _, width in parts)
+    keys, values = (x.new_empty(batch, slots, rows, dim) for x in (k, v))
+    bias = torch.empty(batch, slots, rows, dtype=torch.float32, device=k.device)
+    spread = torch.zeros_like(keys) if variance else None
+    begin = 0
+    for part, width in parts:
+        run = functools.partial(
+            summarise,
+            tokens=side.tokens32,
+            length=side.length32,
+            part=part,
+            width=width,
+            begin=begin,
+        )
+        run(k, mean=keys, bias=bias, valid=valid, spread=spread if part > 1 else None)
+        run(v, mean=values)
+        begin += width * len(side)
+    return Keys(keys, values, bias, spread)
+
+
+def _weighted(k: torch.Tensor, v: torch.Tensor, selection: Selection, slots: int) -> Keys:
+    """One weighted mean of each block."""
+    from visattn.kernels.levels import Keys
+
+    side = selection.k_side
+    keys, values, bias = weighted_means(selection, side.take(k).float(), side.take(v).float())
+    share = slots // keys.shape[1]
+    keys, values, bias = (x.repeat_interleave(share, 1) for x in (keys, values, bias))
+    bias = (bias / math.log(2)).contiguous()
+    return Keys(keys.to(k.dtype).contiguous(), values.to(v.dtype).contiguous(), bias)
+
+
+def _sample(
+    k: torch.Tensor, v: torch.Tensor, selection: Selection, layout: TokenLayout, slots: int
+) -> Keys:
+    """The sampled keys, and what each row counts them for."""
+    from visattn.kernels.levels import Keys
+
+    assert isinstance(selection.rest, SampledRest)
+    tokens = sampled_tokens(selection.rest, layout, k.device)
+    bias = sampled_bias(selection, tokens, layout, torch.float32)
+    keys, values = (
+        x.index_select(2, tokens).repeat_interleave(slots // x.shape[1], 1).contiguous()
+        for x in (k, v)
+    )
+    return Keys(keys, values, (bias / math.log(2)).contiguous())

@@ -1,0 +1,1 @@
+"""Dynamic patterns: one file for each published method."""

@@ -1,0 +1,171 @@
+"""Queries and keys grouped by likeness, and key clusters chosen for each query cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, check_count
+from visattn.selectors.methods.per_head_order import (
+    ArrangedSelector,
+    Runs,
+    grid_rows,
+    grid_tokens,
+    uneven_runs,
+)
+from visattn.selectors.selector import check_block, check_keep, check_share, check_word
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.prefix import top_count, top_mass
+
+__all__ = ["ClusterBlocks", "kmeans"]
+
+CHUNK = 1 << 24  # distances of one product
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterBlocks(ArrangedSelector):
+    """The smallest set of key clusters with a share of the mass, for each query cluster: k-means of
+    queries and of keys for each head; a key cluster's mass at a query cluster is
+    ``n e^(c_q . c_k / sqrt(d))``.
+
+    With ``metric="interaction"`` keys are compared by how they differ to the queries, and queries
+    by how they differ to the keys (iCATS): k-means of ``x M^(1/2)``, M the second moment of the
+    other side.
+
+    Args:
+        mass: the share; least: clusters of a row at least, or the share of all of them, rounded
+            down.
+        q_clusters, k_clusters: how many; as many as there are tokens at most.
+        iterations: of Lloyd's algorithm; warm: of it at later steps of a generation, from the
+            means of the clusters of the step before.
+        block: tokens that a cluster is cut into.
+        metric: ``"euclid"`` or ``"interaction"``.
+
+    Source:
+        Yang et al. (2025), "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via
+        Semantic-Aware Permutation", NeurIPS 2025, arXiv 2505.18875. Code:
+        github.com/svg-project/Sparse-VideoGen (commit 5ce7b01).
+    Default:
+        code
+    Differences:
+        - Centres begin at evenly spread tokens; theirs at drawn ones.
+        - 8 iterations at the first step; their scripts make up to 50, and stop where the centres
+          hardly move.
+        - Long clusters are cut into blocks that are kept or left together.
+    """
+
+    mass: float = 0.9
+    least: int | float = 0.1
+    q_clusters: int = 300
+    k_clusters: int = 1000
+    iterations: int = 8
+    block: int = 64
+    metric: str = "euclid"
+    warm: int = 2
+    name: ClassVar[str] = "cluster_blocks"
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        check_keep("least", self.least)
+        for name in ("q_clusters", "k_clusters", "iterations", "warm"):
+            check_count(name, getattr(self, name), 1)
+        check_block("block", self.block)
+        check_word("metric", self.metric, ("euclid", "interaction"))
+
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        sides, centres = [], []
+        for place, (x, other, clusters) in enumerate(
+            ((queries, keys, self.q_clusters), (keys, queries, self.k_clusters))
+        ):
+            seen = _role(x, other) if self.metric == "interaction" else x
+            first = None if past.centres is None else past.centres[place]
+            if first is not None and first.shape[3] != x.shape[3]:
+                first = None  # tensors that an edit has made wider
+            iterations = self.iterations if first is None else self.warm
+            owner, found = kmeans(seen, min(clusters, x.shape[2]), iterations, first)
+            centres.append(found)
+            count = owner.new_zeros(*owner.shape[:2], min(clusters, x.shape[2]))
+            count.scatter_add_(2, owner, torch.ones_like(owner))
+            sides.append((owner.argsort(dim=-1, stable=True), count))
+        past.centres = (centres[0], centres[1])
+        (q_order, q_count), (k_order, k_count) = sides
+        q_runs = uneven_runs(q_count, q_order.shape[2], self.block)
+        k_runs = uneven_runs(k_count, k_order.shape[2], self.block)
+        return q_order, q_runs, self.block, k_order, k_runs, self.block
+
+    def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
+        q_rows = grid_rows(inputs.layout, inputs.q_side, q_runs)
+        k_rows = grid_rows(inputs.layout, inputs.k_side, k_runs)
+        q_mean, _ = _group_means(inputs.q_mean[:, :, q_rows], q_runs)
+        k_mean, k_count = _group_means(inputs.k_mean[:, :, k_rows], k_runs)
+        scores = q_mean @ k_mean.mT * inputs.scale + k_count.clamp(min=1).log()[..., None, :]
+        scores = scores.float().masked_fill((k_count == 0)[..., None, :], -torch.inf)
+        least = self.least
+        if isinstance(least, float):
+            least = max(1, int(least * min(self.k_clusters, inputs.layout.grids[0][1].numel)))
+        kept = top_mass(scores, self.mass) | top_count(scores, least)
+        rows = kept.gather(2, q_runs.group[..., None].expand(-1, -1, -1, kept.shape[3]))
+        columns = k_runs.group[:, :, None].expand(-1, -1, rows.shape[2], -1)
+        return rows.gather(3, columns)
+
+
+def _group_means(means: torch.Tensor, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of clusters from those of their blocks, ``[B, H, C, D]``, and their tokens."""
+    groups = runs.group.shape[2]  # at least as many as there are clusters
+    total = means.new_zeros(*means.shape[:2], groups, means.shape[3])
+    index = runs.group[..., None].expand(-1, -1, -1, means.shape[3])
+    total.scatter_add_(2, index, means * runs.length[..., None])
+    count = torch.zeros_like(runs.group).scatter_add_(2, runs.group, runs.length)
+    return total / count.clamp(min=1)[..., None], count
+
+
+def _role(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``x M^(1/2)`` with ``M`` the second moment of the other side: distances are differences of
+    logits."""
+    moment = other.mT @ other / other.shape[2]
+    values, vectors = torch.linalg.eigh(moment)
+    root: torch.Tensor = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+    return x @ root
+
+
+def kmeans(
+    x: torch.Tensor, clusters: int, iterations: int, first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cluster of each point, int64 ``[B, H, n]``, and the means of the clusters
+    ``[B, H, clusters, D]``: Lloyd's algorithm.
+
+    Args:
+        x: ``[B, H, n, D]``; ties go to the lower number, an empty cluster keeps its centre.
+        iterations: at least 1.
+        first: centres to begin with; default: evenly spread points.
+    """
+    count = x.shape[2]
+    spread = torch.arange(clusters, device=x.device) * count // clusters
+    centres = x[:, :, spread] if first is None else first
+    for _ in range(iterations):
+        owner = _nearest(x, centres)
+        total = torch.zeros_like(centres)
+        total.scatter_add_(2, owner[..., None].expand_as(x), x)
+        number = x.new_zeros(centres.shape[:3]).scatter_add_(2, owner, torch.ones_like(x[..., 0]))
+        mean = total / number.clamp(min=1)[..., None]
+        centres = torch.where((number > 0)[..., None], mean, centres)
+    return owner, centres
+
+
+def _nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Number of the nearest centre of each point."""
+    half = centres.square().sum(-1)[..., None, :] / 2
+    step = max(1, CHUNK // (x.shape[0] * x.shape[1] * centres.shape[2]))
+    parts = [
+        (half - x[:, :, begin : begin + step] @ centres.mT).argmin(-1)
+        for begin in range(0, x.shape[2], step)
+    ]
+    return torch.cat(parts, 2)

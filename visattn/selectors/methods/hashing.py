@@ -1,0 +1,95 @@
+"""Queries and keys sorted by a hash of their direction: blocks of like ones, and a sample of the
+rest."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, check_count, on_cpu
+from visattn.selectors.methods.per_head_order import ArrangedSelector, Runs, even_runs, grid_tokens
+from visattn.selectors.selector import check_block
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.selection import SampledRest, Selection
+
+__all__ = ["Hashing"]
+
+MOST_BITS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Hashing(ArrangedSelector):
+    """The block of keys with like hashes, and a sample of the others.
+
+    The signs of some projections, in Gray order, sort queries and keys; each block of sorted
+    queries sees the block of sorted keys at its place, and uniformly sampled keys beyond it with
+    + ln(n / m).
+
+    Args:
+        block: tokens of a block; samples: keys that are drawn.
+        projections: signs in a hash, 1 to 16; seed: of projections and sample.
+
+    Source:
+        Han et al. (2023), "HyperAttention: Long-context Attention in Near-Linear Time", arXiv
+        2310.05869. Code: github.com/insuhan/hyper-attn (commit 68b91e9).
+    Default:
+        paper. The code's order is no Gray order from 3 projections on (neighbouring buckets differ
+        in up to 4 of 7 signs), and its sample counts keys of the block twice.
+    Differences:
+        - The sample is drawn without replacement, and is the same for all heads and rows.
+        - n and m are the keys and the sampled keys outside the block.
+    """
+
+    block: int = 256
+    samples: int = 256
+    projections: int = 7
+    seed: int = 0
+    name: ClassVar[str] = "hashing"
+
+    def __post_init__(self) -> None:
+        check_block("block", self.block)
+        check_block("samples", self.samples)
+        if check_count("projections", self.projections, 1) > MOST_BITS:
+            raise ValueError(f"projections={self.projections} must be at most {MOST_BITS}")
+        check_count("seed", self.seed, 0)
+
+    def hashes(self, x: torch.Tensor) -> torch.Tensor:
+        """Place of each vector's signs in Gray order, int64 ``[B, H, n]``: neighbours differ in one
+        sign."""
+        planes = _planes(x.shape[3], self.projections, self.seed, x.dtype, x.device)
+        signs = (x @ planes) > 0
+        powers = 1 << torch.arange(self.projections, device=x.device)
+        code = (signs * powers).sum(-1)
+        for shift in (1, 2, 4, 8):  # the inverse of n ^ (n >> 1), for up to 16 bits
+            code = code ^ (code >> shift)
+        return code
+
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        q_order, k_order = (self.hashes(x).argsort(dim=-1, stable=True) for x in (queries, keys))
+        runs = even_runs(q_order, self.block)
+        return q_order, runs, self.block, k_order, runs, self.block
+
+    def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
+        return q_runs.group[..., :, None] == k_runs.group[..., None, :]
+
+    def finished(self, selection: Selection) -> Selection:
+        return replace(selection, rest=SampledRest(self.samples, self.seed))
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _planes(
+    dim: int, count: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The projections, ``[dim, count]``; copied to the device once."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dim, count, generator=generator, dtype=torch.float32).to(device, dtype)

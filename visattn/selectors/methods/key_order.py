@@ -1,0 +1,93 @@
+"""Keys sorted by what all queries give them, so that hot keys share blocks."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.geometry.orders import Order
+from visattn.selectors.methods.per_head_order import (
+    ArrangedSelector,
+    Runs,
+    even_runs,
+    grid_rows,
+    grid_tokens,
+    order_runs,
+)
+from visattn.selectors.selector import ORDERS, check_block, check_share, check_word, order_of
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.prefix import top_mass
+
+__all__ = ["KeyOrder"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyOrder(ArrangedSelector):
+    """The smallest set of blocks of sorted keys with a share of the pooled softmax.
+
+    Keys are ordered by the mean softmax mass that some queries leave on them. Attention does not
+    depend on the order of keys, so that nothing is put back.
+
+    Args:
+        mass: the share; queries: how many sort the keys; block: tokens of a block.
+        order: of the queries: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+
+    Source:
+        Wang et al. (2025), "Sparser Block-Sparse Attention via Token Permutation" (PBS-Attn), arXiv
+        2510.21270. Code: github.com/xinghaow99/pbs-attn (commit 8ce8e02).
+    Default:
+        own. The published method is causal throughout, and has no case in common with this one.
+    Differences:
+        - Keys are sorted over the whole grid; theirs within segments.
+        - The queries that sort are spread over the grid; theirs are the last ones.
+    """
+
+    mass: float = 0.9
+    queries: int = 64
+    block: int = 64
+    order: str = "tiles"
+    name: ClassVar[str] = "key_order"
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        check_block("queries", self.queries)
+        check_block("block", self.block)
+        check_word("order", self.order, ORDERS)
+
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        count = keys.shape[2]
+        at = torch.arange(min(self.queries, count), device=q.device) * count
+        rows = queries.index_select(2, at // min(self.queries, count))
+        mass = (rows @ keys.mT * scale).softmax(-1).mean(2)
+        order = mass.argsort(dim=-1, descending=True, stable=True)
+        own = order_of(self.order, layout.grids[0][1], self.block)
+        q_order = _index(layout, (own,), q.device).expand(*q.shape[:2], -1)
+        return (
+            q_order,
+            order_runs(layout, own, self.block, q),
+            self.block,
+            order,
+            even_runs(order, self.block),
+            self.block,
+        )
+
+    def choose(self, inputs: Inputs, q_runs: Runs, k_runs: Runs) -> torch.Tensor:
+        q_mean = inputs.q_mean[:, :, grid_rows(inputs.layout, inputs.q_side, q_runs)]
+        k_mean = inputs.k_mean[:, :, grid_rows(inputs.layout, inputs.k_side, k_runs)]
+        return top_mass((q_mean @ k_mean.mT * inputs.scale).float(), self.mass)
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _index(layout: TokenLayout, order: tuple[Order], device: torch.device) -> torch.Tensor:
+    return order[0].index(layout.grids[0][1]).to(device)

@@ -1,0 +1,161 @@
+"""For each head the static pattern that does best on a few queries of the call."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.blocks.block_map import NONE
+from visattn.geometry.layout import Grid, TokenLayout, on_cpu
+from visattn.geometry.orders import LineOrder, Order
+from visattn.patterns.diagonal import Diagonal, MultiDiagonal
+from visattn.patterns.pattern import Pattern
+from visattn.patterns.stripe import Stripe
+from visattn.patterns.union import Union
+from visattn.selectors.methods.per_head_order import even_runs
+from visattn.selectors.selector import Selector, check_block, only_grid
+from visattn.selectors.stages.blocks import arranged_side
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.selection import Selection
+
+__all__ = ["OnlineChoice"]
+
+SPATIAL = Union(Diagonal(0.2), Stripe())
+TEMPORAL = Union(MultiDiagonal(0.2), Stripe())
+
+
+@dataclass(frozen=True, eq=False)
+class OnlineChoice(Selector):
+    """One of some static patterns, chosen anew for each batch item and head: some query rows are
+    computed in full and under each pattern, and the head takes the pattern with the smallest mean
+    squared error.
+
+    Args:
+        patterns: two or more; of equally good ones the first is taken.
+        rows: queries that decide; block: tokens of a block.
+
+    Source:
+        Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with
+        Spatial-Temporal Sparsity", ICML 2025, arXiv 2502.01776. Code:
+        github.com/svg-project/Sparse-VideoGen (commit 5ce7b01).
+    Default:
+        paper. The code decides by stand-ins for the masks, of a fixed width of 2 frames (Wan) or
+        1.5 (HunyuanVideo), and by rows of the first 10,000 tokens only.
+    Differences:
+        - Rows are evenly spread and not drawn.
+        - Any static patterns can be given; the default ones are a fifth of the sequence wide.
+        - Blocks of ``block`` tokens that are partly kept are kept whole.
+    """
+
+    patterns: tuple[Pattern, ...] = (SPATIAL, TEMPORAL)
+    rows: int = 64
+    block: int = 64
+    name: ClassVar[str] = "online_choice"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.patterns, tuple) or len(self.patterns) < 2:
+            raise ValueError(f"patterns={self.patterns!r} must be a tuple of two or more patterns")
+        for pattern in self.patterns:
+            if not isinstance(pattern, Pattern):
+                raise TypeError(f"patterns holds {pattern!r}; it takes static patterns")
+        check_block("rows", self.rows)
+        check_block("block", self.block)
+
+    def check(self, grid: Grid) -> None:
+        for pattern in self.patterns:
+            pattern.check(grid)
+
+    def best(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float
+    ) -> torch.Tensor:
+        """Number of the pattern with the smallest mean squared error on some rows, int64
+        ``[B, H]``."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        begin, grid = layout.grids[0]
+        count = min(self.rows, grid.numel)
+        at = begin + torch.arange(count, device=q.device) * grid.numel // count
+        share = q.shape[1] // k.shape[1]
+        keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
+        logits = q.index_select(2, at).to(wide) @ keys.mT * scale
+        full = logits.softmax(-1) @ values
+        errors = []
+        for pattern in self.patterns:
+            mask = _rows_of(pattern, layout, count, q.device)
+            out = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+            errors.append((out - full).square().mean((-1, -2)))
+        return torch.stack(errors, -1).argmin(-1)
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
+    ) -> Selection:
+        grid = only_grid(layout, self)
+        best = self.best(q, k, v, layout, scale)
+        orders = [_line_orders(pattern, layout, self.block) for pattern in self.patterns]
+        runs = even_runs(torch.empty(*best.shape, grid.numel, device=q.device), self.block)
+        sides = []
+        for place in range(2):  # queries, keys
+            index = _indices(tuple(own[place] for own in orders), layout, q.device)
+            sides.append(
+                arranged_side(layout, index[best], runs.start, runs.length, self.block)
+            )
+        pairs = tuple(zip(self.patterns, orders, strict=True))
+        levels = _visited(pairs, layout, self.block, q.device)[best]
+        return Selection.of(sides[0], sides[1], levels)
+
+
+def _line_orders(pattern: Pattern, layout: TokenLayout, block: int) -> tuple[Order, Order]:
+    """The pattern's own orders where these are raster orders, in which blocks are even runs; raster
+    order else."""
+    own = pattern.orders(layout.grids[0][1], block, block)
+    plain = all(isinstance(order, LineOrder) for order in own)
+    return own if plain else (LineOrder(), LineOrder())
+
+
+# what follows is copied to the device once
+
+
+@functools.lru_cache(maxsize=16)
+@on_cpu
+def _indices(
+    orders: tuple[Order, ...], layout: TokenLayout, device: torch.device
+) -> torch.Tensor:
+    """The tokens of the grid in some orders, int64 ``[orders, n]``."""
+    return torch.stack([order.index(layout.grids[0][1]) for order in orders]).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+@on_cpu
+def _visited(
+    pairs: tuple[tuple[Pattern, tuple[Order, Order]], ...],
+    layout: TokenLayout,
+    block: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Blocks that each pattern visits in its orders, uint8 ``[patterns, Nq, Nk]``."""
+    status = [
+        pattern.lower(layout, block, block, partial="promote", order=orders).status() != NONE
+        for pattern, orders in pairs
+    ]
+    return torch.stack(status).to(device, torch.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+@on_cpu
+def _rows_of(
+    pattern: Pattern, layout: TokenLayout, count: int, device: torch.device
+) -> torch.Tensor:
+    """The token rule of a pattern at evenly spread queries, bool ``[count, L]``."""
+    begin, grid = layout.grids[0]
+    at = begin + torch.arange(count) * grid.numel // count
+    return pattern.allows(at[:, None], torch.arange(layout.length), layout).to(device)

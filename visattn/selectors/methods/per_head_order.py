@@ -1,0 +1,160 @@
+"""Selectors with an order of their own for each batch item and head."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.geometry.orders import Order
+from visattn.selectors.selector import Selector, only_grid
+from visattn.selectors.stages.blocks import Side, arranged_side
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.selection import Selection
+
+__all__ = [
+    "ArrangedSelector",
+    "Runs",
+    "even_runs",
+    "grid_rows",
+    "grid_tokens",
+    "order_runs",
+    "uneven_runs",
+]
+
+
+class Runs(NamedTuple):
+    """The runs of an order that are blocks, int64 ``[B, H, M]`` each; ``group``: what they are a
+    part of."""
+
+    start: torch.Tensor
+    length: torch.Tensor
+    group: torch.Tensor
+
+
+def even_runs(like: torch.Tensor, size: int) -> Runs:
+    """Runs of ``size`` tokens of an order ``[B, H, n]``, the last one shorter."""
+    count = like.shape[2]
+    start = torch.arange(0, count, size, device=like.device)
+    length = (count - start).clamp(max=size)
+    number = torch.arange(len(start), device=like.device)
+    shape = (*like.shape[:2], -1)
+    return Runs(start.expand(shape), length.expand(shape), number.expand(shape))
+
+
+def order_runs(layout: TokenLayout, order: Order, size: int, like: torch.Tensor) -> Runs:
+    """The blocks that an order cuts the one grid into, for all heads of ``[B, H, ...]``."""
+    runs = _shared_runs(layout, (order,), size, like.device)
+    return Runs(*(x.expand(*like.shape[:2], -1) for x in runs))
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def _shared_runs(
+    layout: TokenLayout, order: tuple[Order], size: int, device: torch.device
+) -> Runs:
+    """The same, of one head."""
+    blocks = order[0].blocks(layout.grids[0][1], size)
+    number = torch.arange(len(blocks.start))
+    return Runs(*(x.to(device) for x in (blocks.start, blocks.length, number)))
+
+
+def uneven_runs(counts: torch.Tensor, tokens: int, size: int) -> Runs:
+    """Runs of at most ``size`` tokens of groups that stand one after the other in an order.
+
+    Args:
+        counts: int64 ``[B, H, C]``, tokens of the groups, ``tokens`` in all.
+
+    Returns:
+        ``C + tokens // size`` runs, enough for any counts, so that nothing is read back; those that
+        are not needed are empty.
+    """
+    groups = counts.shape[2]
+    pieces = -(-counts // size)
+    ends = pieces.cumsum(2)
+    number = torch.arange(groups + tokens // size, device=counts.device)
+    number = number.expand(*counts.shape[:2], -1).contiguous()
+    group = torch.searchsorted(ends, number, right=True)
+    used = group < groups
+    group = group.clamp(max=groups - 1)
+    piece = number - (ends - pieces).gather(2, group)
+    first = (counts.cumsum(2) - counts).gather(2, group)
+    length = (counts.gather(2, group) - piece * size).clamp(0, size) * used
+    start = torch.where(used, first + piece * size, 0)
+    return Runs(start, length, group)
+
+
+class ArrangedSelector(Selector):
+    """Base: ``arrange`` gives the orders and blocks, ``levels`` the levels of grid block pairs."""
+
+    @abstractmethod
+    def arrange(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+    ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
+        """Order of the queries ``[B, H, n]``, its runs and their most tokens, and those of the
+        keys; grid tokens counted from the first. ``past`` may be read and written."""
+
+    @abstractmethod
+    def choose(
+        self, inputs: Inputs, q_runs: Runs, k_runs: Runs
+    ) -> torch.Tensor:
+        """Kept pairs of grid blocks, bool ``[B, H, Mq, Mk]``."""
+
+    def finished(self, selection: Selection) -> Selection:
+        """The selection, with what goes beyond its levels."""
+        return selection
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
+    ) -> Selection:
+        only_grid(layout, self)
+        q_order, q_runs, q_size, k_order, k_runs, k_size = self.arrange(
+            q, k, layout, scale, Past() if past is None else past
+        )
+        q_side = arranged_side(layout, q_order, q_runs.start, q_runs.length, q_size)
+        k_side = arranged_side(layout, k_order, k_runs.start, k_runs.length, k_size)
+        inputs = Inputs(q, k, v, layout, scale, q_side, k_side, kernels)
+        own = self.choose(inputs, q_runs, k_runs)
+        rows = grid_rows(layout, q_side, q_runs), grid_rows(layout, k_side, k_runs)
+        selection = self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side, rows)))
+        means = (inputs.q_mean[:, :, rows[0]], inputs.k_mean[:, :, rows[1]])
+        size = means[0].sum((2, 3), keepdim=True) + means[1].sum((2, 3), keepdim=True)
+        return selection.guarded(size.abs())
+
+
+def grid_rows(layout: TokenLayout, side: Side, runs: Runs) -> slice:
+    """The blocks of the one grid among those of a side: what ``side.grid`` says, without asking a
+    device."""
+    before = layout.segments[: [s.kind for s in layout.segments].index("grid")]
+    first = sum(-(-segment.length // side.size) for segment in before)
+    return slice(first, first + runs.start.shape[2])
+
+
+def _levels(
+    own: torch.Tensor, q_side: Side, k_side: Side, rows: tuple[slice, slice]
+) -> torch.Tensor:
+    """Levels of all blocks from the kept pairs of grid blocks; the others are seen, and see all."""
+    levels = torch.ones(
+        *own.shape[:2], len(q_side), len(k_side), dtype=torch.uint8, device=own.device
+    )
+    levels[:, :, rows[0], rows[1]] = own.to(torch.uint8)
+    there = (q_side.length > 0)[..., :, None] & (k_side.length > 0)[..., None, :]
+    return levels * there
+
+
+def grid_tokens(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """``[B, H, L, D]`` at the tokens of the one grid."""
+    begin, grid = layout.grids[0]
+    return x[:, :, begin : begin + grid.numel]

@@ -1,0 +1,117 @@
+"""Blocks that once had little mass are not looked at again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, check_count
+from visattn.selectors.selector import (
+    ORDERS,
+    Selector,
+    Stages,
+    check_block,
+    check_share,
+    check_word,
+)
+from visattn.selectors.stages.choose import TopK
+from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.scores import Pooled
+from visattn.selectors.stages.selection import Selection
+
+__all__ = ["SkipList", "packed", "unpacked"]
+
+
+@dataclass(frozen=True, eq=False)
+class SkipList(Selector):
+    """All blocks at the first two steps; then those in which some query had a key of some mass, and
+    the own block. Attention itself notes the largest logit of each tile, and the list of what is
+    skipped only grows.
+
+    Args:
+        least: the share of a query's mass that no key of a skipped block had.
+        every: steps after which a new list begins.
+        block: tokens of a block; order: ``"hilbert"``, ``"tiles"`` or ``"raster"``.
+
+    It needs the steps of a pipeline with a plan; elsewhere it is dense.
+
+    Source:
+        Shmilovich et al. (2025), "LiteAttention: A Temporal Sparse Attention for Diffusion
+        Transformers", arXiv 2511.11062.
+    Default:
+        own. The published rule depends on the order in which a CUDA kernel visits the tiles.
+    Differences:
+        - The largest logit is compared with the LSE that the queries had one step before; theirs
+          with the running maximum. ``least`` is thus a probability.
+        - The own block is never skipped.
+        - ``every`` begins a new list.
+    """
+
+    least: float = 1e-3
+    every: int = 1000
+    block: int = 64
+    order: str = "hilbert"
+    name: ClassVar[str] = "skip_list"
+    keeps: ClassVar[bool] = False  # each call adds to the list
+
+    def __post_init__(self) -> None:
+        check_share("least", self.least, above=True)
+        check_count("every", self.every, 1)
+        check_block("block", self.block)
+        check_word("order", self.order, ORDERS)
+
+    @property
+    def learns(self) -> bool:
+        return True
+
+    @property
+    def records(self) -> bool:
+        return True
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        *,
+        kernels: bool = False,
+        past: Past | None = None,
+    ) -> Selection:
+        stages = Stages(
+            Pooled(), TopK(), orders=(self.order, self.order), blocks=(self.block, self.block)
+        )
+        sides = stages.sides(layout, q.device)
+        forced = stages.forced(layout, q.device)
+        shape = (*q.shape[:2], len(sides[0]), len(sides[1]))
+        kept = torch.ones(shape, dtype=torch.bool, device=q.device)
+        if past is not None:
+            if past.calls % self.every == 0:
+                past.skipped = past.lse = None
+            past.calls += 1
+            if past.skipped is not None:
+                kept = ~unpacked(past.skipped, shape[3]) | forced
+        return Selection.of(*sides, kept.to(torch.uint8))
+
+    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+        past.lse = lse
+        if highest is not None:  # minus infinity where a block was skipped already
+            past.skipped = packed(highest < math.log(self.least))
+
+
+def packed(mask: torch.Tensor) -> torch.Tensor:
+    """Eight of a row in a byte: bool ``[..., N]`` to uint8 ``[..., ceil(N / 8)]``."""
+    wide = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    powers = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
+    out: torch.Tensor = (wide * powers).sum(-1, dtype=torch.uint8)
+    return out
+
+
+def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """The mask of ``packed``, bool ``[..., count]``."""
+    places = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return ((bits[..., None] >> places) & 1).flatten(-2)[..., :count].bool()

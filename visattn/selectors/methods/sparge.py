@@ -1,0 +1,112 @@
+"""SpargeAttn's first stage: means of similar tokens, and blocks that are no good mean kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visattn.geometry.layout import TokenLayout
+from visattn.patterns.sizes import check_flag
+from visattn.selectors.selector import (
+    ORDERS,
+    BlockSelector,
+    Stages,
+    check_block,
+    check_share,
+    check_word,
+)
+from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.choose import TopP
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.scores import Pooled
+
+__all__ = ["Sparge"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sparge(BlockSelector):
+    """The best self-similar blocks up to a share of the pooled softmax, and all blocks that are not
+    self-similar.
+
+    Keys have their mean subtracted; a block's self-similarity is the mean cosine of all pairs of
+    its tokens; the softmax is taken over the means of self-similar key blocks.
+
+    Args:
+        mass: the share; similar: the self-similarity that a block must exceed, -1 to 1.
+        block_q, block_k: tokens of a query and a key block.
+        order: ``"raster"``, ``"tiles"`` or ``"hilbert"``.
+        crossing: keep the block with which the share is reached too, as the paper says; the code
+            ends before it, though never before the first.
+        own: keep the query's own blocks.
+
+    Source:
+        Zhang et al. (2025), "SpargeAttention: Accurate and Training-free Sparse Attention
+        Accelerating Any Model Inference", ICML 2025, arXiv 2502.18137. Code:
+        github.com/thu-ml/SpargeAttn (commit bfd980b).
+    Default:
+        code
+    Differences:
+        - The second stage, which skips products of values inside the kernel, is not here.
+        - Nothing is quantised.
+        - Text is kept and not scored; the code scores it with the rest.
+        - The blocks follow a Hilbert curve; the code leaves the order to the caller.
+    """
+
+    mass: float = 0.98
+    similar: float = 0.6
+    block_q: int = 128
+    block_k: int = 64
+    order: str = "hilbert"
+    crossing: bool = False
+    own: bool = False
+    name: ClassVar[str] = "sparge"
+    before: ClassVar[dict[str, object]] = {"crossing": True, "own": True}
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        if isinstance(self.similar, bool) or not isinstance(self.similar, (int, float)):
+            raise TypeError(f"similar={self.similar!r} must be a number from -1 to 1")
+        if not -1 <= self.similar <= 1:
+            raise ValueError(f"similar={self.similar} must be from -1 to 1")
+        check_block("block_q", self.block_q)
+        check_block("block_k", self.block_k)
+        check_word("order", self.order, ORDERS)
+        check_flag("crossing", self.crossing)
+        check_flag("own", self.own)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=Pooled(log_size=False),
+            choose=TopP(self.mass, crossing=self.crossing),
+            force=Force(own=self.own),
+            orders=(self.order, self.order),
+            blocks=(self.block_q, self.block_k),
+        )
+
+    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
+        scores = super().scores(own, inputs)
+        return scores.masked_fill(~self._alike(inputs)[1][:, :, None], -torch.inf)
+
+    def widened(
+        self, forced: torch.Tensor, scores: torch.Tensor, inputs: Inputs
+    ) -> torch.Tensor:
+        q_alike, k_alike = self._alike(inputs)
+        return forced | (inputs.pairs & (~q_alike[..., None] | ~k_alike[:, :, None]))
+
+    def _alike(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which query and which key blocks are self-similar, bool ``[B, H, N]``."""
+        begin = inputs.k.mean(2, keepdim=True)
+        keys = (inputs.k_blocks - begin[:, :, None]).to(inputs.q_mean)
+        k_own = _self_similarity(keys, inputs.k_side.exists)
+        q_own = _self_similarity(inputs.q_blocks.to(inputs.q_mean), inputs.q_side.exists)
+        return q_own > self.similar, inputs.for_heads(k_own > self.similar)
+
+
+def _self_similarity(blocks: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of all pairs of a block's tokens, ``[B, H, N]``; 1 for an empty one."""
+    unit = torch.nn.functional.normalize(blocks, dim=-1) * exists[..., None]
+    count = exists.sum(-1)
+    pairs = unit.sum(-2).square().sum(-1) / count.clamp(min=1).square()
+    return torch.where(count > 0, pairs, 1)

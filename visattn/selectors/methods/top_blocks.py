@@ -1,0 +1,118 @@
+"""Top blocks: the pooled family in one pattern, every stage a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from visattn.geometry.layout import TokenLayout
+from visattn.patterns.sizes import check_flag
+from visattn.selectors.selector import (
+    ORDERS,
+    BlockSelector,
+    Stages,
+    check_block,
+    check_keep,
+    check_share,
+    check_word,
+)
+from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.choose import Select, TopK, TopP
+from visattn.selectors.stages.scores import (
+    Antidiagonal,
+    Bounds,
+    ExactMass,
+    Gate,
+    Pooled,
+    Representative,
+    Sampled,
+    Score,
+    SubTiles,
+)
+from visattn.selectors.stages.selection import PooledRest, SampledRest
+
+__all__ = ["RESTS", "SCORES", "TopBlocks"]
+
+SCORES: dict[str, Score] = {
+    "pooled": Pooled(),
+    "sub_tiles": SubTiles(),
+    "representative": Representative(),
+    "exact": ExactMass(),
+    "bounds": Bounds(),
+    "sampled": Sampled(),
+    "antidiagonal": Antidiagonal(),
+}
+GATE = "gate:"
+RESTS: dict[str, PooledRest | SampledRest | None] = {
+    "drop": None,
+    "pooled": PooledRest(),
+    "variance": PooledRest(variance=True),
+    "first_order": PooledRest(first_order=True),
+    "sample": SampledRest(),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TopBlocks(BlockSelector):
+    """The key blocks of highest score for each query block.
+
+    Args:
+        keep: an int is a number of blocks of each row, a float the share of them; the query's own
+            block and what is forced count among them. With ``mass``, the least.
+        mass: instead, the smallest set that holds this share of the mass.
+        score: one of ``SCORES``, or ``"gate:NAME"`` of a gate that ``register_gate`` knows.
+        rest: what becomes of the others: one of ``RESTS``.
+        order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+        block: most tokens of a block, of queries and keys, 1 to 65536.
+        first_frame, sink, neighbours: forced, as in Force.
+
+    Source:
+        This project: the common form of the methods that pool and choose; Jenga, Draft and the
+        others are patterns of their own.
+    Default:
+        own
+    Differences:
+        none
+    """
+
+    keep: int | float = 0.25
+    mass: float | None = None
+    score: str = "pooled"
+    rest: str = "drop"
+    order: str = "tiles"
+    block: int = 64
+    first_frame: bool = False
+    sink: bool = False
+    neighbours: bool = False
+
+    name: ClassVar[str] = "top_blocks"
+
+    def __post_init__(self) -> None:
+        check_keep("keep", self.keep)
+        if self.mass is not None:
+            check_share("mass", self.mass, above=True)
+        if not (isinstance(self.score, str) and self.score.startswith(GATE)):
+            check_word("score", self.score, (*SCORES, f"{GATE}NAME"))
+        check_word("rest", self.rest, RESTS)
+        check_word("order", self.order, ORDERS)
+        check_block("block", self.block)
+        for field in ("first_frame", "sink", "neighbours"):
+            check_flag(field, getattr(self, field))
+
+    @property
+    def learns(self) -> bool:
+        return self.score == "exact"
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        choose: Select = TopK(self.keep)
+        if self.mass is not None:
+            choose = TopP(self.mass, least=self.keep, counted=True)
+        gated = self.score.startswith(GATE)
+        return Stages(
+            score=Gate(self.score.removeprefix(GATE)) if gated else SCORES[self.score],
+            choose=choose,
+            force=Force(first_frame=self.first_frame, sink=self.sink, neighbours=self.neighbours),
+            rest=RESTS[self.rest],
+            orders=(self.order, self.order),
+            blocks=(self.block, self.block),
+        )

@@ -1,0 +1,1 @@
+"""The steps from q and k to the chosen blocks."""

@@ -1,0 +1,142 @@
+"""Blocks that are kept whatever their score."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from visattn.blocks.block_map import NONE
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.geometry.orders import Order, Triple
+from visattn.patterns import Pattern
+from visattn.selectors.stages.blocks import Side
+
+__all__ = ["Force", "forced_blocks"]
+
+
+@dataclass(frozen=True)
+class Force:
+    """What is kept besides what is chosen. Text and prefix keys are kept always, and their queries
+    see everything.
+
+    Args:
+        own: key blocks that hold tokens of the query block.
+        first_frame: key blocks that hold tokens of the first frame.
+        sink: the first key block of each grid.
+        neighbours: key blocks with a token next to one of the query block, corners included.
+        pattern: key blocks that a static pattern keeps anything of.
+        window: sides of a tile and of a window in tiles: key blocks whose tile is within
+            ``window // 2`` tiles of the query block's along each axis, for blocks that are tiles.
+    """
+
+    own: bool = True
+    first_frame: bool = False
+    sink: bool = False
+    neighbours: bool = False
+    pattern: Pattern | None = None
+    window: tuple[Triple, Triple] | None = None
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def forced_blocks(
+    force: Force,
+    layout: TokenLayout,
+    orders: tuple[tuple[Order, ...], tuple[Order, ...]],
+    sides: tuple[Side, Side],
+    device: torch.device,
+) -> torch.Tensor:
+    """Bool ``[1, 1, Nq, Nk]`` on a device, for blocks that all heads share; of sides on the CPU, so
+    that nothing is read back."""
+    q_side, k_side = sides
+    q_grid, k_grid = q_side.grid, k_side.grid
+    out = ~q_grid[:, None] | ~k_grid
+    q_own, k_own = _segment_of(q_side, layout), _segment_of(k_side, layout)
+    same = (q_own[:, None] == k_own) & q_grid[:, None] & k_grid
+    if force.own:
+        out |= _overlap(q_side, k_side, layout.length) & same
+    if force.neighbours:
+        out |= _touching(q_side, k_side, layout) & same
+    if force.first_frame or force.window is not None:
+        q_box, k_box = _boxes_of(q_side, layout), _boxes_of(k_side, layout)
+        if force.first_frame:
+            out |= same & (k_box[:, 0, 0] == 0)
+        if force.window is not None:
+            tile, window = (torch.tensor(sides) for sides in force.window)
+            apart = (q_box[:, None, 0] // tile - k_box[None, :, 0] // tile).abs()
+            out |= same & (apart <= window // 2).all(-1)
+    if force.sink:
+        for segment in k_own[k_grid].unique():
+            out[:, int((k_own == segment).nonzero()[0, 0])] = True
+    if force.pattern is not None:
+        for ordinal in range(len(layout.grids)):
+            if orders[0][ordinal] != orders[0][0] or orders[1][ordinal] != orders[1][0]:
+                raise ValueError(
+                    f"pattern={force.pattern} cannot be forced on grids in different orders"
+                )
+        own = force.pattern.lower(
+            layout,
+            q_side.size,
+            k_side.size,
+            partial="promote",
+            order=(orders[0][0], orders[1][0]),
+        )
+        out |= own.status() != NONE
+    return out[None, None].to(device)
+
+
+def _segment_of(side: Side, layout: TokenLayout) -> torch.Tensor:
+    """Number of the segment of each block, on the CPU."""
+    starts = torch.tensor(layout.starts)
+    first = side.tokens[0, 0, :, 0].contiguous()
+    return torch.searchsorted(starts, first, right=True) - 1
+
+
+def _owners(side: Side, length: int) -> torch.Tensor:
+    """The block of each token, on the CPU."""
+    owner = torch.empty(length, dtype=torch.int64)
+    tokens = side.tokens[0, 0]
+    owner[tokens] = torch.arange(len(side))[:, None].expand_as(tokens)
+    return owner
+
+
+def _overlap(q_side: Side, k_side: Side, length: int) -> torch.Tensor:
+    """Block pairs that share a token."""
+    out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
+    out[_owners(q_side, length), _owners(k_side, length)] = True
+    return out
+
+
+def _touching(q_side: Side, k_side: Side, layout: TokenLayout) -> torch.Tensor:
+    """Pairs of grid blocks with tokens that are the same or next to each other in all three
+    coordinates."""
+    out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
+    q_all, k_all = _owners(q_side, layout.length), _owners(k_side, layout.length)
+    for begin, grid in layout.grids:
+        own = slice(begin, begin + grid.numel)
+        queries, keys = q_all[own].view(grid.shape), k_all[own].view(grid.shape)
+        for step in itertools.product((-1, 0, 1), repeat=3):
+            here, there = [], []
+            for d, length in zip(step, grid.shape, strict=True):
+                here.append(slice(max(0, -d), length - max(0, d)))
+                there.append(slice(max(0, d), length - max(0, -d)))
+            out[queries[tuple(here)], keys[tuple(there)]] = True
+    return out
+
+
+def _boxes_of(side: Side, layout: TokenLayout) -> torch.Tensor:
+    """First and last coordinates of the tokens of each block within its grid, ``[N, 2, 3]``, -9
+    for others."""
+    out = torch.full((len(side), 2, 3), -9)
+    tokens = side.tokens[0, 0]
+    segments = _segment_of(side, layout)
+    for number, (begin, segment) in enumerate(zip(layout.starts, layout.segments, strict=True)):
+        if segment.grid is None:
+            continue
+        mine = segments == number
+        places = torch.stack(segment.grid.coordinates(tokens[mine] - begin), -1)
+        out[mine, 0], out[mine, 1] = places.amin(1), places.amax(1)
+    return out

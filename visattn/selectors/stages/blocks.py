@@ -1,0 +1,156 @@
+"""The blocks of queries and of keys that a selector chooses among, as tensors on a device.
+
+Blocks come from an order of the grid's tokens, one for all heads, or from an arrangement of their
+own for each batch item and head (clusters, sorted keys).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, on_cpu
+from visattn.geometry.orders import Order, SequenceBlocks, sequence_blocks
+from visattn.runtime.torch_settings import lasting
+
+__all__ = ["Side", "arranged_side", "ordered_side"]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Blocks of a sequence. ``G`` is 1 where all batch items and heads share them, else as given.
+
+    Attributes:
+        size: most tokens of a block.
+        tokens: int64 ``[G, G', N, size]``, the tokens of each block; those past its length repeat
+            its first one.
+        length: int64 ``[G, G', N]``, tokens of each block; 0 for an empty one.
+        grid: bool ``[N]``, the blocks of grid tokens: those that are chosen among, and whose
+            queries choose.
+    """
+
+    size: int
+    tokens: torch.Tensor
+    length: torch.Tensor
+    grid: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @functools.cached_property
+    @lasting
+    def exists(self) -> torch.Tensor:
+        """Which tokens are there, bool ``[G, G', N, size]``."""
+        offset = torch.arange(self.size, device=self.length.device)
+        return offset < self.length[..., None]
+
+    @functools.cached_property
+    @lasting
+    def of_grid(self) -> torch.Tensor:
+        """Numbers of the blocks of grid tokens, int64."""
+        return self.grid.nonzero()[:, 0]
+
+    def part(self, rows: slice) -> Side:
+        """Some of the blocks."""
+        tokens, length = self.tokens[:, :, rows], self.length[:, :, rows]
+        return Side(self.size, tokens, length, self.grid[rows])
+
+    @functools.cached_property
+    @lasting
+    def tokens32(self) -> torch.Tensor:
+        """The tokens as the kernels read them."""
+        return self.tokens.int().contiguous()
+
+    @functools.cached_property
+    @lasting
+    def length32(self) -> torch.Tensor:
+        """The lengths as the kernels read them."""
+        return self.length.int().contiguous()
+
+    @functools.cached_property
+    @lasting
+    def some(self) -> torch.Tensor:
+        """Grid blocks that are not empty, uint8 ``[G, G', N]``."""
+        return ((self.length > 0) & self.grid).to(torch.uint8).contiguous()
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, L, D]`` in blocks, ``[B, H, N, size, D]``, 0 where no token is."""
+        return take_tokens(x, self.tokens).masked_fill(~self.exists[..., None], 0)
+
+
+def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """``[B, H, L, D]`` at tokens ``[G, G', ...]``: ``[B, H, ..., D]``; heads of ``x`` that stand
+    for several of ``tokens`` are repeated."""
+    batch, heads = x.shape[:2]
+    shape = tokens.shape[2:]
+    if tokens.shape[:2] == (1, 1):
+        taken = x.index_select(2, tokens.flatten())
+        return taken.reshape(batch, heads, *shape, x.shape[3])
+    if tokens.shape[1] > heads:
+        x = x.repeat_interleave(tokens.shape[1] // heads, 1)
+    index = tokens.expand(batch, x.shape[1], *shape).reshape(batch, x.shape[1], -1, 1)
+    taken = x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+    return taken.reshape(batch, x.shape[1], *shape, x.shape[3])
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def ordered_side(
+    layout: TokenLayout, orders: tuple[Order, ...], size: int, device: torch.device
+) -> Side:
+    """The blocks that an order of each grid cuts a layout into; text and prefix in their own."""
+    blocks = sequence_blocks(layout, orders, size)
+    tokens, _ = blocks.tokens(torch.arange(len(blocks)))
+    tokens = torch.where(
+        torch.arange(size) < blocks.length[:, None], tokens, tokens[:, :1]
+    )
+    return Side(
+        size=size,
+        tokens=tokens[None, None].to(device),
+        length=blocks.length[None, None].to(device),
+        grid=grid_blocks(blocks).to(device),
+    )
+
+
+def grid_blocks(blocks: SequenceBlocks) -> torch.Tensor:
+    """Which blocks hold grid tokens, bool ``[N]``."""
+    kinds = torch.tensor([segment.kind == "grid" for segment in blocks.layout.segments])
+    return kinds[blocks.segment]
+
+
+def arranged_side(
+    layout: TokenLayout, order: torch.Tensor, start: torch.Tensor, length: torch.Tensor, size: int
+) -> Side:
+    """Blocks of the grid's tokens in an order of each head; text and prefix stay as they are.
+
+    Args:
+        layout: with one grid.
+        order: int64 ``[B, H, n]``, a permutation of the grid's tokens, counted from its first.
+        start, length: int64 ``[B, H, M]``, the runs of the order that are blocks, at most ``size``
+            long.
+    """
+    begin, grid = layout.grids[0]
+    batch, heads = order.shape[:2]
+    offset = torch.arange(size, device=order.device)
+    place = start[..., None] + offset.minimum((length[..., None] - 1).clamp(min=0))
+    flat = order.gather(2, place.clamp(max=grid.numel - 1).flatten(2)) + begin
+    grid_tokens = flat.view(*place.shape)
+    pieces, lengths, kinds = [], [], []
+    for first, segment in zip(layout.starts, layout.segments, strict=True):
+        if segment.grid is not None:
+            pieces.append(grid_tokens)
+            lengths.append(length)
+            kinds.append(torch.ones(length.shape[2], dtype=torch.bool, device=order.device))
+            continue
+        own = torch.arange(0, segment.length, size, device=order.device)
+        count = (segment.length - own).clamp(max=size)
+        tokens = first + own[:, None] + offset.minimum(count[:, None] - 1)
+        pieces.append(tokens.expand(batch, heads, -1, -1))
+        lengths.append(count.expand(batch, heads, -1))
+        kinds.append(torch.zeros(len(own), dtype=torch.bool, device=order.device))
+    tokens, lengths_all = torch.cat(pieces, 2), torch.cat(lengths, 2)
+    exists = offset < lengths_all[..., None]
+    tokens = torch.where(exists, tokens, tokens[..., :1])
+    return Side(size=size, tokens=tokens, length=lengths_all, grid=torch.cat(kinds))

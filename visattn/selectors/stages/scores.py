@@ -1,0 +1,319 @@
+"""The score stage: how much each key block is worth to each query block.
+
+A score takes the Inputs of a call and gives float32 ``[B, H, Nq, Nk]``, logarithms of masses up to
+a constant of each row; what is not chosen among is set to minus infinity afterwards. Each is a
+frozen dataclass, so that it can be written, compared and cached.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from visattn.geometry.layout import index_on
+from visattn.selectors.stages.inputs import Inputs, block_parts
+
+__all__ = [
+    "Antidiagonal",
+    "Bounds",
+    "ExactMass",
+    "Gate",
+    "Pooled",
+    "Representative",
+    "Sampled",
+    "Score",
+    "SubTiles",
+    "register_gate",
+    "row_parts",
+]
+
+MOST_EXPONENT = 60.0
+CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a row of it
+
+
+# the gates that were registered, by name
+_GATES: dict[str, Callable[[Inputs], torch.Tensor]] = {}
+
+
+class Score(ABC):
+    """Base of the scores. ``by_rows``: whether those of some query blocks need no others."""
+
+    by_rows: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Scores ``[B, H, Nq, Nk]``."""
+
+
+def row_parts(count: int, elements: int) -> Iterator[slice]:
+    """Parts of ``count`` rows of ``elements`` each, of at most CHUNK elements or one row."""
+    step = max(1, CHUNK // max(1, elements))
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
+
+
+@dataclass(frozen=True)
+class Pooled(Score):
+    """Mean query times mean key.
+
+    Args:
+        scaled: times the scale of the logits, so that a softmax over it means something.
+        log_size: plus the logarithm of the block's length, as ``n`` equal keys weigh ``n`` times
+            one of them.
+    """
+
+    scaled: bool = True
+    log_size: bool = True
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        length = inputs.k_side.length
+        bias = length.clamp(min=1).log() if self.log_size else torch.zeros_like(length).float()
+        factor = inputs.scale if self.scaled else 1.0
+        if inputs.kernels:
+            from visattn.selectors.attend.dynamic_triton import pooled
+
+            return pooled(inputs, factor, bias)
+        out = inputs.q_mean @ inputs.k_mean.mT * factor + bias[..., None, :]
+        return out.float()
+
+
+@dataclass(frozen=True)
+class Bounds(Score):
+    """The largest logit that a key within the block's bounds can have with the mean query:
+    ``relu(q) . max k - relu(-q) . min k`` (Tang et al. 2024, Quest, arXiv 2406.10774)."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        blocks, gone = inputs.k_blocks, ~inputs.k_side.exists[..., None]
+        high = inputs.for_heads(blocks.masked_fill(gone, -torch.inf).amax(-2)).to(inputs.q_mean)
+        low = inputs.for_heads(blocks.masked_fill(gone, torch.inf).amin(-2)).to(inputs.q_mean)
+        empty = (inputs.k_side.length == 0)[..., None]
+        high, low = high.masked_fill(empty, 0), low.masked_fill(empty, 0)
+        mean = inputs.q_mean
+        return ((mean.relu() @ high.mT - (-mean).relu() @ low.mT) * inputs.scale).float()
+
+
+@dataclass(frozen=True)
+class SubTiles(Score):
+    """Softmax among smaller tiles, added up: each block is cut into runs of ``size`` tokens, each
+    run's mean query attends to the mean keys of all runs, and the mass in a block is what all runs
+    of the query block leave there (the hierarchical score of DFSAttn, ICML 2026).
+
+    Args:
+        size: tokens of a run; log_size: as in Pooled.
+    """
+
+    size: int = 16
+    log_size: bool = True
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        q, q_count = block_parts(inputs.q_blocks, inputs.q_side.exists, self.size)
+        k, k_count = block_parts(inputs.k_blocks, inputs.k_side.exists, self.size)
+        k = inputs.for_heads(k)
+        batch, heads, num_k, parts = k.shape[:4]
+        bias = k_count.clamp(min=1).log() if self.log_size else torch.zeros_like(k_count).float()
+        chosen = inputs.k_side.grid[:, None] & (k_count > 0)
+        bias = bias.masked_fill(~chosen, -torch.inf).flatten(-2)[..., None, None, :]
+        flat = k.flatten(2, 3).mT[:, :, None]  # [B, H, 1, D, Nk * parts]
+        out = []
+        for rows in row_parts(q.shape[2], batch * heads * parts * num_k * q.shape[3]):
+            logits = q[:, :, rows] @ flat * inputs.scale + bias  # [B, H, r, own parts, Nk * parts]
+            mass = logits.softmax(-1).unflatten(-1, (num_k, parts)).sum(-1)
+            own = (q_count[..., rows, :] > 0)[..., None]
+            out.append((mass * own).sum(-2).log())
+        return torch.cat(out, 2).float()
+
+
+@dataclass(frozen=True)
+class Representative(Score):
+    """The mean query against every raw key: the logarithm of the mass that it leaves in each block.
+    The best recall of the cheap scores, for 1 / block_q of the products of dense attention."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        k = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
+        batch, heads, num_k, size = k.shape[:4]
+        flat = k.flatten(2, 3).mT
+        gone = ~inputs.k_side.exists.flatten(-2)[..., None, :]
+        out = []
+        for rows in row_parts(inputs.q_mean.shape[2], batch * heads * num_k * size):
+            logits = inputs.q_mean[:, :, rows] @ flat * inputs.scale
+            logits = logits.masked_fill(gone, -torch.inf).unflatten(-1, (num_k, size))
+            out.append(logits.logsumexp(-1))
+        return torch.cat(out, 2).float()
+
+
+@dataclass(frozen=True)
+class ExactMass(Score):
+    """The mass that the queries of a block really leave in each block, over all keys of the grid:
+    the calibration's oracle, at half the cost of dense attention (Xia et al. 2025, AdaSpa,
+    arXiv 2502.21079: measured block mass).
+
+    With the LSE of the last step, which is that of the keys that were seen then, text among them,
+    masses are ``exp(logit - LSE)`` at once: no row needs all its logits before.
+    """
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        k = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
+        batch, heads, num_k, size = k.shape[:4]
+        flat = k.flatten(2, 3).mT[:, :, None]
+        chosen = inputs.k_side.exists & inputs.k_side.grid[:, None]
+        gone = ~chosen.flatten(-2)[..., None, None, :]
+        out = []
+        per_row = batch * heads * num_k * size * inputs.q_side.size
+        lse = None
+        if inputs.lse is not None:
+            lse = inputs.q_side.take(inputs.lse[..., None]).to(inputs.q_mean)
+        for rows in row_parts(inputs.q_mean.shape[2], per_row):
+            q = inputs.q_blocks[:, :, rows].to(inputs.q_mean)
+            logits = (q @ flat * inputs.scale).masked_fill(gone, -torch.inf)
+            if lse is None:
+                mass = logits.softmax(-1)
+            else:
+                # of a sparse call the LSE may be far below that of all keys
+                mass = (logits - lse[:, :, rows]).clamp(max=MOST_EXPONENT).exp()
+            mass = mass.unflatten(-1, (num_k, size)).sum(-1)
+            own = inputs.q_side.exists[..., rows, :, None]
+            out.append((mass * own).sum(-2).log())
+        return torch.cat(out, 2).float()
+
+
+@dataclass(frozen=True)
+class Sampled(Score):
+    """A few tokens of each block, at the same drawn places in all of them.
+
+    Args:
+        q_tokens, k_tokens: how many of a block.
+        reduce: ``"softmax"``: a sampled query's softmax over all sampled keys, of which the largest
+            in a block counts, over all its queries (Gu et al. 2025, BLADE's adaptive block-sparse
+            attention, arXiv 2508.10774); ``"max"``: the largest ratio of a logit's exponential to
+            that of its query's largest (Li et al. 2025, pyramid sparse attention,
+            arXiv 2512.04025).
+        seed: of the places.
+    """
+
+    q_tokens: int = 16
+    k_tokens: int = 16
+    reduce: Literal["softmax", "max"] = "softmax"
+    seed: int = 0
+
+    def places(self, size: int, count: int, salt: int) -> list[int]:
+        """Places within a block, ascending."""
+        generator = torch.Generator().manual_seed(self.seed * 2 + salt)
+        chosen = torch.randperm(size, generator=generator, device="cpu")[: min(count, size)]
+        return sorted(chosen.tolist())
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        q_at = self.places(inputs.q_side.size, self.q_tokens, 0)
+        k_at = self.places(inputs.k_side.size, self.k_tokens, 1)
+        # places beyond a short block repeat its first token, which changes no maximum of a block
+        q = _at(inputs.q_blocks, inputs.q_side.exists, q_at).to(inputs.q_mean)
+        k = _at(inputs.k_blocks, inputs.k_side.exists, k_at).to(inputs.q_mean)
+        k = inputs.for_heads(k)
+        batch, heads, num_k, width = k.shape[:4]
+        flat = k.flatten(2, 3).mT[:, :, None]
+        there = inputs.k_side.exists.index_select(-1, index_on(tuple(k_at), k.device))
+        real = there & inputs.k_side.grid[:, None]
+        gone = ~real.flatten(-2)[..., None, None, :]
+        out = []
+        for rows in row_parts(q.shape[2], batch * heads * num_k * width * len(q_at)):
+            logits = (q[:, :, rows] @ flat * inputs.scale).masked_fill(gone, -torch.inf)
+            if self.reduce == "max":
+                logits = logits - logits.amax(-1, keepdim=True)
+            else:
+                logits = logits.log_softmax(-1)
+            out.append(logits.unflatten(-1, (num_k, width)).amax((-1, -3)))
+        return torch.cat(out, 2).float()
+
+
+def _at(blocks: torch.Tensor, exists: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Tokens at places of each block, its first one where there is none."""
+    at = index_on(tuple(places), blocks.device)
+    there = exists.index_select(-1, at)[..., None]
+    return torch.where(there, blocks.index_select(-2, at), blocks[..., :1, :])
+
+
+@dataclass(frozen=True)
+class Antidiagonal(Score):
+    """Sums of antidiagonals of the logits, of which there is one in every ``stride`` x ``stride``
+    cell of tokens, then a softmax over a row of cells, added up in the block (Xu et al. 2025,
+    XAttention, arXiv 2503.16428).
+
+    Args:
+        stride: side of a cell; blocks are cut into runs of so many tokens.
+    """
+
+    stride: int = 16
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        q = _cells(inputs.q_blocks, inputs.q_side.exists, self.stride).flip(-2)
+        k = inputs.for_heads(_cells(inputs.k_blocks, inputs.k_side.exists, self.stride))
+        q, k = q.flatten(-2).to(inputs.q_mean), k.flatten(-2).to(inputs.q_mean)
+        batch, heads, num_k, parts = k.shape[:4]
+        offset = torch.arange(parts, device=k.device) * self.stride
+        real = (offset < inputs.k_side.length[..., None]) & inputs.k_side.grid[:, None]
+        gone = ~real.flatten(-2)[..., None, None, :]
+        own = torch.arange(q.shape[3], device=k.device) * self.stride
+        flat = k.flatten(2, 3).mT[:, :, None]
+        out = []
+        for rows in row_parts(q.shape[2], batch * heads * num_k * parts * q.shape[3]):
+            logits = q[:, :, rows] @ flat * (inputs.scale / self.stride)
+            mass = logits.masked_fill(gone, -torch.inf).softmax(-1)
+            mass = mass.unflatten(-1, (num_k, parts)).sum(-1)
+            there = own < inputs.q_side.length[..., rows, None]
+            out.append((mass * there[..., None]).sum(-2).log())
+        return torch.cat(out, 2).float()
+
+
+def _cells(blocks: torch.Tensor, exists: torch.Tensor, stride: int) -> torch.Tensor:
+    """``[..., N, parts, stride, D]``, 0 where no token is."""
+    size = blocks.shape[-2]
+    parts = math.ceil(size / stride)
+    blocks = blocks * exists[..., None]
+    blocks = torch.nn.functional.pad(blocks, (0, 0, 0, parts * stride - size))
+    cells: torch.Tensor = blocks.unflatten(-2, (parts, stride))
+    return cells
+
+
+def register_gate(name: str, gate: Callable[[Inputs], torch.Tensor]) -> None:
+    """Make a trained gate known, as a score under the name ``"gate:NAME"`` (SeerAttention, VSA and
+    others learn how much a block is worth).
+
+    Args:
+        name: in letters, digits, ``_`` and ``-``; one that is known is replaced.
+        gate: takes the Inputs of a call (``q_blocks``, ``k_mean`` and so on) and gives scores
+            ``[B, H, Nq, Nk]``, logarithms of masses up to a constant of each row.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name={name!r} must be of letters, digits, _ and -")
+    _GATES[name] = gate
+
+
+@dataclass(frozen=True)
+class Gate(Score):
+    """The score of a registered gate, which is shown the whole call."""
+
+    name: str
+    by_rows: ClassVar[bool] = False
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        if self.name not in _GATES:
+            raise ValueError(
+                f"gate {self.name!r} is not known in this process; visattn.selectors.register_gate "
+                "makes it so"
+            )
+        scores = _GATES[self.name](inputs)
+        shape = (*inputs.q_mean.shape[:3], inputs.k_mean.shape[2])
+        if tuple(scores.shape) != shape:
+            raise ValueError(
+                f"gate {self.name!r} gave scores of shape {list(scores.shape)}; they must be "
+                f"{list(shape)}"
+            )
+        return scores.float()
