@@ -1,4 +1,4 @@
-"""The shape of the tree: sizes of files and folders, unique names of modules, and the root's files."""
+"""The shape of the tree: sizes of files and folders, unique module names, the root's files."""
 
 import os
 from collections import Counter
