@@ -27,9 +27,9 @@ COGVIDEOX = Family(
     models=("CogVideoXTransformer3DModel",),
     layers=r"transformer_blocks\.\d+\.attn1",
     tokens=tokens,
-    batch=("uncond", "cond"),
+    cfg_batch_order=("uncond", "cond"),
     blocks=(r"transformer_blocks\.\d+",),
-    ordered=lambda config: config.use_rotary_positional_embeddings,  # not those of 2B
+    has_rope=lambda config: config.use_rotary_positional_embeddings,  # not those of 2B
     image_output=0,
     frame_rate=lambda pipe: 16.0 if pipe.transformer.config.patch_size_t else 8.0,  # 1.5 has 16
 )

@@ -100,5 +100,5 @@ FLUX = Family(
     calls=("cond", "uncond"),
     blocks=(r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
     timestep_unit=1000,
-    shared_output="proj_out",
+    fused_out_projection="proj_out",
 )

@@ -31,7 +31,7 @@ HUNYUANVIDEO = Family(
     calls=("cond", "uncond"),
     blocks=(r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
     image_output=0,
-    shared_output="proj_out",
-    padded=True,
+    fused_out_projection="proj_out",
+    masks_text_padding=True,
     frame_rate=lambda pipe: 24.0,
 )

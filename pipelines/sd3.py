@@ -26,8 +26,8 @@ SD3 = Family(
     models=("SD3Transformer2DModel",),
     layers=r"transformer_blocks\.\d+\.attn",
     tokens=tokens,
-    batch=("uncond", "cond"),
+    cfg_batch_order=("uncond", "cond"),
     blocks=(r"transformer_blocks\.\d+",),
-    perturbed="skip_layers",
-    ordered=lambda _: False,  # positions are added to the patches
+    perturbed_argument="skip_layers",
+    has_rope=lambda _: False,  # positions are added to the patches
 )

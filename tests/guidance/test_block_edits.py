@@ -339,7 +339,7 @@ def test_what_is_known_of_the_order_of_tokens_is_so(kind):
     hooks = shuffle(kind, orders.__getitem__)
     with by_hand(model, dict.fromkeys(paths_of(model), hooks)):
         change = away(generate(pipe), usual)
-    ordered = FAMILIES[type(model).__name__].ordered(model.config)
+    ordered = FAMILIES[type(model).__name__].has_rope(model.config)
     assert ordered == (kind in ORDERED)
     assert change > 1e-3 if ordered else change < 1e-5
 

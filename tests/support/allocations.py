@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.guidance.edits.state import State
-from visattn.inject.editor import Caught
+from visattn.inject.editor import AttentionCall
 
 SIZES = (2048, 4096, 8192)
 
@@ -76,7 +76,7 @@ def joint_state(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return dense_with_lse(q, k, v, 0.3)
 
-    call = Caught(
+    call = AttentionCall(
         role="transformer",
         layer="blocks.0.attn1",
         number=0,

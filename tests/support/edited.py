@@ -11,7 +11,7 @@ from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import Grid, Segment, TokenLayout
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State, run
-from visattn.inject.editor import Caught
+from visattn.inject.editor import AttentionCall
 
 GRID = Grid(2, 4, 3)
 HEADS, DIM = 3, 16
@@ -44,7 +44,7 @@ def caught(q, k, v, layout, pattern=None, kv_layout=None, step=0, steps=4, backe
             q, k, v, pattern, layout, scale=factor, backend=backend, return_lse=True
         )
 
-    return Caught(
+    return AttentionCall(
         role="transformer",
         layer=PATHS[0],
         number=0,

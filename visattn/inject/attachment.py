@@ -16,7 +16,7 @@ from visattn.geometry.layout import TokenLayout, Tokens
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.argument_names import argument_names, named_arguments
 from visattn.inject.hooks.call_state import CallState, Held, States, Told
-from visattn.inject.hooks.class_swap import put_front, take_front
+from visattn.inject.hooks.class_swap import add_handler, remove_handler
 from visattn.inject.hooks.denoiser_methods import follow_checkpointing, put_methods, take_methods
 from visattn.inject.hooks.recent import Recent
 from visattn.inject.hooks.run_state import (
@@ -208,8 +208,8 @@ class Attachment:
             self.model.register_forward_hook(_end, always_call=True),
         ]
         pipe = self.pipe()
-        if pipe is not None and not says_where(pipe, bool(self.family.batch)):
-            put_front(pipe, self.announced)
+        if pipe is not None and not says_where(pipe, bool(self.family.cfg_batch_order)):
+            add_handler(pipe, self.announced)
             self.announcing = PipeRef(pipe)
 
     @property
@@ -230,7 +230,7 @@ class Attachment:
         self.handles = []
         pipe = self.announcing()
         if pipe is not None:
-            take_front(pipe, self.announced)
+            remove_handler(pipe, self.announced)
             self.announcing = PipeRef()
         for layer in self.layers:
             layer.remove()
@@ -310,10 +310,9 @@ class Attachment:
             for pattern in dict.fromkeys(p for heads in each for p in heads):
                 _check(pattern, layout, layer.path, self.plan.geometry)
         made_for = self.plan.geometry
-        alike = made_for == layout or (
-            # of a padded text the length says nothing
-            self.family.padded and made_for is not None and made_for.grids == layout.grids
-        )
+        alike = made_for == layout
+        if self.family.masks_text_padding and made_for is not None:
+            alike = made_for.grids == layout.grids  # the length of a padded text does not matter
         if made_for is not None and not alike:
             logger.warning(
                 "%s: the plan was made at %s and runs at %s: fractions in its patterns follow the "
@@ -381,7 +380,7 @@ class Attachment:
         """What the arguments of a call that begins tell."""
         own = (arguments.get("timestep"), arguments.get("encoder_hidden_states"))
         timestep, text = (x if isinstance(x, torch.Tensor) else None for x in own)
-        return timestep, text, arguments.get(self.family.perturbed) is not None
+        return timestep, text, arguments.get(self.family.perturbed_argument) is not None
 
     def note(self, arguments: Mapping[str, Any]) -> None:
         """Take from the arguments of a call that begins what tells its step and passes."""
@@ -443,7 +442,7 @@ class Attachment:
 
     def _unnamed(self, size: int) -> tuple[str, ...] | None:
         """The passes in a batch of ``size`` samples to which the pipeline gives no name."""
-        pipe, order = self.pipe(), self.family.batch
+        pipe, order = self.pipe(), self.family.cfg_batch_order
         if pipe is None or not self._runs(pipe):
             return None
         named = None if self.context is None else self.context.name

@@ -10,7 +10,7 @@ import torch
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.observation import Observation
 
-__all__ = ["Caught", "Editor", "Kernel", "Kind"]
+__all__ = ["AttentionCall", "Editor", "Kernel", "Kind"]
 
 Kind = Literal["self", "joint", "cross"]
 
@@ -42,7 +42,7 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
-class Caught(Observation):
+class AttentionCall(Observation):
     """An attention call that an editor may compute in its own way.
 
     Args:
@@ -71,6 +71,6 @@ class Editor(Protocol):
         """Whether it edits a call, by its layer, step and passes."""
         ...
 
-    def __call__(self, call: Caught) -> torch.Tensor | None:
+    def __call__(self, call: AttentionCall) -> torch.Tensor | None:
         """The attention ``[B, H, Lq, D]``, or None where nothing is edited."""
         ...

@@ -218,7 +218,8 @@ def regional(
             q_bits=bits.queries,
             k_bits=bits.keys,
             attention=attention,
-            passes=None if family.batch else passes,  # one call has the text of all passes
+            # where guidance doubles the batch, one call has the text of all passes
+            passes=None if family.cfg_batch_order else passes,
         )
     ]
     if base_ratio:

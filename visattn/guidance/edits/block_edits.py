@@ -13,7 +13,7 @@ import torch
 from visattn.guidance.edits.edit import check_share, check_window, in_window, numbers_of
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
-from visattn.inject.hooks.class_swap import Next, kind_of, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, kind_of, remove_handler
 from visattn.inject.models.wrappers import bare, unwrapped
 from visattn.pipelines.family import Family
 from visattn.plan import PASSES
@@ -151,8 +151,8 @@ class SkipBlock(BlockEdit):
         with ExitStack() as stack:
             stack.enter_context(_as_written(block))
             for part in parts:
-                put_front(part, zero)
-                stack.callback(take_front, part, zero)
+                add_handler(part, zero)
+                stack.callback(remove_handler, part, zero)
             return inner(*call.args, **call.kwargs)
 
 
@@ -243,7 +243,7 @@ class ShuffleTokens(BlockEdit):
         return out
 
     def check(self, model: Any, family: Family) -> None:
-        if not family.ordered(model.config):
+        if not family.has_rope(model.config):
             raise ValueError(_unordered(model))
 
     def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
@@ -348,8 +348,8 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
                 block = model.get_submodule(path)
                 handler = _handler(edit, model, path, paths, switch)
                 handler.__dict__["edit"] = edit  # which reused blocks ask for
-                put_front(block, handler)
-                stack.callback(take_front, block, handler)
+                add_handler(block, handler)
+                stack.callback(remove_handler, block, handler)
     return switches
 
 

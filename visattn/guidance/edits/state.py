@@ -12,7 +12,7 @@ from visattn.attention import merge_attention
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.guidance.edits.bias import Bias, biased, rescued, rowless
 from visattn.guidance.edits.edit import STAGES, Edit, Stream
-from visattn.inject.editor import Caught
+from visattn.inject.editor import AttentionCall
 
 __all__ = ["Borrowed", "State", "attend", "logit_tensors", "run"]
 
@@ -48,7 +48,7 @@ class State:
         out: ``[b, H, Lq, D]`` after the kernel, and ``lse`` ``[b, H, Lq]`` where an edit needs it.
     """
 
-    call: Caught
+    call: AttentionCall
     part: int
     pass_: str | None
     q: torch.Tensor
@@ -134,7 +134,7 @@ class State:
         setattr(self, name, out)
 
 
-def image_rows(call: Caught) -> slice:
+def image_rows(call: AttentionCall) -> slice:
     """The query rows of the first grid of a call."""
     start, grid = call.layout.grids[0]
     return slice(start, start + grid.numel)

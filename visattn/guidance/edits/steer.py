@@ -16,8 +16,8 @@ from visattn.guidance.edits.state import State, run
 from visattn.guidance.head_set import HeadSet
 from visattn.inject.apply import editing, known_denoisers
 from visattn.inject.attachment import attached, attention_layers, cross_layers, describe
-from visattn.inject.editor import Caught, Editor
-from visattn.inject.hooks.class_swap import put_front, take_front
+from visattn.inject.editor import AttentionCall, Editor
+from visattn.inject.hooks.class_swap import add_handler, remove_handler
 from visattn.inject.hooks.turn import Gate
 from visattn.inject.observation import Observation
 
@@ -65,7 +65,7 @@ class Steering:
             )
         return [[e for e in now if not e[2].passes or pass_ in e[2].passes] for pass_ in passes]
 
-    def __call__(self, call: Caught) -> torch.Tensor | None:
+    def __call__(self, call: AttentionCall) -> torch.Tensor | None:
         passes: tuple[str | None, ...] = call.passes or (None,)
         active = self._active(call)
         if not any(active):
@@ -200,8 +200,8 @@ def enter(
     if callable(pipe) and not isinstance(pipe, torch.nn.Module):
         every = [own.turn for model, _ in known.values() if (own := attached(model)) is not None]
         gate = Gate(every)
-        put_front(pipe, gate)
-        stack.callback(take_front, pipe, gate)
+        add_handler(pipe, gate)
+        stack.callback(remove_handler, pipe, gate)
     return steerings
 
 

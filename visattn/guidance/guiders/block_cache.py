@@ -11,7 +11,7 @@ import torch
 
 from visattn.guidance.edits.steer import Steering
 from visattn.inject.attachment import attached
-from visattn.inject.hooks.class_swap import Next, handlers_of, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, handlers_of, remove_handler
 
 __all__ = ["Prefix"]
 
@@ -40,8 +40,8 @@ class Prefix:
             first -= len(paths)
             for path in own:
                 block, handler = model.get_submodule(path), self._handler(path, own[-1])
-                put_front(block, handler)
-                stack.callback(take_front, block, handler)
+                add_handler(block, handler)
+                stack.callback(remove_handler, block, handler)
                 self.blocks.append(block)
             self.lasts += own[-1:]
 

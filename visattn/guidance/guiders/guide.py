@@ -26,7 +26,7 @@ from visattn.guidance.guiders.guidances import CFGZeroStar, Guidance, InPass
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached, describe
 from visattn.inject.hooks.call_state import caller
-from visattn.inject.hooks.class_swap import Next, handlers_of, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, handlers_of, remove_handler
 from visattn.inject.hooks.run_state import Context
 from visattn.pipelines.family import Family
 
@@ -321,12 +321,12 @@ def guide(
                     f"the {role} is guided already; give all guidances to one guide, as in "
                     "guide(pipe, [one, other])"
                 )
-            put_front(target, guided)
-            stack.callback(take_front, target, guided)
+            add_handler(target, guided)
+            stack.callback(remove_handler, target, guided)
         if not alone:
             listener = _listener(pipe, given)
-            put_front(pipe, listener)
-            stack.callback(take_front, pipe, listener)
+            add_handler(pipe, listener)
+            stack.callback(remove_handler, pipe, listener)
         checks = [one.put(stack, pipe) for one in every if isinstance(one, InPass)]
         yield
         for check in (*(own.check for own in ones), *checks):

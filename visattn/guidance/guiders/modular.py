@@ -28,7 +28,7 @@ from visattn.guidance.head_set import HeadSet
 from visattn.inject.apply import denoisers, models_of
 from visattn.inject.attachment import attached
 from visattn.inject.hooks.call_state import caller
-from visattn.inject.hooks.class_swap import Next, handlers_of, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, handlers_of, remove_handler
 from visattn.inject.hooks.run_state import Context
 from visattn.inject.hooks.turn import Turn
 
@@ -258,8 +258,8 @@ class PerturbedGuidance(BaseGuidance):
             if attachment is not None:
                 stack.enter_context(attachment.turn.taken())
             handle = _Passes(self, denoiser, own)
-            put_front(denoiser, handle)
-            stack.callback(take_front, denoiser, handle)
+            add_handler(denoiser, handle)
+            stack.callback(remove_handler, denoiser, handle)
             self._stack = stack.pop_all()
 
     def _leave(self) -> None:

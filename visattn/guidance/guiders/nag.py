@@ -19,7 +19,7 @@ from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
 from visattn.guidance.guiders.guidances import InPass, Window
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached, cross_layers
-from visattn.inject.hooks.class_swap import Next, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
 from visattn.inject.hooks.run_state import Context
 
 __all__ = ["NAG", "CrossNAG", "JointNAG"]
@@ -145,7 +145,7 @@ class NAG(Window, InPass):
         known = known_denoisers(pipe)
         alone = isinstance(pipe, torch.nn.Module)
         for _, family in known.values():
-            if family.padded:
+            if family.masks_text_padding:
                 raise ValueError(
                     f"NAG doubles a call for a second text, and those of {family.name} have "
                     "lengths of their own, which it does not give; take negative_prompt with "
@@ -172,8 +172,8 @@ class NAG(Window, InPass):
                 target = pipe if alone else getattr(pipe, role)
                 fronts.insert(0, (target, _Doubled(self, text, model, steerings[role], alone)))
         for target, front in fronts:
-            put_front(target, front)
-            stack.callback(take_front, target, front)
+            add_handler(target, front)
+            stack.callback(remove_handler, target, front)
         return lambda: check_touched([edit], steerings.values())
 
 

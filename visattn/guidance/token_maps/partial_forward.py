@@ -13,7 +13,7 @@ from visattn.guidance.edits.block_edits import block_paths
 from visattn.guidance.edits.read_tokens import Reading
 from visattn.guidance.edits.steer import Steering
 from visattn.inject.attachment import attached
-from visattn.inject.hooks.class_swap import Next, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
 from visattn.inject.hooks.run_state import Context
 from visattn.patterns import Pattern
 from visattn.pipelines.family import Family
@@ -83,8 +83,8 @@ class PartialForward:
         handler = self._block
         for path in paths[: max(read, default=0)]:
             block = model.get_submodule(path)
-            put_front(block, handler)
-            stack.callback(take_front, block, handler)
+            add_handler(block, handler)
+            stack.callback(remove_handler, block, handler)
 
     def _reads(self, path: str) -> bool:
         return any(layer.startswith(path + ".") for layer in self.wanted)

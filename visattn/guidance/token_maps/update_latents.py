@@ -19,7 +19,7 @@ from visattn.guidance.token_maps.latent_update import LatentUpdate
 from visattn.guidance.token_maps.partial_forward import LayerMean, PartialForward
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
-from visattn.inject.hooks.class_swap import Next, put_front, take_front
+from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
 from visattn.runtime.torch_settings import plain_torch
 
 __all__ = ["update_latents"]
@@ -256,12 +256,12 @@ def update_latents(pipe: Any, update: LatentUpdate) -> Iterator[Losses]:
                 continue
             partial = PartialForward(stack, model, family, steerings[role], sink, update.recompute)
             updated, target = _Updated(role, model, latents, partial), getattr(pipe, role)
-            put_front(target, updated)
-            stack.callback(take_front, target, updated)
+            add_handler(target, updated)
+            stack.callback(remove_handler, target, updated)
         _replace(stack, scheduler, "step", latents.step(scheduler.step))
         begin = latents.begin
-        put_front(pipe, begin)
-        stack.callback(take_front, pipe, begin)
+        add_handler(pipe, begin)
+        stack.callback(remove_handler, pipe, begin)
         yield latents.losses
         if not latents.losses:
             raise ValueError(

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 __all__ = [
+    "FrontClass",
     "Handler",
     "Next",
-    "Ours",
+    "add_class",
+    "add_handler",
     "copied",
     "handlers_of",
     "kind_of",
     "pickled",
-    "put_class",
-    "put_front",
-    "take_class",
-    "take_front",
+    "remove_class",
+    "remove_handler",
 ]
 
 OWN = "_visattn"  # what the names of all our attributes begin with
@@ -36,7 +36,7 @@ _classes: dict[tuple[type, type], type] = {}
 _made: dict[type, tuple[type, type]] = {}  # the classes that were made, and of what
 
 
-class Ours:
+class FrontClass:
     """What all classes share that go in front of others. A copy of an object has them too, with all
     that they do; what is pickled is the object without them, as its own class alone can be found
     by its name where it is read."""
@@ -89,13 +89,13 @@ def front_class(front: type, kind: type) -> type:
     return _classes[front, kind]
 
 
-def put_class(own: Any, front: type) -> None:
+def add_class(own: Any, front: type) -> None:
     """Put a class in front of that of an object, if it is not there."""
     if not isinstance(own, front):
         object.__setattr__(own, "__class__", front_class(front, type(own)))
 
 
-def take_class(own: Any, front: type) -> None:
+def remove_class(own: Any, front: type) -> None:
     """Take it away again, also from behind others of ours. Behind a class that somebody else has
     put in front it stays, and idles."""
     fronts, kind = [], type(own)
@@ -109,7 +109,7 @@ def take_class(own: Any, front: type) -> None:
         object.__setattr__(own, "__class__", kind)
 
 
-class Front(Ours):
+class CallHandlers(FrontClass):
     """Hands calls to the handlers of the object, the newest first. Code that ``torch.compile``
     traces goes by them."""
 
@@ -127,7 +127,7 @@ class Front(Ours):
         """Those of a pipeline. ``from_pipe`` leaves out a denoiser that has a class of ours."""
         found: Any = super().components  # type: ignore[misc]
         asked_by = sys._getframe(1).f_code.co_name
-        if asked_by == "from_pipe" and any(isinstance(one, Front) for one in found.values()):
+        if asked_by == "from_pipe" and any(isinstance(one, CallHandlers) for one in found.values()):
             raise ValueError(
                 "from_pipe cannot take over a denoiser that is inside guide, as diffusers compares "
                 "its class; call from_pipe before guide, or after it"
@@ -142,10 +142,10 @@ def _bound(handler: Handler, own: Any, inner: Next) -> Next:
     return call
 
 
-def put_front(own: Any, handler: Handler) -> None:
+def add_handler(own: Any, handler: Handler) -> None:
     """Let calls of an object go through a handler, which goes before those that are there, but for
     those that say that they are ``outermost``."""
-    put_class(own, Front)
+    add_class(own, CallHandlers)
     every = (*own.__dict__.get(ATTRIBUTE, ()), handler)
     own.__dict__[ATTRIBUTE] = tuple(sorted(every, key=_is_outermost))
 
@@ -156,7 +156,7 @@ def _is_outermost(handler: Handler) -> bool:
 
 def kind_of(own: Any) -> type:
     """The class of an object that may have handlers, without ours in front of it."""
-    return next(kind for kind in type(own).__mro__ if Ours not in kind.__mro__)
+    return next(kind for kind in type(own).__mro__ if FrontClass not in kind.__mro__)
 
 
 def handlers_of(own: Any) -> tuple[Handler, ...]:
@@ -165,11 +165,11 @@ def handlers_of(own: Any) -> tuple[Handler, ...]:
     return found
 
 
-def take_front(own: Any, handler: Handler) -> None:
+def remove_handler(own: Any, handler: Handler) -> None:
     """Take a handler off; with the last one the object has its own class again."""
     left = tuple(one for one in own.__dict__.get(ATTRIBUTE, ()) if one is not handler)
     if left:
         own.__dict__[ATTRIBUTE] = left
         return
     own.__dict__.pop(ATTRIBUTE, None)
-    take_class(own, Front)
+    remove_class(own, CallHandlers)

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from visattn.inject.hooks.class_swap import Ours
+from visattn.inject.hooks.class_swap import FrontClass
 from visattn.inject.layers.compiled_layer import Call, layer_attention
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTRIBUTE",
-    "Watched",
-    "catch",
+    "Intercepted",
+    "hook",
     "own_backend",
-    "release",
     "stock_attention",
+    "unhook",
 ]
 
 ATTRIBUTE = "_visattn_layer"
@@ -55,7 +55,7 @@ class _Traced:
 _running, _traced = _Running(), _Traced()
 
 
-class Watched(Ours):
+class Intercepted(FrontClass):
     """Goes in front of the class of an attention module that has a plan."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ class Watched(Ours):
         if layer is None:  # taken off, under a class that somebody else put in front of ours
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if layer.through_sdpa:
-            with _Catch(layer):
+            with _TorchAttentionCalls(layer):
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         elif torch.compiler.is_compiling():
             _traced.layer = layer
@@ -80,7 +80,7 @@ class Watched(Ours):
         return output
 
 
-class _Catch(TorchFunctionMode):
+class _TorchAttentionCalls(TorchFunctionMode):
     """Takes the calls of ``scaled_dot_product_attention`` inside one call of a module. The first is
     the layer's own, and so are others of as many queries and keys; a call of another length is what
     an adapter attends to beside, as an image."""
@@ -99,7 +99,7 @@ class _Catch(TorchFunctionMode):
 
 
 def _sdpa(
-    catch: _Catch,
+    calls: _TorchAttentionCalls,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -110,10 +110,10 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """torch's attention, ``[B, H, L, D]``, of a layer."""
-    layer, lengths = catch.layer, (query.shape[2], key.shape[2])
-    if catch.lengths is None:
-        catch.lengths = lengths
-    elif lengths != catch.lengths:
+    layer, lengths = calls.layer, (query.shape[2], key.shape[2])
+    if calls.lengths is None:
+        calls.lengths = lengths
+    elif lengths != calls.lengths:
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -218,14 +218,14 @@ def own_backend(processor: Any) -> Any:
     return backend._visattn_own[0] if hasattr(backend, "_visattn_own") else backend
 
 
-def catch(processor: Any) -> None:
+def hook(processor: Any) -> None:
     """Put our backend on a processor that dispatches, in place of its own."""
     if not hasattr(processor._attention_backend, "_visattn_own"):
         stays = "_attention_backend" in vars(processor)
         processor._attention_backend = _member(processor._attention_backend, stays)
 
 
-def release(processor: Any) -> None:
+def unhook(processor: Any) -> None:
     """Give a processor its own backend again."""
     own = getattr(vars(processor).get("_attention_backend"), "_visattn_own", None)
     if own is None:

@@ -39,7 +39,7 @@ def judge_unguided(own: Attachment) -> None:
         return
     run = run_of(pipe)
     guided = getattr(pipe, "do_classifier_free_guidance", None) if run is None else run.guided()
-    off = guided is False or bool(own.family.batch)  # which is not doubled
+    off = guided is False or bool(own.family.cfg_batch_order)  # which is not doubled
     if off and not any(layer.sparse_calls for layer in own.layers):
         own.tell(
             "nothing sparse runs, as guidance is off and the plan keeps all heads of the "

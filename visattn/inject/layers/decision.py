@@ -12,7 +12,7 @@ from visattn.geometry.layout import TokenLayout
 from visattn.inject.hooks.recent import Recent
 from visattn.inject.layers.first_calls import Watch
 from visattn.inject.layers.guard import measure_again, worthwhile
-from visattn.inject.layers.head_groups import Part
+from visattn.inject.layers.head_groups import HeadGroups
 from visattn.inject.layers.stock_attention import dense_attention
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Decision(NamedTuple):
     """What the heads run in each equal part of the batch, None where all is dense; and what times
     such calls, where there is a prediction to hold them to."""
 
-    parts: tuple[Part, ...] | None
+    parts: tuple[HeadGroups, ...] | None
     watch: Watch | None = None
 
     def timed(self, query: torch.Tensor) -> AbstractContextManager[None]:
@@ -46,7 +46,7 @@ class Guard:
     def decide(
         self,
         layer: Layer,
-        parts: tuple[Part, ...],
+        parts: tuple[HeadGroups, ...],
         query: torch.Tensor,
         layout: TokenLayout,
     ) -> Decision:
@@ -64,7 +64,7 @@ class Guard:
 
 def _predicted(
     layer: Layer,
-    parts: tuple[Part, ...],
+    parts: tuple[HeadGroups, ...],
     query: torch.Tensor,
     layout: TokenLayout,
     dense: DenseAttention,
@@ -74,7 +74,7 @@ def _predicted(
     one = query[: max(1, len(query) // len(parts))]
     tell = layer.attachment.tell
     verdicts = {part: worthwhile(part.heads, one, layout, tell, dense) for part in parts}
-    guarded = {part: Part(verdict.heads, layout) for part, verdict in verdicts.items()}
+    guarded = {part: HeadGroups(verdict.heads, layout) for part, verdict in verdicts.items()}
     sparse = any(part.sparse for part in guarded.values())
     if not sparse:
         layer.tell("none of its heads would be faster than dense attention")
@@ -87,7 +87,7 @@ def _predicted(
 def _contradicted(
     layer: Layer,
     watch: Watch,
-    parts: tuple[Part, ...],
+    parts: tuple[HeadGroups, ...],
     query: torch.Tensor,
     layout: TokenLayout,
     dense: DenseAttention,

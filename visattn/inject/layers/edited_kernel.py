@@ -11,7 +11,7 @@ from visattn.attention import attention_by
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.layers.compiled_layer import Call
-from visattn.inject.layers.head_groups import Part, Plain
+from visattn.inject.layers.head_groups import HeadGroups, Plain
 from visattn.inject.layers.text_padding import Padding
 from visattn.runtime.torch_settings import callers_autocast
 from visattn.selectors import Memory
@@ -19,10 +19,10 @@ from visattn.selectors import Memory
 if TYPE_CHECKING:
     from visattn.inject.layers.layer import Layer
 
-__all__ = ["Computing"]
+__all__ = ["EditedKernel"]
 
 
-class Computing:
+class EditedKernel:
     """``Kernel`` of a layer at one call.
 
     Args:
@@ -37,7 +37,7 @@ class Computing:
         layer: Layer,
         call: Call,
         own: Plain,
-        parts: tuple[Part, ...] | None,
+        parts: tuple[HeadGroups, ...] | None,
         layout: TokenLayout,
         dim: int,
         batch: int,
@@ -77,7 +77,7 @@ class Computing:
         assert isinstance(found, tuple)
         return found
 
-    def _part(self, part: int, heads: tuple[int, ...] | None) -> Part | None:
+    def _part(self, part: int, heads: tuple[int, ...] | None) -> HeadGroups | None:
         """What some heads run in a part of the batch; None where all of it is dense."""
         if self.parts is None:
             return None
@@ -110,6 +110,6 @@ class Computing:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(part: Part, heads: tuple[int, ...], layout: TokenLayout) -> Part:
+def _chosen(part: HeadGroups, heads: tuple[int, ...], layout: TokenLayout) -> HeadGroups:
     """Some heads of a part."""
-    return Part(tuple(part.heads[n] for n in heads), layout)
+    return HeadGroups(tuple(part.heads[n] for n in heads), layout)

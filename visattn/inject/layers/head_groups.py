@@ -12,14 +12,14 @@ from visattn.patterns import Dense, HeadPattern, Pattern
 from visattn.runtime.torch_settings import lasting
 from visattn.selectors import Agent
 
-__all__ = ["DENSE", "Heads", "Part", "Plain", "is_dense"]
+__all__ = ["DENSE", "HeadGroups", "Heads", "Plain", "is_dense"]
 
 Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Heads = tuple[HeadPattern, ...]
 DENSE = Dense()
 
 
-class Part:
+class HeadGroups:
     """What the heads of a layer run in a part of the batch: numbers of the dense ones, and of the
     others with their patterns."""
 

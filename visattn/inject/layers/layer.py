@@ -10,22 +10,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import attention_by, choose_backend, sparse_attention
 from visattn.geometry.layout import TokenLayout
-from visattn.inject.editor import Caught, Editor, Kind
-from visattn.inject.hooks.class_swap import put_class, take_class
+from visattn.inject.editor import AttentionCall, Editor, Kind
+from visattn.inject.hooks.class_swap import add_class, remove_class
 from visattn.inject.hooks.interception import (
     ATTRIBUTE,
-    Watched,
-    catch,
+    Intercepted,
+    hook,
     own_backend,
-    release,
     stock_attention,
+    unhook,
 )
 from visattn.inject.hooks.recent import Recent
 from visattn.inject.hooks.weak import Weak
 from visattn.inject.layers.compiled_layer import Call, not_a_graph, register_layer
 from visattn.inject.layers.decision import Decision, Guard
-from visattn.inject.layers.edited_kernel import Computing
-from visattn.inject.layers.head_groups import DENSE, Heads, Part, Plain
+from visattn.inject.layers.edited_kernel import EditedKernel
+from visattn.inject.layers.head_groups import DENSE, HeadGroups, Heads, Plain
 from visattn.inject.layers.text_padding import Padding, text_lengths_of
 from visattn.inject.observation import Observation
 from visattn.plan import ANY
@@ -77,7 +77,7 @@ class Layer:
         self.memories: dict[tuple[object, ...], Memory] = {}
         self.latest: tuple[object, ...] = ()  # what keys of the last call's memories begin with
         self._guard = Guard()
-        self._split: Recent[tuple[Moments, TokenLayout], tuple[Part, ...]] = Recent()
+        self._split: Recent[tuple[Moments, TokenLayout], tuple[HeadGroups, ...]] = Recent()
         self.number = register_layer(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,24 +102,24 @@ class Layer:
         """Catch the attention of the module; where that is done already, look whether it still
         holds: processors and their backends are changed by other calls too."""
         setattr(self.module, ATTRIBUTE, self)
-        put_class(self.module, Watched)
+        add_class(self.module, Intercepted)
         self.processor = self.module.processor
         # a processor that dispatches without a backend of its own ends in torch's attention too
         self.through_sdpa = not hasattr(self.processor, "_attention_backend")
         if not self.through_sdpa:
-            catch(self.processor)
+            hook(self.processor)
 
     def let_go(self) -> None:
         """Leave a processor that the module no longer has as it was."""
         if self.processor is not self.module.processor:
-            release(self.processor)
+            unhook(self.processor)
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        release(self.processor)
-        release(self.module.processor)  # another one, which modules may share
+        unhook(self.processor)
+        unhook(self.module.processor)  # another one, which modules may share
         self.module.__dict__.pop(ATTRIBUTE, None)
-        take_class(self.module, Watched)
+        remove_class(self.module, Intercepted)
 
     def tell(self, reason: str) -> None:
         """Note why a call is dense where the plan has something sparse; say it once."""
@@ -204,7 +204,7 @@ class Layer:
 
     def lengths(self, query: torch.Tensor, call: Call) -> torch.Tensor | None:
         """Valid tokens of each text of a call, int64 ``[B, texts]``; None where all are."""
-        if self.cross or not self.attachment.family.padded:
+        if self.cross or not self.attachment.family.masks_text_padding:
             return None
         return text_lengths_of(call, self.attachment.layout, query.shape[0])
 
@@ -216,7 +216,7 @@ class Layer:
         call: Call,
         parallel: Any,
         lengths: torch.Tensor | None,
-        parts: tuple[Part, ...] | None,
+        parts: tuple[HeadGroups, ...] | None,
     ) -> torch.Tensor | None:
         """What the editor makes of a call, ``[B, H, L, D]``, or None; it sees no padding."""
         assert self.editor is not None
@@ -249,7 +249,7 @@ class Layer:
         value: torch.Tensor,
         call: Call,
         own: Plain,
-        parts: tuple[Part, ...] | None,
+        parts: tuple[HeadGroups, ...] | None,
         padding: Padding | None,
     ) -> torch.Tensor | None:
         """The same of tensors ``[B, H, L, D]`` without a padding; ``own``: their attention without
@@ -262,7 +262,7 @@ class Layer:
             self._count(parts, edited)
         return edited
 
-    def _count(self, parts: tuple[Part, ...] | None, tensor: torch.Tensor) -> None:
+    def _count(self, parts: tuple[HeadGroups, ...] | None, tensor: torch.Tensor) -> None:
         """Note a call for the summary."""
         if parts is None:
             self.dense_calls += 1
@@ -281,9 +281,9 @@ class Layer:
         value: torch.Tensor,
         call: Call,
         plain: Plain,
-        parts: tuple[Part, ...] | None,
+        parts: tuple[HeadGroups, ...] | None,
         padding: Padding | None,
-    ) -> Caught:
+    ) -> AttentionCall:
         """The call as an editor sees it, heads first."""
         seen = self._observation(query, key, value, call, None)
         layout, keys = seen.layout, seen.k.shape[2]
@@ -291,13 +291,13 @@ class Layer:
         own = TokenLayout.from_tokens((("text", keys),)) if self.cross else layout
         batch, _, _, dim = seen.q.shape
         factor = dim**-0.5 if call.scale is None else call.scale
-        return Caught(
+        return AttentionCall(
             **vars(seen),
             kind=kind,
             kv_layout=own,
             factor=factor,
             sparse=parts is not None,
-            kernel=Computing(self, call, plain, parts, layout, dim, batch, factor, padding),
+            kernel=EditedKernel(self, call, plain, parts, layout, dim, batch, factor, padding),
             masked=(call.mask is not None and padding is None) or call.causal,
         )
 
@@ -376,7 +376,7 @@ class Layer:
             return Decision(parts)
         return self._guard.decide(self, parts, query, layout)
 
-    def _at(self, moments: Moments, layout: TokenLayout) -> tuple[Part, ...] | None:
+    def _at(self, moments: Moments, layout: TokenLayout) -> tuple[HeadGroups, ...] | None:
         """The parts of a batch at the moments of its parts, one where they are alike; None where
         the plan has nothing but dense heads. Worked out once."""
         found = self._split.get((moments, layout))
@@ -386,13 +386,13 @@ class Layer:
                 next((heads for key in keys if (heads := self.table.get(key))), all_dense)
                 for keys in map(_keys, moments)
             ]
-            own = {heads: Part(heads, layout) for heads in chosen}
+            own = {heads: HeadGroups(heads, layout) for heads in chosen}
             found = tuple(own[heads] for heads in (chosen[:1] if len(own) == 1 else chosen))
             self._split[moments, layout] = found
         return found if any(part.sparse for part in found) else None
 
     def memories_of(
-        self, parts: tuple[Part, ...], batch: int, first: int = 0, whole: int | None = None
+        self, parts: tuple[HeadGroups, ...], batch: int, first: int = 0, whole: int | None = None
     ) -> list[Memory]:
         """What the dynamic patterns of each part of a batch remember: by size, by pass as far as it
         is known, by the heads that have them, and by who calls. ``first``: the number of the first
@@ -418,7 +418,7 @@ class Layer:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        part: Part,
+        part: HeadGroups,
         layout: TokenLayout,
         lengths: torch.Tensor | None,
         scale: float | None,

@@ -75,8 +75,8 @@ class Subject:
         family = family_of(model)
         assert family is not None
         block = model.get_submodule(self.paths[layer].rpartition(".")[0])
-        shared = getattr(block, family.shared_output, None) if family.shared_output else None
-        return output_weights(self.modules[layer], shared)
+        name = family.fused_out_projection
+        return output_weights(self.modules[layer], getattr(block, name, None) if name else None)
 
     def job(self, prompt: str, seed: int) -> Job:
         """A generation."""
