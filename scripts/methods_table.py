@@ -13,7 +13,7 @@ from method_docs.sources import methods_table
 
 from visattn.guidance.method_list import EDITS, METHODS
 from visattn.patterns import PATTERNS
-from visattn.patterns.parse import DYNAMIC
+from visattn.patterns.grammar.call_grammar import DYNAMIC
 from visattn.selectors import SELECTORS
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"

@@ -10,7 +10,7 @@ from method_docs.sources import read_source
 
 from trial_cases.case import Case
 from visattn import Grid, Plan, TokenLayout
-from visattn.patterns.parse import known_kinds
+from visattn.patterns.grammar.call_grammar import known_kinds
 from visattn.selectors import NABLA, PISA, Pyramid, Selector, Sparge, VMoBA, XAttention
 
 LAYOUT = TokenLayout(Grid(4, 8, 8))

@@ -19,7 +19,7 @@ from visattn.patterns import (
     parse_pattern,
 )
 from visattn.patterns.examples import EXAMPLES
-from visattn.patterns.parse import signature_of
+from visattn.patterns.grammar.call_grammar import signature_of
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Stripe, Union
-from visattn.patterns.parse import known_kinds, parse_pattern, signature_of
+from visattn.patterns.grammar.call_grammar import known_kinds, parse_pattern, signature_of
 from visattn.plan import Denoiser, Plan, Rule
 from visattn.plan.show.plan_view import view_plan
 from visattn.plan.show.terminal import plan_text
@@ -294,7 +294,7 @@ def test_deep_text_never_reaches_the_parser_of_python(text, monkeypatch):
     def parse(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr("visattn.patterns.parse.ast.parse", parse)
+    monkeypatch.setattr("visattn.patterns.grammar.call_grammar.ast.parse", parse)
     with pytest.raises(ValueError, match="is no call with literal arguments"):
         parse_pattern(text)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Union
-from visattn.patterns.parse import known_kinds
+from visattn.patterns.grammar.call_grammar import known_kinds
 from visattn.plan import ANY, PLAN_FILE, Denoiser, Plan, Rule, read_plan
 from visattn.plan.read import as_plan
 from visattn.selectors import NABLA, PISA, Agent, Reuse, XAttention

@@ -19,7 +19,7 @@ from visattn.attention.checks import check_lengths, check_patterns, check_tensor
 from visattn.attention.dispatch import Spec, choose_backend, execute, execute_backward
 from visattn.geometry.layout import TokenLayout, alive
 from visattn.patterns import HeadPattern
-from visattn.patterns.pattern import paired_layouts
+from visattn.patterns.base.pattern import paired_layouts
 
 __all__ = ["attention_op", "dynamic_op", "handle_of", "register"]
 

@@ -22,7 +22,7 @@ from visattn.attention.dispatch import (
 )
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
-from visattn.patterns.pattern import paired_layouts
+from visattn.patterns.base.pattern import paired_layouts
 from visattn.runtime.torch_settings import cast_for_attention
 from visattn.selectors import Memory
 

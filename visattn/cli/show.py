@@ -15,7 +15,7 @@ from visattn.cli.show_plan import read_shown, show_difference, show_plan
 from visattn.draw.pattern_view import view_pattern, view_text
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import Pattern, parse_pattern
-from visattn.patterns.parse import known_kinds, signature_of
+from visattn.patterns.grammar.call_grammar import known_kinds, signature_of
 from visattn.plan.read import is_pattern
 
 EXAMPLE = "for example 'radial(decay=0.2, sink=True)'"

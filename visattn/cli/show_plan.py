@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.parse import known_kinds
+from visattn.patterns.grammar.call_grammar import known_kinds
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
 from visattn.plan import ANY, Plan

@@ -8,7 +8,7 @@ import torch
 
 from visattn.geometry.layout import Grid, on_cpu
 from visattn.geometry.orders import Triple
-from visattn.patterns.boxes import AxisPattern
+from visattn.patterns.base.boxes import AxisPattern
 
 __all__ = ["Bounds", "end_to_end", "tile_bounds"]
 

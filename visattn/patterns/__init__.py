@@ -6,14 +6,14 @@ written form.
 """
 
 from visattn.patterns.axis_order import AxisOrder
+from visattn.patterns.base.pattern import HeadPattern, Pattern
 from visattn.patterns.block import Block, ShiftedBlock
 from visattn.patterns.dense import Dense
 from visattn.patterns.diagonal import Diagonal, MultiDiagonal
+from visattn.patterns.grammar.call_grammar import parse_pattern
 from visattn.patterns.grid_blocks import GridBlocks
 from visattn.patterns.halo import Halo
 from visattn.patterns.neighborhood import Neighborhood
-from visattn.patterns.parse import parse_pattern
-from visattn.patterns.pattern import HeadPattern, Pattern
 from visattn.patterns.radial import Radial
 from visattn.patterns.sharded import Sharded
 from visattn.patterns.skip import Skip

@@ -10,7 +10,7 @@ import torch
 from visattn.blocks.predicates import Places, Predicate
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Order, axis_permutation
-from visattn.patterns.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)

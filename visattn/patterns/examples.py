@@ -6,13 +6,13 @@ Each is legal on a grid of 6 x 8 x 8 tokens and on every larger one.
 from __future__ import annotations
 
 from visattn.patterns.axis_order import AxisOrder
+from visattn.patterns.base.pattern import Pattern
 from visattn.patterns.block import Block, ShiftedBlock
 from visattn.patterns.dense import Dense
 from visattn.patterns.diagonal import Diagonal, MultiDiagonal
 from visattn.patterns.grid_blocks import GridBlocks
 from visattn.patterns.halo import Halo
 from visattn.patterns.neighborhood import Neighborhood
-from visattn.patterns.pattern import Pattern
 from visattn.patterns.radial import Radial
 from visattn.patterns.sharded import Sharded
 from visattn.patterns.skip import Skip

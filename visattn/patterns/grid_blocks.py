@@ -10,9 +10,9 @@ import torch
 from visattn.blocks.predicates import AxisRule, Places
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import Triple
+from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.base.sizes import Sizes, check_sizes, sizes_of
 from visattn.patterns.block import Block
-from visattn.patterns.boxes import NO_UNIT, AxisPattern
-from visattn.patterns.sizes import Sizes, check_sizes, sizes_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,9 @@ from visattn.blocks.predicates import Axis, AxisRule, CoarseTable, Places, Predi
 from visattn.blocks.predicates import Radial as RadialPredicate
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import LineOrder, Order
+from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.sizes import check_flag, count_runs
 from visattn.patterns.diagonal import band_pairs
-from visattn.patterns.pattern import Pattern
-from visattn.patterns.sizes import check_flag, count_runs
 
 RadialRule = Literal["block", "token", "paper"]
 SHORTEST = 128  # a diagonal shorter than this is thinned over frames instead, in the published form

@@ -12,8 +12,8 @@ import torch
 from visattn.blocks.predicates import CoarseTable, Places, Predicate, linear_form
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import LineOrder, Order
-from visattn.patterns.pattern import Pattern
-from visattn.patterns.sizes import check_flag, count_runs
+from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.sizes import check_flag, count_runs
 
 
 @dataclass(frozen=True, eq=False)

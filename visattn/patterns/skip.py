@@ -10,7 +10,7 @@ import torch
 from visattn.blocks.predicates import Places, Predicate
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
-from visattn.patterns.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ import torch
 from visattn.blocks.predicates import Label, Places, Predicate, TileOffsets, linear_form
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import BoxOrder, Order, Triple
-from visattn.patterns.boxes import NO_UNIT, box_candidates
-from visattn.patterns.pattern import Pattern
-from visattn.patterns.sizes import Sizes, check_sizes, sizes_of
+from visattn.patterns.base.boxes import NO_UNIT, box_candidates
+from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.sizes import Sizes, check_sizes, sizes_of
 
 
 @dataclass(frozen=True, eq=False)

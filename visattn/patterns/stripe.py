@@ -12,8 +12,8 @@ import torch
 from visattn.blocks.predicates import Label, Places, Predicate, linear_form
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import ExplicitOrder, LineOrder, Order
-from visattn.patterns.pattern import Pattern
-from visattn.patterns.sizes import Size, check_flag, check_size
+from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.sizes import Size, check_flag, check_size
 
 Column = Size | tuple[Size, Size]
 

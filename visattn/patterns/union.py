@@ -11,7 +11,7 @@ import torch
 from visattn.blocks.predicates import Places, Predicate
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.geometry.orders import Order
-from visattn.patterns.pattern import Pattern, visited_blocks
+from visattn.patterns.base.pattern import Pattern, visited_blocks
 
 
 @dataclass(frozen=True, init=False, eq=False)

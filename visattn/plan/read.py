@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from visattn.patterns import HeadPattern, parse_pattern
-from visattn.patterns.parse import kind_of
+from visattn.patterns.grammar.call_grammar import kind_of
 from visattn.plan.hub import PLAN_FILE
 from visattn.plan.plan import Plan, Rule
 

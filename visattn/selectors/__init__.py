@@ -4,7 +4,7 @@ Each is a frozen dataclass with ``select(q, k, v, layout, scale)``, which gives 
 ``SELECTORS`` names them all; ``parse_pattern`` reads their written form.
 """
 
-from visattn.patterns.parse import DYNAMIC
+from visattn.patterns.grammar.call_grammar import DYNAMIC
 from visattn.selectors.memory import Memory
 from visattn.selectors.methods.agent import Agent
 from visattn.selectors.methods.bi_level import BiLevel, ProxyHeads

@@ -16,7 +16,7 @@ import torch
 
 from visattn.geometry.layout import Grid, TokenLayout, check_count, on_cpu
 from visattn.geometry.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
-from visattn.patterns.pattern import HeadPattern
+from visattn.patterns.base.pattern import HeadPattern
 from visattn.selectors.stages.always_kept import Force, forced_blocks
 from visattn.selectors.stages.blocks import Side, ordered_side
 from visattn.selectors.stages.choose import Select

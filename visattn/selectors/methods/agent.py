@@ -10,7 +10,7 @@ import torch
 from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.geometry.orders import BoxOrder
 from visattn.geometry.padding import set_aside, without_padding
-from visattn.patterns.pattern import HeadPattern
+from visattn.patterns.base.pattern import HeadPattern
 from visattn.selectors.stages.blocks import ordered_side
 from visattn.selectors.stages.inputs import block_means
 

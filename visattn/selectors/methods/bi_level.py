@@ -9,7 +9,7 @@ import torch
 
 from visattn.geometry.layout import TokenLayout, check_count
 from visattn.geometry.orders import BoxOrder
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.base.sizes import check_flag
 from visattn.selectors.selector import (
     ORDERS,
     BlockSelector,

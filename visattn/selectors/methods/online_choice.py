@@ -11,8 +11,8 @@ import torch
 from visattn.blocks.block_map import NONE
 from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 from visattn.geometry.orders import LineOrder, Order
+from visattn.patterns.base.pattern import Pattern
 from visattn.patterns.diagonal import Diagonal, MultiDiagonal
-from visattn.patterns.pattern import Pattern
 from visattn.patterns.stripe import Stripe
 from visattn.patterns.union import Union
 from visattn.selectors.methods.per_head_order import even_runs

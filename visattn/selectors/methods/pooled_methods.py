@@ -15,7 +15,7 @@ import torch
 
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.geometry.orders import BoxOrder
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.base.sizes import check_flag
 from visattn.patterns.sliding_tile import SlidingTile
 from visattn.selectors.selector import (
     BlockSelector,

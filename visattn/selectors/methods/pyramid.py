@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.base.sizes import check_flag
 from visattn.selectors.selector import (
     ORDERS,
     BlockSelector,

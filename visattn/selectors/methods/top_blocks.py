@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.base.sizes import check_flag
 from visattn.selectors.selector import (
     ORDERS,
     BlockSelector,

@@ -10,7 +10,7 @@ import torch
 
 from visattn.geometry.layout import Grid, TokenLayout, check_count
 from visattn.geometry.orders import BoxOrder, LineOrder, Order
-from visattn.patterns.sizes import check_flag
+from visattn.patterns.base.sizes import check_flag
 from visattn.selectors.selector import (
     BlockSelector,
     Stages,

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 
-from visattn.patterns.pattern import HeadPattern
+from visattn.patterns.base.pattern import HeadPattern
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 32

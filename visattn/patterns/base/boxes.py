@@ -10,7 +10,7 @@ import torch
 from visattn.blocks.predicates import Axis, AxisRule
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import BoxOrder, Order, Triple, axis_cells
-from visattn.patterns.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern
 
 NO_UNIT: Triple = (0, 0, 0)
 

@@ -1,0 +1,1 @@
+"""What all static patterns share: the base class, patterns by axes, sizes."""

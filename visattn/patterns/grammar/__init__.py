@@ -1,0 +1,1 @@
+"""The written form of patterns, and the grammar of calls that it is written in."""
