@@ -7,8 +7,8 @@ from support.kernel_cases import UNIONS
 
 from visattn.attention.dispatch import lower_cached
 from visattn.blocks import bit_masks as bittiles
+from visattn.blocks.bank import MapBank
 from visattn.blocks.bit_masks import packed_words
-from visattn.blocks.block_map import MapBank
 from visattn.blocks.device_lists import BITS, DeviceMaps, device_maps
 from visattn.patterns import PATTERNS, Dense, Neighborhood, Pattern, Skip
 

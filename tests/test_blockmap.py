@@ -9,7 +9,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from visattn import Grid, Segment, TokenLayout, sparse_attention
 from visattn.attention.backends.reference import map_mask, pattern_mask
 from visattn.attention.dispatch import MAPS, lower_cached
-from visattn.blocks.block_map import FULL, NONE, PARTIAL, SHORT, TEXT, MapBank, MapCache, pack_rows
+from visattn.blocks.bank import MapBank
+from visattn.blocks.block_map import FULL, NONE, PARTIAL, SHORT, TEXT, pack_rows
+from visattn.blocks.cache import MapCache
 from visattn.flex import from_block_mask, to_block_mask
 from visattn.geometry.orders import LineOrder
 from visattn.patterns import (

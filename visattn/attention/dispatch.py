@@ -18,7 +18,8 @@ from visattn.attention.backends.triton_kernels import (
     triton_backward,
     why_unavailable,
 )
-from visattn.blocks.block_map import BlockMap, MapCache, PartialPolicy
+from visattn.blocks.block_map import BlockMap, PartialPolicy
+from visattn.blocks.cache import MapCache
 from visattn.geometry.layout import TokenLayout, index_on
 from visattn.geometry.padding import without_padding
 from visattn.kernels.launch import on_device

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from visattn.blocks.block_map import BlockMap, MapBank
+from visattn.blocks.bank import MapBank
+from visattn.blocks.block_map import BlockMap
 from visattn.blocks.transpose import grid_numbers
 from visattn.geometry.orders import SequenceBlocks
 

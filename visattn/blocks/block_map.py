@@ -14,41 +14,25 @@ Positions are those of the ordered sequences (``q_blocks.index``, ``k_blocks.ind
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import Generic, Literal, Protocol, TypeVar, cast
+from typing import Literal, cast
 
 import torch
 
+from visattn.blocks.cache import Item, Sized, grown
 from visattn.blocks.predicates import Predicate
 from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import SequenceBlocks
 from visattn.runtime.torch_settings import lasting
 
-__all__ = ["BlockMap", "MapBank", "MapCache", "PartialPolicy", "build_map", "grown", "pack_rows"]
+__all__ = ["BlockMap", "PartialPolicy", "build_map", "pack_rows"]
 
 PartialPolicy = Literal["exact", "promote", "drop"]
 NONE, FULL, TEXT, SHORT, PARTIAL = range(5)  # classes of a block pair, in the order of a row's list
 MAX_PREDICATES = 2  # more than two in one map go to bit tiles
 TILE_CHUNK = 1 << 20  # elements of a temporary when partial blocks are evaluated
-
-
-class Sized(Protocol):
-    """What a MapCache holds."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-Item = TypeVar("Item", bound=Sized)
-_growths = [0]  # how often something that caches hold has grown
-
-
-def grown() -> None:
-    """Note that something that caches may hold takes more memory than before."""
-    _growths[0] += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,100 +332,3 @@ def check_rows(bounds: torch.Tensor, partial: str, description: str) -> None:
             f"blocks "
             f"without any key, the first is block {int(empty[0])}{remedy}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class MapBank:
-    """The distinct maps of a layer's heads, packed for one launch; ``M`` maps.
-
-    Attributes:
-        maps: the distinct maps.
-        head_map: int32 ``[H]``, the map of each head.
-        bounds: int32 ``[M, Nq, 5]`` into ``columns``; rows past a map's own are empty.
-        columns: the maps' columns, one after the other.
-        q_table, k_table: int32 ``[M, Nq, 2]``, ``[M, Nk, 2]``: first position and length of
-            each block.
-    """
-
-    maps: tuple[BlockMap, ...]
-    head_map: torch.Tensor
-    bounds: torch.Tensor
-    columns: torch.Tensor
-    q_table: torch.Tensor
-    k_table: torch.Tensor
-
-    @staticmethod
-    def of(heads: Sequence[BlockMap]) -> MapBank:
-        """Pack one map per head, each distinct map once.
-
-        Raises:
-            ValueError: there is no head, or the maps differ in layout or block size.
-        """
-        if not heads:
-            raise ValueError("heads=() is empty; a bank holds one map per head")
-        first = heads[0]
-        for item in heads:
-            if (item.layout, item.kv_layout, item.block_q, item.block_k) != (
-                first.layout,
-                first.kv_layout,
-                first.block_q,
-                first.block_k,
-            ):
-                raise ValueError(
-                    f"heads hold maps of layout {first.layout} with blocks "
-                    f"{first.block_q}x{first.block_k} and of "
-                    f"layout {item.layout} with blocks {item.block_q}x{item.block_k}; one bank "
-                    "takes one of each"
-                )
-        maps = tuple(dict.fromkeys(heads))
-        head_map = torch.tensor([maps.index(item) for item in heads], dtype=torch.int32)
-        num_q = max(len(m.q_blocks) for m in maps)
-        num_k = max(len(m.k_blocks) for m in maps)
-        bounds = torch.zeros(len(maps), num_q, 5, dtype=torch.int32)
-        q_table = torch.zeros(len(maps), num_q, 2, dtype=torch.int32)
-        k_table = torch.zeros(len(maps), num_k, 2, dtype=torch.int32)
-        offset = 0
-        for number, item in enumerate(maps):
-            bounds[number, : len(item.bounds)] = item.bounds + offset
-            for table, blocks in ((q_table, item.q_blocks), (k_table, item.k_blocks)):
-                table[number, : len(blocks), 0] = blocks.start
-                table[number, : len(blocks), 1] = blocks.length
-            offset += item.num_visited
-        widest = torch.int32 if any(m.columns.dtype == torch.int32 for m in maps) else torch.int16
-        columns = torch.cat([m.columns.to(widest) for m in maps])
-        return MapBank(maps, head_map, bounds, columns, q_table, k_table)
-
-
-class MapCache(Generic[Item]):
-    """Maps by key, least recently used out first, within a limit of bytes."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._items: OrderedDict[Hashable, Item] = OrderedDict()
-        self._growths = 0  # when it was last held to the limit
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(item.nbytes for item in self._items.values())
-
-    def get(self, key: Hashable, make: Callable[[], Item]) -> Item:
-        """The item of ``key``, made when it is not there. The last one that was asked for stays,
-        whatever its size."""
-        if key in self._items:
-            self._items.move_to_end(key)
-        else:
-            self._items[key] = make()
-            grown()
-        item = self._items[key]
-        if self._growths != _growths[0]:
-            self._growths = _growths[0]
-            left = self.nbytes - self.limit_bytes
-            while len(self._items) > 1 and left > 0:
-                left -= self._items.popitem(last=False)[1].nbytes
-        return item
-
-    def clear(self) -> None:
-        self._items.clear()

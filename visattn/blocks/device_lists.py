@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from visattn.blocks.bank import MapBank
 from visattn.blocks.bit_masks import packed_words
-from visattn.blocks.block_map import BlockMap, MapBank
+from visattn.blocks.block_map import BlockMap
 from visattn.blocks.predicates import Axis, Band, Label, Predicate, Radial
 from visattn.blocks.transpose import grid_numbers, key_lists
 from visattn.geometry.layout import on_cpu

@@ -22,13 +22,16 @@ __all__ = [
     "Axis",
     "AxisRule",
     "Band",
-    "CoarseTable",
     "Kind",
     "Label",
     "Places",
     "Predicate",
     "Radial",
-    "TileOffsets",
+    "Status",
+    "form_range",
+    "linear_form",
+    "permute_weights",
+    "row_chunks",
 ]
 
 Places = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # coordinates (t, h, w), broadcastable
@@ -61,7 +64,7 @@ def line_weights(grid: Grid, axes: Triple) -> Triple:
     return (weights[0], weights[1], weights[2])
 
 
-def _permute_weights(weights: Triple, axes: Triple) -> Triple:
+def permute_weights(weights: Triple, axes: Triple) -> Triple:
     out = [0, 0, 0]
     for weight, axis in zip(weights, axes, strict=True):
         out[axis] = weight
@@ -84,7 +87,7 @@ def form_range(weights: Triple, blocks: GridBlocks) -> tuple[torch.Tensor, torch
     return (blocks.low * scale).sum(1), (blocks.high * scale).sum(1)
 
 
-def _row_chunks(rows: int, columns: int) -> list[slice]:
+def row_chunks(rows: int, columns: int) -> list[slice]:
     step = max(1, CHUNK // max(1, columns))
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
@@ -111,7 +114,7 @@ class Band:
         )
 
     def permuted(self, axes: Triple) -> Band:
-        return Band(_permute_weights(self.weights, axes), self.low, self.high)
+        return Band(permute_weights(self.weights, axes), self.low, self.high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +288,7 @@ class Radial:
         _, k_t0, k_t1, k_r0, k_r1 = k_pieces.unbind(1)
         some = torch.zeros(len(q.start), len(k.start), dtype=torch.uint8)
         every = torch.ones_like(some)
-        for rows in _row_chunks(len(q_pieces), len(k_pieces)):
+        for rows in row_chunks(len(q_pieces), len(k_pieces)):
             owner, t0, t1, r0, r1 = (column[:, None] for column in q_pieces[rows].unbind(1))
             nearest = torch.maximum(t0 - k_t1, k_t0 - t1).clamp_(min=0)
             furthest = torch.maximum(t1 - k_t0, k_t1 - t0)
@@ -370,89 +373,4 @@ class Label:
 
         return Label(
             Grid(*shape), move(self.k_bits), None if self.q_bits is None else move(self.q_bits)
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class CoarseTable:
-    """``table[form(q) // unit, form(k) // unit]``, with ``causal`` also ``form(k) <= form(q)``.
-
-    The form is a raster index; the table is bool ``[n, n]`` over runs of ``unit`` tokens of it.
-    """
-
-    weights: Triple
-    unit: int
-    table: torch.Tensor
-    causal: bool = False
-    kind: ClassVar[Kind] = "table"
-
-    def allows(self, q: Places, k: Places) -> torch.Tensor:
-        q_form, k_form = linear_form(self.weights, q), linear_form(self.weights, k)
-        kept = self.table[q_form // self.unit, k_form // self.unit]
-        return kept & (k_form <= q_form) if self.causal else kept
-
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
-        (q_low, q_high), (k_low, k_high) = form_range(self.weights, q), form_range(self.weights, k)
-        q0, q1, k0, k1 = (x // self.unit for x in (q_low, q_high, k_low, k_high))
-        table = torch.zeros([n + 1 for n in self.table.shape], dtype=torch.int32)
-        table[1:, 1:] = self.table
-        table.cumsum_(0).cumsum_(1)
-        some = torch.empty(len(q0), len(k0), dtype=torch.bool)
-        every = torch.empty_like(some)
-        for rows in _row_chunks(len(q0), len(k0)):
-            upper, lower = table[q1[rows] + 1], table[q0[rows]]
-            count = upper[:, k1 + 1] - upper[:, k0] - lower[:, k1 + 1] + lower[:, k0]
-            area = (q1[rows] - q0[rows] + 1)[:, None] * (k1 - k0 + 1)
-            some[rows], every[rows] = count > 0, count == area
-            if self.causal:
-                some[rows] &= k_low <= q_high[rows, None]
-                every[rows] &= k_high <= q_low[rows, None]
-        return some, every
-
-    def permuted(self, axes: Triple) -> CoarseTable:
-        return CoarseTable(_permute_weights(self.weights, axes), self.unit, self.table, self.causal)
-
-
-@dataclass(frozen=True, eq=False)
-class TileOffsets:
-    """Tiles a relative offset apart: ``table[tile(k) - tile(q) + center]``; bool, sides ``2 n -
-    1``."""
-
-    tile: Triple
-    table: torch.Tensor
-    kind: ClassVar[Kind] = "table"
-
-    def allows(self, q: Places, k: Places) -> torch.Tensor:
-        shift = [
-            b // s - a // s + n // 2
-            for a, b, s, n in zip(q, k, self.tile, self.table.shape, strict=True)
-        ]
-        return self.table[shift[0], shift[1], shift[2]]
-
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
-        tile = torch.tensor(self.tile)
-        q0, q1, k0, k1 = (x // tile for x in (q.low, q.high, k.low, k.high))
-        center = torch.tensor(self.table.shape) // 2
-        table = torch.zeros([n + 1 for n in self.table.shape], dtype=torch.int32)
-        table[1:, 1:, 1:] = self.table
-        table.cumsum_(0).cumsum_(1).cumsum_(2)
-        flat, (_, side_h, side_w) = table.reshape(-1), table.shape
-        some = torch.empty(len(q0), len(k0), dtype=torch.bool)
-        every = torch.empty_like(some)
-        for rows in _row_chunks(len(q0), len(k0)):
-            low = [k0[:, a] - q1[rows, a, None] + center[a] for a in range(3)]
-            high = [k1[:, a] - q0[rows, a, None] + center[a] + 1 for a in range(3)]
-            count = torch.zeros_like(low[0], dtype=torch.int32)
-            for corner in range(8):
-                at = [high[a] if corner >> a & 1 else low[a] for a in range(3)]
-                sign = 1 if corner in (1, 2, 4, 7) else -1
-                count += sign * flat[(at[0] * side_h + at[1]) * side_w + at[2]]
-            volume = (high[0] - low[0]) * (high[1] - low[1]) * (high[2] - low[2])
-            some[rows], every[rows] = count > 0, count == volume
-        return some, every
-
-    def permuted(self, axes: Triple) -> TileOffsets:
-        order = [axes.index(axis) for axis in range(3)]
-        return TileOffsets(
-            _permute_weights(self.tile, axes), self.table.permute(order).contiguous()
         )

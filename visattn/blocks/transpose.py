@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from visattn.blocks.block_map import MapBank
+from visattn.blocks.bank import MapBank
 from visattn.geometry.layout import TokenLayout
 
 __all__ = ["grid_numbers", "key_lists"]

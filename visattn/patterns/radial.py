@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from visattn.blocks.predicates import Axis, AxisRule, CoarseTable, Places, Predicate, linear_form
+from visattn.blocks.predicates import Axis, AxisRule, Places, Predicate, linear_form
 from visattn.blocks.predicates import Radial as RadialPredicate
+from visattn.blocks.table_predicates import CoarseTable
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.base.pattern import Pattern

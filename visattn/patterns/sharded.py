@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from visattn.blocks.predicates import CoarseTable, Places, Predicate, linear_form
+from visattn.blocks.predicates import Places, Predicate, linear_form
+from visattn.blocks.table_predicates import CoarseTable
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.base.pattern import Pattern

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from visattn.blocks.predicates import Label, Places, Predicate, TileOffsets, linear_form
+from visattn.blocks.predicates import Label, Places, Predicate, linear_form
+from visattn.blocks.table_predicates import TileOffsets
 from visattn.geometry.layout import Grid, check_count
 from visattn.geometry.orders import BoxOrder, Order, Triple
 from visattn.patterns.base.boxes import NO_UNIT, box_candidates

@@ -27,7 +27,8 @@ from visattn.attention.backends.block_rows import (
     window_of,
 )
 from visattn.attention.backends.workspace import workspace
-from visattn.blocks.block_map import BlockMap, grown
+from visattn.blocks.block_map import BlockMap
+from visattn.blocks.cache import grown
 from visattn.runtime.torch_settings import lasting
 
 __all__ = ["rows_on_cpu"]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from visattn.attention.backends.kernel_check import Variant, trusted
-from visattn.blocks.block_map import BlockMap, MapCache
+from visattn.blocks.block_map import BlockMap
+from visattn.blocks.cache import MapCache
 from visattn.blocks.device_lists import DeviceMaps, device_maps
 from visattn.geometry.layout import TokenLayout
 from visattn.geometry.padding import without_padding, without_unused_text
