@@ -15,7 +15,7 @@ from visattn.generation.loading import Loading
 from visattn.generation.origin import origin_of
 from visattn.guidance.head_search import head_log
 from visattn.guidance.head_search.head_log import HeadLog
-from visattn.search.tasks.result_store import Store
+from visattn.tasks.result_store import Store
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 DATA = {"deep": DEEP, "list": b"[]", "large": b" " * 2000, "broken": b"no JSON"}

@@ -4,7 +4,7 @@ import pytest
 from support import search_runner
 
 from visattn.search.receipt import PLANNED, Clips
-from visattn.search.tasks.result_store import Item
+from visattn.tasks.result_store import Item
 
 pytestmark = pytest.mark.second
 

@@ -12,7 +12,7 @@ from visattn.search import run as stages
 from visattn.search.measure.clip_quality import caption_scorer
 from visattn.search.measure.target import Subject
 from visattn.search.run import Search, Settings
-from visattn.search.tasks.result_store import key_of
+from visattn.tasks.result_store import key_of
 
 CALL = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 3}
 PLAN = Plan((Rule((Diagonal(4),)),))

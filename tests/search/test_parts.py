@@ -11,8 +11,8 @@ from visattn.search.measure import replay
 from visattn.search.measure.output_projection import output_weights
 from visattn.search.measure.recorded_attention import spread_steps
 from visattn.search.measure.statistics import interval
-from visattn.search.tasks.result_store import Store, key_of
-from visattn.search.tasks.runner import Task, Team, Unfinished
+from visattn.tasks.result_store import Store, key_of
+from visattn.tasks.runner import Task, Team, Unfinished
 
 
 def test_steps_are_spread():

@@ -11,8 +11,8 @@ from visattn.search.candidates.learned_stencils import learned, stencils_of
 from visattn.search.measure.output_losses import Pool, Scorer
 from visattn.search.measure.tile_grid import TileGrid, stencil_of, tile_grids
 from visattn.search.solve.assignments import LayerFronts
-from visattn.search.tasks.result_store import Item
 from visattn.selectors import VSA, TopBlocks
+from visattn.tasks.result_store import Item
 
 pytestmark = pytest.mark.second
 

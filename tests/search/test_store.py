@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from visattn.search.tasks import result_store as module
-from visattn.search.tasks.result_store import Store, key_of
+from visattn.tasks import result_store as module
+from visattn.tasks.result_store import Store, key_of
 
 VALUE = {"error": 0.1 + 0.2, "names": ["a", None], "nested": {"x": [1, 2.5]}}
 TENSORS = {"t": torch.tensor([0.1, float("nan"), 3.0], dtype=torch.float64)}

@@ -11,7 +11,7 @@ from visattn.search.candidates.static import LEVELS, members, static_families
 from visattn.search.measure.latency import HeadTimes, Seconds
 from visattn.search.measure.output_losses import Pool, Scorer
 from visattn.search.solve.price_table import Table, losses_of
-from visattn.search.tasks.result_store import Item
+from visattn.tasks.result_store import Item
 
 GRID = Grid(4, 8, 8)
 LAYOUT = TokenLayout(GRID)

@@ -33,7 +33,7 @@ from visattn.search.receipt import (
 )
 from visattn.search.run import Search, Settings
 from visattn.search.solve.evaluated_plan import Finding
-from visattn.search.tasks.runner import Progress
+from visattn.tasks.runner import Progress
 
 __all__ = ["SearchResult", "search"]
 

@@ -19,7 +19,7 @@ from visattn.search.measure.statistics import Interval, interval
 from visattn.search.measure.tile_grid import TileGrid
 from visattn.search.solve.evaluated_plan import Finding
 from visattn.search.solve.price_table import Group, Table
-from visattn.search.tasks.result_store import Item
+from visattn.tasks.result_store import Item
 
 __all__ = ["Clips", "claims", "head_rows", "machine", "stencil_rows"]
 

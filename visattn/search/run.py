@@ -44,8 +44,8 @@ from visattn.search.solve.assignments import (
 )
 from visattn.search.solve.evaluated_plan import Finding
 from visattn.search.solve.price_table import Group, Table, losses_of
-from visattn.search.tasks.result_store import Item, Store
-from visattn.search.tasks.runner import Progress, Task, Team
+from visattn.tasks.result_store import Item, Store
+from visattn.tasks.runner import Progress, Task, Team
 
 __all__ = ["Search", "Settings"]
 

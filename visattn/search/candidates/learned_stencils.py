@@ -14,7 +14,7 @@ from visattn.patterns import Stencil
 from visattn.readout import Tiling, attention_rows, draw_rows
 from visattn.search.measure.recorded_attention import Call, Place, calls_of
 from visattn.search.measure.tile_grid import TileGrid, stencil_of, tile_grids
-from visattn.search.tasks.result_store import Item
+from visattn.tasks.result_store import Item
 
 __all__ = ["Learner", "learned", "middle_of", "stencils_of"]
 

@@ -16,7 +16,7 @@ from visattn.inject import Observation, observe, sparse
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import attached
 from visattn.plan import Plan
-from visattn.search.tasks.result_store import Item
+from visattn.tasks.result_store import Item
 
 __all__ = ["Recorded", "Recorder", "Replay"]
 

@@ -16,7 +16,7 @@ from visattn.search.measure.latency import HeadTimes
 from visattn.search.measure.output_losses import LOSSES, Layer, Pool
 from visattn.search.measure.recorded_attention import Place
 from visattn.search.solve.knapsack import Option, pareto
-from visattn.search.tasks.result_store import Item
+from visattn.tasks.result_store import Item
 
 __all__ = ["Assignment", "Group", "Table", "losses_of"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.runtime.processes import ProcessGroup
-from visattn.search.tasks.result_store import Item, Store, key_of
+from visattn.tasks.result_store import Item, Store, key_of
 
 __all__ = ["Progress", "Task", "Team", "Unfinished"]
 

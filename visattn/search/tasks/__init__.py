@@ -1,1 +1,0 @@
-"""Tasks of a search: run once, by one of several processes, and kept."""

@@ -1,0 +1,1 @@
+"""Pieces of work whose results are kept in a folder, and shared by several processes."""
