@@ -15,7 +15,7 @@ from visattn.generation.loading import Loading
 from visattn.generation.origin import origin_of
 from visattn.guidance.head_search import head_log
 from visattn.guidance.head_search.head_log import HeadLog
-from visattn.tasks.result_store import Store
+from visattn.tasks.result_store import ResultStore
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 DATA = {"deep": DEEP, "list": b"[]", "large": b" " * 2000, "broken": b"no JSON"}
@@ -108,11 +108,11 @@ def test_results_of_a_search_that_are_none_are_made_anew(tmp_path, caplog):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{kind}.safetensors", kept)
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
-    own = Store(tmp_path)
+    own = ResultStore(tmp_path)
     for kind in (*values, "none", "pipe"):
         assert own.get(kind) is None
         own.put(kind, {"a": 1}, {"x": torch.ones(1)})
-        again = Store(tmp_path).get(kind)
+        again = ResultStore(tmp_path).get(kind)
         assert again is not None and again.value == {"a": 1} and again.tensors["x"] == 1
     assert len([own for own in caplog.records if "is damaged" in own.message]) == len(values) + 1
 

@@ -29,7 +29,7 @@ from visattn.inject.hooks.class_swap import handlers_of
 from visattn.inject.models.fingerprint import fingerprint
 from visattn.inject.models.searchable import check_searchable
 from visattn.patterns import Diagonal
-from visattn.search.measure.target import Subject
+from visattn.search.measure.target import SearchTarget
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_sharded_weights():
         pipe = tiny.wan21()
         pipe.transformer = own
         with pytest.raises(ValueError, match="sharded over processes"):
-            Subject(pipe, {}, None)
+            SearchTarget(pipe, {}, None)
     finally:
         dist.destroy_process_group()
 
@@ -245,7 +245,7 @@ def refuses(search, pipe, words):
         search(pipe)
 
 
-@pytest.mark.parametrize("search", [lambda pipe: Subject(pipe, {}, None), heads])
+@pytest.mark.parametrize("search", [lambda pipe: SearchTarget(pipe, {}, None), heads])
 def test_what_cannot_be_searched_is_refused(pipe, search):
     words = r"FirstBlockCacheConfig.*disable_cache\(\) first"
     with cached(pipe, FirstBlockCacheConfig(threshold=0.5)):
@@ -274,7 +274,7 @@ def test_a_plan_stays_where_a_search_is_refused(pipe):
     apply_plan(pipe, Diagonal(4))
     try:
         with cached(pipe, FirstBlockCacheConfig(threshold=0.5)):
-            refuses(lambda pipe: Subject(pipe, {}, None), pipe, "has a cache")
+            refuses(lambda pipe: SearchTarget(pipe, {}, None), pipe, "has a cache")
         assert attached(pipe.transformer).plan.rules
     finally:
         remove_plan(pipe)

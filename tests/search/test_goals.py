@@ -3,8 +3,8 @@
 import pytest
 from support import search_runner
 
-from visattn.search.receipt import PLANNED, Clips
-from visattn.tasks.result_store import Item
+from visattn.search.receipt import PLANNED, ClipStatistics
+from visattn.tasks.result_store import StoredResult
 
 pytestmark = pytest.mark.second
 
@@ -57,9 +57,9 @@ def test_phases_have_patterns_of_their_own():
 def test_flips_are_told_by_word():
     def clip(dense, own):
         value = {"dense": {"verdicts": dense}, PLANNED: {"verdicts": own}}
-        return "a prompt", 0, Item(value, {})
+        return "a prompt", 0, StoredResult(value, {})
 
-    clips = Clips(
+    clips = ClipStatistics(
         [
             clip({"colour": 1.0, "object": 0.0}, {"colour": 1.0, "object": 1.0}),
             clip({"colour": 1.0, "object": 1.0}, {"colour": 0.0, "object": 1.0}),

@@ -10,7 +10,7 @@ from visattn.patterns import Diagonal
 from visattn.plan import Plan, Rule
 from visattn.search import run as stages
 from visattn.search.measure.clip_quality import caption_scorer
-from visattn.search.measure.target import Subject
+from visattn.search.measure.target import SearchTarget
 from visattn.search.run import Search, Settings
 from visattn.tasks.result_store import key_of
 
@@ -30,7 +30,7 @@ class Asked(Exception):
 def keys(pipe, call=CALL, prompts=(("a", 0),), steps=(0,), scorer=caption_scorer, pairs=1):
     """Of the stages, by name, without running them."""
     held_out = [("b", 1000)]
-    own = Search(Subject(pipe, call, None), prompts, held_out, scorer=scorer)
+    own = Search(SearchTarget(pipe, call, None), prompts, held_out, scorer=scorer)
     own.settings = Settings(pairs=pairs)
     own.team.do = lambda stage, tasks, **_: raised(key_of(stage, [own.team.about, tasks[0][0]]))
     own.replay = SimpleNamespace(
@@ -63,7 +63,7 @@ def test_keys_of_several_processes_are_the_same(pipe, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     for index in (0, 1):
         own = torch.device("cpu", index)
-        monkeypatch.setattr(Subject, "device", property(lambda self, own=own: own))
+        monkeypatch.setattr(SearchTarget, "device", property(lambda self, own=own: own))
         assert keys(pipe) == first
 
 
@@ -85,7 +85,7 @@ def test_one_change_is_another_key(pipe, monkeypatch):
         assert changed() == all_
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        patch.setattr(Subject, "device", property(lambda self: torch.device("cuda", 1)))
+        patch.setattr(SearchTarget, "device", property(lambda self: torch.device("cuda", 1)))
         assert changed() == all_
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "scheduler", tiny.wan22().scheduler)

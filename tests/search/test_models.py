@@ -11,9 +11,9 @@ from visattn.generation import run_job
 from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.patterns import Diagonal
 from visattn.readout import attention_rows
-from visattn.search.measure.output_losses import Pool, Scorer
-from visattn.search.measure.replay import Recorder, Replay
-from visattn.search.measure.target import Subject
+from visattn.search.measure.output_losses import CandidatePool, CandidateScorer
+from visattn.search.measure.replay import CallRecorder, Replay
+from visattn.search.measure.target import SearchTarget
 from visattn.search.measure.tile_grid import tile_grids
 from visattn.selectors import TopBlocks
 
@@ -38,7 +38,7 @@ def test_a_plan_is_found_shown_and_runs(name, tmp_path, monkeypatch):
     result.save(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["heads"]
     pipe = make()
-    job = Subject(pipe, call, None).job("a red square", 0)
+    job = SearchTarget(pipe, call, None).job("a red square", 0)
     apply_plan(pipe, result.plan)
     run_job(pipe, job)
     assert any(row.sparse_calls for row in summary(pipe).layers)
@@ -47,10 +47,10 @@ def test_a_plan_is_found_shown_and_runs(name, tmp_path, monkeypatch):
 def errors(length):
     """Of a pool on a generation of HunyuanVideo, whose text has room for so many tokens."""
     pipe = tiny.hunyuanvideo()
-    subject = Subject(pipe, {}, None)
-    pool = Pool((("band", Diagonal(5)), ("band", Diagonal(20))), (), {})
+    subject = SearchTarget(pipe, {}, None)
+    pool = CandidatePool((("band", Diagonal(5)), ("band", Diagonal(20))), (), {})
     grids = tile_grids(tiny.layout("hunyuanvideo"), 16)
-    scorer = Scorer(pool, subject.weights, {0, 1}, grids, 4, 4)
+    scorer = CandidateScorer(pool, subject.weights, {0, 1}, grids, 4, 4)
     with observe(pipe, scorer):
         tiny.generate(pipe, steps=2, negative_prompt=None, max_sequence_length=length)
     return torch.stack(scorer.errors)
@@ -66,9 +66,9 @@ def test_padding_does_not_count():
 def test_dynamic_candidates_do_not_see_padding():
     """One that keeps all blocks makes no error, whatever the padding holds."""
     pipe = tiny.hunyuanvideo()
-    pool = Pool((), (("top", TopBlocks(1.0)),), {})
+    pool = CandidatePool((), (("top", TopBlocks(1.0)),), {})
     grids = tile_grids(tiny.layout("hunyuanvideo"), 16)
-    scorer = Scorer(pool, Subject(pipe, {}, None).weights, {0}, grids, 4, 4)
+    scorer = CandidateScorer(pool, SearchTarget(pipe, {}, None).weights, {0}, grids, 4, 4)
     with observe(pipe, scorer):
         tiny.generate(pipe, steps=1)
     assert float(torch.stack(scorer.errors)[..., 0, :2].max()) < 1e-10
@@ -90,7 +90,7 @@ def test_error_is_that_of_true_guidance():
     plan = Diagonal(5)
     found = {}
     for scale in (1.5, 3.0):
-        recorder = Recorder(pipe, [1], scale)
+        recorder = CallRecorder(pipe, [1], scale)
         with recorder.listening():
             tiny.generate(pipe, steps=2, true_cfg_scale=scale)
         passes = {own.name: own.output.double() for own in recorder.calls}
@@ -105,7 +105,7 @@ def test_error_is_that_of_true_guidance():
 
 def test_error_of_the_second_denoiser_is_that_of_its_own_guidance():
     pipe = tiny.wan22()
-    recorder = Recorder(pipe, range(3))
+    recorder = CallRecorder(pipe, range(3))
     with recorder.listening():
         tiny.generate(pipe, guidance_scale=3.0, guidance_scale_2=1.5)
     found = {(own.role, own.guidance) for own in recorder.calls}

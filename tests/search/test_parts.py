@@ -11,8 +11,8 @@ from visattn.search.measure import replay
 from visattn.search.measure.output_projection import output_weights
 from visattn.search.measure.recorded_attention import spread_steps
 from visattn.search.measure.statistics import interval
-from visattn.tasks.result_store import Store, key_of
-from visattn.tasks.runner import Task, Team, Unfinished
+from visattn.tasks.result_store import ResultStore, key_of
+from visattn.tasks.runner import Task, TaskRunner, Unfinished
 
 
 def test_steps_are_spread():
@@ -118,21 +118,21 @@ def tasks(calls, wrong=()):
 
 def test_a_team_keeps_what_is_done_and_asks_again_what_failed(tmp_path):
     calls = []
-    team = Team(Store(tmp_path), "about")
+    team = TaskRunner(ResultStore(tmp_path), "about")
     found = team.do("stage", tasks(calls, wrong={2}))
     assert [item and item.value["n"] for item in found] == [0, 1, None, 3]
     assert team.failures == {"stage: task 2": "OutOfMemoryError: out of memory at 2"}
     calls.clear()
-    again = Team(Store(tmp_path), "about").do("stage", tasks(calls))
+    again = TaskRunner(ResultStore(tmp_path), "about").do("stage", tasks(calls))
     assert calls == [2]
     assert [item.value["n"] for item in again] == [0, 1, 2, 3]
-    Team(Store(tmp_path), "another model").do("stage", tasks(calls))
+    TaskRunner(ResultStore(tmp_path), "another model").do("stage", tasks(calls))
     assert sorted(calls[1:]) == [0, 1, 2, 3]
 
     def run():
         raise type("CompilationError", (Exception,), {})("at 3:4")  # of a type of its own
 
-    team = Team(Store(None), "about")
+    team = TaskRunner(ResultStore(None), "about")
     team.do("stage", [Task("odd", "odd", run), *tasks(calls)])
     assert team.failures == {"stage: odd": "CompilationError: at 3:4"}
 
@@ -154,8 +154,8 @@ def test_what_one_process_cannot_read_no_process_uses(tmp_path):
     mine = tasks([])
     unread = key_of("stage", ["about", mine[2].question])
     for own in (1, 3):  # of the other process
-        Store(tmp_path).put(key_of("stage", ["about", mine[own].question]), {"n": own})
-    team = Team(Store(tmp_path), "about", group=Two(unread))
+        ResultStore(tmp_path).put(key_of("stage", ["about", mine[own].question]), {"n": own})
+    team = TaskRunner(ResultStore(tmp_path), "about", group=Two(unread))
     found = team.do("stage", mine)
     assert [item and item.value["n"] for item in found] == [0, 1, None, 3]
     assert team.failures == {"stage: task 2": "a process could not read it"}
@@ -167,11 +167,16 @@ def test_two_that_share_a_folder_alone(tmp_path):
     mine = tasks(calls)
 
     def run():
-        for own in (Team(Store(tmp_path), "about"), Team(Store(tmp_path), "about")):
+        for own in (
+            TaskRunner(ResultStore(tmp_path), "about"),
+            TaskRunner(ResultStore(tmp_path), "about"),
+        ):
             own.do("stage", tasks(calls))
         return {"n": "later"}, {}
 
-    found = Team(Store(tmp_path), "about").do("stage", [own._replace(run=run) for own in mine])
+    found = TaskRunner(ResultStore(tmp_path), "about").do(
+        "stage", [own._replace(run=run) for own in mine]
+    )
     assert [item.value["n"] for item in found] == [0, 1, 2, 3]
     assert sorted(calls) == [0, 1, 2, 3]
 
@@ -180,21 +185,23 @@ def test_what_is_timed_is_of_its_number_of_threads(tmp_path, monkeypatch):
     for threads, timed, anew in ((1, True, 4), (2, True, 4), (1, True, 0), (1, False, 4)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         calls = []
-        Team(Store(tmp_path), "about").do("stage", tasks(calls), timed=timed)
+        TaskRunner(ResultStore(tmp_path), "about").do("stage", tasks(calls), timed=timed)
         assert len(calls) == anew
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    Team(Store(tmp_path), "about").do("stage", tasks(calls := []))
+    TaskRunner(ResultStore(tmp_path), "about").do("stage", tasks(calls := []))
     assert calls == []
 
 
 def test_a_stage_of_which_nothing_is_done_ends_the_search():
     with pytest.raises(Unfinished, match=r"stage failed for all of 4: OutOfMemoryError"):
-        Team(Store(None), "about").do("stage", tasks([], wrong=set(range(4))))
+        TaskRunner(ResultStore(None), "about").do("stage", tasks([], wrong=set(range(4))))
 
 
 def test_progress_has_the_time_left(tmp_path):
     told = []
-    Team(Store(tmp_path), "about", lambda *line: told.append(line)).do("stage", tasks([]))
+    TaskRunner(ResultStore(tmp_path), "about", lambda *line: told.append(line)).do(
+        "stage", tasks([])
+    )
     assert [line[:3] for line in told] == [("stage", n, 4) for n in range(5)]
     assert told[0][3] is None
     assert told[-1][3] == 0

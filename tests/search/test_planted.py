@@ -8,11 +8,11 @@ from visattn import sparse_attention
 from visattn.inject import Observation
 from visattn.patterns import Dense, Skip, Stencil
 from visattn.search.candidates.learned_stencils import learned, stencils_of
-from visattn.search.measure.output_losses import Pool, Scorer
+from visattn.search.measure.output_losses import CandidatePool, CandidateScorer
 from visattn.search.measure.tile_grid import TileGrid, stencil_of, tile_grids
 from visattn.search.solve.assignments import LayerFronts
 from visattn.selectors import VSA, TopBlocks
-from visattn.tasks.result_store import Item
+from visattn.tasks.result_store import StoredResult
 
 pytestmark = pytest.mark.second
 
@@ -98,14 +98,12 @@ def test_names_of_families(table, chosen):
 def test_a_stencil_has_the_exact_offsets():
     """Of a head whose tiles of 1x4x4 look at three others."""
     learner = planted.learn(range(2))
-    tables = learned([Item(*learner.item())], lambda step: 0)[GROUP[0], "transformer", 0]
+    tables = learned([StoredResult(*learner.item())], lambda step: 0)[GROUP[0], "transformer", 0]
     at = [grid.tile for grid in learner.grids].index((1, 4, 4))
     grid, row = learner.grids[at], tables[at][planted.NAMES.index("several")]
     offsets = len(grid.pairs)
     wanted = {(0, 0, 0), (2, 0, 0), (-1, 0, 1)}
-    pairs = sum(
-        int(grid.pairs[n]) for n in range(offsets) if grid.triple(n) in wanted
-    )
+    pairs = sum(int(grid.pairs[n]) for n in range(offsets) if grid.triple(n) in wanted)
     found = stencil_of(grid, row[:offsets], row[offsets:], pairs / grid.count.numel**2)
     assert set(found.offsets) == wanted
     assert found.columns == ()
@@ -113,7 +111,7 @@ def test_a_stencil_has_the_exact_offsets():
 
 def test_columns_are_learned():
     learner = planted.learn(range(2))
-    tables = learned([Item(*learner.item())], lambda step: 0)[GROUP[0], "transformer", 0]
+    tables = learned([StoredResult(*learner.item())], lambda step: 0)[GROUP[0], "transformer", 0]
     own = stencils_of(tables, learner.grids, (0.15,))[planted.NAMES.index("column")]
     assert all(stencil.columns for stencil in own)
 
@@ -123,7 +121,9 @@ def test_a_call_that_is_not_finite_is_left_out_and_said():
     assert learner.places == []
     assert learner.failures == ["blocks.0 at step 0 is not finite"]
     grids = tile_grids(planted.LAYOUT, planted.BLOCK)
-    scorer = Scorer(Pool((), (), {}), planted.weights_of().__getitem__, {0}, grids, 4, 4)
+    scorer = CandidateScorer(
+        CandidatePool((), (), {}), planted.weights_of().__getitem__, {0}, grids, 4, 4
+    )
     scorer(planted.observation(0))
     scorer(planted.observation(0, broken=True))
     assert len(scorer.places) == 1
@@ -135,9 +135,9 @@ def test_a_candidate_that_runs_out_of_memory_is_left_out_and_said(monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
     monkeypatch.setattr("visattn.search.measure.output_losses.sparse_attention", out_of_memory)
-    pool = Pool((), (("top", TopBlocks(0.25)),), {})
+    pool = CandidatePool((), (("top", TopBlocks(0.25)),), {})
     grids = tile_grids(planted.LAYOUT, planted.BLOCK)
-    scorer = Scorer(pool, planted.weights_of().__getitem__, {0}, grids, 4, 4)
+    scorer = CandidateScorer(pool, planted.weights_of().__getitem__, {0}, grids, 4, 4)
     for prompt in range(2):
         scorer(planted.observation(prompt))
     assert torch.isnan(scorer.errors[0][:, 0]).all()
@@ -166,8 +166,8 @@ def test_losses_are_those_of_the_operator(text):
     static = (("band", Diagonal(5)), ("neighborhood", Neighborhood((3, 1, 3))))
     dynamic = (("top", TopBlocks(0.5, block=8, rest="pooled")),)
     layer = "transformer", 0
-    pool = Pool(static, dynamic, {layer: own})
-    scorer = Scorer(pool, {layer: weights}.__getitem__, {0}, grids, 4, 4, exact=True)
+    pool = CandidatePool(static, dynamic, {layer: own})
+    scorer = CandidateScorer(pool, {layer: weights}.__getitem__, {0}, grids, 4, 4, exact=True)
     scorer(Observation("transformer", "b", 0, 0, 1, ("cond",), q, k, v, layout, None))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, :, : 3 * 4 * 4]
     projections = weights.unflatten(1, (2, 8))
@@ -189,7 +189,9 @@ def test_sampled_and_exact_scores_rank_alike(table):
     """Rank correlation of the candidates' losses, within each head."""
     learner = planted.learn([0])
     sampled, exact = (
-        Scorer(table.pool, planted.weights_of().__getitem__, {0}, learner.grids, 12, 8, exact=flag)
+        CandidateScorer(
+            table.pool, planted.weights_of().__getitem__, {0}, learner.grids, 12, 8, exact=flag
+        )
         for flag in (False, True)
     )
     call = planted.observation(9)

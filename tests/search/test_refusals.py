@@ -55,7 +55,7 @@ def test_a_speed_that_is_not_to_be_had():
 def test_a_layer_that_is_not_finite_stays_dense(monkeypatch):
     """And is told of; the others have their patterns."""
     broken = "blocks.1.attn1"
-    own = stages.Scorer.__call__
+    own = stages.CandidateScorer.__call__
 
     def score(self, observation):
         if observation.layer == broken:
@@ -63,7 +63,7 @@ def test_a_layer_that_is_not_finite_stays_dense(monkeypatch):
             observation = stages.Observation(**{**vars(observation), "q": q})
         own(self, observation)
 
-    monkeypatch.setattr(stages.Scorer, "__call__", score)
+    monkeypatch.setattr(stages.CandidateScorer, "__call__", score)
     result = search_runner.run(None, candidates=("band",))
     assert all(rule.layer != broken for rule in result.plan.rules)
     assert result.plan.rules

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from visattn.tasks import result_store as module
-from visattn.tasks.result_store import Store, key_of
+from visattn.tasks.result_store import ResultStore, key_of
 
 VALUE = {"error": 0.1 + 0.2, "names": ["a", None], "nested": {"x": [1, 2.5]}}
 TENSORS = {"t": torch.tensor([0.1, float("nan"), 3.0], dtype=torch.float64)}
 
 
 def test_found_again_bit_by_bit(tmp_path):
-    Store(tmp_path).put("k", VALUE, TENSORS)
-    item = Store(tmp_path).get("k")
+    ResultStore(tmp_path).put("k", VALUE, TENSORS)
+    item = ResultStore(tmp_path).get("k")
     assert item.value == VALUE
     assert torch.equal(item.tensors["t"].nan_to_num(), TENSORS["t"].nan_to_num())
     assert item.tensors["t"].dtype == torch.float64
@@ -24,27 +24,27 @@ def test_found_again_bit_by_bit(tmp_path):
 
 
 def test_nothing_there_and_memory_alone(tmp_path):
-    assert Store(tmp_path).get("k") is None
-    own = Store(None)
+    assert ResultStore(tmp_path).get("k") is None
+    own = ResultStore(None)
     own.put("k", VALUE)
     assert own.get("k").value == VALUE
 
 
 @pytest.mark.parametrize("cut", [0, 7, 40, -3])
 def test_a_damaged_file_is_made_anew(tmp_path, caplog, cut):
-    Store(tmp_path).put("k", VALUE, TENSORS)
+    ResultStore(tmp_path).put("k", VALUE, TENSORS)
     path = tmp_path / "k.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     with caplog.at_level(logging.WARNING, "visattn"):
-        assert Store(tmp_path).get("k") is None
+        assert ResultStore(tmp_path).get("k") is None
     assert "damaged" in caplog.text
 
 
 def test_a_file_of_another_key_is_made_anew(tmp_path, caplog):
-    Store(tmp_path).put("k", {"n": 1})
+    ResultStore(tmp_path).put("k", {"n": 1})
     (tmp_path / "k.safetensors").rename(tmp_path / "other.safetensors")
     with caplog.at_level(logging.WARNING, "visattn"):
-        assert Store(tmp_path).get("other") is None
+        assert ResultStore(tmp_path).get("other") is None
     assert "damaged" in caplog.text
 
 
@@ -52,7 +52,7 @@ def test_a_full_disk_is_said_once_and_survived(tmp_path, caplog, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    own = Store(tmp_path)
+    own = ResultStore(tmp_path)
     monkeypatch.setattr(module, "write_whole", full)
     with caplog.at_level(logging.WARNING, "visattn"):
         for n in range(3):

@@ -8,10 +8,10 @@ from visattn.patterns import Dense, Skip
 from visattn.plan import Denoiser
 from visattn.search.candidates.learned_stencils import Learner, learned, stencils_of
 from visattn.search.candidates.static import LEVELS, members, static_families
-from visattn.search.measure.latency import HeadTimes, Seconds
-from visattn.search.measure.output_losses import Pool, Scorer
-from visattn.search.solve.price_table import Table, losses_of
-from visattn.tasks.result_store import Item
+from visattn.search.measure.latency import HeadLatency, LayerLatency
+from visattn.search.measure.output_losses import CandidatePool, CandidateScorer
+from visattn.search.solve.price_table import PriceTable, losses_of
+from visattn.tasks.result_store import StoredResult
 
 GRID = Grid(4, 8, 8)
 LAYOUT = TokenLayout(GRID)
@@ -95,7 +95,7 @@ def table(levels=LEVELS[1::2], dynamic=()):
     """What a search knows of the heads; a pattern takes as long as it keeps pairs, a dynamic one as
     its share says."""
     learner = learn(range(PROMPTS))
-    tables = learned([Item(*learner.item())], lambda step: 0)[0, "transformer", 0]
+    tables = learned([StoredResult(*learner.item())], lambda step: 0)[0, "transformer", 0]
     stencils = {("transformer", 0): stencils_of(tables, learner.grids, LEVELS_OF_STENCILS)}
     static = [
         (family, pattern)
@@ -103,19 +103,19 @@ def table(levels=LEVELS[1::2], dynamic=()):
         for pattern in members(own, LAYOUT, levels)
     ]
     static = list({pattern: (family, pattern) for family, pattern in static}.values())
-    pool = Pool(tuple(static), tuple(dynamic), stencils)
-    scorer = Scorer(pool, weights_of().__getitem__, {0}, learner.grids, 12, 8)
+    pool = CandidatePool(tuple(static), tuple(dynamic), stencils)
+    scorer = CandidateScorer(pool, weights_of().__getitem__, {0}, learner.grids, 12, 8)
     for prompt in range(PROMPTS, 2 * PROMPTS):
         scorer(observation(prompt))
-    seconds = {repr(Dense()): Seconds(1.0, 1.0), repr(Skip()): Seconds(0.0, 0.0)}
+    seconds = {repr(Dense()): HeadLatency(1.0, 1.0), repr(Skip()): HeadLatency(0.0, 0.0)}
     for own in [p for _, p in static] + [p for head in stencils["transformer", 0] for p in head]:
-        seconds[repr(own)] = Seconds(own.density(LAYOUT), own.density(LAYOUT))
+        seconds[repr(own)] = HeadLatency(own.density(LAYOUT), own.density(LAYOUT))
     for _, own in dynamic:
-        seconds[repr(own)] = Seconds(own.keep, own.keep)
-    return Table(
+        seconds[repr(own)] = HeadLatency(own.keep, own.keep)
+    return PriceTable(
         pool=pool,
-        times=HeadTimes(seconds, len(NAMES), True),
-        calls=losses_of([Item(*scorer.item())], lambda step: 0),
+        times=LayerLatency(seconds, len(NAMES), True),
+        calls=losses_of([StoredResult(*scorer.item())], lambda step: 0),
         heads={("transformer", 0): len(NAMES)},
         paths={("transformer", 0): "blocks.0"},
         runs={(0, "transformer"): 1},

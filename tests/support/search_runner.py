@@ -33,7 +33,7 @@ from visattn.search import Settings  # noqa: E402
 from visattn.search import run as stages  # noqa: E402
 from visattn.search.measure import clip_quality as validate  # noqa: E402
 from visattn.search.measure import target as subject  # noqa: E402
-from visattn.search.measure.latency import Seconds  # noqa: E402
+from visattn.search.measure.latency import HeadLatency  # noqa: E402
 from visattn.search.measure.replay import Replay  # noqa: E402
 
 CALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3}
@@ -43,7 +43,7 @@ SETTINGS = Settings(steps=2, tiles=2, rows=4, replays=4, pairs=2, pictures=1)
 
 def made_up(patterns, q, k, v, layout, dense_attention):
     """A layer takes a twentieth of a second, and a pattern as much of it as it keeps pairs."""
-    found = {repr(Dense()): Seconds(0.0125, 0.05)}
+    found = {repr(Dense()): HeadLatency(0.0125, 0.05)}
     failures = {}
     for pattern in patterns:
         try:
@@ -51,7 +51,7 @@ def made_up(patterns, q, k, v, layout, dense_attention):
         except ValueError as error:  # it is of another grid
             failures[repr(pattern)] = str(error)
             continue
-        found[repr(pattern)] = Seconds(0.0125 * density, 0.05 * density)
+        found[repr(pattern)] = HeadLatency(0.0125 * density, 0.05 * density)
     return found, failures
 
 
@@ -182,7 +182,7 @@ def main():
     make_up_seconds()
     torch.set_num_threads(1)
     own = torch.device("cpu", int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
-    subject.Subject.device = property(lambda self: own)
+    subject.SearchTarget.device = property(lambda self: own)
     result = run(args.folder, progress=lambda *line: print("task", *line[:3], flush=True))
     print("plan", result.plan.to_json().replace("\n", " "), flush=True)
     print("heads", run_heads(args.folder).to_json().replace("\n", " "), flush=True)

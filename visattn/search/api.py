@@ -20,11 +20,11 @@ from visattn.patterns import HeadPattern, Skip
 from visattn.plan import Plan
 from visattn.runtime.processes import join
 from visattn.search.candidates.learned_stencils import middle_of
-from visattn.search.measure.clip_quality import Scorer, caption_scorer
-from visattn.search.measure.target import Subject
+from visattn.search.measure.clip_quality import ClipScorer, caption_scorer
+from visattn.search.measure.target import SearchTarget
 from visattn.search.receipt import (
     PLANNED,
-    Clips,
+    ClipStatistics,
     claims,
     head_rows,
     machine,
@@ -32,7 +32,7 @@ from visattn.search.receipt import (
     stencil_rows,
 )
 from visattn.search.run import Search, Settings
-from visattn.search.solve.evaluated_plan import Finding
+from visattn.search.solve.evaluated_plan import EvaluatedPlan
 from visattn.tasks.runner import Progress
 
 __all__ = ["SearchResult", "search"]
@@ -94,7 +94,7 @@ def search(
     held_out: Sequence[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     settings: Settings | None = None,
-    scorer: Scorer = caption_scorer,
+    scorer: ClipScorer = caption_scorer,
     model: str | None = None,
     command: str | None = None,
     progress: Progress | None = None,
@@ -157,7 +157,7 @@ def search(
     deadline = begin + read_budget(budget)
     settings = settings or Settings()
     used, unseen = split_prompts(prompts, held_out, seeds, settings.pairs)
-    subject = Subject(pipe, call or {}, model)
+    subject = SearchTarget(pipe, call or {}, model)
     with join("a search") as group:
         own = Search(
             subject,
@@ -253,9 +253,9 @@ def split_prompts(
     )
 
 
-def best_by_speed(findings: Sequence[Finding]) -> dict[float, Finding]:
+def best_by_speed(findings: Sequence[EvaluatedPlan]) -> dict[float, EvaluatedPlan]:
     """The plan of least error for every speed, of whatever kind."""
-    out: dict[float, Finding] = {}
+    out: dict[float, EvaluatedPlan] = {}
     for own in findings:
         if own.target is None or not math.isfinite(own.error):
             continue
@@ -266,7 +266,7 @@ def best_by_speed(findings: Sequence[Finding]) -> dict[float, Finding]:
 
 def _speed(
     own: Search,
-    front: Mapping[float, Finding],
+    front: Mapping[float, EvaluatedPlan],
     goals: Mapping[str, float | None],
 ) -> float:
     """The speed of the front that the goal names."""
@@ -283,7 +283,7 @@ def _speed(
         assert min_psnr is not None
         pairs = [(prompt, seed + UNSEEN // 2) for prompt, seed in own.prompts[:CHOOSING]]
         plans = {f"{speed:g}": front[speed].plan for speed in speeds}
-        clips = Clips(own.validate(plans, pairs))
+        clips = ClipStatistics(own.validate(plans, pairs))
         within = [speed for speed in speeds if clips.psnr(f"{speed:g}").mean >= min_psnr]
         goal = f"min_psnr={min_psnr:g}"
     if not within:
@@ -296,10 +296,10 @@ def _speed(
 
 def _receipt(
     own: Search,
-    findings: Sequence[Finding],
-    front: Mapping[float, Finding],
-    chosen: Finding,
-    others: Sequence[Finding],
+    findings: Sequence[EvaluatedPlan],
+    front: Mapping[float, EvaluatedPlan],
+    chosen: EvaluatedPlan,
+    others: Sequence[EvaluatedPlan],
     goals: Mapping[str, float | None],
     command: str | None,
     begin: float,
@@ -313,14 +313,14 @@ def _receipt(
         key=lambda x: x.predicted or 0.0,
         default=None,
     )
-    named: dict[str, Finding] = {PLANNED: chosen}
+    named: dict[str, EvaluatedPlan] = {PLANNED: chosen}
     if static is not None:
         named["best static"] = static
     if dynamic is not None:
         named["best dynamic"] = dynamic
     named |= {f"front {other.target:g}x": other for other in others}
     steps = own.step_speedups({name: found.plan for name, found in named.items()})
-    clips = Clips(own.validate({name: found.plan for name, found in named.items()}))
+    clips = ClipStatistics(own.validate({name: found.plan for name, found in named.items()}))
     for other in own.others:
         own.notes.append(
             f"at {other.layout} the plan is predicted at {other.table.speedup(chosen.heads):.2f}x"
@@ -423,9 +423,7 @@ def _receipt(
         ],
         "claims": claims(clips, chosen, static, dynamic, predicted, fastest),
         "stability": _stability(heads),
-        "failures": [
-            {"item": item, "error": error} for item, error in own.team.failures.items()
-        ],
+        "failures": [{"item": item, "error": error} for item, error in own.team.failures.items()],
         "notes": own.notes,
         "time": [
             {"stage": name, "seconds": round(value, 2)} for name, value in own.team.seconds.items()
@@ -435,20 +433,24 @@ def _receipt(
     return SearchResult(plan, report, own.team.store.folder)
 
 
-def label(found: Finding) -> str:
+def label(found: EvaluatedPlan) -> str:
     """A plan by name and speed."""
     at = "" if found.target is None else f", {found.target:g}x"
     return f"{found.name}{at}"
 
 
-def _best(findings: Sequence[Finding], kind: str, chosen: Finding) -> Finding | None:
+def _best(
+    findings: Sequence[EvaluatedPlan], kind: str, chosen: EvaluatedPlan
+) -> EvaluatedPlan | None:
     """The plan of a kind with least error at the chosen one's speed, besides itself."""
     own = [x for x in findings if x.kind == kind and x.target == chosen.target and x is not chosen]
     own = [x for x in own if math.isfinite(x.error)]
     return min(own, key=lambda x: x.error, default=None)
 
 
-def _dynamic_beside(findings: Sequence[Finding], chosen: Finding) -> Finding | None:
+def _dynamic_beside(
+    findings: Sequence[EvaluatedPlan], chosen: EvaluatedPlan
+) -> EvaluatedPlan | None:
     """The dynamic rule to compare with: of those that are as fast the one of least error; where
     none is, of those that are no more than a quarter slower than the fastest."""
     found = _best(findings, "uniform dynamic", chosen)
@@ -463,10 +465,10 @@ def _dynamic_beside(findings: Sequence[Finding], chosen: Finding) -> Finding | N
 
 
 def _listed(
-    findings: Sequence[Finding], front: Mapping[float, Finding], chosen: Finding
-) -> list[Finding]:
+    findings: Sequence[EvaluatedPlan], front: Mapping[float, EvaluatedPlan], chosen: EvaluatedPlan
+) -> list[EvaluatedPlan]:
     """The plans of the table: all at the chosen speed, the front, the dynamic rules; none twice."""
-    best: dict[tuple[str, str], Finding] = {}
+    best: dict[tuple[str, str], EvaluatedPlan] = {}
     for own in findings:
         if own.target is None and math.isfinite(own.error):
             key = own.kind, own.name
@@ -479,9 +481,9 @@ def _listed(
 
 
 def _row(
-    found: Finding,
-    named: Mapping[str, Finding],
-    clips: Clips,
+    found: EvaluatedPlan,
+    named: Mapping[str, EvaluatedPlan],
+    clips: ClipStatistics,
     steps: Mapping[str, float],
     own: Search,
 ) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from visattn.attention.dispatch import block_sizes, lower_cached
 from visattn.patterns import Dense, HeadPattern, Pattern, Stencil
 from visattn.search.measure.statistics import Interval, interval
 from visattn.search.measure.tile_grid import TileGrid
-from visattn.search.solve.evaluated_plan import Finding
-from visattn.search.solve.price_table import Group, Table
-from visattn.tasks.result_store import Item
+from visattn.search.solve.evaluated_plan import EvaluatedPlan
+from visattn.search.solve.price_table import Group, PriceTable
+from visattn.tasks.result_store import StoredResult
 
-__all__ = ["Clips", "claims", "head_rows", "machine", "stencil_rows"]
+__all__ = ["ClipStatistics", "claims", "head_rows", "machine", "stencil_rows"]
 
 PLANNED = "plan"  # the name of the chosen plan among clips
 FLIPS = 2  # verdicts of 60 that may differ from dense
@@ -35,14 +35,14 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, digits)
 
 
-class Clips:
+class ClipStatistics:
     """Held-out clips, dense and by plans.
 
     Args:
         clips: ``(prompt, seed, item)`` of ``clip_of``.
     """
 
-    def __init__(self, clips: Sequence[tuple[str, int, Item]]) -> None:
+    def __init__(self, clips: Sequence[tuple[str, int, StoredResult]]) -> None:
         self.clips = list(clips)
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def head_rows(
-    table: Table, patterns: Mapping[Group, tuple[HeadPattern, ...]]
+    table: PriceTable, patterns: Mapping[Group, tuple[HeadPattern, ...]]
 ) -> list[dict[str, Any]]:
     """What every head runs, with what is known of it."""
     sizes = block_sizes(table.layout.length)
@@ -193,7 +193,7 @@ def head_rows(
     return out
 
 
-def stability(table: Table, group: Group, head: int) -> dict[str, float | None]:
+def stability(table: PriceTable, group: Group, head: int) -> dict[str, float | None]:
     """How often two generations, and two steps, agree on the best static candidate of about a
     quarter of the pairs."""
     near = [
@@ -219,7 +219,7 @@ def _agreement(parts: Mapping[int, Sequence[torch.Tensor]]) -> float | None:
 
 
 def stencil_rows(
-    table: Table,
+    table: PriceTable,
     patterns: Mapping[Group, tuple[HeadPattern, ...]],
     tables: Mapping[tuple[str, int], Sequence[torch.Tensor]],
     grids: Sequence[TileGrid],
@@ -264,12 +264,12 @@ def _nested(values: torch.Tensor) -> Any:
 
 
 def claims(
-    clips: Clips,
-    chosen: Finding,
-    static: Finding | None,
-    dynamic: Finding | None,
+    clips: ClipStatistics,
+    chosen: EvaluatedPlan,
+    static: EvaluatedPlan | None,
+    dynamic: EvaluatedPlan | None,
     predicted: float,
-    fastest: Finding | None,
+    fastest: EvaluatedPlan | None,
 ) -> list[dict[str, Any]]:
     """What a search should reach, and whether this one did.
 

@@ -27,13 +27,12 @@ from visattn.runtime.processes import ProcessGroup
 from visattn.search.candidates.dynamic import dynamic_families
 from visattn.search.candidates.learned_stencils import Learner, learned, stencils_of
 from visattn.search.candidates.static import LEVELS, members, static_families
-from visattn.search.measure.clip_quality import Scorer as Verdicts
-from visattn.search.measure.clip_quality import caption_scorer, clip_of
-from visattn.search.measure.latency import HeadTimes, Seconds, measure, parted
-from visattn.search.measure.output_losses import Layer, Pool, Scorer
+from visattn.search.measure.clip_quality import ClipScorer, caption_scorer, clip_of
+from visattn.search.measure.latency import HeadLatency, LayerLatency, heads_run_separately, measure
+from visattn.search.measure.output_losses import CandidatePool, CandidateScorer, Layer
 from visattn.search.measure.recorded_attention import calls_of, spread_steps
-from visattn.search.measure.replay import Recorder, Replay
-from visattn.search.measure.target import Subject
+from visattn.search.measure.replay import CallRecorder, Replay
+from visattn.search.measure.target import SearchTarget
 from visattn.search.measure.tile_grid import TileGrid, tile_grids
 from visattn.search.solve.assignments import (
     LayerFronts,
@@ -42,10 +41,10 @@ from visattn.search.solve.assignments import (
     solutions,
     uniform_plans,
 )
-from visattn.search.solve.evaluated_plan import Finding
-from visattn.search.solve.price_table import Group, Table, losses_of
-from visattn.tasks.result_store import Item, Store
-from visattn.tasks.runner import Progress, Task, Team
+from visattn.search.solve.evaluated_plan import EvaluatedPlan
+from visattn.search.solve.price_table import Group, PriceTable, losses_of
+from visattn.tasks.result_store import ResultStore, StoredResult
+from visattn.tasks.runner import Progress, Task, TaskRunner
 
 __all__ = ["Search", "Settings"]
 
@@ -99,7 +98,7 @@ class Search:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: SearchTarget,
         prompts: Sequence[tuple[str, int]],
         held_out: Sequence[tuple[str, int]],
         *,
@@ -109,7 +108,7 @@ class Search:
         folder: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         deadline: float = math.inf,
-        scorer: Verdicts = caption_scorer,
+        scorer: ClipScorer = caption_scorer,
         group: ProcessGroup | None = None,
     ) -> None:
         self.subject, self.prompts, self.held_out = subject, list(prompts), list(held_out)
@@ -127,13 +126,13 @@ class Search:
             "device": kind_of_device(subject.device),
             "format": FORMAT,
         }
-        self.team = Team(Store(folder), about, progress, group)
+        self.team = TaskRunner(ResultStore(folder), about, progress, group)
         half = max(1, len(self.prompts) // 2)
         self.to_learn, self.to_score = self.prompts[:half], self.prompts[half:] or self.prompts
 
     def beside(self, call: Mapping[str, Any]) -> Search:
         """The same search at another shape, whose results are kept in the same folder."""
-        subject = Subject(self.subject.pipe, {**self.subject.call, **call}, self.subject.name)
+        subject = SearchTarget(self.subject.pipe, {**self.subject.call, **call}, self.subject.name)
         other = Search(
             subject,
             self.prompts,
@@ -215,7 +214,9 @@ class Search:
         own = next(module.parameters())
         dtype = own.dtype if own.dtype.itemsize > 1 else torch.float32
         q = torch.empty(1, 1, 1, 64, dtype=dtype, device=self.subject.device)
-        return block_sizes(self.layout.length)[0] if parted(q) else min(launch_of(q)[:2])
+        return (
+            block_sizes(self.layout.length)[0] if heads_run_separately(q) else min(launch_of(q)[:2])
+        )
 
     # ---- where attention lies, and recorded calls
 
@@ -226,7 +227,7 @@ class Search:
             def run() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                 learner = Learner(self.all_read, self.block, 2 * self.settings.tiles, 8)
                 true_scale = self.subject.call.get("true_cfg_scale")
-                recorder = Recorder(self.subject.pipe, self.all_read, true_scale)
+                recorder = CallRecorder(self.subject.pipe, self.all_read, true_scale)
                 with observe(self.subject.pipe, learner), recorder.listening():
                     self.subject.generate(prompt, seed)
                 (value, tensors), (calls, others) = learner.item(), recorder.item()
@@ -243,14 +244,13 @@ class Search:
                 self.team.failures[f"learn: {text}"] = "left out"
         tables = learned(items, self.phase_of)
         self.tables = {
-            (role, number): _mean_over_phases(tables, role, number)
-            for _, role, number in tables
+            (role, number): _mean_over_phases(tables, role, number) for _, role, number in tables
         }
         self.attention = _attention(items)
         calls = [
             own
             for item in items
-            for own in Recorder.read(_part(item, "call ", cut=True), self.subject.device)
+            for own in CallRecorder.read(_part(item, "call ", cut=True), self.subject.device)
         ]
         self.replay = Replay(self.subject.pipe, calls)
         count = len(calls) // max(1, len(calls) // max(1, self.settings.replays))
@@ -283,7 +283,7 @@ class Search:
 
         def task(prompt: str, seed: int) -> Task:
             def run() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-                scorer = Scorer(
+                scorer = CandidateScorer(
                     self.pool,
                     self.subject.weights,
                     self.all_read,
@@ -314,7 +314,7 @@ class Search:
         if missing:
             self.notes.append(f"dense, as nothing is known of them: {', '.join(missing)}")
 
-    def _pool(self) -> Pool:
+    def _pool(self) -> CandidatePool:
         grid = self.layout.grids[0][1]
         static: list[tuple[str, Pattern]] = []
         for family, own in static_families(grid, self.block).items():
@@ -331,7 +331,7 @@ class Search:
                 for layer, tables in self.tables.items()
             }
         kept = {pattern: family for family, pattern in reversed(static)}  # the first family's
-        return Pool(
+        return CandidatePool(
             tuple((kept[p], p) for p in dict.fromkeys(p for _, p in static)),
             tuple(own for own in self.rules if repr(own[1]) not in self.slow),
             stencils,
@@ -377,7 +377,7 @@ class Search:
             like: as for ``score``.
         """
         heads = {layer: self.subject.heads(layer) for layer in self.subject.paths}
-        flat = Table(
+        flat = PriceTable(
             pool=self.pool,
             times=_by_density(self),
             calls=self.calls,
@@ -405,10 +405,10 @@ class Search:
         self.seconds = self._measured("seconds", self.wanted) | self.seconds
         module = next(iter(self.subject.modules.values()))
         sample = torch.empty(1, 1, 1, 64, device=self.subject.device, dtype=torch.float32)
-        times = HeadTimes(
+        times = LayerLatency(
             self.seconds,
             int(module.heads),
-            parted(sample),
+            heads_run_separately(sample),
         )
         self.table = replace(flat, times=times)
 
@@ -416,7 +416,7 @@ class Search:
         """Let the table know of the other shapes."""
         self.table = replace(self.table, also=tuple(other.table for other in self.others))
 
-    def _measured(self, stage: str, patterns: Sequence[HeadPattern]) -> dict[str, Seconds]:
+    def _measured(self, stage: str, patterns: Sequence[HeadPattern]) -> dict[str, HeadLatency]:
         """Seconds of patterns, and of dense attention, on a call of a layer in the middle."""
 
         def run() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -440,7 +440,7 @@ class Search:
         (item,) = self.team.do(stage, [Task(asked, "candidates", run)], alone=True)
         assert item is not None
         self.team.failures.update(item.value["failures"])
-        return {name: Seconds(*values) for name, values in item.value["seconds"].items()}
+        return {name: HeadLatency(*values) for name, values in item.value["seconds"].items()}
 
     # ---- what plans get wrong
 
@@ -493,9 +493,7 @@ class Search:
             "static": LayerFronts(self.table, lambda _, own: isinstance(own, Pattern)),
             "stencils": LayerFronts(self.table, lambda family, _: family == "stencil"),
             "output": LayerFronts(self.table, loss="output"),
-            "mass": LayerFronts(
-                self.table, lambda _, own: isinstance(own, Pattern), loss="mass"
-            ),
+            "mass": LayerFronts(self.table, lambda _, own: isinstance(own, Pattern), loss="mass"),
         }
 
     def points(self, groups: int) -> int:
@@ -510,10 +508,10 @@ class Search:
             return 0
         return min(LAYER_POINTS, points)
 
-    def refine(self, best: Finding) -> list[Finding]:
+    def refine(self, best: EvaluatedPlan) -> list[EvaluatedPlan]:
         """A plan again, with layers weighed by what the model's own error loses when each alone is
         dense; as long as that makes it better."""
-        out: list[Finding] = []
+        out: list[EvaluatedPlan] = []
         every = self.fronts["all"]
         for _ in range(ROUNDS if self.by_layer and best.target else 0):
             sparse = [
@@ -544,7 +542,7 @@ class Search:
             best = again
         return out
 
-    def try_plans(self, target: float | None) -> list[Finding]:
+    def try_plans(self, target: float | None) -> list[EvaluatedPlan]:
         """Plans for every speed that can be had, judged by the error of the model's own output.
 
         Args:
@@ -598,10 +596,9 @@ class Search:
             findings += self.refine(min(searched, key=lambda x: x.error))
         return findings
 
-    def _found(self, made: Sequence[tuple[str, str, float | None, Any]]) -> list[Finding]:
+    def _found(self, made: Sequence[tuple[str, str, float | None, Any]]) -> list[EvaluatedPlan]:
         assignments = [
-            self.table.uniform(own) if isinstance(own, HeadPattern) else own
-            for *_, own in made
+            self.table.uniform(own) if isinstance(own, HeadPattern) else own for *_, own in made
         ]
         plans = [self.table.plan(own) for own in assignments]
         errors = self.errors(plans, "plans")
@@ -610,7 +607,7 @@ class Search:
             made, assignments, plans, errors, strict=True
         ):
             out.append(
-                Finding(
+                EvaluatedPlan(
                     name=name,
                     kind=kind,
                     target=target,
@@ -656,7 +653,7 @@ class Search:
         self,
         plans: Mapping[str, Plan],
         pairs: Sequence[tuple[str, int]] | None = None,
-    ) -> list[tuple[str, int, Item]]:
+    ) -> list[tuple[str, int, StoredResult]]:
         """Clips, dense and by each plan; of the held-out pairs where no others are named."""
         shown = ["dense", next(iter(plans))]
 
@@ -715,14 +712,14 @@ def density_of(
     return sum(known[own] for own in heads if isinstance(own, Pattern)) / len(heads)
 
 
-def _part(item: Item, prefix: str, *, cut: bool = False) -> Item:
+def _part(item: StoredResult, prefix: str, *, cut: bool = False) -> StoredResult:
     """The tensors of an item whose names begin alike."""
     own = {
         (name.removeprefix(prefix) if cut else name): x
         for name, x in item.tensors.items()
         if name.startswith(prefix)
     }
-    return Item(item.value, own)
+    return StoredResult(item.value, own)
 
 
 def _mean_over_phases(
@@ -732,7 +729,7 @@ def _mean_over_phases(
     return [torch.stack(list(x)).mean(0) for x in zip(*own, strict=True)]
 
 
-def _attention(items: Sequence[Item]) -> dict[Layer, torch.Tensor]:
+def _attention(items: Sequence[StoredResult]) -> dict[Layer, torch.Tensor]:
     """Mean attention of one query over generations, ``[H, T, Y, X]`` by layer."""
     found: dict[Layer, list[torch.Tensor]] = {}
     for item in items:
@@ -758,14 +755,14 @@ def _groups(calls: Sequence[Any], count: int) -> list[int]:
     return [number for own in chosen for number in own]
 
 
-def _by_density(search: Search) -> HeadTimes:
+def _by_density(search: Search) -> LayerLatency:
     """Times that are in proportion to density, for want of measured ones."""
-    seconds = {repr(Dense()): Seconds(1.0, 1.0), repr(Skip()): Seconds(0.0, 0.0)}
+    seconds = {repr(Dense()): HeadLatency(1.0, 1.0), repr(Skip()): HeadLatency(0.0, 0.0)}
     pool = search.pool
     for own in {p for heads in pool.stencils.values() for head in heads for p in head}:
         density = own.density(search.layout)
-        seconds[repr(own)] = Seconds(density, density)
-    return HeadTimes(seconds, 1, True)
+        seconds[repr(own)] = HeadLatency(density, density)
+    return LayerLatency(seconds, 1, True)
 
 
 def _finite(value: float) -> float | None:

@@ -19,12 +19,12 @@ import torch
 
 from visattn._atomic import write_whole
 
-__all__ = ["Item", "Store", "key_of"]
+__all__ = ["ResultStore", "StoredResult", "key_of"]
 
 logger = logging.getLogger("visattn")
 
 
-class Item(NamedTuple):
+class StoredResult(NamedTuple):
     """A result: JSON values, and tensors by name."""
 
     value: dict[str, Any]
@@ -37,7 +37,7 @@ def key_of(kind: str, question: Any) -> str:
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
-class Store:
+class ResultStore:
     """Results by key.
 
     Args:
@@ -50,12 +50,12 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.lost: str | None = None  # why results could not be written
-        self._memory: dict[str, Item] = {}
+        self._memory: dict[str, StoredResult] = {}
         self._damaged: set[str] = set()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, key: str) -> Item | None:
+    def get(self, key: str) -> StoredResult | None:
         """A result, or None where there is none, or its file was damaged."""
         if key in self._memory or self.folder is None:
             return self._memory.get(key)
@@ -78,18 +78,18 @@ class Store:
                 logger.warning("visattn: %s is damaged and is made anew", path)
                 self._damaged.add(key)
             return None
-        self._memory[key] = Item(value, tensors)
+        self._memory[key] = StoredResult(value, tensors)
         return self._memory[key]
 
     def put(
         self, key: str, value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
-    ) -> Item:
+    ) -> StoredResult:
         """Keep a result, and give it back as ``get`` does."""
         from safetensors.torch import save
 
         text = json.dumps(value, allow_nan=False)
         own = {name: x.detach().cpu().contiguous() for name, x in (tensors or {}).items()}
-        self._memory[key] = Item(json.loads(text), own)
+        self._memory[key] = StoredResult(json.loads(text), own)
         if self.folder is not None:
             try:
                 write_whole(self._path(key), save(own, {"key": key, "value": text}))

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.runtime.processes import ProcessGroup
-from visattn.tasks.result_store import Item, Store, key_of
+from visattn.tasks.result_store import ResultStore, StoredResult, key_of
 
-__all__ = ["Progress", "Task", "Team", "Unfinished"]
+__all__ = ["Progress", "Task", "TaskRunner", "Unfinished"]
 
 # Called as tasks are done: the stage, how many of how many, seconds left of the stage or None.
 Progress = Callable[[str, int, int, float | None], None]
@@ -33,7 +33,7 @@ class Task(NamedTuple):
     run: Callable[[], Found]
 
 
-class Team:
+class TaskRunner:
     """One process, or those of a group, which share a folder and split the tasks.
 
     Processes that share a folder without a group take tasks at different places and leave out what
@@ -51,7 +51,7 @@ class Team:
 
     def __init__(
         self,
-        store: Store,
+        store: ResultStore,
         about: Any,
         progress: Progress | None = None,
         group: ProcessGroup | None = None,
@@ -82,7 +82,7 @@ class Team:
         alone: bool = False,
         timed: bool = False,
         needed: bool = True,
-    ) -> list[Item | None]:
+    ) -> list[StoredResult | None]:
         """Answers in the order of the tasks, None where one failed; those that are kept are not
         asked again, unless they failed.
 
@@ -123,7 +123,7 @@ class Team:
         # what one process cannot read no process uses, so that all go on with the same
         unread = self.group.gather([key for key in keys if self.store.get(key) is None])
         lost = set[str]().union(*unread)
-        found: list[Item | None] = []
+        found: list[StoredResult | None] = []
         for key, task in zip(keys, tasks, strict=True):
             item = None if key in lost else self.store.get(key)
             if item is None or "failed" in item.value:
@@ -142,7 +142,7 @@ class Team:
         """What the first process says."""
         return bool(self.group.of_first(value))
 
-    def _kept(self, key: str) -> Item | None:
+    def _kept(self, key: str) -> StoredResult | None:
         item = self.store.get(key)
         return None if item is None or "failed" in item.value else item
 

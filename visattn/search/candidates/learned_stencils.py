@@ -12,9 +12,9 @@ from visattn.geometry.orders import Triple
 from visattn.inject import Observation
 from visattn.patterns import Stencil
 from visattn.readout import Tiling, attention_rows, draw_rows
-from visattn.search.measure.recorded_attention import Call, Place, calls_of
+from visattn.search.measure.recorded_attention import AttentionSample, SamplePlace, calls_of
 from visattn.search.measure.tile_grid import TileGrid, stencil_of, tile_grids
-from visattn.tasks.result_store import Item
+from visattn.tasks.result_store import StoredResult
 
 __all__ = ["Learner", "learned", "middle_of", "stencils_of"]
 
@@ -42,7 +42,7 @@ class Learner:
         self.steps, self.block = steps, block
         self.tiles, self.rows_per_tile, self.seed = tiles, rows_per_tile, seed
         self.grids: list[TileGrid] = []
-        self.places: list[Place] = []
+        self.places: list[SamplePlace] = []
         self.found: list[list[torch.Tensor]] = []  # of each place, by tiling
         self.failures: list[str] = []
         self.attention: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}  # calls, sums
@@ -80,7 +80,7 @@ class Learner:
             if call.layout.length <= MOST_DRAWN:
                 self._attend(call)
 
-    def _attend(self, call: Call) -> None:
+    def _attend(self, call: AttentionSample) -> None:
         """Keep the attention of the query in the middle of the grid, for pictures."""
         start, grid = call.layout.grids[0]
         token = start + sum(x * s for x, s in zip(middle_of(grid), grid.strides, strict=True))
@@ -102,9 +102,7 @@ class Learner:
         numbers = grid.offset(owner[:, None], torch.arange(grid.count.numel))
         return numbers, torch.bincount(numbers.flatten(), minlength=len(grid.pairs))
 
-    def _table(
-        self, grid: TileGrid, at: int, weights: torch.Tensor, rows: slice
-    ) -> torch.Tensor:
+    def _table(self, grid: TileGrid, at: int, weights: torch.Tensor, rows: slice) -> torch.Tensor:
         """Mean mass by offset, then by key tile, ``[h, m + n]``, the part of some rows."""
         mass = grid.mass(weights).cpu()
         numbers, visits = self.numbers[at]
@@ -130,7 +128,9 @@ class Learner:
         return value, tables
 
 
-def learned(items: Sequence[Item], phase_of: Any) -> dict[tuple[int, str, int], list[torch.Tensor]]:
+def learned(
+    items: Sequence[StoredResult], phase_of: Any
+) -> dict[tuple[int, str, int], list[torch.Tensor]]:
     """Mean tables of each (phase, role, layer) over generations, steps and passes, by tiling.
 
     Args:
@@ -142,7 +142,7 @@ def learned(items: Sequence[Item], phase_of: Any) -> dict[tuple[int, str, int], 
         many = sum(name.startswith("tiles ") for name in item.tensors)
         tables = [item.tensors[f"tiles {at}"] for at in range(many)]
         for number, values in enumerate(item.value["places"]):
-            place = Place(*values)
+            place = SamplePlace(*values)
             key = phase_of(place.step), place.role, place.number
             own = [table[number].double() for table in tables]
             counts[key] = counts.get(key, 0) + 1

@@ -17,11 +17,11 @@ from visattn.metrics import compare_frames
 from visattn.metrics.prompt import parse_caption, score_prompt
 from visattn.plan import Plan
 
-__all__ = ["MOST_DB", "Scorer", "caption_scorer", "clip_of"]
+__all__ = ["MOST_DB", "ClipScorer", "caption_scorer", "clip_of"]
 
 MOST_DB = 80.0  # of a clip in means; equal frames have no PSNR
 # Verdicts by name, each 0 or 1 or between, of frames [T, H, W, 3] in [0, 1] and their prompt.
-Scorer = Callable[[torch.Tensor, str], Mapping[str, float]]
+ClipScorer = Callable[[torch.Tensor, str], Mapping[str, float]]
 
 
 def caption_scorer(frames: torch.Tensor, prompt: str) -> dict[str, float]:
@@ -39,7 +39,7 @@ def clip_of(
     pipe: Any,
     job: Job,
     plans: Mapping[str, Plan],
-    scorer: Scorer,
+    scorer: ClipScorer,
     pictures: Sequence[str],
     turn: int,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

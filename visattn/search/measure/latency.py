@@ -14,13 +14,13 @@ from visattn.cost import TORCH, DenseAttention, interleaved
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern
 
-__all__ = ["HeadTimes", "Seconds", "measure", "parted"]
+__all__ = ["HeadLatency", "LayerLatency", "heads_run_separately", "measure"]
 
 SPAN = 0.06  # seconds that the calls of a pattern may take
 DENSE = repr(Dense())
 
 
-class Seconds(NamedTuple):
+class HeadLatency(NamedTuple):
     """Of a pattern on one head of a layer, and on all of its heads."""
 
     alone: float
@@ -28,7 +28,7 @@ class Seconds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeadTimes:
+class LayerLatency:
     """What patterns cost in a layer of ``heads`` heads.
 
     Args:
@@ -37,19 +37,19 @@ class HeadTimes:
             (plain torch) and not in one launch.
     """
 
-    seconds: Mapping[str, Seconds]
+    seconds: Mapping[str, HeadLatency]
     heads: int
-    parted: bool
+    heads_run_separately: bool
 
     def head(self, pattern: HeadPattern) -> float:
         """What a head costs, for adding up before its neighbours are known."""
         own = self.seconds[repr(pattern)]
-        return own.alone if self.parted else own.all / self.heads
+        return own.alone if self.heads_run_separately else own.all / self.heads
 
     def layer(self, patterns: Sequence[HeadPattern]) -> float:
         """What a layer costs."""
         counts = Counter(map(repr, patterns))
-        if not self.parted:
+        if not self.heads_run_separately:
             return sum(n * self.seconds[name].all / self.heads for name, n in counts.items())
         return sum(self._some(self.seconds[name], n) for name, n in counts.items())
 
@@ -58,7 +58,7 @@ class HeadTimes:
         """A layer without a plan."""
         return self.seconds[DENSE].all
 
-    def _some(self, own: Seconds, heads: int) -> float:
+    def _some(self, own: HeadLatency, heads: int) -> float:
         """Of heads that share a pattern: on a line between one and all."""
         if heads == self.heads or self.heads == 1:
             return own.all
@@ -73,7 +73,7 @@ def measure(
     v: torch.Tensor,
     layout: TokenLayout,
     dense_attention: DenseAttention = TORCH,
-) -> tuple[dict[str, Seconds], dict[str, str]]:
+) -> tuple[dict[str, HeadLatency], dict[str, str]]:
     """Time patterns, and dense attention, on a call; all of them take turns.
 
     Args:
@@ -123,13 +123,13 @@ def measure(
     times = interleaved(functions, q.device, SPAN * len(functions))
     names = [name.removeprefix("all ") for name in functions if name.startswith("all ")]
     return {
-        name: Seconds(
+        name: HeadLatency(
             times["all " + name if one else "alone " + name].seconds, times["all " + name].seconds
         )
         for name in names
     }, failures
 
 
-def parted(q: torch.Tensor) -> bool:
+def heads_run_separately(q: torch.Tensor) -> bool:
     """Whether heads of different patterns run one after the other."""
     return choose_backend("auto", q).backend == "blockwise"

@@ -24,10 +24,10 @@ from visattn.geometry.layout import TokenLayout
 from visattn.inject import Observation
 from visattn.patterns import HeadPattern, Pattern, Skip, Stencil
 from visattn.readout import Tiling, attention_rows, draw_rows
-from visattn.search.measure.recorded_attention import Call, Place, calls_of
+from visattn.search.measure.recorded_attention import AttentionSample, SamplePlace, calls_of
 from visattn.search.measure.tile_grid import TileGrid
 
-__all__ = ["LOSSES", "Pool", "Scorer"]
+__all__ = ["LOSSES", "CandidatePool", "CandidateScorer"]
 
 LOSSES = ("projected", "output", "mass")
 
@@ -36,7 +36,7 @@ Layer = tuple[str, int]  # role, number
 
 
 @dataclass(frozen=True)
-class Pool:
+class CandidatePool:
     """What heads may run besides Dense.
 
     Args:
@@ -67,7 +67,7 @@ class Pool:
         }
 
 
-class Scorer:
+class CandidateScorer:
     """An observer that takes the errors of a pool on a generation.
 
     Args:
@@ -79,7 +79,7 @@ class Scorer:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: CandidatePool,
         weights: Callable[[Layer], torch.Tensor],
         steps: Collection[int],
         grids: Sequence[TileGrid],
@@ -92,7 +92,7 @@ class Scorer:
         self.pool, self.weights, self.steps, self.grids = pool, weights, steps, grids
         self.tiles, self.rows_per_tile, self.seed, self.exact = tiles, rows_per_tile, seed, exact
         self.layout: TokenLayout | None = None
-        self.places: list[Place] = []
+        self.places: list[SamplePlace] = []
         self.errors: list[torch.Tensor] = []
         self.failures: dict[str, str] = {}
         self._broken: set[HeadPattern] = set()  # candidates that ran out of memory or do not fit
@@ -120,7 +120,7 @@ class Scorer:
 
     # ---- one call
 
-    def _begin(self, call: Call) -> None:
+    def _begin(self, call: AttentionSample) -> None:
         self.layout, device = call.layout, call.q.device
         if self.exact:
             start, grid = call.layout.grids[0]
@@ -151,7 +151,7 @@ class Scorer:
             for grid in self.grids
         ]
 
-    def _errors(self, call: Call) -> torch.Tensor:
+    def _errors(self, call: AttentionSample) -> torch.Tensor:
         """Losses of the candidates of every head, float64 ``[H, candidates, 3]``, as LOSSES names
         them."""
         layer = call.place.role, call.place.number
@@ -162,9 +162,7 @@ class Scorer:
         exact = torch.empty(heads, len(self.rows), call.v.shape[2], device=call.q.device)
         count = len(self.pool.options(layer, 0)) - 1
         sums = torch.zeros(heads, count - len(self.pool.dynamic), 3, dtype=torch.float64)
-        for chunk in attention_rows(
-            call.q, call.k, self.rows, scale=call.scale, valid=call.valid
-        ):
+        for chunk in attention_rows(call.q, call.k, self.rows, scale=call.scale, valid=call.valid):
             for place, head in enumerate(range(chunk.heads.start, chunk.heads.stop)):
                 own, v = chunk.weights[place], call.v[head // group].float()
                 exact[head, chunk.rows] = out = own @ v
@@ -240,12 +238,12 @@ class Scorer:
         grid = next(grid for grid in self.grids if grid.tile == stencil.tile)
         return max(stencil.columns, default=0) < grid.count.numel
 
-    def _dynamic(self, call: Call, exact: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    def _dynamic(
+        self, call: AttentionSample, exact: torch.Tensor, gram: torch.Tensor
+    ) -> torch.Tensor:
         """Sums of the dynamic candidates, ``[H, E, 3]``; NaN where one cannot run, and for the
         mass, which they do not say."""
-        found = torch.full(
-            (len(call.q), len(self.pool.dynamic), 3), torch.nan, dtype=torch.float64
-        )
+        found = torch.full((len(call.q), len(self.pool.dynamic), 3), torch.nan, dtype=torch.float64)
         q, k, v = (x[None] for x in (call.q, call.k, call.v))
         rows = self.rows.to(q.device)
         for number, (family, pattern) in enumerate(self.pool.dynamic):

@@ -11,10 +11,10 @@ from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.inject import Observation
 from visattn.readout import ANY_PASS
 
-__all__ = ["Call", "Place", "calls_of", "spread_steps"]
+__all__ = ["AttentionSample", "SamplePlace", "calls_of", "spread_steps"]
 
 
-class Place(NamedTuple):
+class SamplePlace(NamedTuple):
     """A layer's call of a generation: ``number`` counts the layers of its denoiser."""
 
     role: str
@@ -23,11 +23,11 @@ class Place(NamedTuple):
     step: int
 
 
-class Call(NamedTuple):
+class AttentionSample(NamedTuple):
     """One sample of a call: ``q [H, L, D]``, ``k, v [Hk, L, D]``; valid tokens of each text, int64
     ``[1, texts]``, or None."""
 
-    place: Place
+    place: SamplePlace
     layer: str
     q: torch.Tensor
     k: torch.Tensor
@@ -42,7 +42,7 @@ class Call(NamedTuple):
         return None if self.text_lengths is None else valid_keys(self.text_lengths, self.layout)[0]
 
 
-def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[Call]:
+def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[AttentionSample]:
     """The calls of an observation at some steps, one of each pass.
 
     Raises:
@@ -61,8 +61,8 @@ def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[Call]
     lengths = observation.text_lengths
     for number, pass_ in enumerate(passes):
         own = number * each  # of several samples with one noise each, the first speaks for all
-        place = Place(observation.role, observation.number, pass_, observation.step)
-        yield Call(
+        place = SamplePlace(observation.role, observation.number, pass_, observation.step)
+        yield AttentionSample(
             place,
             observation.layer,
             observation.q[own],

@@ -16,13 +16,13 @@ from visattn.inject import Observation, observe, sparse
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import attached
 from visattn.plan import Plan
-from visattn.tasks.result_store import Item
+from visattn.tasks.result_store import StoredResult
 
-__all__ = ["Recorded", "Recorder", "Replay"]
+__all__ = ["CallRecorder", "RecordedCall", "Replay"]
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedCall:
     """A call of a denoiser: where it stood, what it got and what it gave.
 
     Attributes:
@@ -42,7 +42,7 @@ class Recorded:
     output: torch.Tensor
 
 
-class Recorder:
+class CallRecorder:
     """Keeps the calls of a pipeline's denoisers at some steps.
 
     Args:
@@ -55,7 +55,7 @@ class Recorder:
         self, pipe: Any, steps: Collection[int], true_scale: float | None = None
     ) -> None:
         self.pipe, self.steps, self.true_scale = pipe, steps, true_scale
-        self.calls: list[Recorded] = []
+        self.calls: list[RecordedCall] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -91,10 +91,10 @@ class Recorder:
         return {"calls": calls}, tensors
 
     @staticmethod
-    def read(item: Item, device: torch.device) -> list[Recorded]:
+    def read(item: StoredResult, device: torch.device) -> list[RecordedCall]:
         """The calls of an item, on a device."""
         return [
-            Recorded(
+            RecordedCall(
                 role=own["role"],
                 name=own["name"],
                 step=own["step"],
@@ -109,7 +109,7 @@ class Recorder:
 
 
 class _Hook:
-    def __init__(self, recorder: Recorder, role: str) -> None:
+    def __init__(self, recorder: CallRecorder, role: str) -> None:
         self.recorder, self.role = recorder, role
 
     def __call__(
@@ -131,7 +131,7 @@ class _Hook:
                 guidance = getattr(pipe, "_guidance_scale_2", guidance)
         assert step is not None
         self.recorder.calls.append(
-            Recorded(
+            RecordedCall(
                 role=self.role,
                 name=None if own.context is None else own.context.name,
                 step=step,
@@ -144,7 +144,7 @@ class _Hook:
         )
 
 
-class Stand:
+class PipelineStandIn:
     """To a plan, the pipeline that stands at a recorded call."""
 
     def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
@@ -162,11 +162,11 @@ class Replay:
         pipe: whose denoisers they are of; calls: in the order of their generations.
     """
 
-    def __init__(self, pipe: Any, calls: Sequence[Recorded]) -> None:
+    def __init__(self, pipe: Any, calls: Sequence[RecordedCall]) -> None:
         if not calls:
             raise ValueError("calls is empty; record a generation first")
         self.models, self.calls = models_of(pipe), list(calls)
-        self.stand = Stand(self.models)
+        self.stand = PipelineStandIn(self.models)
 
     @torch.no_grad()
     def error(self, plan: Plan, *, backend: str = "auto") -> float:
@@ -205,7 +205,7 @@ class Replay:
         out.calls = [self.calls[number] for number in numbers]
         return out
 
-    def _run(self, own: Recorded) -> torch.Tensor:
+    def _run(self, own: RecordedCall) -> torch.Tensor:
         model: Any = self.models[own.role]
         self.stand.scheduler.timesteps = own.schedule
         self.stand._current_timestep = own.schedule[own.step]
@@ -217,9 +217,9 @@ class Replay:
         return out
 
 
-def _guided_error(found: Sequence[tuple[Recorded, torch.Tensor]]) -> float:
+def _guided_error(found: Sequence[tuple[RecordedCall, torch.Tensor]]) -> float:
     """The mean over steps; neighbouring calls of one step are its passes."""
-    steps: list[list[tuple[Recorded, torch.Tensor]]] = []
+    steps: list[list[tuple[RecordedCall, torch.Tensor]]] = []
     for own, out in found:
         last = steps[-1][-1][0] if steps else None
         alike = last is not None and (last.role, last.step) == (own.role, own.step)

@@ -17,14 +17,14 @@ from visattn.inject.models.searchable import check_searchable
 from visattn.search.measure.output_losses import Layer
 from visattn.search.measure.output_projection import output_weights
 
-__all__ = ["Subject"]
+__all__ = ["SearchTarget"]
 
 CALL_KEYS = tuple(
     field.name for field in fields(Job) if field.name not in ("prompt", "seed", "fps", "guidance")
 )
 
 
-class Subject:
+class SearchTarget:
     """A pipeline and the arguments of its calls.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from visattn.patterns import Dense, HeadPattern, Pattern
 from visattn.search.measure.output_losses import LOSSES
 from visattn.search.solve.knapsack import Option, best_choice, frontier, pareto
-from visattn.search.solve.price_table import Allowed, Assignment, Group, Table
+from visattn.search.solve.price_table import Allowed, Assignment, Group, PriceTable
 
 __all__ = ["LayerFronts", "meeting", "published_rules", "solutions", "uniform_plans"]
 
@@ -32,7 +32,7 @@ class LayerFronts:
     """
 
     def __init__(
-        self, table: Table, allowed: Allowed | None = None, loss: str = LOSSES[0]
+        self, table: PriceTable, allowed: Allowed | None = None, loss: str = LOSSES[0]
     ) -> None:
         self.table = table
         self.heads = {
@@ -158,7 +158,7 @@ def _between(points: Sequence[tuple[float, float]], loss: float) -> float:
 
 
 def solutions(
-    table: Table,
+    table: PriceTable,
     speed: float,
     fronts: Mapping[str, LayerFronts],
     errors: Mapping[Group, Sequence[tuple[float, float]]],
@@ -201,7 +201,7 @@ def _copy(fronts: LayerFronts) -> LayerFronts:
 
 
 def meeting(
-    table: Table, speed: float, way: Callable[[float], Made | None]
+    table: PriceTable, speed: float, way: Callable[[float], Made | None]
 ) -> Made | None:
     """What a way finds with a budget that meets the speed as it is predicted for whole layers,
     whose heads cost a little less or more than they do one by one."""
@@ -226,7 +226,7 @@ def meeting(
 
 
 def uniform_plans(
-    table: Table, speed: float, kinds: Mapping[str, Sequence[HeadPattern]]
+    table: PriceTable, speed: float, kinds: Mapping[str, Sequence[HeadPattern]]
 ) -> dict[str, HeadPattern]:
     """Of each family the member for all heads that meets a predicted speed with the least loss in
     all, or, where that is not known, the slowest; families that never meet it are left out.
@@ -250,7 +250,7 @@ def uniform_plans(
     return out
 
 
-def total_loss(table: Table, pattern: HeadPattern) -> float:
+def total_loss(table: PriceTable, pattern: HeadPattern) -> float:
     """Of a pattern on all heads; infinite where it is not in the pool or could not run."""
     names = [own for _, own in table.candidates(table.groups[0], 0)]
     if pattern not in names:
@@ -263,7 +263,7 @@ def total_loss(table: Table, pattern: HeadPattern) -> float:
     return total if math.isfinite(total) else math.inf
 
 
-def published_rules(table: Table, speed: float, seed: int = 0) -> dict[str, Made]:
+def published_rules(table: PriceTable, speed: float, seed: int = 0) -> dict[str, Made]:
     """What published rules choose at the densest level of their candidates that meets a predicted
     speed.
 
@@ -318,7 +318,7 @@ def published_rules(table: Table, speed: float, seed: int = 0) -> dict[str, Made
     return out
 
 
-def _near(table: Table, pattern: HeadPattern, level: float) -> bool:
+def _near(table: PriceTable, pattern: HeadPattern, level: float) -> bool:
     """Whether a pattern keeps about as much as a level says."""
     if not isinstance(pattern, Pattern):
         return False
@@ -326,7 +326,7 @@ def _near(table: Table, pattern: HeadPattern, level: float) -> bool:
 
 
 def _arg_min(
-    table: Table,
+    table: PriceTable,
     families: set[str],
     level: float,
     *,

@@ -9,11 +9,11 @@ from visattn.patterns import HeadPattern
 from visattn.plan import Plan
 from visattn.search.solve.price_table import Group
 
-__all__ = ["Finding"]
+__all__ = ["EvaluatedPlan"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class EvaluatedPlan:
     """A plan that was tried.
 
     Attributes:

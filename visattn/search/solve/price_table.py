@@ -12,13 +12,13 @@ import torch
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern
 from visattn.plan import Denoiser, Plan, Rule
-from visattn.search.measure.latency import HeadTimes
-from visattn.search.measure.output_losses import LOSSES, Layer, Pool
-from visattn.search.measure.recorded_attention import Place
+from visattn.search.measure.latency import LayerLatency
+from visattn.search.measure.output_losses import LOSSES, CandidatePool, Layer
+from visattn.search.measure.recorded_attention import SamplePlace
 from visattn.search.solve.knapsack import Option, pareto
-from visattn.tasks.result_store import Item
+from visattn.tasks.result_store import StoredResult
 
-__all__ = ["Assignment", "Group", "Table", "losses_of"]
+__all__ = ["Assignment", "Group", "PriceTable", "losses_of"]
 
 Group = tuple[int, str, int]  # phase, role, number of the layer
 Assignment = Mapping[Group, tuple[HeadPattern, ...]]
@@ -26,21 +26,21 @@ Allowed = Callable[[str, HeadPattern], bool]
 
 
 def losses_of(
-    items: Sequence[Item], phase_of: Callable[[int], int]
-) -> dict[Group, list[tuple[int, Place, torch.Tensor]]]:
+    items: Sequence[StoredResult], phase_of: Callable[[int], int]
+) -> dict[Group, list[tuple[int, SamplePlace, torch.Tensor]]]:
     """Losses ``[H, candidates, 3]`` of every call that was scored, by group, with the number of its
     generation."""
-    out: dict[Group, list[tuple[int, Place, torch.Tensor]]] = {}
+    out: dict[Group, list[tuple[int, SamplePlace, torch.Tensor]]] = {}
     for number, item in enumerate(items):
         for at, values in enumerate(item.value["places"]):
-            place = Place(*values)
+            place = SamplePlace(*values)
             group = phase_of(place.step), place.role, place.number
             out.setdefault(group, []).append((number, place, item.tensors["errors"][at]))
     return out
 
 
 @dataclass(frozen=True)
-class Table:
+class PriceTable:
     """Losses and seconds.
 
     Args:
@@ -55,9 +55,9 @@ class Table:
             shapes, and a plan is as fast as at the shape where it is slowest.
     """
 
-    pool: Pool
-    times: HeadTimes
-    calls: Mapping[Group, Sequence[tuple[int, Place, torch.Tensor]]]
+    pool: CandidatePool
+    times: LayerLatency
+    calls: Mapping[Group, Sequence[tuple[int, SamplePlace, torch.Tensor]]]
     heads: Mapping[Layer, int]
     paths: Mapping[Layer, str]
     runs: Mapping[tuple[int, str], int]
@@ -66,7 +66,7 @@ class Table:
     denoisers: Mapping[str, Denoiser]
     phases: tuple[float, ...] = ()
     model: str | None = None
-    also: tuple[Table, ...] = ()
+    also: tuple[PriceTable, ...] = ()
 
     # ---- what is known of heads
 
