@@ -23,7 +23,7 @@ from visattn.cli.search import Lines
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.silence_logs import quiet
-from visattn.guidance.guiders.guidances import SoftPAG
+from visattn.guidance.guiders.guidance import SoftPAG
 from visattn.guidance.head_search.driver import search_heads
 from visattn.guidance.head_search.objectives import Objective, caption_score
 from visattn.guidance.head_set import HeadSet

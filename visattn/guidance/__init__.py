@@ -20,7 +20,7 @@ from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.enhance_a_video import EnhanceVideo
 from visattn.guidance.edits.key_weights import ScaleHeads, ScaleTokens
 from visattn.guidance.edits.label_bias import LabelBias, RegionMask
-from visattn.guidance.edits.perturb import Perturb
+from visattn.guidance.edits.pag import Perturb
 from visattn.guidance.edits.pladis import PLADIS
 from visattn.guidance.edits.proportional import ProportionalAttention
 from visattn.guidance.edits.query_edits import BlurQueries, ReplaceQueries, Temperature
@@ -30,7 +30,7 @@ from visattn.guidance.edits.share_keys import BorrowKeys, ShareKV
 from visattn.guidance.edits.sinks import RedistributeSinks
 from visattn.guidance.edits.state import State
 from visattn.guidance.edits.steer import steer
-from visattn.guidance.guiders.guidances import (
+from visattn.guidance.guiders.guidance import (
     PAG,
     SEG,
     SLG,

@@ -18,14 +18,14 @@ from visattn.guidance.edits.block_edits import ShuffleTokens, SkipBlock, SkipRan
 from visattn.guidance.edits.enhance_a_video import EnhanceVideo
 from visattn.guidance.edits.key_weights import ScaleHeads, ScaleTokens
 from visattn.guidance.edits.label_bias import LabelBias, RegionMask
-from visattn.guidance.edits.perturb import Perturb
+from visattn.guidance.edits.pag import Perturb
 from visattn.guidance.edits.pladis import PLADIS
 from visattn.guidance.edits.proportional import ProportionalAttention
 from visattn.guidance.edits.query_edits import BlurQueries, ReplaceQueries, Temperature
 from visattn.guidance.edits.replace_map import ReplaceMap, replace_motion
 from visattn.guidance.edits.share_keys import BorrowKeys, ShareKV
 from visattn.guidance.edits.sinks import RedistributeSinks
-from visattn.guidance.guiders.guidances import (
+from visattn.guidance.guiders.guidance import (
     PAG,
     SEG,
     SLG,

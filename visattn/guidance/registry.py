@@ -12,7 +12,7 @@ from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.enhance_a_video import EnhanceVideo
 from visattn.guidance.edits.pladis import PLADIS
 from visattn.guidance.edits.steer import steer
-from visattn.guidance.guiders.guidances import (
+from visattn.guidance.guiders.guidance import (
     PAG,
     SEG,
     SLG,

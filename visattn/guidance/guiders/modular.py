@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
 
-from visattn.guidance.guiders.guidances import (
+from visattn.guidance.guiders.guidance import (
     PAG,
     SEG,
     SLG,

@@ -16,7 +16,7 @@ from visattn.guidance.edits.state import State
 from visattn.guidance.edits.steer import Steering, check_touched, enter, place
 from visattn.guidance.guiders.cfg_slope import call_arguments
 from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
-from visattn.guidance.guiders.guidances import InPass, Window
+from visattn.guidance.guiders.guidance import InPass, Window
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached, cross_layers
 from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler

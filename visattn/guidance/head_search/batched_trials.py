@@ -10,8 +10,8 @@ import torch
 
 from visattn.guidance.edits.block_edits import BlockEdit
 from visattn.guidance.edits.edit import Edit, Where
-from visattn.guidance.edits.perturb import Perturb
-from visattn.guidance.guiders.guidances import Guidance, towards
+from visattn.guidance.edits.pag import Perturb
+from visattn.guidance.guiders.guidance import Guidance, towards
 from visattn.guidance.guiders.guide import guide
 
 __all__ = ["Generating", "PerturbEach", "Sets", "SoftPAGEach"]

@@ -16,7 +16,7 @@ import torch
 
 from visattn._version import __version__, versions
 from visattn.geometry.layout import check_count
-from visattn.guidance.guiders.guidances import Policy, SoftPAG
+from visattn.guidance.guiders.guidance import Policy, SoftPAG
 from visattn.guidance.head_search.batched_trials import Generating
 from visattn.guidance.head_search.head_candidates import (
     Candidate,
