@@ -16,7 +16,7 @@ from visattn.guidance.composition.prime_composer import (
     region_constrained,
 )
 from visattn.guidance.edits.edit import Edit
-from visattn.guidance.edits.state import run as state_run
+from visattn.guidance.edits.steer import apply_edits
 
 KINDS = {"wan21": "cross", "cogvideox": "self"}
 PROMPTS = {
@@ -131,7 +131,7 @@ def test_memory_is_linear():
         state = joint_state(tokens, samples=2)
         mask = torch.arange(tokens) % 3 == 0
         edits = prime_composer(1, (0,), mask, tokens=(1,), attention="self")
-        return lambda: state_run(state, [(edit, torch.ones(1)) for edit in edits])
+        return lambda: apply_edits(state, [(edit, torch.ones(1)) for edit in edits])
 
     check_linear(make)
 

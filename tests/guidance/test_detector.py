@@ -13,7 +13,7 @@ from support.planned import OTHER
 
 import visattn
 from visattn.guidance.edits.edit import Edit
-from visattn.guidance.edits.state import run as state_run
+from visattn.guidance.edits.steer import apply_edits
 from visattn.guidance.token_maps.detector import DetectorGuidance, largest_subject
 from visattn.guidance.token_maps.token_readout import frame_minmax
 
@@ -242,7 +242,7 @@ def test_memory_is_linear():
             SUBJECTS, masks=torch.ones(1, 2, 1, tokens // 64, 64), attention="self", sigma=2.0
         )
         edits = [edit for edit in guidance.edits() if "cond" in edit.passes]
-        return lambda: state_run(state, [(edit, torch.ones(1)) for edit in edits])
+        return lambda: apply_edits(state, [(edit, torch.ones(1)) for edit in edits])
 
     check_linear(make)
 

@@ -38,7 +38,8 @@ from visattn.guidance import (
     Temperature,
 )
 from visattn.guidance.edits.query_edits import blur_matrix
-from visattn.guidance.edits.state import State, run
+from visattn.guidance.edits.state import State
+from visattn.guidance.edits.steer import apply_edits
 from visattn.patterns import Neighborhood
 from visattn.selectors import TopBlocks
 
@@ -401,7 +402,7 @@ def test_head_at_strength_one_is_its_target_whatever_it_was():
 def test_strengths_may_differ_by_sample():
     q, k, v = tensors(VIDEO)
     strength = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.0, 0.0]])
-    out = run(State(caught(q, k, v, VIDEO), 0, None, q, k, v), [(Perturb(), strength)])
+    out = apply_edits(State(caught(q, k, v, VIDEO), 0, None, q, k, v), [(Perturb(), strength)])
     own = strength.double()[..., None, None]
     close(out, (1 - own) * attention(q, k, v, VIDEO) + own * v)
 

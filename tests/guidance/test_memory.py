@@ -11,7 +11,7 @@ from support.edited import edited, tensors
 import visattn
 from visattn import Grid, TokenLayout
 from visattn.guidance import RegionMask, ShuffleTokens, SkipBlock, SoftPAG, consistory
-from visattn.guidance.edits.state import run
+from visattn.guidance.edits.steer import apply_edits
 from visattn.patterns import Diagonal
 
 OF_DENOISERS = {
@@ -54,8 +54,8 @@ def test_memory_of_consistory_is_linear():
         first.call = replace(first.call, step=0)
 
         def steps():
-            run(first, active[:-1])  # which only read
-            run(second, active)
+            apply_edits(first, active[:-1])  # which only read
+            apply_edits(second, active)
             assert second.borrowed
 
         return steps

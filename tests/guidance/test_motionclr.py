@@ -22,7 +22,7 @@ from visattn.guidance import (
     Temperature,
     replace_motion,
 )
-from visattn.guidance.edits.state import run
+from visattn.guidance.edits.steer import apply_edits
 from visattn.patterns import Neighborhood
 
 NEAR = Neighborhood((1, 3, 3))
@@ -168,7 +168,7 @@ EDITS = {
 def test_memory_is_linear(edit):
     def make(tokens):
         state = joint_state(tokens, samples=2)
-        return lambda: run(state, [(edit, torch.ones(1))])
+        return lambda: apply_edits(state, [(edit, torch.ones(1))])
 
     check_linear(make)
 

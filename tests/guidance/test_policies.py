@@ -146,7 +146,7 @@ def test_strength_one_hides_values_that_are_not_finite():
     state.call, state.q = Call(), torch.zeros(1, 2, 3, 4)
     state.out = torch.full((1, 2, 3, 4), torch.nan)
     [edit] = SoftPAG({0: [0]}).edits()
-    state.change("out", torch.ones(1, 2, 3, 4), edit, torch.tensor([1.0, 0.0]))
+    edit.change(state, "out", torch.ones(1, 2, 3, 4), torch.tensor([1.0, 0.0]))
     assert bool((state.out[:, 0] == 1).all()) and bool(state.out[:, 1].isnan().all())
 
 

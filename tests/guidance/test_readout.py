@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 import visattn
 from visattn.guidance import BorrowKeys, Edit, LabelBias, ScaleTokens, Temperature
 from visattn.guidance.edits.read_tokens import ReadTokens
-from visattn.guidance.edits.state import run
+from visattn.guidance.edits.steer import apply_edits
 from visattn.guidance.token_maps.prompt_tokens import phrase_tokens, real_tokens
 from visattn.guidance.token_maps.token_readout import TokenReadout, frame_minmax, token_masks
 from visattn.patterns import Diagonal
@@ -282,7 +282,7 @@ def test_memory_is_linear():
     def make(tokens):
         state = joint_state(tokens)
         edit = ReadTokens(tokens=TOKENS, real=REAL, sink=TokenReadout())
-        return lambda: run(state, [(edit, torch.ones(1))])
+        return lambda: apply_edits(state, [(edit, torch.ones(1))])
 
     check_linear(make)
 

@@ -14,7 +14,7 @@ import visattn
 from visattn.attention.backends.reference import pattern_mask
 from visattn.guidance import PAG, RegionMask, ScaleHeads, regional
 from visattn.guidance.composition.regional import MixBase, RegionBits
-from visattn.guidance.edits.state import run
+from visattn.guidance.edits.steer import apply_edits
 from visattn.patterns import Dense, Neighborhood
 from visattn.plan import Plan, Rule
 
@@ -297,7 +297,7 @@ def test_memory_is_linear():
         state = joint_state(tokens)
         bits = RegionBits([torch.tensor([[0, 1]])], 4, frozenset({0}))
         edits = [RegionMask(q_bits=bits.queries, k_bits=bits.keys), MixBase(bits=bits, ratio=0.2)]
-        return lambda: run(state, [(edit, torch.ones(1)) for edit in edits])
+        return lambda: apply_edits(state, [(edit, torch.ones(1)) for edit in edits])
 
     check_linear(make)
 

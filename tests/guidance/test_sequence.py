@@ -29,7 +29,7 @@ from visattn.guidance.composition.windows import Windows
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.label_bias import RegionMask
 from visattn.guidance.edits.share_keys import ShareKV
-from visattn.guidance.edits.state import run
+from visattn.guidance.edits.steer import apply_edits
 
 KINDS = ("wan21", "cogvideox")
 VIDEOS = ("wan21", "wan22", "cogvideox", "cogvideox15")
@@ -333,7 +333,7 @@ def test_each_segment_has_the_keys_of_the_one_before_where_it_is_told(kind, pair
     [(ShareSettings(), 6, {1, 2}), (WORD_SWAP, 6, {0, 1}), (ShareSettings(), 50, {*range(2, 25)})],
 )
 def test_default_windows(share, steps, sharing):
-    from visattn.guidance.edits.edit import in_window
+    from visattn.guidance.argument_checks import in_window
 
     assert sharing == {n for n in range(steps) if in_window(share.start, share.stop, n, steps)}
 
@@ -459,7 +459,7 @@ def test_memory_of_mask_guided_sharing_is_linear_in_the_tokens():
 
     def make(tokens):
         state = joint_state(tokens, samples=2)
-        return lambda: run(state, [(edit, torch.ones(1)) for edit in edits])
+        return lambda: apply_edits(state, [(edit, torch.ones(1)) for edit in edits])
 
     peaks = check_linear(make)
     assert peaks[-1] < 8192**2  # a map of one byte a pair

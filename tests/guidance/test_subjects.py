@@ -33,7 +33,7 @@ from visattn.guidance.composition.consistent_subjects import (
 )
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.share_keys import BorrowKeys, Rotary, rotary_of
-from visattn.guidance.edits.state import run
+from visattn.guidance.edits.steer import apply_edits
 from visattn.guidance.token_maps.subject_masks import SubjectMasks
 from visattn.guidance.token_maps.token_readout import otsu, token_masks
 from visattn.patterns import Neighborhood
@@ -416,7 +416,7 @@ def test_memory_is_linear_in_the_tokens(name):
             "ir_diffusion": lambda: ir_diffusion(mask, mask, (1,)),
             "repositioned": lambda: ir_diffusion(mask, ~mask, (1,), reposition=model),
         }[name]()
-        return lambda: run(state, [(edit, torch.ones(1)) for edit in own])
+        return lambda: apply_edits(state, [(edit, torch.ones(1)) for edit in own])
 
     assert check_linear(make)[-1] < 8192**2  # a map of one byte a pair
 

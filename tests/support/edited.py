@@ -10,7 +10,8 @@ from visattn.attention.backends.reference import pattern_mask
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import Grid, Segment, TokenLayout
 from visattn.guidance.edits.edit import Edit
-from visattn.guidance.edits.state import State, run
+from visattn.guidance.edits.state import State
+from visattn.guidance.edits.steer import apply_edits
 from visattn.inject.editor import AttentionCall
 
 GRID = Grid(2, 4, 3)
@@ -68,7 +69,7 @@ def edited(edits, q, k, v, layout, pattern=None, kv_layout=None, **options):
     """What edits make of a call."""
     call = caught(q, k, v, layout, pattern, kv_layout, **options)
     active = [(edit, edit.place(PATHS, q.shape[1]).strengths[PATHS[0]]) for edit in listed(edits)]
-    return run(State(call, 0, None, q, k, v), active)
+    return apply_edits(State(call, 0, None, q, k, v), active)
 
 
 def listed(edits):

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from visattn.guidance.argument_checks import check_window
 from visattn.guidance.composition.windows import Windows
-from visattn.guidance.edits.edit import Edit, check_window
+from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.label_bias import RegionMask
 from visattn.guidance.edits.share_keys import ShareKV
 from visattn.guidance.edits.state import State

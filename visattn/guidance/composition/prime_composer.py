@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from visattn.guidance.edits.edit import Edit, Stream, numbers_of
+from visattn.guidance.argument_checks import numbers_of
+from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.key_weights import text_keys
 from visattn.guidance.edits.label_bias import LabelBias
-from visattn.guidance.edits.state import State
+from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["ComposeObject", "prime_composer", "region_constrained"]
 
@@ -62,14 +63,15 @@ class ComposeObject(Edit):
             )
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        source = state.source(self, self.source)
+        source = self.source
+        self.check_source(state, source)
         to = self._places(state, self.mask)
         origin = to if self.source_mask is None else self._places(state, self.source_mask)
         heads = (strength > 0).to(state.k.device)[:, None, None]
         for name in ("k", "q") if self.rows else ("k",):
             own = getattr(state, name)
             new = own.clone()
-            for sample in state.samples(self):
+            for sample in self.samples_in(state):
                 given = own[source][:, origin]
                 new[sample][:, to] = torch.where(heads, given, own[sample][:, to])
             setattr(state, name, new)

@@ -14,9 +14,11 @@ import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
 from visattn.geometry.layout import Grid
-from visattn.guidance.edits.edit import Edit, Stream, check_number, check_window, in_window
+from visattn.guidance.argument_checks import check_number, check_window, in_window
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.kernel import attend
 from visattn.guidance.edits.label_bias import RegionMask
-from visattn.guidance.edits.state import State, attend
+from visattn.guidance.edits.state import State, Stream
 from visattn.guidance.edits.steer import steer
 from visattn.guidance.head_set import Layers
 from visattn.inject.apply import known_denoisers
@@ -147,8 +149,8 @@ class MixBase(Edit):
         queries = functools.partial(self.bits.queries, base=True)
         mask = RegionMask(q_bits=queries, k_bits=self.bits.keys, attention=self.attention)
         mask.apply(other, torch.ones_like(strength))
-        new, _ = attend(other, (), again=True)
-        state.change("out", new, self, strength * self.ratio)
+        new, _ = attend(other, needs_lse=False, again=True)
+        self.change(state, "out", new, strength * self.ratio)
 
 
 @torch.no_grad()

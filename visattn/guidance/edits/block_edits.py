@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from visattn.guidance.edits.edit import check_share, check_window, in_window, numbers_of
+from visattn.guidance.argument_checks import check_share, check_window, in_window, numbers_of
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.class_swap import Next, add_handler, kind_of, remove_handler
@@ -21,6 +21,7 @@ from visattn.plan import PASSES
 __all__ = [
     "BlockEdit",
     "BlockSwitch",
+    "EditedBlock",
     "ShuffleTokens",
     "SkipBlock",
     "SkipRandomBlocks",
@@ -346,8 +347,7 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
             paths = tuple(every[n] for n in block_numbers(edit, len(every), role))
             for path in paths:
                 block = model.get_submodule(path)
-                handler = _handler(edit, model, path, paths, switch)
-                handler.__dict__["edit"] = edit  # which reused blocks ask for
+                handler = EditedBlock(edit, model, path, paths, switch)
                 add_handler(block, handler)
                 stack.callback(remove_handler, block, handler)
     return switches
@@ -368,43 +368,59 @@ class BlockSwitch:
         self.on, self.touched = True, 0
 
 
-def _handler(
-    edit: BlockEdit,
-    model: torch.nn.Module,
-    path: str,
-    paths: tuple[str, ...],
-    switch: BlockSwitch,
-) -> Callable[..., Any]:
-    def handle(block: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not switch.on:
+class EditedBlock:
+    """Handles the calls of a block that an edit is for.
+
+    Args:
+        edit: the edit.
+        model: the denoiser.
+        path: of the block.
+        paths: of all blocks that the edit is for.
+        switch: whether the edit is made now.
+    """
+
+    def __init__(
+        self,
+        edit: BlockEdit,
+        model: torch.nn.Module,
+        path: str,
+        paths: tuple[str, ...],
+        switch: BlockSwitch,
+    ) -> None:
+        self.edit, self.model, self.switch = edit, model, switch
+        self.path, self.paths = path, paths
+
+    def __call__(
+        self, block: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not self.switch.on:
             return inner(*args, **kwargs)
-        own = attached(model)
-        assert own is not None
+        edit, attachment = self.edit, attached(self.model)
+        assert attachment is not None
         hidden = args[0] if args else kwargs["hidden_states"]
         batch = hidden.shape[0]
-        step, steps = own.step()
+        step, steps = attachment.step()
         windowed = edit.start != 0 or edit.stop != 1.0
         if windowed and (step is None or steps is None):
             raise ValueError(
                 f"{type(edit).__name__} is for some steps, and "
-                + own.unknown("step", "start=0 and stop=1.0", "steer")
+                + attachment.unknown("step", "start=0 and stop=1.0", "steer")
             )
         if windowed and not in_window(edit.start, edit.stop, step or 0, steps or 1):
             return inner(*args, **kwargs)
         rows = torch.ones(batch, dtype=torch.bool)
         if edit.passes is not None:
-            passes = own.passes(batch)
+            passes = attachment.passes(batch)
             if passes is None:
                 raise ValueError(
                     f"{type(edit).__name__} is for the {' and '.join(edit.passes)} pass, and "
-                    + own.unknown("pass", "passes=None", "steer")
+                    + attachment.unknown("pass", "passes=None", "steer")
                 )
-            each = torch.tensor([pass_ in edit.passes for pass_ in passes])
-            rows = each.repeat_interleave(batch // len(passes))
+            edited = torch.tensor([pass_ in edit.passes for pass_ in passes])
+            rows = edited.repeat_interleave(batch // len(passes))
         if not bool(rows.any()):
             return inner(*args, **kwargs)
-        switch.touched += 1
+        self.switch.touched += 1
         rows = rows.to(hidden.device)
-        return edit.run(block, inner, BlockCall(path, paths, args, kwargs, rows, step or 0, own))
-
-    return handle
+        call = BlockCall(self.path, self.paths, args, kwargs, rows, step or 0, attachment)
+        return edit.run(block, inner, call)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
+from visattn.guidance.argument_checks import check_window, numbers_of
+from visattn.guidance.edits.state import State, Stream
 from visattn.guidance.head_set import Heads, HeadSet, Layers
 from visattn.plan import PASSES, ROLES
 
-if TYPE_CHECKING:
-    from visattn.guidance.edits.state import State
+__all__ = ["STAGES", "Edit", "Where"]
 
-__all__ = [
-    "Edit",
-    "Stream",
-    "Where",
-    "check_number",
-    "check_share",
-    "check_window",
-    "in_window",
-    "numbers_of",
-]
-
-Stream = Literal["all", "image", "text"]
 STAGES = ("query", "keys", "bias", "kernel", "columns", "lerp", "output", "read")
 
 
@@ -145,54 +133,63 @@ class Edit:
         """
         raise NotImplementedError
 
+    def samples_in(self, state: State) -> list[int]:
+        """Return the samples of a pass that the edit is for.
 
-def numbers_of(name: str, value: object) -> tuple[int, ...]:
-    """One or several numbers from 0 on."""
-    items = [value] if isinstance(value, int) else value
-    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
-        raise TypeError(f"{name} is {value!r}; it must be whole numbers from 0 on")
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise ValueError(f"{name} has {item!r}; it must be whole numbers from 0 on")
-    return tuple(items)
+        Args:
+            state: the call of the pass.
 
+        Raises:
+            ValueError: the pass has no such sample.
+        """
+        batch = range(state.q.shape[0])
+        if self.samples is None:
+            return list(batch)
+        for sample in self.samples:
+            if sample not in batch:
+                raise ValueError(
+                    f"{type(self).__name__} is for sample {sample}, and a pass of this call has "
+                    f"{len(batch)}, from 0 on; give as many prompts"
+                )
+        return list(self.samples)
 
-def check_window(name: str, start: object, stop: object) -> None:
-    """Raise ValueError for a window that is not one."""
-    for bound in (start, stop):
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound < 0:
+    def check_source(self, state: State, sample: int) -> None:
+        """Raise ValueError unless a pass has the sample that the edit takes something from.
+
+        Args:
+            state: the call of the pass.
+            sample: index of the sample.
+        """
+        if not 0 <= sample < state.q.shape[0]:
             raise ValueError(
-                f"{name}(start={start!r}, stop={stop!r}) must be steps, or shares of the steps "
-                "from 0.0 to 1.0"
+                f"{type(self).__name__} takes from sample {sample}, and a pass of "
+                f"{state.call.layer} has {state.q.shape[0]}, from 0 on; give as many prompts"
             )
-        if isinstance(bound, float) and bound > 1:
-            raise ValueError(f"{name} has {bound} for a share of the steps; it is at most 1.0")
-    if isinstance(start, int) == isinstance(stop, int) and start >= stop:  # type: ignore[operator]
-        raise ValueError(f"{name}(start={start!r}, stop={stop!r}) must start before it stops")
 
+    def change(self, state: State, name: str, new: torch.Tensor, strength: torch.Tensor) -> None:
+        """Move a tensor of a call towards another one by the strength of each head, in the samples
+        and rows of the edit. At strength 1 the result is exactly the other tensor.
 
-def check_number(
-    name: str,
-    argument: str,
-    value: object,
-    allowed: str,
-    fine: Callable[[float], bool] = math.isfinite,
-) -> None:
-    """Raise ValueError for an argument that is no number, or not one that is fine."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not fine(value):  # type: ignore[arg-type]
-        raise ValueError(f"{name}({argument}={value!r}) must be {allowed}")
-
-
-def check_share(name: str, share: object) -> None:
-    """Raise ValueError for what is no share of something."""
-    check_number(name, "share", share, "above 0 and at most 1", lambda own: 0 < own <= 1)
-
-
-def in_window(start: int | float, stop: int | float, step: int, steps: int) -> bool:
-    """Whether a step is in a window, whose start is part of it."""
-    first, last = (bound if isinstance(bound, int) else bound * steps for bound in (start, stop))
-    return first <= step < last
+        Args:
+            state: the call; its tensor ``name`` is replaced.
+            name: ``q`` or ``out``, each ``[b, H, Lq, D]``.
+            new: what it is moved towards, of a shape that broadcasts to it.
+            strength: of the heads, ``[H]`` or ``[b, H]``.
+        """
+        old = getattr(state, name)
+        weight = strength.expand(len(old), -1)
+        samples = torch.tensor(self.samples_in(state))[:, None]
+        heads = weight.any(0).nonzero()[None, :, 0]  # the other heads are not computed
+        if not samples.numel() or not heads.numel():
+            return
+        share = weight[samples, heads].to(device=old.device, dtype=old.dtype)[..., None, None]
+        samples, heads = samples.to(old.device), heads.to(old.device)
+        out = old.clone()
+        for rows in state.rows(self.stream):
+            before, after = (x[samples, heads, rows] for x in (old, new.expand_as(old)))
+            moved = torch.where(share == 1, after, torch.lerp(before, after, share))
+            out[samples, heads, rows] = torch.where(share == 0, before, moved)
+        setattr(state, name, out)
 
 
 def _path(name: str, layer: int | str, paths: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from visattn.guidance.edits.edit import Edit, Stream
-from visattn.guidance.edits.state import State
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["EnhanceVideo", "cross_frame_intensity"]
 
@@ -68,7 +68,7 @@ class EnhanceVideo(Edit):
         q, k = (x[:, :, rows].unflatten(2, (grid.frames, -1)) for x in (state.q, state.k))
         intensity = cross_frame_intensity(q, k, state.call.factor)
         gain = (intensity * (grid.frames + self.weight)).clamp(min=1)
-        state.change("out", state.out * gain.to(state.out)[:, None, None, None], self, strength)
+        self.change(state, "out", state.out * gain.to(state.out)[:, None, None, None], strength)
 
 
 def cross_frame_intensity(q: torch.Tensor, k: torch.Tensor, factor: float) -> torch.Tensor:

@@ -10,9 +10,11 @@ from typing import ClassVar
 import torch
 
 from visattn.attention.dense_attention import dense_with_lse
+from visattn.guidance.argument_checks import check_number, numbers_of
 from visattn.guidance.edits.bias import Bias
-from visattn.guidance.edits.edit import Edit, Stream, check_number, numbers_of
-from visattn.guidance.edits.state import State, logit_tensors
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.kernel import logit_tensors
+from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["ScaleHeads", "ScaleTokens", "text_keys", "token_weights", "weighed_values"]
 
@@ -168,13 +170,13 @@ class ScaleTokens(Edit):
         if self.both_ways:
             self._rows(state, keys, new)
         edit = self if not self.both_ways else _everywhere(self)
-        state.change("out", state.out + new, edit, strength)
+        edit.change(state, "out", state.out + new, strength)
 
     def _bias(self, state: State, keys: torch.Tensor, strength: torch.Tensor) -> None:
         k_labels = torch.zeros(1, state.k.shape[2], dtype=torch.int64)
         k_labels[0, keys.cpu()] = 1
         q_labels = torch.zeros(state.q.shape[0], state.q.shape[2], dtype=torch.int64)
-        for sample in state.samples(self):
+        for sample in self.samples_in(state):
             for rows in state.rows(self.stream):
                 q_labels[sample, rows] = 1
         for value in strength.unique().tolist():
@@ -222,4 +224,4 @@ class ScaleHeads(Edit):
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         if self.scale != 1:
-            state.change("out", state.out * self.scale, self, strength)
+            self.change(state, "out", state.out * self.scale, strength)

@@ -62,7 +62,7 @@ class LabelBias(Edit):
         k_labels = self._labels("k_labels", state, state.k.shape[2], self.table.shape[1])
         table = self.table.to(torch.float32)
         table = table.masked_fill(table < -FORBIDDEN / 2, -torch.inf)
-        chosen = state.samples(self)
+        chosen = self.samples_in(state)
         whole = len(chosen) == state.q.shape[0] and self.stream == "all"
         if not whole:  # a label of its own for the rows that nothing happens to
             table = torch.cat([table, torch.zeros(1, table.shape[1], device=table.device)])

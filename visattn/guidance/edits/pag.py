@@ -10,7 +10,8 @@ import torch
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.guidance.edits.bias import FORBIDDEN
 from visattn.guidance.edits.edit import Edit
-from visattn.guidance.edits.state import State, logit_tensors
+from visattn.guidance.edits.kernel import logit_tensors
+from visattn.guidance.edits.state import State
 
 __all__ = ["Perturb", "Target"]
 
@@ -74,7 +75,7 @@ class Perturb(Edit):
         if self.target in OF_IMAGE:
             edit = replace(self, stream="image")
             new = self._of_image(state) if state.texts else state.v.expand_as(state.out)
-            state.change("out", new, edit, strength)
+            edit.change(state, "out", new, strength)
             return
         if self.target == "value":
             new = state.v
@@ -83,7 +84,7 @@ class Perturb(Edit):
         else:
             rows = torch.cat([state.q[:, :, part] for part in state.rows(self.stream)], 2)
             new, _ = dense_with_lse(rows.mean(2, keepdim=True), state.k, state.v, state.call.factor)
-        state.change("out", new.expand_as(state.out), self, strength)
+        self.change(state, "out", new.expand_as(state.out), strength)
 
     def _of_image(self, state: State) -> torch.Tensor:
         """The target of the image rows, beside the output of the others."""

@@ -72,7 +72,7 @@ class PLADIS(Edit):
             )
         sparse = sparse_attention_of(state.q, state.k, state.v, call.factor, self.rule)
         new = sparse if self.weight == 1 else torch.lerp(state.out, sparse, self.weight)
-        state.change("out", new, self, strength)
+        self.change(state, "out", new, strength)
 
 
 def sparse_attention_of(

@@ -44,4 +44,4 @@ class ProportionalAttention(Edit):
         keys = state.k.shape[2]
         if keys not in (1, self.trained):
             factor = math.sqrt(math.log(keys) / math.log(self.trained))
-            state.change("q", state.q * factor, self, strength)
+            self.change(state, "q", state.q * factor, strength)

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 
 from visattn.geometry.layout import on_cpu
-from visattn.guidance.edits.edit import Edit, Stream, check_number, numbers_of
-from visattn.guidance.edits.state import State
+from visattn.guidance.argument_checks import check_number, numbers_of
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["BlurQueries", "ReplaceQueries", "Temperature"]
 
@@ -72,7 +73,7 @@ class BlurQueries(Edit):
             blurred = blurred.flatten(2, 4)
         new = state.q.clone()
         new[:, :, rows] = blurred
-        state.change("q", new, self, strength)
+        self.change(state, "q", new, strength)
 
 
 def _odd(count: int) -> int:
@@ -136,7 +137,7 @@ class Temperature(Edit):
         if self.temperature == 1:
             return
         if self.keys == "all" or state.call.kind == "cross":
-            state.change("q", state.q / self.temperature, self, strength)
+            self.change(state, "q", state.q / self.temperature, strength)
             return
         segments = state.texts
         if self.keys == "image":
@@ -155,7 +156,7 @@ class Temperature(Edit):
                 "as they are; take stream='all' or keys='all'"
             )
         factor = torch.ones(state.q.shape[0], state.q.shape[1], dtype=torch.float64)
-        factor[state.samples(self)] = 1 + strength.double() * (1 / self.temperature - 1)
+        factor[self.samples_in(state)] = 1 + strength.double() * (1 / self.temperature - 1)
         for first, end in segments:
             state.gains.append((self.stream, first, end, factor))
 
@@ -184,6 +185,7 @@ class ReplaceQueries(Edit):
         numbers_of("ReplaceQueries(source=...)", self.source)
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        source = state.source(self, self.source)
+        source = self.source
+        self.check_source(state, source)
         new = state.q[source : source + 1].expand_as(state.q)
-        state.change("q", new, self, strength)
+        self.change(state, "q", new, strength)

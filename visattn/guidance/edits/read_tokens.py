@@ -10,10 +10,12 @@ import torch
 
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import Grid
-from visattn.guidance.edits.edit import Edit, numbers_of
+from visattn.guidance.argument_checks import numbers_of
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.kernel import logit_tensors
 from visattn.guidance.edits.key_weights import text_keys
 from visattn.guidance.edits.map_columns import columns_by_lse, token_columns
-from visattn.guidance.edits.state import State, logit_tensors
+from visattn.guidance.edits.state import State
 
 __all__ = ["ReadTokens", "Reading", "TextTokens"]
 
@@ -95,7 +97,7 @@ class ReadTokens(Edit):
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         keys, groups = self._groups(state)
-        chosen = state.samples(self)
+        chosen = self.samples_in(state)
         weights = strength / strength.sum().clamp_min(1e-12)
         q, k = logit_tensors(state, state.image, "image")
         q, k = (q, k) if len(chosen) == len(q) else (q[chosen], k[chosen])

@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from visattn.guidance.edits.edit import Edit, Stream, numbers_of
+from visattn.guidance.argument_checks import numbers_of
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.kernel import attend
 from visattn.guidance.edits.key_weights import text_keys, token_weights, weighed_values
 from visattn.guidance.edits.query_edits import ReplaceQueries
 from visattn.guidance.edits.share_keys import ShareKV
-from visattn.guidance.edits.state import State, attend
+from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["ReplaceMap", "replace_motion"]
 
@@ -54,8 +56,9 @@ class ReplaceMap(Edit):
         object.__setattr__(self, "tokens", tuple(dict.fromkeys(tokens)))
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        source = state.source(self, self.source)
-        chosen = tuple(sample for sample in state.samples(self) if sample != source)
+        source = self.source
+        self.check_source(state, source)
+        chosen = tuple(sample for sample in self.samples_in(state) if sample != source)
         if not chosen:
             return
         if state.borrowed:
@@ -64,7 +67,7 @@ class ReplaceMap(Edit):
                 "the source has not; leave one out of the layer"
             )
         other = _as_source(state, source, chosen)
-        other.out, other.lse = attend(other, [self], again=True)
+        other.out, other.lse = attend(other, needs_lse=True, again=True)
         new = other.out
         if self.tokens:
             keys = text_keys(state, self.tokens)
@@ -74,7 +77,7 @@ class ReplaceMap(Edit):
                 return own - given
 
             new = new + weighed_values(state, keys, self.stream, weights)
-        state.change("out", new, replace(self, samples=chosen), strength)
+        replace(self, samples=chosen).change(state, "out", new, strength)
 
 
 def _as_source(state: State, source: int, samples: tuple[int, ...]) -> State:

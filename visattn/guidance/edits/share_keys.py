@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from visattn.guidance.edits.edit import Edit, Stream, check_share, numbers_of
-from visattn.guidance.edits.state import Borrowed, State
+from visattn.guidance.argument_checks import check_share, numbers_of
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.state import Borrowed, State, Stream
 
 __all__ = ["BorrowKeys", "Rotary", "ShareKV", "rotary_of"]
 
@@ -115,8 +116,9 @@ class ShareKV(Edit):
         numbers_of("ShareKV(source=...)", self.source)
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        chosen = state.samples(self)
-        source = state.source(self, self.source)
+        chosen = self.samples_in(state)
+        source = self.source
+        self.check_source(state, source)
         heads = (strength > 0).to(state.k.device)[None, :, None, None]
         for name in ("k", "v"):
             if self.what in ("both", "keys" if name == "k" else "values"):
@@ -193,10 +195,10 @@ class BorrowKeys(Edit):
                 f"{count} image tokens"
             )
         for source in self.sources:
-            state.source(self, source)
+            self.check_source(state, source)
         drawn = self._drawn(state, count)
         given = state.k if self.keys is None else self.keys(state)
-        for sample in state.samples(self):
+        for sample in self.samples_in(state):
             keys, values = [], []
             for source in self.sources:
                 if source == sample:

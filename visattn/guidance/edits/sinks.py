@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import torch
 
+from visattn.guidance.argument_checks import check_number
 from visattn.guidance.edits.bias import Bias
-from visattn.guidance.edits.edit import Edit, Stream, check_number
+from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.kernel import attend
 from visattn.guidance.edits.key_weights import token_weights, weighed_values
 from visattn.guidance.edits.label_bias import Labels
-from visattn.guidance.edits.state import State, attend
+from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["RedistributeSinks"]
 
@@ -81,7 +83,7 @@ class RedistributeSinks(Edit):
         if bool(sinks.any()):
             new, share = self._text(state, text, sinks)
             new = new + (1 - share[..., None]).to(new) * self._image(state, text | sinks)
-            state.change("out", new, self, strength.double() * (1 - self.scale))
+            self.change(state, "out", new, strength.double() * (1 - self.scale))
 
     def _sinks(self, state: State, text: torch.Tensor) -> torch.Tensor:
         """Which keys are sinks, bool ``[b or 1, Lk]``."""
@@ -128,7 +130,7 @@ class RedistributeSinks(Edit):
         other = State(state.call, state.part, state.pass_, state.q, state.k, state.v)
         other.biases = [*state.biases, Bias(table, rows, left_out.to(torch.int64), heads)]
         other.gains = state.gains
-        return attend(other, (), again=True)[0]
+        return attend(other, needs_lse=False, again=True)[0]
 
 
 def _wrong_sinks(given: object) -> str:

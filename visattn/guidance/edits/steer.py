@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from visattn.guidance.argument_checks import in_window
 from visattn.guidance.edits.block_edits import BlockEdit, BlockSwitch, edit_blocks
-from visattn.guidance.edits.edit import Edit, in_window
-from visattn.guidance.edits.state import State, run
+from visattn.guidance.edits.edit import STAGES, Edit
+from visattn.guidance.edits.kernel import attend
+from visattn.guidance.edits.state import State
 from visattn.guidance.head_set import HeadSet
 from visattn.inject.apply import editing, known_denoisers
 from visattn.inject.attachment import attached, attention_layers, cross_layers, describe
@@ -21,49 +23,97 @@ from visattn.inject.hooks.class_swap import add_handler, remove_handler
 from visattn.inject.hooks.turn import Gate
 from visattn.inject.observation import Observation
 
-__all__ = ["Steering", "check_switches", "check_touched", "enter", "place", "steer"]
+__all__ = [
+    "Placed",
+    "Steering",
+    "apply_edits",
+    "check_switches",
+    "check_touched",
+    "enter",
+    "place",
+    "steer",
+]
+
+
+# an edit with the strengths of its heads, [H] or [samples, H], by the path of the layer
+Placed = tuple[Edit, dict[str, torch.Tensor]]
+
+
+class Entry(NamedTuple):
+    """An edit of a steering.
+
+    Attributes:
+        steering: whose edit it is.
+        number: its index among the edits of the steering.
+        edit: the edit.
+        strengths: of its heads, by the path of the layer.
+    """
+
+    steering: Steering
+    number: int
+    edit: Edit
+    strengths: dict[str, torch.Tensor]
 
 
 @dataclass
 class Steering:
-    """The edits of one denoiser, as what computes its attention calls.
+    """The edits of one denoiser. Called with an attention call, it computes the edited attention.
 
     Args:
-        edits: each with the strengths of its heads, ``[H]`` or ``[samples, H]``, by layer.
-        before: the steering whose edits come before them.
+        edits: each with the strengths of its heads by layer.
+        before: the editor of the denoiser so far; edits of another steering are made first.
         on: whether its edits are made now.
     """
 
-    edits: list[tuple[Edit, dict[str, torch.Tensor]]]
+    edits: list[Placed]
     before: Editor | None = None
     on: bool = True
-    touched: Counter[int] = field(default_factory=Counter)
+    touched: Counter[int] = field(default_factory=Counter)  # calls changed, by index of the edit
 
     def __post_init__(self) -> None:
-        earlier = self.before.every if isinstance(self.before, Steering) else []
-        own = [(self, n, edit, where) for n, (edit, where) in enumerate(self.edits)]
-        self.every: list[Entry] = [*earlier, *own]
-        self.paths = frozenset(path for *_, where in self.every for path in where)
+        earlier = self.before.entries if isinstance(self.before, Steering) else []
+        later = [Entry(self, n, edit, where) for n, (edit, where) in enumerate(self.edits)]
+        self.entries: list[Entry] = [*earlier, *later]
+        self.paths = frozenset(path for entry in self.entries for path in entry.strengths)
+
+    @contextmanager
+    def reading_only(self, steering: Steering) -> Iterator[None]:
+        """Inside, of the edits that read attention only those of one steering are made.
+
+        Args:
+            steering: this one, or one whose edits come before.
+        """
+        entries = self.entries
+        self.entries = [e for e in entries if e.steering is steering or e.edit.stage != "read"]
+        try:
+            yield
+        finally:
+            self.entries = entries
 
     def wants(self, call: Observation) -> bool:
+        """Return whether an edit applies to a call."""
         return any(self._active(call))
 
     def _active(self, call: Observation) -> list[list[Entry]]:
-        """What is edited of each equal part of the batch.
+        """Return the edits of each equal part of the batch.
+
+        Args:
+            call: the attention call.
 
         Raises:
             ValueError: an edit is for some passes or steps, and that of the call is not known.
         """
-        here = [entry for entry in self.every if entry[0].on and call.layer in entry[3]]
-        now = [entry for entry in here if _in_time(entry[2], call)]
+        here = [e for e in self.entries if e.steering.on and call.layer in e.strengths]
+        now = [entry for entry in here if _in_time(entry.edit, call)]
         passes: tuple[str | None, ...] = call.passes or (None,)
-        if call.passes is None and any(edit.passes for _, _, edit, _ in now):
+        if call.passes is None and any(entry.edit.passes for entry in now):
+            wanted = sorted({name for entry in now for name in entry.edit.passes or ()})
             raise ValueError(
-                f"an edit is for the {' and '.join(_wanted(now))} pass, and the pass of this call "
-                f"of {call.role} is not known; steer the pipeline that runs, if it is one that "
-                "says its passes"
+                f"an edit is for the {' and '.join(wanted)} pass, and the pass of this call of "
+                f"{call.role} is not known; steer the pipeline that runs, if it is one that names "
+                "its passes"
             )
-        return [[e for e in now if not e[2].passes or pass_ in e[2].passes] for pass_ in passes]
+        return [[e for e in now if not e.edit.passes or pass_ in e.edit.passes] for pass_ in passes]
 
     def __call__(self, call: AttentionCall) -> torch.Tensor | None:
         passes: tuple[str | None, ...] = call.passes or (None,)
@@ -75,18 +125,33 @@ class Steering:
         tensors = [call.q, *(x.repeat_interleave(groups, 1) for x in (call.k, call.v))]
         if groups == 1:
             tensors = [call.q, call.k, call.v]
-        parts = zip(*(x.chunk(len(passes)) for x in tensors), passes, active, strict=True)
-        for number, (q, k, v, pass_, own) in enumerate(parts):
+        chunks = zip(*(x.chunk(len(passes)) for x in tensors), passes, active, strict=True)
+        for number, (q, k, v, pass_, entries) in enumerate(chunks):
             state = State(call, number, pass_, q, k, v)
-            _check_streams([edit for _, _, edit, _ in own], state)
-            outs.append(run(state, [(edit, where[call.layer]) for _, _, edit, where in own]))
-            for steering, n, _, _ in own:
-                steering.touched[n] += 1
+            _check_streams([entry.edit for entry in entries], state)
+            outs.append(apply_edits(state, [(e.edit, e.strengths[call.layer]) for e in entries]))
+            for entry in entries:
+                entry.steering.touched[entry.number] += 1
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-# a steering, the number of an edit in it, the edit, and its strengths by layer
-Entry = tuple[Steering, int, Edit, dict[str, torch.Tensor]]
+def apply_edits(state: State, active: Sequence[tuple[Edit, torch.Tensor]]) -> torch.Tensor:
+    """Compute the edited attention of one pass.
+
+    Args:
+        state: the call of the pass.
+        active: the edits, each with the strengths of its heads, ``[H]`` or ``[b, H]``.
+
+    Returns:
+        The output ``[b, H, Lq, D]``.
+    """
+    for stage in STAGES:
+        if stage == "kernel":
+            state.out, state.lse = attend(state, any(edit.needs_lse for edit, _ in active))
+        for edit, strength in active:
+            if edit.stage == stage:
+                edit.apply(state, strength)
+    return state.out
 
 
 def _check_streams(edits: Sequence[Edit], state: State) -> None:
@@ -109,21 +174,22 @@ def _in_time(edit: Edit, call: Observation) -> bool:
     return in_window(edit.start, edit.stop, call.step, call.steps)
 
 
-def _wanted(entries: Sequence[tuple[Any, int, Edit, Any]]) -> list[str]:
-    return sorted({name for _, _, edit, _ in entries for name in edit.passes or ()})
+def place(pipe: Any, edits: Sequence[Edit]) -> dict[str, list[Placed]]:
+    """Find the layers and heads that edits are for.
 
+    Args:
+        pipe: a pipeline or a denoiser.
+        edits: the edits.
 
-def place(
-    pipe: Any, edits: Sequence[Edit]
-) -> dict[str, list[tuple[Edit, dict[str, torch.Tensor]]]]:
-    """Edits on the layers that they are for, by the role of the denoiser.
+    Returns:
+        The edits with the strengths of their heads, by the role of the denoiser.
 
     Raises:
         ValueError: there is no such role, layer or head, a model has no such attention, or heads
             are of another model.
     """
     known = known_denoisers(pipe)
-    out: dict[str, list[tuple[Edit, dict[str, torch.Tensor]]]] = {role: [] for role in known}
+    out: dict[str, list[Placed]] = {role: [] for role in known}
     for edit in edits:
         if edit.role != "any" and edit.role not in known:
             raise ValueError(
@@ -184,29 +250,45 @@ def steer(pipe: Any, edits: Sequence[Edit | BlockEdit] | Edit | BlockEdit) -> It
 def enter(
     stack: ExitStack,
     pipe: Any,
-    placed: Mapping[str, list[tuple[Edit, dict[str, torch.Tensor]]]],
+    placed: Mapping[str, list[Placed]],
     on: bool = True,
 ) -> dict[str, Steering]:
-    """Put placed edits on a pipeline until the stack is closed; ``on``: they are made at once. One
-    thread or asyncio task at a time runs it meanwhile."""
+    """Put edits on a pipeline until the stack is closed. Meanwhile one thread or asyncio task at a
+    time may run the pipeline.
+
+    Args:
+        stack: closing it leaves the pipeline as it was.
+        pipe: a pipeline or a denoiser.
+        placed: the edits by the role of the denoiser.
+        on: whether the edits are made at once.
+
+    Returns:
+        The steering of each denoiser by its role.
+    """
     steerings = {}
     known = known_denoisers(pipe)
     for role, (model, _) in known.items():
-        own = attached(model)
-        if own is not None:
-            own.turn.check()
-        steerings[role] = Steering(placed.get(role, []), None if own is None else own.editor, on)
+        attachment = attached(model)
+        if attachment is not None:
+            attachment.turn.check()
+        before = None if attachment is None else attachment.editor
+        steerings[role] = Steering(placed.get(role, []), before, on)
     stack.enter_context(editing(pipe, steerings))
     if callable(pipe) and not isinstance(pipe, torch.nn.Module):
-        every = [own.turn for model, _ in known.values() if (own := attached(model)) is not None]
-        gate = Gate(every)
+        attachments = [attached(model) for model, _ in known.values()]
+        gate = Gate([each.turn for each in attachments if each is not None])
         add_handler(pipe, gate)
         stack.callback(remove_handler, pipe, gate)
     return steerings
 
 
 def check_touched(edits: Sequence[Edit], steerings: Any) -> None:
-    """Raise ValueError for an edit that no call was changed by."""
+    """Raise ValueError for an edit that changed no call.
+
+    Args:
+        edits: that were placed.
+        steerings: that made them.
+    """
     made = {
         id(edit)
         for steering in steerings
@@ -219,7 +301,12 @@ def check_touched(edits: Sequence[Edit], steerings: Any) -> None:
 
 
 def check_switches(edits: Sequence[BlockEdit], switches: Sequence[BlockSwitch]) -> None:
-    """The same for edits of blocks."""
+    """Raise ValueError for an edit of blocks that changed no call.
+
+    Args:
+        edits: that were placed.
+        switches: one for each.
+    """
     for edit, switch in zip(edits, switches, strict=True):
         if not switch.touched:
             raise ValueError(_untouched(edit))
@@ -227,6 +314,6 @@ def check_switches(edits: Sequence[BlockEdit], switches: Sequence[BlockSwitch]) 
 
 def _untouched(edit: object) -> str:
     return (
-        f"{type(edit).__name__} has changed no attention call: the pipeline did not run, or not "
-        "the passes and steps that the edit is for"
+        f"{type(edit).__name__} has changed no attention call: the pipeline did not run, or no "
+        "call matched the edit's passes and steps"
     )

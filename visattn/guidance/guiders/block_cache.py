@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from visattn.guidance.edits.block_edits import EditedBlock
 from visattn.guidance.edits.steer import Steering
 from visattn.inject.attachment import attached
 from visattn.inject.hooks.class_swap import Next, add_handler, handlers_of, remove_handler
@@ -69,9 +70,10 @@ class Prefix:
             return False
         edits: list[Any] = []
         if isinstance(own.editor, Steering):
-            edits += [edit for *_, edit, _ in own.editor.every]
+            edits += [entry.edit for entry in own.editor.entries]
         for block in self.blocks:
-            edits += [one.__dict__["edit"] for one in handlers_of(block) if "edit" in vars(one)]
+            handlers = handlers_of(block)
+            edits += [each.edit for each in handlers if isinstance(each, EditedBlock)]
         if any(e.passes and ("cond" in e.passes) != ("perturbed" in e.passes) for e in edits):
             return False
         return all(arguments.get(name) is None for name in RESIDUALS)

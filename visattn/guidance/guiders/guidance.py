@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from visattn.guidance.argument_checks import check_number, check_window, in_window
 from visattn.guidance.edits.block_edits import BlockEdit, ShuffleTokens, SkipBlock, SkipRandomBlocks
-from visattn.guidance.edits.edit import Edit, Stream, check_number, check_window, in_window
+from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.pag import Perturb, Target
 from visattn.guidance.edits.query_edits import INFINITE, BlurQueries, Temperature
+from visattn.guidance.edits.state import Stream
 from visattn.guidance.head_set import HeadSet, Layers
 from visattn.plan import Denoiser
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from visattn.guidance.edits.edit import Edit, check_number, check_window
+from visattn.guidance.argument_checks import check_number, check_window
+from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State
 from visattn.guidance.edits.steer import Steering, check_touched, enter, place
 from visattn.guidance.guiders.cfg_slope import call_arguments
@@ -328,7 +329,7 @@ class _Doubled:
     ) -> None:
         self.nag, self.text, self.model = nag, text, model
         self.steering, self.alone = steering, alone
-        before = [edit for own, _, edit, _ in steering.every if own is not steering]
+        before = [entry.edit for entry in steering.entries if entry.steering is not steering]
         if any(isinstance(edit, JointNAG) for edit in before):
             raise ValueError("NAG is on this pipeline already, and goes there once")
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.guidance.edits.edit import numbers_of
+from visattn.guidance.argument_checks import numbers_of
 from visattn.guidance.head_set import HeadSet
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import attached, attention_layers

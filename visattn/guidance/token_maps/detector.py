@@ -12,11 +12,12 @@ import torch
 from visattn.attention import merge_attention
 from visattn.guidance.edits.bias import Bias
 from visattn.guidance.edits.edit import Edit
+from visattn.guidance.edits.kernel import logit_tensors
 from visattn.guidance.edits.key_weights import text_keys
 from visattn.guidance.edits.map_columns import row_chunks
 from visattn.guidance.edits.query_edits import blur_matrix
 from visattn.guidance.edits.read_tokens import ReadTokens, TextTokens, groups_of
-from visattn.guidance.edits.state import State, logit_tensors
+from visattn.guidance.edits.state import State
 from visattn.guidance.head_set import Heads, HeadSet, Layers
 from visattn.guidance.token_maps.token_readout import TokenReadout, frame_minmax
 

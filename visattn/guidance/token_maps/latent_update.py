@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from visattn.guidance.edits.edit import in_window, numbers_of
+from visattn.guidance.argument_checks import in_window, numbers_of
 from visattn.guidance.edits.read_tokens import TextTokens, groups_of
 from visattn.guidance.head_set import Heads, HeadSet, Layers
 from visattn.guidance.token_maps.losses import (

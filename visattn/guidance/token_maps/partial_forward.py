@@ -108,13 +108,11 @@ class PartialForward:
         own = attached(self.model)
         assert own is not None
         assert isinstance(own.editor, Steering)
-        editor, every = own.editor, own.editor.every
         context, parameters = own.context, [p for p in self.model.parameters() if p.requires_grad]
         with ExitStack() as stack:
             stack.callback(setattr, own, "context", context)
             own.context = Context("cond", step, steps)
-            stack.callback(setattr, editor, "every", every)
-            editor.every = [e for e in every if e[0] is self.steering or e[2].stage != "read"]
+            stack.enter_context(own.editor.reading_only(self.steering))
             for switch in (self, self.steering):
                 stack.callback(setattr, switch, "on", False)
                 switch.on = True

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from visattn.guidance.edits.edit import numbers_of
+from visattn.guidance.argument_checks import numbers_of
 from visattn.guidance.edits.read_tokens import ReadTokens
 from visattn.guidance.edits.state import State
 from visattn.guidance.head_set import HeadSet, Layers
