@@ -239,6 +239,34 @@ print(*sorted(set({heavy!r}.split()) & set(sys.modules)))
     assert run_python(code) == ""
 
 
+def test_import_loads_few_modules_of_its_own():
+    """What ``import visattn`` costs is what it imports: the rest waits until a name is used."""
+    lazy = "attention bench cli cost draw generation guidance inject kernels media metrics plan"
+    code = f"""
+import sys, visattn
+own = [name for name in sys.modules if name.split(".")[0] == "visattn"]
+assert len(own) <= 90, len(own)
+print(*sorted(set({lazy!r}.split()) & {{name.split(".")[1] for name in own if "." in name}}))
+"""
+    assert run_python(code) == ""
+
+
+def test_lazy_names_are_there_and_listed():
+    code = """
+import visattn
+assert set(visattn.__all__) <= set(dir(visattn))
+assert {"attention", "inject", "plan", "readout"} <= set(dir(visattn))
+assert all(getattr(visattn, name) is not None for name in dir(visattn))
+from visattn import *
+assert sparse_attention is visattn.attention.sparse_attention
+assert guidance.guide is guide and callable(search)
+assert not hasattr(visattn, "no_such_name")
+from visattn.patterns import parse_pattern
+print(type(parse_pattern("top_blocks(0.5)")).__name__)
+"""
+    assert run_python(code) == "TopBlocks"
+
+
 def test_timm_and_transformers_import_after_visattn():
     """A CPU torch beside PyPI's torchvision broke both (`visattn/_compat.py`)."""
     code = "import visattn, timm.layers; from transformers import T5EncoderModel; print('both')"

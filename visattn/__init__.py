@@ -1,17 +1,27 @@
 """visattn: sparse attention and attention-steering guidance for image and video diffusion
-models."""
+models.
+
+Names are imported at their first use (PEP 562), so that ``import visattn`` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from visattn._compat import ensure_torchvision
 from visattn._version import __version__ as __version__
 
 ensure_torchvision()
 
-from visattn import guidance, metrics, patterns, search, selectors  # noqa: E402
-from visattn.attention import sparse_attention  # noqa: E402
-from visattn.geometry.layout import Grid, Segment, TokenLayout  # noqa: E402
-from visattn.guidance import HeadSet, SoftPAG, guide, search_heads, steer  # noqa: E402
-from visattn.inject import apply_plan, remove_plan, sparse, summary  # noqa: E402
-from visattn.plan import Plan  # noqa: E402
+# Registers the dynamic patterns, so that every pattern can be parsed after ``import visattn``.
+from visattn import selectors  # noqa: E402
+
+if TYPE_CHECKING:
+    from visattn import guidance, metrics, patterns, search
+    from visattn.attention import sparse_attention
+    from visattn.geometry.layout import Grid, Segment, TokenLayout
+    from visattn.guidance import HeadSet, SoftPAG, guide, search_heads, steer
+    from visattn.inject import apply_plan, remove_plan, sparse, summary
+    from visattn.plan import Plan
 
 __all__ = [
     "Grid",
@@ -34,3 +44,52 @@ __all__ = [
     "steer",
     "summary",
 ]
+
+# The module that each name is imported from.
+_MODULES = {
+    "Grid": "visattn.geometry.layout",
+    "HeadSet": "visattn.guidance",
+    "Plan": "visattn.plan",
+    "Segment": "visattn.geometry.layout",
+    "SoftPAG": "visattn.guidance",
+    "TokenLayout": "visattn.geometry.layout",
+    "apply_plan": "visattn.inject",
+    "guide": "visattn.guidance",
+    "remove_plan": "visattn.inject",
+    "search_heads": "visattn.guidance",
+    "sparse": "visattn.inject",
+    "sparse_attention": "visattn.attention",
+    "steer": "visattn.guidance",
+    "summary": "visattn.inject",
+}
+# Public packages, which are attributes after `import visattn` alone.
+_PACKAGES = {
+    "attention",
+    "bench",
+    "cost",
+    "flex",
+    "generation",
+    "geometry",
+    "guidance",
+    "inject",
+    "metrics",
+    "patterns",
+    "plan",
+    "readout",
+    "report",
+    "search",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"visattn.{name}")
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})
