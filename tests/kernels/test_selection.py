@@ -30,7 +30,7 @@ from visattn.selectors import (
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.dynamic_reference import reference_attend
 from visattn.selectors.attend.dynamic_triton import kernel_attend, kernel_levels, summary
-from visattn.selectors.methods.skip_list import packed, unpacked
+from visattn.selectors.methods.across_steps.skip_list import packed, unpacked
 from visattn.selectors.stages.blocks import ordered_side
 from visattn.selectors.stages.choose import (
     Levels,

@@ -25,7 +25,7 @@ from visattn.selectors import (
 )
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.dynamic_reference import reference_attend
-from visattn.selectors.methods.per_head_order import uneven_runs
+from visattn.selectors.per_head_order import uneven_runs
 from visattn.selectors.stages.blocks import arranged_side, ordered_side
 from visattn.selectors.stages.choose import BLOCK
 

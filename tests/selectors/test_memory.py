@@ -26,8 +26,8 @@ from visattn.selectors import (
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.largest_logits import largest_logits
 from visattn.selectors.audit import audit, audited_rows
-from visattn.selectors.methods.clusters import kmeans
-from visattn.selectors.methods.reuse import raised
+from visattn.selectors.methods.across_steps.reuse import raised
+from visattn.selectors.methods.per_head_blocks.cluster_blocks import kmeans
 from visattn.selectors.stages.history import Past
 
 TOP = TopBlocks(0.3, block=8)

@@ -61,7 +61,7 @@ def test_no_tensor_grows_faster_than_the_tokens(
     """Products are cut into parts of a constant size, which is small here."""
     from visattn.selectors.attend import dynamic_blockwise as attending
     from visattn.selectors.attend import largest_logits as largest_of
-    from visattn.selectors.methods import clusters
+    from visattn.selectors.methods.per_head_blocks import cluster_blocks as clusters
     from visattn.selectors.stages import scores
 
     for module in (clusters, largest_of, scores, attending):

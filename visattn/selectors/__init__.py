@@ -6,16 +6,21 @@ Each is a frozen dataclass with ``select(q, k, v, layout, scale)``, which gives 
 
 from visattn.patterns.grammar.call_grammar import DYNAMIC
 from visattn.selectors.memory import Memory
-from visattn.selectors.methods.agent import Agent
-from visattn.selectors.methods.bi_level import BiLevel, ProxyHeads
-from visattn.selectors.methods.clusters import ClusterBlocks
-from visattn.selectors.methods.core_context import CoreContext
-from visattn.selectors.methods.hashing import Hashing
-from visattn.selectors.methods.hierarchical import Hierarchical
-from visattn.selectors.methods.key_order import KeyOrder
-from visattn.selectors.methods.moba import MoBA
-from visattn.selectors.methods.online_choice import OnlineChoice
-from visattn.selectors.methods.pooled_methods import (
+from visattn.selectors.methods.across_steps.reuse import Reuse
+from visattn.selectors.methods.across_steps.skip_list import SkipList
+from visattn.selectors.methods.approximations.agent import Agent
+from visattn.selectors.methods.approximations.core_context import CoreContext
+from visattn.selectors.methods.approximations.pyramid import Pyramid
+from visattn.selectors.methods.approximations.rectified import Rectified
+from visattn.selectors.methods.per_head_blocks.cluster_blocks import ClusterBlocks
+from visattn.selectors.methods.per_head_blocks.hashing import Hashing
+from visattn.selectors.methods.per_head_blocks.key_order import KeyOrder
+from visattn.selectors.methods.per_head_blocks.online_choice import OnlineChoice
+from visattn.selectors.methods.top_k.bi_level import BiLevel, ProxyHeads
+from visattn.selectors.methods.top_k.hierarchical import Hierarchical
+from visattn.selectors.methods.top_k.moba import MoBA
+from visattn.selectors.methods.top_k.top_blocks import TopBlocks
+from visattn.selectors.methods.top_p.jenga import (
     ASA,
     NABLA,
     PISA,
@@ -25,13 +30,8 @@ from visattn.selectors.methods.pooled_methods import (
     Jenga,
     XAttention,
 )
-from visattn.selectors.methods.pyramid import Pyramid
-from visattn.selectors.methods.rectified import Rectified
-from visattn.selectors.methods.reuse import Reuse
-from visattn.selectors.methods.skip_list import SkipList
-from visattn.selectors.methods.sparge import Sparge
-from visattn.selectors.methods.top_blocks import TopBlocks
-from visattn.selectors.methods.vmoba import VMoBA
+from visattn.selectors.methods.top_p.sparge import Sparge
+from visattn.selectors.methods.top_p.vmoba import VMoBA
 from visattn.selectors.selector import BlockSelector, Selector
 from visattn.selectors.stages.scores import register_gate
 from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection

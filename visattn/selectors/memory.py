@@ -14,7 +14,7 @@ from visattn.selectors.stages.selection import Selection
 
 if TYPE_CHECKING:
     from visattn.patterns import HeadPattern
-    from visattn.selectors.methods.reuse import Reuse
+    from visattn.selectors.methods.across_steps.reuse import Reuse
     from visattn.selectors.selector import Selector
 
 __all__ = ["Memory"]
@@ -77,7 +77,7 @@ class Memory:
         kernels: bool = False,
     ) -> Selection:
         """The selection of a pattern: one that is kept where it serves, else a new one."""
-        from visattn.selectors.methods.reuse import Reuse
+        from visattn.selectors.methods.across_steps.reuse import Reuse
 
         if not isinstance(pattern, Reuse) or self.step is None:
             return self._new(pattern, pattern, q, k, v, layout, scale, kernels)
@@ -138,7 +138,7 @@ class Memory:
         highest: torch.Tensor | None,
     ) -> None:
         """After a call: what the pattern and its guard are to know of it."""
-        from visattn.selectors.methods.reuse import Reuse
+        from visattn.selectors.methods.across_steps.reuse import Reuse
 
         if self.step is None:
             return

@@ -10,7 +10,7 @@ import torch
 
 from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import Order
-from visattn.selectors.methods.per_head_order import (
+from visattn.selectors.per_head_order import (
     ArrangedSelector,
     Runs,
     even_runs,

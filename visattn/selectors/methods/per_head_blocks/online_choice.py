@@ -15,7 +15,7 @@ from visattn.patterns.base.pattern import Pattern
 from visattn.patterns.diagonal import Diagonal, MultiDiagonal
 from visattn.patterns.stripe import Stripe
 from visattn.patterns.union import Union
-from visattn.selectors.methods.per_head_order import even_runs
+from visattn.selectors.per_head_order import even_runs
 from visattn.selectors.selector import Selector, check_block, only_grid
 from visattn.selectors.stages.blocks import arranged_side
 from visattn.selectors.stages.history import Past

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.selectors.methods.pooled_methods import Jenga
+from visattn.selectors.methods.top_p.jenga import Jenga
 from visattn.selectors.stages.inputs import Inputs, block_means
 from visattn.selectors.stages.selection import Selection
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from visattn.geometry.layout import TokenLayout, check_count, on_cpu
-from visattn.selectors.methods.per_head_order import ArrangedSelector, Runs, even_runs, grid_tokens
+from visattn.selectors.per_head_order import ArrangedSelector, Runs, even_runs, grid_tokens
 from visattn.selectors.selector import check_block
 from visattn.selectors.stages.history import Past
 from visattn.selectors.stages.inputs import Inputs

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from visattn.geometry.layout import TokenLayout, check_count
-from visattn.selectors.methods.per_head_order import (
+from visattn.selectors.per_head_order import (
     ArrangedSelector,
     Runs,
     grid_rows,

@@ -1,0 +1,1 @@
+"""Methods whose choices serve several denoising steps."""

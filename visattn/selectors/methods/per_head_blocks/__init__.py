@@ -1,0 +1,1 @@
+"""Methods whose blocks differ from head to head: sorted, hashed or clustered tokens."""

@@ -1,0 +1,1 @@
+"""Methods that keep the fewest blocks with a share of the attention mass."""
