@@ -14,7 +14,7 @@ from visattn.patterns import Dense, Diagonal
 from visattn.selectors import MoBA, PooledRest, Pyramid, SampledRest, Selection, TopBlocks
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.gradients import LevelAttention
-from visattn.selectors.stages.blocks import ordered_side
+from visattn.selectors.stages.blocks import partition_by_order
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -59,8 +59,8 @@ def test_random_levels(rest: PooledRest | SampledRest | None) -> None:
     """Rows that see nothing, every level, queries of which several share a row, text."""
     layout = LAYOUTS["video"]
     generator = torch.Generator().manual_seed(3)
-    q_side = ordered_side(layout, (LineOrder(),), 13, torch.device("cpu"))
-    k_side = ordered_side(layout, (LineOrder("wth"),), 8, torch.device("cpu"))
+    q_side = partition_by_order(layout, (LineOrder(),), 13, torch.device("cpu"))
+    k_side = partition_by_order(layout, (LineOrder("wth"),), 8, torch.device("cpu"))
     values = (1, 2, 3, 8)
     levels = torch.randint(0, 5, (1, 4, len(q_side), len(k_side)), generator=generator)
     levels = torch.tensor([0, *values])[levels].to(torch.uint8)

@@ -29,25 +29,26 @@ from visattn.selectors import (
 )
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.dynamic_reference import reference_attend
-from visattn.selectors.attend.dynamic_triton import kernel_attend, kernel_levels, summary
+from visattn.selectors.attend.dynamic_triton import kernel_attend
 from visattn.selectors.methods.across_steps.skip_list import packed, unpacked
-from visattn.selectors.stages.blocks import ordered_side
+from visattn.selectors.stages.blocks import block_means, partition_by_order
 from visattn.selectors.stages.choose import (
+    ChoiceRule,
     Levels,
-    Select,
     Threshold,
     TokenBudget,
     TopK,
     TopP,
 )
-from visattn.selectors.stages.inputs import Inputs, block_means
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.kernels import kernel_levels, summary
 from visattn.selectors.stages.scores import Pooled
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 TILE = (16, 16, 4, 1)
 
-SELECTS: list[Select] = [
+SELECTS: list[ChoiceRule] = [
     TopK(0.25),
     TopK(4),
     TopK(0.2, inside=False),
@@ -82,7 +83,7 @@ def scores(seed: int) -> torch.Tensor:
 
 @pytest.mark.second
 @pytest.mark.parametrize("select", SELECTS, ids=str)
-def test_select_stage_is_bit_equal(select: Select) -> None:
+def test_select_stage_is_bit_equal(select: ChoiceRule) -> None:
     generator = torch.Generator().manual_seed(1)
     for seed, shape in enumerate(((1, 1), (2, 3))):  # shared by all heads, and of each
         forced = (torch.rand(*shape, 7, 21, generator=generator) < 0.1).to(DEVICE)
@@ -96,7 +97,7 @@ def test_select_stage_is_bit_equal(select: Select) -> None:
 def test_summaries_are_means_of_blocks() -> None:
     layout = LAYOUTS["video"]
     q, k, _ = (x.float().to(DEVICE) for x in tensors(layout))
-    side = ordered_side(layout, (LineOrder("wth"),), 8, DEVICE)
+    side = partition_by_order(layout, (LineOrder("wth"),), 8, DEVICE)
     for x in (q, k.mT.contiguous().mT[:, :, :, :8]):
         expected = block_means(side.take(x), side.exists)
         assert torch.allclose(summary(x, side, x.shape[1]), expected, rtol=0, atol=1e-6)
@@ -161,8 +162,8 @@ def test_random_levels(rest: PooledRest | SampledRest | None) -> None:
     """Rows that see nothing, every level, queries of which several share a row."""
     layout = LAYOUTS["video"]
     generator = torch.Generator().manual_seed(3)
-    q_side = ordered_side(layout, (LineOrder(),), 5, torch.device("cpu"))
-    k_side = ordered_side(layout, (LineOrder("wth"),), 8, torch.device("cpu"))
+    q_side = partition_by_order(layout, (LineOrder(),), 5, torch.device("cpu"))
+    k_side = partition_by_order(layout, (LineOrder("wth"),), 8, torch.device("cpu"))
     values = (1, 2, 3, 8)
     levels = torch.randint(0, 5, (2, 4, len(q_side), len(k_side)), generator=generator)
     levels = torch.tensor([0, *values])[levels].to(torch.uint8)
@@ -200,7 +201,7 @@ def test_integers_end_to_end_are_identical() -> None:
 def test_pooled_scores_are_within_four_ulp() -> None:
     layout = LAYOUTS["image"]
     q, k, v = (x.float().to(DEVICE) for x in tensors(layout))
-    sides = [ordered_side(layout, (LineOrder(),), size, DEVICE) for size in (5, 8)]
+    sides = [partition_by_order(layout, (LineOrder(),), size, DEVICE) for size in (5, 8)]
     pairs = Inputs(q, k, v, layout, SCALE, sides[0], sides[1]).pairs
     for scaled in (False, True):
         score = Pooled(scaled=scaled)

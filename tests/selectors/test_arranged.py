@@ -35,7 +35,7 @@ from visattn.selectors import (
     OnlineChoice,
     Selector,
 )
-from visattn.selectors.attend.dynamic_blockwise import sample_tokens
+from visattn.selectors.attend.rest import sample_tokens
 from visattn.selectors.stages.selection import SampledRest
 
 

@@ -26,14 +26,14 @@ from visattn.selectors import (
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.dynamic_reference import reference_attend
 from visattn.selectors.per_head_order import uneven_runs
-from visattn.selectors.stages.blocks import arranged_side, ordered_side
+from visattn.selectors.stages.blocks import partition_by_head, partition_by_order
 from visattn.selectors.stages.choose import BLOCK
 
 
 def random_selection(layout: TokenLayout, values: tuple[int, ...], seed: int) -> Selection:
     generator = torch.Generator().manual_seed(seed)
-    q_side = ordered_side(layout, (LineOrder(),), 5, torch.device("cpu"))
-    k_side = ordered_side(layout, (LineOrder("wth"),), 8, torch.device("cpu"))
+    q_side = partition_by_order(layout, (LineOrder(),), 5, torch.device("cpu"))
+    k_side = partition_by_order(layout, (LineOrder("wth"),), 8, torch.device("cpu"))
     shape = (2, 4, len(q_side), len(k_side))
     levels = torch.randint(0, len(values) + 1, shape, generator=generator)
     levels = torch.tensor([0, *values])[levels].to(torch.uint8)
@@ -126,7 +126,7 @@ def test_levels_over_constant_pools_are_exact() -> None:
     layout = TokenLayout(Grid(2, 8, 4))
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 64, 8, generator=generator, dtype=torch.float64)
-    side = ordered_side(layout, (LineOrder(),), 16, torch.device("cpu"))
+    side = partition_by_order(layout, (LineOrder(),), 16, torch.device("cpu"))
     for pool in (2, 4, 8, BLOCK):
         size = min(pool, 16)
         k, v = (
@@ -165,7 +165,7 @@ def test_a_mean_under_estimates_the_mass_of_its_block() -> None:
     narrow block."""
     layout = LAYOUTS["line"]
     q, k, v = tensors(layout)
-    side = ordered_side(layout, (LineOrder(),), 15, torch.device("cpu"))
+    side = partition_by_order(layout, (LineOrder(),), 15, torch.device("cpu"))
     levels = torch.full((2, 4, 1, 1), BLOCK, dtype=torch.uint8)
     narrow = k.mean(2, keepdim=True) + 0.2 * (k - k.mean(2, keepdim=True))
     found = [
@@ -266,7 +266,7 @@ def test_arranged_blocks_keep_every_token_once() -> None:
     order = torch.rand(2, 3, 90, generator=generator).argsort(-1)
     counts = torch.tensor([[40, 0, 50]] * 6).view(2, 3, 3)
     runs = uneven_runs(counts, 90, 16)
-    side = arranged_side(layout, order, runs.start, runs.length, 16)
+    side = partition_by_head(layout, order, runs.start, runs.length, 16)
     for b in range(2):
         for h in range(3):
             tokens = side.tokens[b, h][side.exists[b, h]].tolist()

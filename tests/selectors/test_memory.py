@@ -28,7 +28,7 @@ from visattn.selectors.attend.largest_logits import largest_logits
 from visattn.selectors.audit import audit, audited_rows
 from visattn.selectors.methods.across_steps.reuse import raised
 from visattn.selectors.methods.per_head_blocks.cluster_blocks import kmeans
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 
 TOP = TopBlocks(0.3, block=8)
 LINE = TokenLayout(Grid(2, 3, 4))
@@ -219,7 +219,7 @@ def test_exact_masses_by_a_cached_lse() -> None:
     _, lse = attend(
         q, k, v, TopBlocks(1.0, block=8).select(q, k, v, layout, SCALE), layout, None, SCALE
     )
-    past = Past(lse=lse)
+    past = SelectorState(lse=lse)
     cached = pattern.select(q, k, v, layout, SCALE, past=past).levels
     # of a full LSE the masses are those of the softmax, but for the text's part in it
     assert (cached != pattern.select(q, k, v, layout, SCALE).levels).float().mean() < 0.1
@@ -230,14 +230,15 @@ def test_exact_masses_by_a_cached_lse() -> None:
     )
     pattern = TopBlocks(0.4, block=4, score="exact")
     plain = pattern.select(q, k, v, no_text, SCALE).levels
-    assert torch.equal(pattern.select(q, k, v, no_text, SCALE, past=Past(lse=lse)).levels, plain)
+    cached = pattern.select(q, k, v, no_text, SCALE, past=SelectorState(lse=lse)).levels
+    assert torch.equal(cached, plain)
     # it is the cached one that counts: with one query of a block far above the others, only its
     # masses do, as those of the others are e^-9 of what they were
     heavy = lse + 9.0
     heavy[:, :, ::4] -= 9.0
-    own = pattern.select(q, k, v, no_text, SCALE, past=Past(lse=heavy)).levels
+    own = pattern.select(q, k, v, no_text, SCALE, past=SelectorState(lse=heavy)).levels
     assert (own != plain).float().mean() > 0.02
-    far = pattern.select(q, k, v, no_text, SCALE, past=Past(lse=lse - 1000)).broken
+    far = pattern.select(q, k, v, no_text, SCALE, past=SelectorState(lse=lse - 1000)).broken
     assert not far.any()
     assert pattern.learns and not TOP.learns and Reuse(pattern).learns
 
@@ -254,7 +255,7 @@ def test_warm_clusters_begin_where_the_last_step_ended() -> None:
     layout = LAYOUTS["video"]
     q, k, v = tensors(layout)
     pattern = ClusterBlocks(0.5, 1, 5, 7, 2, 8, warm=2)
-    past = Past()
+    past = SelectorState()
     pattern.select(q, k, v, layout, SCALE, past=past)
     warm = pattern.select(q, k, v, layout, SCALE, past=past)
     longer = ClusterBlocks(0.5, 1, 5, 7, 4, 8).select(q, k, v, layout, SCALE)  # 2, then 2
@@ -266,5 +267,5 @@ def test_every_selector_takes_a_past() -> None:
     layout = LAYOUTS["odd"]
     q, k, v = tensors(layout)
     for name in ("moba", "online_choice", "hashing", "reuse"):
-        own = small(name).select(q, k, v, layout, SCALE, past=Past())
+        own = small(name).select(q, k, v, layout, SCALE, past=SelectorState())
         assert torch.equal(own.levels, small(name).select(q, k, v, layout, SCALE).levels)

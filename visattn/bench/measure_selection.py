@@ -13,7 +13,7 @@ from visattn.attention import choose_backend
 from visattn.bench.timing import take_turns
 from visattn.geometry.layout import TokenLayout
 from visattn.selectors import Selector
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 
 __all__ = ["SelectionTime", "smooth_fields", "time_selection"]
 
@@ -92,7 +92,7 @@ def time_selection(
     q, k, v = (x.to(device, dtype) for x in smooth_fields(layout, heads, dim))
     scale = dim**-0.5
     kernels = choose_backend("auto", q).backend == "triton"
-    past = Past()
+    past = SelectorState()
 
     def choose() -> Any:
         return selector.select(q, k, v, layout, scale, kernels=kernels, past=past)

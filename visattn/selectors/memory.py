@@ -9,7 +9,7 @@ import torch
 
 from visattn.geometry.layout import TokenLayout
 from visattn.selectors.audit import Audit, audit
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.selection import Selection
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Memory:
     audited: tuple[tuple[HeadPattern, ...], Audit] | None = None  # heads of the last call
     notches: dict[Reuse, int] = field(default_factory=dict)  # how often a budget was raised
     _kept: dict[Reuse, _Kept] = field(default_factory=dict)
-    _past: dict[Selector, Past] = field(default_factory=dict)
+    _past: dict[Selector, SelectorState] = field(default_factory=dict)
     _when: tuple[int, int] = (-1, 0)
 
     def begin(self, step: int | None, steps: int | None) -> None:
@@ -59,11 +59,11 @@ class Memory:
         self.step = step
         self._when = (-1, 0) if step is None or steps is None else (step, steps)
 
-    def past(self, pattern: Selector) -> Past:
+    def past(self, pattern: Selector) -> SelectorState:
         """What a pattern knows of its last call; empty where steps are not known."""
         if self.step is None:
-            return Past()
-        return self._past.setdefault(pattern, Past())
+            return SelectorState()
+        return self._past.setdefault(pattern, SelectorState())
 
     def choose(
         self,

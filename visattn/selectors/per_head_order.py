@@ -11,13 +11,13 @@ import torch
 from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import Order
 from visattn.selectors.selector import Selector, only_grid
-from visattn.selectors.stages.blocks import Side, arranged_side
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.blocks import BlockPartition, partition_by_head
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.selection import Selection
 
 __all__ = [
-    "ArrangedSelector",
+    "PerHeadSelector",
     "Runs",
     "even_runs",
     "grid_rows",
@@ -88,12 +88,17 @@ def uneven_runs(counts: torch.Tensor, tokens: int, size: int) -> Runs:
     return Runs(start, length, group)
 
 
-class ArrangedSelector(Selector):
+class PerHeadSelector(Selector):
     """Base: ``arrange`` gives the orders and blocks, ``levels`` the levels of grid block pairs."""
 
     @abstractmethod
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         """Order of the queries ``[B, H, n]``, its runs and their most tokens, and those of the
         keys; grid tokens counted from the first. ``past`` may be read and written."""
@@ -117,14 +122,14 @@ class ArrangedSelector(Selector):
         scale: float,
         *,
         kernels: bool = False,
-        past: Past | None = None,
+        past: SelectorState | None = None,
     ) -> Selection:
         only_grid(layout, self)
         q_order, q_runs, q_size, k_order, k_runs, k_size = self.arrange(
-            q, k, layout, scale, Past() if past is None else past
+            q, k, layout, scale, SelectorState() if past is None else past
         )
-        q_side = arranged_side(layout, q_order, q_runs.start, q_runs.length, q_size)
-        k_side = arranged_side(layout, k_order, k_runs.start, k_runs.length, k_size)
+        q_side = partition_by_head(layout, q_order, q_runs.start, q_runs.length, q_size)
+        k_side = partition_by_head(layout, k_order, k_runs.start, k_runs.length, k_size)
         inputs = Inputs(q, k, v, layout, scale, q_side, k_side, kernels)
         own = self.choose(inputs, q_runs, k_runs)
         rows = grid_rows(layout, q_side, q_runs), grid_rows(layout, k_side, k_runs)
@@ -134,7 +139,7 @@ class ArrangedSelector(Selector):
         return selection.guarded(size.abs())
 
 
-def grid_rows(layout: TokenLayout, side: Side, runs: Runs) -> slice:
+def grid_rows(layout: TokenLayout, side: BlockPartition, runs: Runs) -> slice:
     """The blocks of the one grid among those of a side: what ``side.grid`` says, without asking a
     device."""
     before = layout.segments[: [s.kind for s in layout.segments].index("grid")]
@@ -143,7 +148,7 @@ def grid_rows(layout: TokenLayout, side: Side, runs: Runs) -> slice:
 
 
 def _levels(
-    own: torch.Tensor, q_side: Side, k_side: Side, rows: tuple[slice, slice]
+    own: torch.Tensor, q_side: BlockPartition, k_side: BlockPartition, rows: tuple[slice, slice]
 ) -> torch.Tensor:
     """Levels of all blocks from the kept pairs of grid blocks; the others are seen, and see all."""
     levels = torch.ones(

@@ -17,11 +17,12 @@ import torch
 from visattn.geometry.layout import Grid, TokenLayout, check_count, on_cpu
 from visattn.geometry.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns.base.pattern import HeadPattern
-from visattn.selectors.stages.always_kept import Force, forced_blocks
-from visattn.selectors.stages.blocks import Side, ordered_side
-from visattn.selectors.stages.choose import Select
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.always_kept import AlwaysKept, always_kept_blocks
+from visattn.selectors.stages.blocks import BlockPartition, partition_by_order
+from visattn.selectors.stages.choose import ChoiceRule
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.kernels import kernel_levels
 from visattn.selectors.stages.scores import Score
 from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection, not_finite
 
@@ -92,16 +93,16 @@ def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
 
 
 class Selector(HeadPattern):
-    """Base of the dynamic patterns. ``keeps``: whether a selection serves another call too."""
+    """Base of the dynamic patterns. ``reusable``: whether a selection serves another call too."""
 
-    keeps: ClassVar[bool] = True
+    reusable: ClassVar[bool] = True
 
     @property
     def learns(self) -> bool:
         """Whether the LSE of a call is to be kept in ``past``."""
         return False
 
-    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+    def learn(self, past: SelectorState, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
         """After a call: what the next one is to know.
 
         Args:
@@ -125,7 +126,7 @@ class Selector(HeadPattern):
         scale: float,
         *,
         kernels: bool = False,
-        past: Past | None = None,
+        past: SelectorState | None = None,
     ) -> Selection:
         """What the heads of a call see: q ``[B, H, L, D]``, k and v ``[B, Hk, L, D]``.
 
@@ -148,8 +149,8 @@ class Stages:
     """
 
     score: Score
-    choose: Select
-    force: Force = field(default_factory=Force)
+    choose: ChoiceRule
+    always_kept: AlwaysKept = field(default_factory=AlwaysKept)
     rest: PooledRest | SampledRest | None = None
     orders: tuple[str | Order, str | Order] = ("tiles", "tiles")
     blocks: tuple[int, int] = (64, 64)
@@ -162,23 +163,33 @@ class Stages:
             tuple(order_of(k_name, grid, k_size) for _, grid in layout.grids),
         )
 
-    def sides(self, layout: TokenLayout, device: torch.device) -> tuple[Side, Side]:
+    def sides(
+        self, layout: TokenLayout, device: torch.device
+    ) -> tuple[BlockPartition, BlockPartition]:
         """The blocks of queries and keys."""
         q_orders, k_orders = self.grid_orders(layout)
         return (
-            ordered_side(layout, q_orders, self.blocks[0], device),
-            ordered_side(layout, k_orders, self.blocks[1], device),
+            partition_by_order(layout, q_orders, self.blocks[0], device),
+            partition_by_order(layout, k_orders, self.blocks[1], device),
         )
 
 
     def forced(self, layout: TokenLayout, device: torch.device) -> torch.Tensor:
         """Block pairs that are kept whatever their score, bool ``[1, 1, Nq, Nk]``."""
         sides = self.sides(layout, torch.device("cpu"))
-        return forced_blocks(self.force, layout, self.grid_orders(layout), sides, device)
+        return always_kept_blocks(self.always_kept, layout, self.grid_orders(layout), sides, device)
 
 
 class BlockSelector(Selector):
-    """A selector whose blocks are the same for all heads; subclasses give its stages."""
+    """A selector whose blocks are the same for all heads; subclasses define its stages.
+
+    Attributes:
+        row_independent: whether the blocks of a query block depend on the scores of that block
+            alone. True lets long sequences be selected a few query blocks at a time; it requires
+            that ``scores``, ``adjusted``, ``finished`` and ``widened`` are those of this class.
+    """
+
+    row_independent: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, layout: TokenLayout) -> Stages:
@@ -197,7 +208,7 @@ class BlockSelector(Selector):
         scale: float,
         *,
         kernels: bool = False,
-        past: Past | None = None,
+        past: SelectorState | None = None,
     ) -> Selection:
         own = self.stages(layout)
         sides = own.sides(layout, q.device)
@@ -205,7 +216,8 @@ class BlockSelector(Selector):
         inputs = Inputs(q, k, v, layout, scale, *sides, kernels, lse)
         forced = own.forced(layout, q.device)
         many = q.shape[0] * q.shape[1] * forced.shape[2] * forced.shape[3]
-        if many > MOST_SCORES and own.choose.by_rows and own.score.by_rows and self.by_rows:
+        stages = (own.choose, own.score, self)
+        if many > MOST_SCORES and all(stage.row_independent for stage in stages):
             step = max(1, forced.shape[2] * MOST_SCORES // many)
             return self._in_parts(own, inputs, forced, step)
         scores = self.scores(own, inputs)
@@ -233,17 +245,6 @@ class BlockSelector(Selector):
         levels = torch.cat(found, 2)
         return Selection.of(*sides, levels, own.choose.levels, own.rest).guarded_by(broken)
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether a row's blocks depend on no other row's scores, and on no more than these."""
-        kind, base = type(self), BlockSelector
-        return (
-            kind.scores is base.scores
-            and kind.adjusted is base.adjusted
-            and kind.finished is base.finished
-            and kind.widened is base.widened
-        )
-
     def adjusted(self, levels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """The levels, with what only the call can tell."""
         return levels
@@ -260,7 +261,7 @@ class BlockSelector(Selector):
 
 
 def choose(
-    select: Select,
+    select: ChoiceRule,
     scores: torch.Tensor,
     length: torch.Tensor,
     forced: torch.Tensor,
@@ -268,8 +269,6 @@ def choose(
 ) -> torch.Tensor:
     """``select(scores, length, forced)``, by the kernel where it is asked for and has the rule."""
     if kernels:
-        from visattn.selectors.attend.dynamic_triton import kernel_levels
-
         levels = kernel_levels(select, scores, length, forced)
         if levels is not None:
             return levels

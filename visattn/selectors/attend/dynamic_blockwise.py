@@ -6,32 +6,27 @@ the levels of a row are disjoint key sets, whose results are merged by LSE.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from visattn.geometry.layout import TokenLayout, on_cpu, valid_keys
+from visattn.geometry.layout import TokenLayout
 from visattn.geometry.padding import set_aside
-from visattn.selectors.stages.blocks import Side, take_tokens
+from visattn.selectors.attend.rest import (
+    first_order,
+    sampled_bias,
+    sampled_tokens,
+    to_tokens,
+    valid_block_tokens,
+    value_slope,
+    weighted_means,
+)
+from visattn.selectors.stages.blocks import block_parts
 from visattn.selectors.stages.choose import BLOCK
-from visattn.selectors.stages.inputs import block_parts
-from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection
+from visattn.selectors.stages.selection import SampledRest, Selection
 
-__all__ = [
-    "Means",
-    "attend",
-    "first_order",
-    "means_of",
-    "sample_tokens",
-    "sampled_bias",
-    "sampled_tokens",
-    "to_tokens",
-    "valid_side",
-    "value_slope",
-    "weighted_means",
-]
+__all__ = ["Means", "attend", "means_of"]
 
 CHUNK = 1 << 22  # gathered key elements, or logits, of one product
 
@@ -94,7 +89,7 @@ def attend(
     rows_q = own.reshape(batch * heads * num_q, q_side.size, dim)
     keys, values = k_side.take(k).to(wide), k_side.take(v).to(wide)
     key_heads = keys.shape[1]
-    exists = valid_side(k_side, layout, text_lengths)
+    exists = valid_block_tokens(k_side, layout, text_lengths)
     results = _Rows(rows_q, wide)
     levels = selection.levels.reshape(-1, num_k)
     share = heads // key_heads
@@ -181,8 +176,14 @@ def means_of(
     values: torch.Tensor,
     exists: torch.Tensor,
 ) -> Means:
-    """Of key blocks ``[B, Hk, Nk, size, D]`` at a level, tokens that ``exists`` as ``valid_side``
-    says."""
+    """The means of key blocks at a level.
+
+    Args:
+        value: the level.
+        keys: ``[B, Hk, Nk, size, D]``.
+        values: ``[B, Hk, Nk, size, D]``.
+        exists: valid tokens, from ``valid_block_tokens``.
+    """
     pool, there = min(value, selection.k_side.size), selection.k_side.exists
     if value == 1:
         count = exists.expand(keys.shape[:4]).to(keys)
@@ -197,34 +198,6 @@ def means_of(
         return Means(own_k, own_v, bias, None)
     squares, _ = block_parts(keys.square(), there, pool)
     return Means(own_k, own_v, bias, (squares - own_k.square()).clamp(min=0))
-
-
-def weighted_means(
-    selection: Selection, keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means of blocks ``[B, Hk, Nk, size, D]`` by the selection's weights, ``[B, H, Nk, D]``, and
-    the logarithms of what they count for, ``[B, H, Nk]``."""
-    assert selection.weights is not None
-    weights = selection.weights.to(keys)
-    share = weights.shape[1] // keys.shape[1]
-    own_k, own_v = (
-        torch.einsum("bhns,bhnsd->bhnd", weights, x.repeat_interleave(share, 1))
-        for x in (keys, values)
-    )
-    entropy = torch.special.entr(weights).sum(-1)
-    return own_k, own_v, entropy.masked_fill(selection.k_side.length == 0, -torch.inf)
-
-
-def first_order(selection: Selection) -> bool:
-    return isinstance(selection.rest, PooledRest) and selection.rest.first_order
-
-
-def valid_side(side: Side, layout: TokenLayout, text_lengths: torch.Tensor | None) -> torch.Tensor:
-    """Keys that are there, bool ``[G, G', N, size]``."""
-    if text_lengths is None:
-        return side.exists
-    valid = valid_keys(text_lengths, layout)[:, None, :, None]
-    return side.exists & take_tokens(valid, side.tokens)[..., 0]
 
 
 def _gathers(
@@ -248,58 +221,6 @@ def _gathers(
         # what does not count is a block that the row sees: a weight of 0 does not mask a NaN
         yield rows, torch.where(counted, columns, columns[:, :1]), counted
         begin = end
-
-
-def value_slope(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    means: torch.Tensor,
-    side: Side,
-    scale: float,
-) -> torch.Tensor:
-    """``scale / N`` times the sum over grid keys of (key - mean of its block) x value,
-    ``[B, Hk, D, D]``."""
-    there = (side.exists & side.grid[:, None])[..., None]
-    apart = (keys - means).masked_fill(~there, 0).flatten(2, 3)
-    slope: torch.Tensor = apart.mT @ values.masked_fill(~there, 0).flatten(2, 3)
-    return slope * (scale / there.sum((2, 3, 4)).to(slope)[..., None, None])
-
-
-def sample_tokens(rest: SampledRest, layout: TokenLayout) -> torch.Tensor:
-    """The drawn grid tokens, ascending, int64 on the CPU."""
-    grid = torch.cat([torch.arange(grid.numel) + begin for begin, grid in layout.grids])
-    generator = torch.Generator().manual_seed(rest.seed)
-    chosen = torch.randperm(len(grid), generator=generator)[: rest.count]
-    return grid[chosen].sort().values
-
-
-@functools.lru_cache(maxsize=64)
-@on_cpu
-def sampled_tokens(
-    rest: SampledRest, layout: TokenLayout, device: torch.device
-) -> torch.Tensor:
-    """The drawn grid tokens, ascending, int64; copied to the device once."""
-    return sample_tokens(rest, layout).to(device)
-
-
-def sampled_bias(
-    selection: Selection, tokens: torch.Tensor, layout: TokenLayout, dtype: torch.dtype
-) -> torch.Tensor:
-    """The logarithm of what each row counts a sampled key for, ``[B, H, Nq, m]``; minus infinity
-    where it sees the key's block."""
-    batch, heads, num_q, num_k = selection.levels.shape
-    side = selection.k_side
-    owner = torch.zeros(
-        *side.tokens.shape[:2], layout.length, dtype=torch.int64, device=tokens.device
-    )
-    number = torch.arange(num_k, device=tokens.device)[:, None].expand_as(side.tokens)
-    owner.scatter_(2, side.tokens.flatten(2), number.flatten(2))
-    owner = owner[..., tokens].expand(batch, heads, -1)
-    gone = selection.levels == 0
-    unseen = gone.gather(3, owner[:, :, None].expand(-1, -1, num_q, -1))  # [B, H, Nq, m]
-    stands = (gone * (side.length * side.grid)[..., None, :]).sum(-1)
-    weight = (stands.to(dtype) / unseen.sum(-1).clamp(min=1)).log()
-    return weight[..., None].expand_as(unseen).masked_fill(~unseen, -torch.inf)
 
 
 def _add_sample(
@@ -326,17 +247,3 @@ def _add_sample(
         rows = torch.arange(begin, min(begin + step, len(rows_q)), device=k.device)
         logits = rows_q[rows] @ keys[rows // num_q].mT * scale + flat[rows][:, None]
         results.add(rows, logits, values[rows // num_q], None)
-
-
-def to_tokens(blocks: torch.Tensor, side: Side, length: int) -> torch.Tensor:
-    """``[B, H, N, size, C]`` back to ``[B, H, length, C]``."""
-    batch, heads, _, _, width = blocks.shape
-    flat = blocks.flatten(2, 3)
-    # where each token is; what is not there goes beyond the last token, which is left out
-    token = torch.where(side.exists, side.tokens, length).flatten(2)
-    number = torch.arange(token.shape[2], device=token.device).expand_as(token)
-    place = token.new_empty(*token.shape[:2], length + 1).scatter_(2, token, number)[..., :-1]
-    if token.shape[:2] == (1, 1):
-        return flat.index_select(2, place.flatten())
-    place = place.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
-    return flat.gather(2, place)

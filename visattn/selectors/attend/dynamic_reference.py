@@ -8,8 +8,8 @@ import torch
 
 from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.geometry.padding import set_aside
-from visattn.selectors.attend.dynamic_blockwise import sample_tokens
-from visattn.selectors.stages.blocks import Side
+from visattn.selectors.attend.rest import sample_tokens
+from visattn.selectors.stages.blocks import BlockPartition
 from visattn.selectors.stages.choose import BLOCK
 from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection
 
@@ -88,7 +88,7 @@ def reference_attend(
     return out + wrong[..., None], lse + wrong
 
 
-def _blocks(side: Side, b: int, h: int) -> list[torch.Tensor]:
+def _blocks(side: BlockPartition, b: int, h: int) -> list[torch.Tensor]:
     """The tokens of each block."""
     b, h = min(b, side.tokens.shape[0] - 1), min(h, side.tokens.shape[1] - 1)
     lengths = side.length[b, h].tolist()
@@ -96,7 +96,7 @@ def _blocks(side: Side, b: int, h: int) -> list[torch.Tensor]:
 
 
 def _slope(
-    side: Side, blocks: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+    side: BlockPartition, blocks: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
     """Sum over grid keys of (key - mean of its block) x value, and their number."""
     slope = keys.new_zeros(keys.shape[1], values.shape[1])

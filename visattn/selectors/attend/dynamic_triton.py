@@ -1,4 +1,4 @@
-"""Selection and attention by the kernels: what they are given, and what they give back."""
+"""Attention by a selection, computed by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.kernels.launch import launch_of
-from visattn.selectors.attend.dynamic_blockwise import (
+from visattn.selectors.attend.rest import (
     first_order,
     sampled_bias,
     sampled_tokens,
@@ -18,117 +18,18 @@ from visattn.selectors.attend.dynamic_blockwise import (
     value_slope,
     weighted_means,
 )
-from visattn.selectors.stages.blocks import Side
-from visattn.selectors.stages.choose import (
-    BLOCK,
-    Levels,
-    Select,
-    Threshold,
-    TokenBudget,
-    TopK,
-    TopP,
-)
-from visattn.selectors.stages.inputs import Inputs
-from visattn.selectors.stages.prefix import PARTS
+from visattn.selectors.stages.blocks import BlockPartition
+from visattn.selectors.stages.choose import BLOCK
+from visattn.selectors.stages.kernels import summary, unit_stride
 from visattn.selectors.stages.selection import SampledRest, Selection
 
 if TYPE_CHECKING:
     from visattn.kernels.levels import Keys
-    from visattn.kernels.select import Rule
 
-__all__ = ["kernel_attend", "kernel_levels", "pooled", "rule_of", "summary"]
+__all__ = ["kernel_attend"]
 
 MOST_POOLS = 4  # levels that are read as units
 WASTE = 1.25  # tokens of padded blocks over those of blocks, up to which they are read as tiles
-
-
-def rule_of(select: Select) -> Rule | None:
-    """What the select kernel does for a way to choose; None where it has none."""
-    from visattn.kernels.select import COUNT, MASS, MOST_ENDS, TOKENS, Rule
-
-    def shares(*values: float) -> tuple[int, ...]:
-        return tuple(int(value * PARTS + 1e-6) for value in values)
-
-    def bound(keep: int | float | None) -> tuple[int, bool] | None:
-        if keep is None:
-            return None
-        return (keep, True) if isinstance(keep, int) else (shares(keep)[0], False)
-
-    if isinstance(select, TopK):
-        numbers = isinstance(select.keep, int)
-        return Rule(
-            COUNT.value,
-            (int(select.keep),) if numbers else shares(select.keep),
-            numbers=numbers,
-            first=select.inside,
-            some=not numbers,
-            head=select.scope == "head",
-        )
-    if isinstance(select, TopP):
-        if not select.crossing:
-            return None
-        return Rule(
-            MASS.value,
-            shares(select.mass),
-            least=bound(select.least),
-            most=bound(select.most),
-            first=select.counted,
-            head=select.scope == "head",
-        )
-    if isinstance(select, Threshold):
-        return Rule(MASS.value, (select.units,), least=(1, True), above=True)
-    if isinstance(select, TokenBudget):
-        return Rule(TOKENS.value, shares(select.share), first=True)
-    if isinstance(select, Levels) and len(select.ends) <= MOST_ENDS:
-        by = MASS.value if select.by == "mass" else COUNT.value
-        return Rule(by, shares(*select.ends), select.pools, least=bound(select.least))
-    return None
-
-
-def kernel_levels(
-    select: Select, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
-) -> torch.Tensor | None:
-    """As ``select(scores, length, forced)``; None where the kernel has not the rule, or rows have
-    too many blocks for it."""
-    from visattn.kernels.select import MOST_BLOCKS
-    from visattn.kernels.select import select as run
-
-    rule = rule_of(select)
-    if rule is None or scores.shape[3] > MOST_BLOCKS:
-        return None
-    return run(scores.contiguous(), length.int(), forced, rule)
-
-
-def summary(x: torch.Tensor, side: Side, heads: int) -> torch.Tensor:
-    """Means of blocks, float32 ``[B, heads, N, D]``."""
-    from visattn.kernels.summary import summarise
-
-    x = _rows(x)
-    mean = x.new_empty(x.shape[0], heads, len(side), x.shape[3], dtype=torch.float32)
-    summarise(x, side.tokens32, side.length32, part=side.size, width=1, mean=mean)
-    return mean
-
-
-def pooled(inputs: Inputs, factor: float, bias: torch.Tensor) -> torch.Tensor:
-    """Pooled scores ``[B, H, Nq, Nk]``, minus infinity for pairs that are not chosen among; two
-    launches."""
-    from visattn.kernels.pooled import pooled_scores
-
-    q_side, k_side = inputs.q_side, inputs.k_side
-    return pooled_scores(
-        _rows(inputs.q),
-        inputs.own_k_mean,
-        bias.float().contiguous(),
-        q_side.tokens32,
-        q_side.length32,
-        q_side.some,
-        k_side.some,
-        factor,
-    )
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _settings(q: torch.Tensor, size: int) -> tuple[int, int, int, int]:
@@ -162,7 +63,7 @@ def kernel_attend(
     from visattn.kernels.levels import levels_forward
     from visattn.kernels.queries import queries_forward
 
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     q_side, k_side = selection.q_side, selection.k_side
     block_m, block_n, warps, stages = settings or _settings(q, q_side.size)
     size = k_side.size
@@ -255,7 +156,7 @@ def kernel_attend(
 def _keys(
     k: torch.Tensor,
     v: torch.Tensor,
-    side: Side,
+    side: BlockPartition,
     slots: int,
     valid: torch.Tensor | None,
     parts: tuple[tuple[int, int], ...],

@@ -12,14 +12,14 @@ from visattn.geometry.layout import TokenLayout
 from visattn.geometry.padding import without_unused_text
 from visattn.kernels.launch import backward_launch_of, on_device
 from visattn.runtime.torch_settings import plain_torch
-from visattn.selectors.attend.dynamic_blockwise import (
+from visattn.selectors.attend.dynamic_blockwise import means_of
+from visattn.selectors.attend.dynamic_triton import kernel_attend
+from visattn.selectors.attend.rest import (
     first_order,
-    means_of,
     sampled_bias,
     sampled_tokens,
-    valid_side,
+    valid_block_tokens,
 )
-from visattn.selectors.attend.dynamic_triton import kernel_attend
 from visattn.selectors.selector import Selector
 from visattn.selectors.stages.choose import BLOCK
 from visattn.selectors.stages.selection import SampledRest, Selection
@@ -143,7 +143,7 @@ def gradients(
 
     with torch.enable_grad():
         blocks_k, blocks_v = k_side.take(own_k), k_side.take(own_v)
-        exists = valid_side(k_side, layout, text_lengths)
+        exists = valid_block_tokens(k_side, layout, text_lengths)
         for value in selection.values:
             own = means_of(selection, value, blocks_k, blocks_v, exists)
             spread = None if own.spread is None else own.spread.flatten(2, 3)

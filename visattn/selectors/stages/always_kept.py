@@ -12,13 +12,13 @@ from visattn.blocks.block_map import NONE
 from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import Order, Triple
 from visattn.patterns import Pattern
-from visattn.selectors.stages.blocks import Side
+from visattn.selectors.stages.blocks import BlockPartition
 
-__all__ = ["Force", "forced_blocks"]
+__all__ = ["AlwaysKept", "always_kept_blocks"]
 
 
 @dataclass(frozen=True)
-class Force:
+class AlwaysKept:
     """What is kept besides what is chosen. Text and prefix keys are kept always, and their queries
     see everything.
 
@@ -42,11 +42,11 @@ class Force:
 
 @functools.lru_cache(maxsize=64)
 @on_cpu
-def forced_blocks(
-    force: Force,
+def always_kept_blocks(
+    always_kept: AlwaysKept,
     layout: TokenLayout,
     orders: tuple[tuple[Order, ...], tuple[Order, ...]],
-    sides: tuple[Side, Side],
+    sides: tuple[BlockPartition, BlockPartition],
     device: torch.device,
 ) -> torch.Tensor:
     """Bool ``[1, 1, Nq, Nk]`` on a device, for blocks that all heads share; of sides on the CPU, so
@@ -56,28 +56,28 @@ def forced_blocks(
     out = ~q_grid[:, None] | ~k_grid
     q_own, k_own = _segment_of(q_side, layout), _segment_of(k_side, layout)
     same = (q_own[:, None] == k_own) & q_grid[:, None] & k_grid
-    if force.own:
+    if always_kept.own:
         out |= _overlap(q_side, k_side, layout.length) & same
-    if force.neighbours:
+    if always_kept.neighbours:
         out |= _touching(q_side, k_side, layout) & same
-    if force.first_frame or force.window is not None:
+    if always_kept.first_frame or always_kept.window is not None:
         q_box, k_box = _boxes_of(q_side, layout), _boxes_of(k_side, layout)
-        if force.first_frame:
+        if always_kept.first_frame:
             out |= same & (k_box[:, 0, 0] == 0)
-        if force.window is not None:
-            tile, window = (torch.tensor(sides) for sides in force.window)
+        if always_kept.window is not None:
+            tile, window = (torch.tensor(sides) for sides in always_kept.window)
             apart = (q_box[:, None, 0] // tile - k_box[None, :, 0] // tile).abs()
             out |= same & (apart <= window // 2).all(-1)
-    if force.sink:
+    if always_kept.sink:
         for segment in k_own[k_grid].unique():
             out[:, int((k_own == segment).nonzero()[0, 0])] = True
-    if force.pattern is not None:
+    if always_kept.pattern is not None:
         for ordinal in range(len(layout.grids)):
             if orders[0][ordinal] != orders[0][0] or orders[1][ordinal] != orders[1][0]:
                 raise ValueError(
-                    f"pattern={force.pattern} cannot be forced on grids in different orders"
+                    f"pattern={always_kept.pattern} cannot be forced on grids in different orders"
                 )
-        own = force.pattern.lower(
+        own = always_kept.pattern.lower(
             layout,
             q_side.size,
             k_side.size,
@@ -88,14 +88,14 @@ def forced_blocks(
     return out[None, None].to(device)
 
 
-def _segment_of(side: Side, layout: TokenLayout) -> torch.Tensor:
+def _segment_of(side: BlockPartition, layout: TokenLayout) -> torch.Tensor:
     """Number of the segment of each block, on the CPU."""
     starts = torch.tensor(layout.starts)
     first = side.tokens[0, 0, :, 0].contiguous()
     return torch.searchsorted(starts, first, right=True) - 1
 
 
-def _owners(side: Side, length: int) -> torch.Tensor:
+def _owners(side: BlockPartition, length: int) -> torch.Tensor:
     """The block of each token, on the CPU."""
     owner = torch.empty(length, dtype=torch.int64)
     tokens = side.tokens[0, 0]
@@ -103,14 +103,14 @@ def _owners(side: Side, length: int) -> torch.Tensor:
     return owner
 
 
-def _overlap(q_side: Side, k_side: Side, length: int) -> torch.Tensor:
+def _overlap(q_side: BlockPartition, k_side: BlockPartition, length: int) -> torch.Tensor:
     """Block pairs that share a token."""
     out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
     out[_owners(q_side, length), _owners(k_side, length)] = True
     return out
 
 
-def _touching(q_side: Side, k_side: Side, layout: TokenLayout) -> torch.Tensor:
+def _touching(q_side: BlockPartition, k_side: BlockPartition, layout: TokenLayout) -> torch.Tensor:
     """Pairs of grid blocks with tokens that are the same or next to each other in all three
     coordinates."""
     out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
@@ -127,7 +127,7 @@ def _touching(q_side: Side, k_side: Side, layout: TokenLayout) -> torch.Tensor:
     return out
 
 
-def _boxes_of(side: Side, layout: TokenLayout) -> torch.Tensor:
+def _boxes_of(side: BlockPartition, layout: TokenLayout) -> torch.Tensor:
     """First and last coordinates of the tokens of each block within its grid, ``[N, 2, 3]``, -9
     for others."""
     out = torch.full((len(side), 2, 3), -9)

@@ -15,11 +15,18 @@ from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import Order, SequenceBlocks, sequence_blocks
 from visattn.runtime.torch_settings import lasting
 
-__all__ = ["Side", "arranged_side", "ordered_side"]
+__all__ = [
+    "BlockPartition",
+    "block_means",
+    "block_parts",
+    "partition_by_head",
+    "partition_by_order",
+    "take_tokens",
+]
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class BlockPartition:
     """Blocks of a sequence. ``G`` is 1 where all batch items and heads share them, else as given.
 
     Attributes:
@@ -52,10 +59,10 @@ class Side:
         """Numbers of the blocks of grid tokens, int64."""
         return self.grid.nonzero()[:, 0]
 
-    def part(self, rows: slice) -> Side:
+    def part(self, rows: slice) -> BlockPartition:
         """Some of the blocks."""
         tokens, length = self.tokens[:, :, rows], self.length[:, :, rows]
-        return Side(self.size, tokens, length, self.grid[rows])
+        return BlockPartition(self.size, tokens, length, self.grid[rows])
 
     @functools.cached_property
     @lasting
@@ -95,18 +102,41 @@ def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return taken.reshape(batch, x.shape[1], *shape, x.shape[3])
 
 
+def block_means(blocks: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Mean of the tokens that are there: ``[..., N, size, D]`` and bool ``[..., N, size]`` to
+    ``[..., N, D]``, in float32 (float64 for float64), 0 for an empty block."""
+    wide = torch.float64 if blocks.dtype == torch.float64 else torch.float32
+    count = exists.sum(-1, keepdim=True).clamp(min=1)
+    return (blocks.to(wide) * exists[..., None]).sum(-2) / count
+
+
+def block_parts(
+    blocks: torch.Tensor, exists: torch.Tensor, part: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of every ``part`` tokens of a block: ``[..., N, parts, D]``, and how many there are,
+    int64 ``[..., N, parts]``."""
+    size = blocks.shape[-2]
+    parts = -(-size // part)
+    pad = parts * part - size
+    blocks = torch.nn.functional.pad(blocks, (0, 0, 0, pad))
+    exists = torch.nn.functional.pad(exists, (0, pad))
+    blocks = blocks.unflatten(-2, (parts, part))
+    exists = exists.unflatten(-1, (parts, part))
+    return block_means(blocks, exists), exists.sum(-1)
+
+
 @functools.lru_cache(maxsize=64)
 @on_cpu
-def ordered_side(
+def partition_by_order(
     layout: TokenLayout, orders: tuple[Order, ...], size: int, device: torch.device
-) -> Side:
+) -> BlockPartition:
     """The blocks that an order of each grid cuts a layout into; text and prefix in their own."""
     blocks = sequence_blocks(layout, orders, size)
     tokens, _ = blocks.tokens(torch.arange(len(blocks)))
     tokens = torch.where(
         torch.arange(size) < blocks.length[:, None], tokens, tokens[:, :1]
     )
-    return Side(
+    return BlockPartition(
         size=size,
         tokens=tokens[None, None].to(device),
         length=blocks.length[None, None].to(device),
@@ -120,9 +150,9 @@ def grid_blocks(blocks: SequenceBlocks) -> torch.Tensor:
     return kinds[blocks.segment]
 
 
-def arranged_side(
+def partition_by_head(
     layout: TokenLayout, order: torch.Tensor, start: torch.Tensor, length: torch.Tensor, size: int
-) -> Side:
+) -> BlockPartition:
     """Blocks of the grid's tokens in an order of each head; text and prefix stay as they are.
 
     Args:
@@ -153,4 +183,4 @@ def arranged_side(
     tokens, lengths_all = torch.cat(pieces, 2), torch.cat(lengths, 2)
     exists = offset < lengths_all[..., None]
     tokens = torch.where(exists, tokens, tokens[..., :1])
-    return Side(size=size, tokens=tokens, length=lengths_all, grid=torch.cat(kinds))
+    return BlockPartition(size=size, tokens=tokens, length=lengths_all, grid=torch.cat(kinds))

@@ -24,22 +24,26 @@ from visattn.selectors.stages.prefix import (
     top_mass,
 )
 
-__all__ = ["BLOCK", "Levels", "Scope", "Select", "Threshold", "TokenBudget", "TopK", "TopP"]
+__all__ = ["BLOCK", "ChoiceRule", "Levels", "Scope", "Threshold", "TokenBudget", "TopK", "TopP"]
 
 BLOCK = 255
 Scope = Literal["row", "head"]
 
 
-class Select(ABC):
-    """Base. ``levels`` are the values above 0 that it gives; ``by_rows``: whether rows choose for
-    themselves."""
+class ChoiceRule(ABC):
+    """Base of the rules that turn scores into levels.
+
+    Attributes:
+        levels: the values above 0 that a rule returns.
+        row_independent: whether each row chooses by its own scores alone.
+    """
 
     @property
     def levels(self) -> tuple[int, ...]:
         return (1,)
 
     @property
-    def by_rows(self) -> bool:
+    def row_independent(self) -> bool:
         return getattr(self, "scope", "row") in ("row", "query")
 
     @abstractmethod
@@ -71,7 +75,7 @@ def candidates(scores: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TopK(Select):
+class TopK(ChoiceRule):
     """The best blocks of each row, or of each head.
 
     Args:
@@ -100,7 +104,7 @@ class TopK(Select):
 
 
 @dataclass(frozen=True)
-class TopP(Select):
+class TopP(ChoiceRule):
     """The smallest set of blocks that holds a share of the mass.
 
     Args:
@@ -142,7 +146,7 @@ class TopP(Select):
 
 
 @dataclass(frozen=True)
-class Threshold(Select):
+class Threshold(ChoiceRule):
     """Every block whose probability in its row is above a value, and the best one.
 
     Args:
@@ -165,7 +169,7 @@ class Threshold(Select):
 
 
 @dataclass(frozen=True)
-class TokenBudget(Select):
+class TokenBudget(ChoiceRule):
     """The best blocks of each row until they hold a share of the tokens, the crossing one with it:
     for blocks of unequal length.
 
@@ -187,7 +191,7 @@ class TokenBudget(Select):
 
 
 @dataclass(frozen=True)
-class Levels(Select):
+class Levels(ChoiceRule):
     """Finer and coarser levels down a row: the best blocks token by token, the next by means of
     two, and so on; what is beyond the last end is not seen (Li et al. 2025, pyramid sparse
     attention, arXiv 2512.04025, multi-level retention).

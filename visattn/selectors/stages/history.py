@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Past"]
+__all__ = ["SelectorState"]
 
 
 @dataclass
-class Past:
+class SelectorState:
     """Empty at the first step of a generation.
 
     Attributes:

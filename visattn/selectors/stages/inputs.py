@@ -8,32 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.stages.blocks import Side
+from visattn.selectors.stages.blocks import BlockPartition, block_means
+from visattn.selectors.stages.kernels import summary
 
-__all__ = ["Inputs", "block_means", "block_parts"]
-
-
-def block_means(blocks: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """Mean of the tokens that are there: ``[..., N, size, D]`` and bool ``[..., N, size]`` to
-    ``[..., N, D]``, in float32 (float64 for float64), 0 for an empty block."""
-    wide = torch.float64 if blocks.dtype == torch.float64 else torch.float32
-    count = exists.sum(-1, keepdim=True).clamp(min=1)
-    return (blocks.to(wide) * exists[..., None]).sum(-2) / count
-
-
-def block_parts(
-    blocks: torch.Tensor, exists: torch.Tensor, part: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of every ``part`` tokens of a block: ``[..., N, parts, D]``, and how many there are,
-    int64 ``[..., N, parts]``."""
-    size = blocks.shape[-2]
-    parts = -(-size // part)
-    pad = parts * part - size
-    blocks = torch.nn.functional.pad(blocks, (0, 0, 0, pad))
-    exists = torch.nn.functional.pad(exists, (0, pad))
-    blocks = blocks.unflatten(-2, (parts, part))
-    exists = exists.unflatten(-1, (parts, part))
-    return block_means(blocks, exists), exists.sum(-1)
+__all__ = ["Inputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +32,8 @@ class Inputs:
     v: torch.Tensor
     layout: TokenLayout
     scale: float
-    q_side: Side
-    k_side: Side
+    q_side: BlockPartition
+    k_side: BlockPartition
     kernels: bool = False
     lse: torch.Tensor | None = None
     whole: Inputs | None = None
@@ -106,9 +84,7 @@ class Inputs:
             return self._means(self.k, self.k_side)
         return block_means(self.k_blocks, self.k_side.exists)
 
-    def _means(self, x: torch.Tensor, side: Side) -> torch.Tensor:
-        from visattn.selectors.attend.dynamic_triton import summary
-
+    def _means(self, x: torch.Tensor, side: BlockPartition) -> torch.Tensor:
         return summary(x, side, max(x.shape[1], side.tokens.shape[1]))
 
     @functools.cached_property

@@ -17,7 +17,9 @@ from typing import ClassVar, Literal
 import torch
 
 from visattn.geometry.layout import index_on
-from visattn.selectors.stages.inputs import Inputs, block_parts
+from visattn.selectors.stages.blocks import block_parts
+from visattn.selectors.stages.inputs import Inputs
+from visattn.selectors.stages.kernels import unit_stride
 
 __all__ = [
     "Antidiagonal",
@@ -42,9 +44,13 @@ _GATES: dict[str, Callable[[Inputs], torch.Tensor]] = {}
 
 
 class Score(ABC):
-    """Base of the scores. ``by_rows``: whether those of some query blocks need no others."""
+    """Base of the scores.
 
-    by_rows: ClassVar[bool] = True
+    Attributes:
+        row_independent: whether the scores of a query block need no other query block.
+    """
+
+    row_independent: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, inputs: Inputs) -> torch.Tensor:
@@ -76,11 +82,27 @@ class Pooled(Score):
         bias = length.clamp(min=1).log() if self.log_size else torch.zeros_like(length).float()
         factor = inputs.scale if self.scaled else 1.0
         if inputs.kernels:
-            from visattn.selectors.attend.dynamic_triton import pooled
-
-            return pooled(inputs, factor, bias)
+            return _pooled_by_kernels(inputs, factor, bias)
         out = inputs.q_mean @ inputs.k_mean.mT * factor + bias[..., None, :]
         return out.float()
+
+
+def _pooled_by_kernels(inputs: Inputs, factor: float, bias: torch.Tensor) -> torch.Tensor:
+    """Pooled scores ``[B, H, Nq, Nk]``, minus infinity for pairs that are not chosen among; two
+    launches."""
+    from visattn.kernels.pooled import pooled_scores
+
+    q_side, k_side = inputs.q_side, inputs.k_side
+    return pooled_scores(
+        unit_stride(inputs.q),
+        inputs.own_k_mean,
+        bias.float().contiguous(),
+        q_side.tokens32,
+        q_side.length32,
+        q_side.some,
+        k_side.some,
+        factor,
+    )
 
 
 @dataclass(frozen=True)
@@ -301,7 +323,7 @@ class Gate(Score):
     """The score of a registered gate, which is shown the whole call."""
 
     name: str
-    by_rows: ClassVar[bool] = False
+    row_independent: ClassVar[bool] = False
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         if self.name not in _GATES:

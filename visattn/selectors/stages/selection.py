@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from visattn.selectors.stages.blocks import Side
+from visattn.selectors.stages.blocks import BlockPartition
 from visattn.selectors.stages.choose import BLOCK
 
 __all__ = ["PooledRest", "SampledRest", "Selection", "not_finite"]
@@ -68,8 +68,8 @@ class Selection:
             is multiplied by the one, and then has the other added.
     """
 
-    q_side: Side
-    k_side: Side
+    q_side: BlockPartition
+    k_side: BlockPartition
     levels: torch.Tensor
     values: tuple[int, ...] = (1,)
     rest: PooledRest | SampledRest | None = None
@@ -80,8 +80,8 @@ class Selection:
 
     @staticmethod
     def of(
-        q_side: Side,
-        k_side: Side,
+        q_side: BlockPartition,
+        k_side: BlockPartition,
         levels: torch.Tensor,
         values: tuple[int, ...] = (1,),
         rest: PooledRest | SampledRest | None = None,

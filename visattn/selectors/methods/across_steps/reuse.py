@@ -10,7 +10,7 @@ import torch
 
 from visattn.geometry.layout import Grid, TokenLayout, check_count
 from visattn.selectors.selector import Selector, check_block, check_share
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.selection import Selection
 
 __all__ = ["Reuse", "raised"]
@@ -61,7 +61,7 @@ class Reuse(Selector):
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector) or isinstance(self.selector, Reuse):
             raise TypeError(f"selector={self.selector!r} must be a dynamic pattern such as jenga()")
-        if not self.selector.keeps:
+        if not self.selector.reusable:
             raise ValueError(
                 f"selector={self.selector} corrects its output by values of the call, or learns "
                 "from each, which does not serve another one; use it without reuse"
@@ -101,7 +101,7 @@ class Reuse(Selector):
         scale: float,
         *,
         kernels: bool = False,
-        past: Past | None = None,
+        past: SelectorState | None = None,
     ) -> Selection:
         return self.selector.select(q, k, v, layout, scale, kernels=kernels, past=past)
 
@@ -111,7 +111,7 @@ class Reuse(Selector):
             return step - made < self.every
         return not any(made < share * steps <= step for share in self.at)
 
-    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+    def learn(self, past: SelectorState, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
         self.selector.learn(past, lse, highest)
 
     def can_rise(self, notches: int) -> bool:

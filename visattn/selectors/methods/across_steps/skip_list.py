@@ -18,7 +18,7 @@ from visattn.selectors.selector import (
     check_word,
 )
 from visattn.selectors.stages.choose import TopK
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.scores import Pooled
 from visattn.selectors.stages.selection import Selection
 
@@ -55,7 +55,7 @@ class SkipList(Selector):
     block: int = 64
     order: str = "hilbert"
     name: ClassVar[str] = "skip_list"
-    keeps: ClassVar[bool] = False  # each call adds to the list
+    reusable: ClassVar[bool] = False  # each call adds to the list
 
     def __post_init__(self) -> None:
         check_share("least", self.least, above=True)
@@ -80,7 +80,7 @@ class SkipList(Selector):
         scale: float,
         *,
         kernels: bool = False,
-        past: Past | None = None,
+        past: SelectorState | None = None,
     ) -> Selection:
         stages = Stages(
             Pooled(), TopK(), orders=(self.order, self.order), blocks=(self.block, self.block)
@@ -97,7 +97,7 @@ class SkipList(Selector):
                 kept = ~unpacked(past.skipped, shape[3]) | forced
         return Selection.of(*sides, kept.to(torch.uint8))
 
-    def learn(self, past: Past, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
+    def learn(self, past: SelectorState, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
         past.lse = lse
         if highest is not None:  # minus infinity where a block was skipped already
             past.skipped = packed(highest < math.log(self.least))

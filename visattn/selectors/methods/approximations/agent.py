@@ -11,8 +11,7 @@ from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.geometry.orders import BoxOrder
 from visattn.geometry.padding import set_aside, without_padding
 from visattn.patterns.base.pattern import HeadPattern
-from visattn.selectors.stages.blocks import ordered_side
-from visattn.selectors.stages.inputs import block_means
+from visattn.selectors.stages.blocks import block_means, partition_by_order
 
 __all__ = ["Agent"]
 
@@ -72,7 +71,7 @@ class Agent(HeadPattern):
         q, wrong = set_aside(q)
         orders = tuple(BoxOrder(self.box) for _ in layout.grids)
         size = self.box[0] * self.box[1] * self.box[2]
-        boxes = ordered_side(layout, orders, size, q.device)
+        boxes = partition_by_order(layout, orders, size, q.device)
         own = boxes.of_grid
         agents = block_means(boxes.take(q), boxes.exists).index_select(2, own)
         text = [

@@ -16,7 +16,7 @@ from visattn.selectors.selector import (
     check_keep,
     check_word,
 )
-from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.scores import Pooled
@@ -61,7 +61,7 @@ class CoreContext(BlockSelector):
         return Stages(
             score=Pooled(),
             choose=TopK(self.keep),
-            force=Force(neighbours=True),
+            always_kept=AlwaysKept(neighbours=True),
             rest=PooledRest(),
             orders=(self.order, self.order),
             blocks=(self.block, self.block),

@@ -19,7 +19,7 @@ from visattn.selectors.selector import (
     check_word,
     grid_blocks,
 )
-from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import Levels
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.scores import Representative, Sampled, Score
@@ -111,7 +111,7 @@ class Pyramid(BlockSelector):
         return Stages(
             score=score,
             choose=self._levels(layout),
-            force=Force(own=self.own),
+            always_kept=AlwaysKept(own=self.own),
             rest=PooledRest() if self.pooled else None,
             orders=(self.order, self.order),
             blocks=(self.block, self.block),

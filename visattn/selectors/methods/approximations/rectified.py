@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from visattn.selectors.methods.top_p.jenga import Jenga
-from visattn.selectors.stages.inputs import Inputs, block_means
+from visattn.selectors.stages.blocks import block_means
+from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.selection import Selection
 
 __all__ = ["Rectified"]
@@ -41,7 +42,8 @@ class Rectified(Jenga):
 
     mass: float = 0.3
     name: ClassVar[str] = "rectified"
-    keeps: ClassVar[bool] = False  # the correction holds values of the call
+    row_independent: ClassVar[bool] = False  # its correction is of the whole call
+    reusable: ClassVar[bool] = False  # the correction holds values of the call
 
     def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
         chooses = inputs.pairs.any(-1)  # text queries have no score

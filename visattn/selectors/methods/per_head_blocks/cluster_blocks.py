@@ -9,14 +9,14 @@ import torch
 
 from visattn.geometry.layout import TokenLayout, check_count
 from visattn.selectors.per_head_order import (
-    ArrangedSelector,
+    PerHeadSelector,
     Runs,
     grid_rows,
     grid_tokens,
     uneven_runs,
 )
 from visattn.selectors.selector import check_block, check_keep, check_share, check_word
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.prefix import top_count, top_mass
 
@@ -26,7 +26,7 @@ CHUNK = 1 << 24  # distances of one product
 
 
 @dataclass(frozen=True, eq=False)
-class ClusterBlocks(ArrangedSelector):
+class ClusterBlocks(PerHeadSelector):
     """The smallest set of key clusters with a share of the mass, for each query cluster: k-means of
     queries and of keys for each head; a key cluster's mass at a query cluster is
     ``n e^(c_q . c_k / sqrt(d))``.
@@ -76,7 +76,12 @@ class ClusterBlocks(ArrangedSelector):
         check_word("metric", self.metric, ("euclid", "interaction"))
 
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)

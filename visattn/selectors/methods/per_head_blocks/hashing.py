@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 
 from visattn.geometry.layout import TokenLayout, check_count, on_cpu
-from visattn.selectors.per_head_order import ArrangedSelector, Runs, even_runs, grid_tokens
+from visattn.selectors.per_head_order import PerHeadSelector, Runs, even_runs, grid_tokens
 from visattn.selectors.selector import check_block
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.selection import SampledRest, Selection
 
@@ -22,7 +22,7 @@ MOST_BITS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Hashing(ArrangedSelector):
+class Hashing(PerHeadSelector):
     """The block of keys with like hashes, and a sample of the others.
 
     The signs of some projections, in Gray order, sort queries and keys; each block of sorted
@@ -69,7 +69,12 @@ class Hashing(ArrangedSelector):
         return code
 
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)

@@ -11,7 +11,7 @@ import torch
 from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import Order
 from visattn.selectors.per_head_order import (
-    ArrangedSelector,
+    PerHeadSelector,
     Runs,
     even_runs,
     grid_rows,
@@ -19,7 +19,7 @@ from visattn.selectors.per_head_order import (
     order_runs,
 )
 from visattn.selectors.selector import ORDERS, check_block, check_share, check_word, order_of
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.prefix import top_mass
 
@@ -27,7 +27,7 @@ __all__ = ["KeyOrder"]
 
 
 @dataclass(frozen=True, eq=False)
-class KeyOrder(ArrangedSelector):
+class KeyOrder(PerHeadSelector):
     """The smallest set of blocks of sorted keys with a share of the pooled softmax.
 
     Keys are ordered by the mean softmax mass that some queries leave on them. Attention does not
@@ -60,7 +60,12 @@ class KeyOrder(ArrangedSelector):
         check_word("order", self.order, ORDERS)
 
     def arrange(
-        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, past: Past
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: TokenLayout,
+        scale: float,
+        past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)

@@ -17,8 +17,8 @@ from visattn.patterns.stripe import Stripe
 from visattn.patterns.union import Union
 from visattn.selectors.per_head_order import even_runs
 from visattn.selectors.selector import Selector, check_block, only_grid
-from visattn.selectors.stages.blocks import arranged_side
-from visattn.selectors.stages.history import Past
+from visattn.selectors.stages.blocks import partition_by_head
+from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.selection import Selection
 
 __all__ = ["OnlineChoice"]
@@ -97,7 +97,7 @@ class OnlineChoice(Selector):
         scale: float,
         *,
         kernels: bool = False,
-        past: Past | None = None,
+        past: SelectorState | None = None,
     ) -> Selection:
         grid = only_grid(layout, self)
         best = self.best(q, k, v, layout, scale)
@@ -107,7 +107,7 @@ class OnlineChoice(Selector):
         for place in range(2):  # queries, keys
             index = _indices(tuple(own[place] for own in orders), layout, q.device)
             sides.append(
-                arranged_side(layout, index[best], runs.start, runs.length, self.block)
+                partition_by_head(layout, index[best], runs.start, runs.length, self.block)
             )
         pairs = tuple(zip(self.patterns, orders, strict=True))
         levels = _visited(pairs, layout, self.block, q.device)[best]

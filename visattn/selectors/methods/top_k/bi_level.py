@@ -1,4 +1,4 @@
-"""Choices that heads share: bi-level routing, and proxy heads."""
+"""Bi-level routing: all heads share one choice of regions."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import TokenLayout, check_count
+from visattn.geometry.layout import TokenLayout
 from visattn.geometry.orders import BoxOrder
 from visattn.patterns.base.sizes import check_flag
 from visattn.selectors.selector import (
-    ORDERS,
     BlockSelector,
     Stages,
-    check_block,
     check_keep,
-    check_share,
-    check_word,
 )
-from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.inputs import Inputs
-from visattn.selectors.stages.prefix import top_count, top_mass
-from visattn.selectors.stages.scores import Pooled, row_parts
+from visattn.selectors.stages.scores import Pooled
 
-__all__ = ["BiLevel", "ProxyHeads"]
+__all__ = ["BiLevel"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +62,7 @@ class BiLevel(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(self.keep),
-            force=Force(own=self.own),
+            always_kept=AlwaysKept(own=self.own),
             orders=(order, order),
             blocks=(size, size),
         )
@@ -75,95 +70,3 @@ class BiLevel(BlockSelector):
     def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
         scores = own.score(inputs).mean(1, keepdim=True).expand(-1, inputs.heads, -1, -1)
         return scores.masked_fill(~inputs.pairs, -torch.inf)
-
-
-@dataclass(frozen=True, eq=False)
-class ProxyHeads(BlockSelector):
-    """Groups of heads rank the blocks together, by the means of their queries and keys, and each
-    head takes as many as its own mass needs.
-
-    Args:
-        mass: the share of a head's own pooled softmax that its number of blocks must hold, on the
-            mean over its rows.
-        groups: of neighbouring heads; it divides the heads that run this pattern.
-        stride: tokens of a block are taken so far apart to rank by.
-        block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
-        own: keep the query's own block.
-
-    Source:
-        Wang et al. (2025), "ProxyAttn: Guided Sparse Attention via Representative Heads", ICLR
-        2026, arXiv 2509.24745.
-    Default:
-        paper. The method was written for causal models, and its code was not compared.
-    Differences:
-        - The budget of a head is the mean over its rows; the published one is that of the last
-          query block of a causal model, and 2048 tokens at least.
-    """
-
-    mass: float = 0.95
-    groups: int = 1
-    stride: int = 4
-    block: int = 64
-    order: str = "tiles"
-    own: bool = False
-    name: ClassVar[str] = "proxy_heads"
-    before: ClassVar[dict[str, object]] = {"own": True}
-
-    def __post_init__(self) -> None:
-        check_share("mass", self.mass, above=True)
-        check_count("groups", self.groups, 1)
-        check_block("stride", self.stride)
-        check_block("block", self.block)
-        check_word("order", self.order, ORDERS)
-        check_flag("own", self.own)
-
-    def stages(self, layout: TokenLayout) -> Stages:
-        return Stages(
-            score=Pooled(log_size=False),
-            choose=TopK(1.0, inside=False),  # the scores hold no more than the budget
-            force=Force(own=self.own),
-            orders=(self.order, self.order),
-            blocks=(self.block, self.block),
-        )
-
-    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
-        ranks = self._ranks(inputs).masked_fill(~inputs.pairs, -torch.inf)
-        pooled = own.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
-        count = self._budget(pooled)
-        return torch.where(top_count(ranks, count), ranks, -torch.inf)
-
-    def _ranks(self, inputs: Inputs) -> torch.Tensor:
-        """Largest probability of a taken key in each block, over the taken queries of a row."""
-        heads = inputs.heads
-        if heads % self.groups:
-            raise ValueError(
-                f"groups={self.groups} must divide the {heads} heads that run {self.name}"
-            )
-        each = heads // self.groups
-        q = _group_means(inputs.q_blocks[..., :: self.stride, :], self.groups)
-        k = _group_means(inputs.for_heads(inputs.k_blocks)[..., :: self.stride, :], self.groups)
-        there = inputs.k_side.exists[..., :: self.stride] & inputs.k_side.grid[:, None]
-        flat = k.flatten(2, 3).mT[:, :, None]
-        gone = ~there.flatten(-2)[..., None, None, :]
-        real = inputs.q_side.exists[..., :: self.stride, None]
-        found = []
-        for rows in row_parts(q.shape[2], q.shape[0] * self.groups * q.shape[3] * flat.shape[-1]):
-            logits = q[:, :, rows] @ flat * inputs.scale  # [B, G, r, queries, Nk * keys]
-            logits = logits.masked_fill(gone, -torch.inf)
-            best = logits.softmax(-1).unflatten(-1, k.shape[2:4]).amax(-1)
-            best = best.masked_fill(~real[..., rows, :, :], 0).amax(-2)
-            found.append(best.clamp(min=torch.finfo(torch.float32).tiny).log())
-        return torch.cat(found, 2).repeat_interleave(each, 1).float()
-
-    def _budget(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Blocks that a row of each head takes, int64 ``[B, H, 1, 1]``."""
-        count = top_mass(pooled, self.mass).sum(-1)
-        rows = (count > 0).sum(-1).clamp(min=1)
-        return (-(-count.sum(-1) // rows)).clamp(min=1)[..., None, None]
-
-
-def _group_means(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Means over neighbouring heads, ``[B, groups, ...]`` in the width of sums."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out: torch.Tensor = x.to(wide).unflatten(1, (groups, -1)).mean(2)
-    return out

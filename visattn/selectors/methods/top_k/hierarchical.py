@@ -17,7 +17,7 @@ from visattn.selectors.selector import (
     check_keep,
     check_word,
 )
-from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopK, candidates
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.prefix import count_of, top_count
@@ -72,7 +72,7 @@ class Hierarchical(BlockSelector):
         return Stages(
             score=Pooled(),
             choose=TopK(1.0, inside=False),  # the scores hold no more than is kept
-            force=Force(neighbours=self.neighbours, first_frame=self.first_frame),
+            always_kept=AlwaysKept(neighbours=self.neighbours, first_frame=self.first_frame),
             orders=(self.order, self.order),
             blocks=(self.block, self.block),
         )

@@ -48,6 +48,7 @@ class MoBA(BlockSelector):
     queries: int = 1
     order: str = "raster"
     name: ClassVar[str] = "moba"
+    row_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep("keep", self.keep)

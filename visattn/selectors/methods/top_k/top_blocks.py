@@ -16,8 +16,8 @@ from visattn.selectors.selector import (
     check_share,
     check_word,
 )
-from visattn.selectors.stages.always_kept import Force
-from visattn.selectors.stages.choose import Select, TopK, TopP
+from visattn.selectors.stages.always_kept import AlwaysKept
+from visattn.selectors.stages.choose import ChoiceRule, TopK, TopP
 from visattn.selectors.stages.scores import (
     Antidiagonal,
     Bounds,
@@ -64,7 +64,7 @@ class TopBlocks(BlockSelector):
         rest: what becomes of the others: one of ``RESTS``.
         order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
         block: most tokens of a block, of queries and keys, 1 to 65536.
-        first_frame, sink, neighbours: forced, as in Force.
+        first_frame, sink, neighbours: forced, as in AlwaysKept.
 
     Source:
         This project: the common form of the methods that pool and choose; Jenga, Draft and the
@@ -86,6 +86,7 @@ class TopBlocks(BlockSelector):
     neighbours: bool = False
 
     name: ClassVar[str] = "top_blocks"
+    row_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep("keep", self.keep)
@@ -104,14 +105,16 @@ class TopBlocks(BlockSelector):
         return self.score == "exact"
 
     def stages(self, layout: TokenLayout) -> Stages:
-        choose: Select = TopK(self.keep)
+        choose: ChoiceRule = TopK(self.keep)
         if self.mass is not None:
             choose = TopP(self.mass, least=self.keep, counted=True)
         gated = self.score.startswith(GATE)
         return Stages(
             score=Gate(self.score.removeprefix(GATE)) if gated else SCORES[self.score],
             choose=choose,
-            force=Force(first_frame=self.first_frame, sink=self.sink, neighbours=self.neighbours),
+            always_kept=AlwaysKept(
+                first_frame=self.first_frame, sink=self.sink, neighbours=self.neighbours
+            ),
             rest=RESTS[self.rest],
             orders=(self.order, self.order),
             blocks=(self.block, self.block),

@@ -17,7 +17,7 @@ from visattn.selectors.selector import (
     check_share,
     check_word,
 )
-from visattn.selectors.stages.always_kept import Force
+from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopP
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.scores import Pooled
@@ -80,7 +80,7 @@ class Sparge(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopP(self.mass, crossing=self.crossing),
-            force=Force(own=self.own),
+            always_kept=AlwaysKept(own=self.own),
             orders=(self.order, self.order),
             blocks=(self.block_q, self.block_k),
         )

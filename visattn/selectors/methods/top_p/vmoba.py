@@ -20,7 +20,7 @@ from visattn.selectors.selector import (
     check_word,
     only_grid,
 )
-from visattn.selectors.stages.choose import Select, TopK, as_scope, of_scope
+from visattn.selectors.stages.choose import ChoiceRule, TopK, as_scope, of_scope
 from visattn.selectors.stages.prefix import of_total, order_keys, smallest_prefix, top_count
 from visattn.selectors.stages.scores import Pooled
 
@@ -33,7 +33,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class GateMass(Select):
+class GateMass(ChoiceRule):
     """The smallest set whose gates hold a share of their sum.
 
     Args:
@@ -130,6 +130,7 @@ class VMoBA(BlockSelector):
     queries: int = 64
     more: bool = True
     name: ClassVar[str] = "vmoba"
+    row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"more": False}
 
     def __post_init__(self) -> None:
@@ -178,7 +179,7 @@ class VMoBA(BlockSelector):
 
     def stages(self, layout: TokenLayout) -> Stages:
         order, size = self.key_order(only_grid(layout, self))
-        choose: Select
+        choose: ChoiceRule
         if self.share is not None:
             choose = GateMass(self.share, self.scope, self.more)
         else:

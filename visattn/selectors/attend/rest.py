@@ -1,0 +1,118 @@
+"""Terms of the keys that are not kept, shared by the blockwise form, the kernels and gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from visattn.geometry.layout import TokenLayout, on_cpu, valid_keys
+from visattn.selectors.stages.blocks import BlockPartition, take_tokens
+from visattn.selectors.stages.selection import PooledRest, SampledRest, Selection
+
+__all__ = [
+    "first_order",
+    "sample_tokens",
+    "sampled_bias",
+    "sampled_tokens",
+    "to_tokens",
+    "valid_block_tokens",
+    "value_slope",
+    "weighted_means",
+]
+
+
+def valid_block_tokens(
+    side: BlockPartition, layout: TokenLayout, text_lengths: torch.Tensor | None
+) -> torch.Tensor:
+    """Keys that are there, bool ``[G, G', N, size]``."""
+    if text_lengths is None:
+        return side.exists
+    valid = valid_keys(text_lengths, layout)[:, None, :, None]
+    return side.exists & take_tokens(valid, side.tokens)[..., 0]
+
+
+def to_tokens(blocks: torch.Tensor, side: BlockPartition, length: int) -> torch.Tensor:
+    """``[B, H, N, size, C]`` back to ``[B, H, length, C]``."""
+    batch, heads, _, _, width = blocks.shape
+    flat = blocks.flatten(2, 3)
+    # where each token is; what is not there goes beyond the last token, which is left out
+    token = torch.where(side.exists, side.tokens, length).flatten(2)
+    number = torch.arange(token.shape[2], device=token.device).expand_as(token)
+    place = token.new_empty(*token.shape[:2], length + 1).scatter_(2, token, number)[..., :-1]
+    if token.shape[:2] == (1, 1):
+        return flat.index_select(2, place.flatten())
+    place = place.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
+    return flat.gather(2, place)
+
+
+def first_order(selection: Selection) -> bool:
+    return isinstance(selection.rest, PooledRest) and selection.rest.first_order
+
+
+def value_slope(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    means: torch.Tensor,
+    side: BlockPartition,
+    scale: float,
+) -> torch.Tensor:
+    """``scale / N`` times the sum over grid keys of (key - mean of its block) x value,
+    ``[B, Hk, D, D]``."""
+    there = (side.exists & side.grid[:, None])[..., None]
+    apart = (keys - means).masked_fill(~there, 0).flatten(2, 3)
+    slope: torch.Tensor = apart.mT @ values.masked_fill(~there, 0).flatten(2, 3)
+    return slope * (scale / there.sum((2, 3, 4)).to(slope)[..., None, None])
+
+
+def weighted_means(
+    selection: Selection, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of blocks ``[B, Hk, Nk, size, D]`` by the selection's weights, ``[B, H, Nk, D]``, and
+    the logarithms of what they count for, ``[B, H, Nk]``."""
+    assert selection.weights is not None
+    weights = selection.weights.to(keys)
+    share = weights.shape[1] // keys.shape[1]
+    own_k, own_v = (
+        torch.einsum("bhns,bhnsd->bhnd", weights, x.repeat_interleave(share, 1))
+        for x in (keys, values)
+    )
+    entropy = torch.special.entr(weights).sum(-1)
+    return own_k, own_v, entropy.masked_fill(selection.k_side.length == 0, -torch.inf)
+
+
+def sample_tokens(rest: SampledRest, layout: TokenLayout) -> torch.Tensor:
+    """The drawn grid tokens, ascending, int64 on the CPU."""
+    grid = torch.cat([torch.arange(grid.numel) + begin for begin, grid in layout.grids])
+    generator = torch.Generator().manual_seed(rest.seed)
+    chosen = torch.randperm(len(grid), generator=generator)[: rest.count]
+    return grid[chosen].sort().values
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def sampled_tokens(
+    rest: SampledRest, layout: TokenLayout, device: torch.device
+) -> torch.Tensor:
+    """The drawn grid tokens, ascending, int64; copied to the device once."""
+    return sample_tokens(rest, layout).to(device)
+
+
+def sampled_bias(
+    selection: Selection, tokens: torch.Tensor, layout: TokenLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """The logarithm of what each row counts a sampled key for, ``[B, H, Nq, m]``; minus infinity
+    where it sees the key's block."""
+    batch, heads, num_q, num_k = selection.levels.shape
+    side = selection.k_side
+    owner = torch.zeros(
+        *side.tokens.shape[:2], layout.length, dtype=torch.int64, device=tokens.device
+    )
+    number = torch.arange(num_k, device=tokens.device)[:, None].expand_as(side.tokens)
+    owner.scatter_(2, side.tokens.flatten(2), number.flatten(2))
+    owner = owner[..., tokens].expand(batch, heads, -1)
+    gone = selection.levels == 0
+    unseen = gone.gather(3, owner[:, :, None].expand(-1, -1, num_q, -1))  # [B, H, Nq, m]
+    stands = (gone * (side.length * side.grid)[..., None, :]).sum(-1)
+    weight = (stands.to(dtype) / unseen.sum(-1).clamp(min=1)).log()
+    return weight[..., None].expand_as(unseen).masked_fill(~unseen, -torch.inf)

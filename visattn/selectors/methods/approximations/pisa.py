@@ -1,0 +1,68 @@
+"""PISA: the best blocks in full, the others by a Taylor series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from visattn.geometry.layout import TokenLayout
+from visattn.patterns.base.sizes import check_flag
+from visattn.selectors.selector import (
+    BlockSelector,
+    Stages,
+    check_block,
+    check_keep,
+    rounded_down,
+)
+from visattn.selectors.stages.always_kept import AlwaysKept
+from visattn.selectors.stages.choose import TopK
+from visattn.selectors.stages.scores import Pooled
+from visattn.selectors.stages.selection import PooledRest
+
+__all__ = ["PISA"]
+
+
+@dataclass(frozen=True, eq=False)
+class PISA(BlockSelector):
+    """The best blocks in full and the others by a Taylor series: their mean key and value with the
+    weight of their tokens, and the first order of the values.
+
+    Args:
+        keep: share of the blocks of a row, rounded down but at least one, or a number; block: their
+            tokens.
+        first_order: with the first-order term.
+        own: keep the query's own block, in place of the last one.
+
+    Source:
+        Li et al. (2026), "PISA: Piecewise Sparse Attention Is Wiser for Efficient Diffusion
+        Transformers", arXiv 2602.01077. Code: github.com/xie-lab-ml/piecewise-sparse-attention
+        (commit 8604494).
+    Default:
+        code
+    Differences:
+        - Blocks are boxes of tokens in videos too; the code has square tiles of images only.
+        - Text is seen in full and is no part of the series; the code scores it with the rest.
+    """
+
+    keep: int | float = 0.15
+    block: int = 64
+    first_order: bool = True
+    own: bool = False
+    name: ClassVar[str] = "pisa"
+    row_independent: ClassVar[bool] = True
+    before: ClassVar[dict[str, object]] = {"own": True}
+
+    def __post_init__(self) -> None:
+        check_keep("keep", self.keep)
+        check_block("block", self.block)
+        check_flag("first_order", self.first_order)
+        check_flag("own", self.own)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=Pooled(log_size=False),
+            choose=TopK(rounded_down(self.keep, layout, "tiles", self.block)),
+            always_kept=AlwaysKept(own=self.own),
+            rest=PooledRest(first_order=self.first_order),
+            blocks=(self.block, self.block),
+        )

@@ -1,0 +1,67 @@
+"""DFSAttn: blocks scored by the softmax among short runs of their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from visattn.geometry.layout import TokenLayout
+from visattn.patterns.base.sizes import check_flag
+from visattn.selectors.selector import (
+    BlockSelector,
+    Stages,
+    check_block,
+    check_keep,
+    rounded_down,
+)
+from visattn.selectors.stages.always_kept import AlwaysKept
+from visattn.selectors.stages.choose import TopK
+from visattn.selectors.stages.scores import SubTiles
+
+__all__ = ["DFSAttn"]
+
+
+@dataclass(frozen=True, eq=False)
+class DFSAttn(BlockSelector):
+    """Blocks along a 3-D Hilbert curve, scored by the softmax among runs of 16 or 32 of their
+    tokens, added up.
+
+    Args:
+        keep: share of the blocks of a row, rounded down but at least one, or a number; block: their
+            tokens; part: tokens of a run.
+        own: keep the query's own block, in place of the last one.
+
+    Source:
+        Hu et al. (2026), "DFSAttn: Dynamic Fine-grained Sparse Attention for Efficient Video
+        Generation", ICML 2026, arXiv 2605.23445. Code: github.com/jessica-hujie/DFSAttn (commit
+        dad4ace).
+    Default:
+        code
+    Differences:
+        - The blocks of the text come on top; in the code for HunyuanVideo they count among those
+          that are kept.
+        - Choices are not kept between steps unless the plan says so (``Reuse``).
+    """
+
+    keep: int | float = 0.3
+    block: int = 128
+    part: int = 16
+    own: bool = False
+    name: ClassVar[str] = "dfsattn"
+    row_independent: ClassVar[bool] = True
+    before: ClassVar[dict[str, object]] = {"own": True}
+
+    def __post_init__(self) -> None:
+        check_keep("keep", self.keep)
+        check_block("block", self.block)
+        check_block("part", self.part)
+        check_flag("own", self.own)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=SubTiles(self.part, log_size=False),
+            choose=TopK(rounded_down(self.keep, layout, "hilbert", self.block)),
+            always_kept=AlwaysKept(own=self.own),
+            orders=("hilbert", "hilbert"),
+            blocks=(self.block, self.block),
+        )

@@ -1,0 +1,64 @@
+"""VSA: cubes of tokens, scored by their means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from visattn.geometry.layout import TokenLayout
+from visattn.geometry.orders import BoxOrder
+from visattn.patterns.base.sizes import check_flag
+from visattn.selectors.selector import (
+    BlockSelector,
+    Stages,
+    check_keep,
+)
+from visattn.selectors.stages.always_kept import AlwaysKept
+from visattn.selectors.stages.choose import TopK
+from visattn.selectors.stages.scores import Pooled
+
+__all__ = ["VSA"]
+
+
+@dataclass(frozen=True, eq=False)
+class VSA(BlockSelector):
+    """Cubes of 4 x 4 x 4 tokens and the best of them by pooled score: video sparse attention
+    without its trained gate, which begins at zero.
+
+    Args:
+        keep: share of the cubes of a row, rounded up, or a number.
+        tile: of a cube, per axis.
+        own: keep the query's own cube, in place of the last one.
+
+    Source:
+        Zhang et al. (2025), "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv
+        2505.13389. Code: github.com/hao-ai-lab/FastVideo (commit 2f3d407).
+    Default:
+        code
+    Differences:
+        - The coarse branch, whose output a trained gate weighs, is not here.
+        - Cubes at the borders are smaller; theirs are padded.
+    """
+
+    keep: int | float = 0.125
+    tile: tuple[int, int, int] = (4, 4, 4)
+    own: bool = False
+    name: ClassVar[str] = "vsa"
+    row_independent: ClassVar[bool] = True
+    before: ClassVar[dict[str, object]] = {"own": True}
+
+    def __post_init__(self) -> None:
+        check_keep("keep", self.keep)
+        BoxOrder(self.tile)
+        check_flag("own", self.own)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        order = BoxOrder(self.tile)
+        size = self.tile[0] * self.tile[1] * self.tile[2]
+        return Stages(
+            score=Pooled(log_size=False),
+            choose=TopK(self.keep),
+            always_kept=AlwaysKept(own=self.own),
+            orders=(order, order),
+            blocks=(size, size),
+        )

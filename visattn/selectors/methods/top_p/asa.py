@@ -1,0 +1,71 @@
+"""Adaptive block-sparse attention: a few drawn tokens score a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from visattn.geometry.layout import TokenLayout
+from visattn.patterns.base.sizes import check_flag
+from visattn.selectors.selector import (
+    BlockSelector,
+    Stages,
+    check_block,
+    check_share,
+)
+from visattn.selectors.stages.always_kept import AlwaysKept
+from visattn.selectors.stages.choose import TopP
+from visattn.selectors.stages.scores import Sampled
+from visattn.selectors.stages.selection import PooledRest
+
+__all__ = ["ASA"]
+
+
+@dataclass(frozen=True, eq=False)
+class ASA(BlockSelector):
+    """Adaptive block-sparse attention: 16 drawn tokens of each block stand for it; the smallest set
+    with a share of the mass by the largest probability in each block.
+
+    Args:
+        mass: the share; block: tokens of a block; samples: drawn of each, from ``seed``.
+        pooled: see the other blocks as their means.
+        own: keep the query's own block.
+
+    Source:
+        Gu et al. (2025), "BLADE: Block-Sparse Attention Meets Step Distillation for Efficient
+        Video Generation", arXiv 2508.10774. Code: github.com/xiaolong-li1/VIDEO-BLADE (commit
+        9d5680e).
+    Default:
+        paper. The released code keeps fixed shares of the blocks at several levels, as Pyramid
+        does, and not a share of the mass.
+    Differences:
+        - The same places are drawn in all blocks, once.
+        - A Hilbert curve in place of Gilbert's.
+    """
+
+    mass: float = 0.95
+    block: int = 128
+    samples: int = 16
+    pooled: bool = False
+    seed: int = 0
+    own: bool = False
+    name: ClassVar[str] = "asa"
+    row_independent: ClassVar[bool] = True
+    before: ClassVar[dict[str, object]] = {"own": True}
+
+    def __post_init__(self) -> None:
+        check_share("mass", self.mass, above=True)
+        check_block("block", self.block)
+        check_block("samples", self.samples)
+        check_flag("pooled", self.pooled)
+        check_flag("own", self.own)
+
+    def stages(self, layout: TokenLayout) -> Stages:
+        return Stages(
+            score=Sampled(self.samples, self.samples, seed=self.seed),
+            choose=TopP(self.mass),
+            always_kept=AlwaysKept(own=self.own),
+            rest=PooledRest() if self.pooled else None,
+            orders=("hilbert", "hilbert"),
+            blocks=(self.block, self.block),
+        )
