@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from visattn._arguments import is_number
 from visattn.geometry.layout import TokenLayout, check_text_lengths
 from visattn.patterns import HeadPattern, Pattern
 
@@ -116,6 +117,6 @@ def check_scale(scale: float | None, dim: int) -> float:
     """The factor of the logits."""
     if scale is None:
         return float(dim**-0.5)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"scale={scale!r} must be a finite number or None")
     return float(scale)

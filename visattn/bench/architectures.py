@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from visattn.geometry.layout import check_count
+from visattn._arguments import check_count
 
 __all__ = ["ARCHITECTURES", "Architecture", "build", "operations", "skeleton", "step_inputs"]
 

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_count
 from visattn.blocks.predicates import Places, Predicate, linear_form
 from visattn.blocks.table_predicates import CoarseTable
-from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns import Pattern
 

@@ -11,8 +11,9 @@ from itertools import pairwise
 
 import torch
 
+from visattn._arguments import check_count
 from visattn.blocks.block_map import NONE, BlockMap, PartialPolicy
-from visattn.geometry.layout import Grid, TokenLayout, check_count, check_query, on_cpu
+from visattn.geometry.layout import Grid, TokenLayout, check_query, on_cpu
 from visattn.geometry.orders import BoxOrder, ExplicitOrder, HilbertOrder, LineOrder, Order
 from visattn.patterns import Pattern
 

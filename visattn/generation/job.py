@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from visattn._arguments import is_integer, is_number
 from visattn._atomic import sha256_of
 from visattn.generation.cut_texts import cut_texts
 from visattn.generation.errors import REFUSALS, GenerationError, reason, sentence
@@ -81,7 +82,7 @@ class Job:
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if value is None and name != "seed":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise TypeError(f"{name}={shown(value)} must be an integer")
             if not least <= value <= MAX_SEED:
                 raise ValueError(f"{name}={shown(value)} must be at least {least} and below 2**63")
@@ -89,7 +90,7 @@ class Job:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise TypeError(f"{name}={shown(value)} must be a number")
             if not math.isfinite(value):
                 raise ValueError(f"{name}={value} must be finite")

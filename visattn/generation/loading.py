@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from visattn._arguments import is_number
 from visattn.generation.checksums import check_checksums
 from visattn.generation.errors import reason
 from visattn.generation.silence_logs import quiet
@@ -77,8 +78,7 @@ class Lora:
         if not isinstance(self.lora_id, str) or not self.lora_id:
             raise ValueError(f"lora_id={self.lora_id!r} of a LoRA must be a path or a hub id")
         scale = self.lora_scale
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if not number or not math.isfinite(scale):
+        if not is_number(scale) or not math.isfinite(scale):
             raise ValueError(f"lora_scale={scale!r} of a LoRA must be a finite number")
         for name in ("adapter_name", "weight_name"):
             if not isinstance(getattr(self, name), (str, type(None))):

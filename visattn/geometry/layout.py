@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from visattn._arguments import check_count
 from visattn.runtime.torch_settings import lasting
 
 if TYPE_CHECKING:
@@ -95,15 +96,6 @@ class Traceable:
 def alive(identity: int) -> Traceable:
     """The object of an ``id()``; it must be alive."""
     return _ALIVE[identity]
-
-
-def check_count(name: str, value: object, minimum: int) -> int:
-    """Return ``value`` as an int, or raise a sentence that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an integer of at least {minimum}")
-    if value < minimum:
-        raise ValueError(f"{name}={value} must be at least {minimum}")
-    return value
 
 
 @dataclass(frozen=True)

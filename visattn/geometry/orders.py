@@ -15,7 +15,8 @@ from typing import Protocol
 
 import torch
 
-from visattn.geometry.layout import Grid, TokenLayout, check_count, on_cpu
+from visattn._arguments import check_count
+from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 
 __all__ = [
     "AXES",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visattn._arguments import is_integer, is_number
 from visattn._atomic import write_whole
 from visattn._version import __version__
 from visattn.plan import Denoiser
@@ -69,8 +70,8 @@ class HeadSet:
             )
         own = {path: _checked(path, heads) for path, heads in self.layers.items()}
         object.__setattr__(self, "layers", own)
-        _check_share("strength", self.strength)
-        if self.scale is not None and not _is_number(self.scale):
+        _check_strength("strength", self.strength)
+        if self.scale is not None and not _is_finite(self.scale):
             raise ValueError(f"scale={shown(self.scale)} must be a finite number or None")
         for name in TEXTS:
             if not isinstance(getattr(self, name), str):
@@ -229,26 +230,25 @@ def _checked(path: object, heads: object) -> dict[int, float]:
             "strengths, as in {'blocks.3.attn1': {2: 1.0}}"
         )
     for head, strength in heads.items():
-        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < MAX_PARTS:
+        if not is_integer(head) or not 0 <= head < MAX_PARTS:
             raise ValueError(
                 f"layers[{path!r}] has head {shown(head)}; heads count from 0, below {MAX_PARTS}"
             )
-        _check_share(f"layers[{path!r}][{head}]", strength)
+        _check_strength(f"layers[{path!r}][{head}]", strength)
     return {head: float(strength) for head, strength in heads.items()}
 
 
-def _check_share(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value <= 1:
+def _check_strength(name: str, value: Any) -> None:
+    if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name}={shown(value)} must be a strength from 0 to 1")
 
 
-def _is_number(value: Any) -> bool:
-    own = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return own and abs(value) < 1 << 64 and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and abs(value) < 1 << 64 and math.isfinite(value)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PARTS
+    return is_integer(value) and 1 <= value <= MAX_PARTS
 
 
 def _plainest(heads: Mapping[int, float]) -> list[int] | dict[str, float]:
@@ -264,7 +264,7 @@ def _read(value: object, path: str, what: str) -> dict[int, float]:
     if isinstance(value, list):
         if len(value) != len({repr(head) for head in value}):
             raise ValueError(f"{where} names a head twice: {shown(value)}")
-        if any(isinstance(head, bool) or not isinstance(head, int) for head in value):
+        if not all(map(is_integer, value)):
             raise ValueError(f"{where} holds {shown(value)}; heads are numbers from 0 on")
         return dict.fromkeys(value, 1.0)
     if not isinstance(value, dict):

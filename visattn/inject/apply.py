@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import torch
 
+from visattn._arguments import check_count
 from visattn.attention import Backend, choose_backend
 from visattn.attention.dispatch import BACKENDS, check_kernels
-from visattn.geometry.layout import check_count
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.run_state import PipeRef

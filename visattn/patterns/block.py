@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_count, check_sizes
 from visattn.blocks.predicates import AxisRule, Places
-from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
 from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
-from visattn.patterns.base.sizes import Sizes, check_sizes, per_axis, sizes_of, to_tokens
+from visattn.patterns.base.sizes import Sizes, per_axis, sizes_of, to_tokens
 
 
 @dataclass(frozen=True, eq=False)

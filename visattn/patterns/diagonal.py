@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_size
 from visattn.blocks.predicates import Band, Places, Predicate, line_weights, linear_form
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order, axis_permutation
 from visattn.patterns.base.pattern import Pattern
-from visattn.patterns.base.sizes import Size, check_size
+from visattn.patterns.base.sizes import Size
 
 
 def band_pairs(length: int, width: int) -> int:

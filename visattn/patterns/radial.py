@@ -10,13 +10,14 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from visattn._arguments import check_count, check_flag, is_number
 from visattn.blocks.predicates import Axis, AxisRule, Places, Predicate, linear_form
 from visattn.blocks.predicates import Radial as RadialPredicate
 from visattn.blocks.table_predicates import CoarseTable
-from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.base.pattern import Pattern
-from visattn.patterns.base.sizes import check_flag, count_runs
+from visattn.patterns.base.sizes import count_runs
 from visattn.patterns.diagonal import band_pairs
 
 RadialRule = Literal["block", "token", "paper"]
@@ -66,7 +67,7 @@ class Radial(Pattern):
     name: ClassVar[str] = "radial"
 
     def __post_init__(self) -> None:
-        if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)):
+        if not is_number(self.decay):
             raise TypeError(f"decay={self.decay!r} must be a number above 0")
         if not (math.isfinite(self.decay) and self.decay > 0):
             raise ValueError(f"decay={self.decay} must be finite and above 0")

@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_count, check_flag
 from visattn.blocks.predicates import Places, Predicate, linear_form
 from visattn.blocks.table_predicates import CoarseTable
-from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
 from visattn.patterns.base.pattern import Pattern
-from visattn.patterns.base.sizes import check_flag, count_runs
+from visattn.patterns.base.sizes import count_runs
 
 
 @dataclass(frozen=True, eq=False)

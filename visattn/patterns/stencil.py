@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_count, check_sizes, is_integer
 from visattn.blocks.predicates import Label, Places, Predicate, linear_form
 from visattn.blocks.table_predicates import TileOffsets
-from visattn.geometry.layout import Grid, check_count
+from visattn.geometry.layout import Grid
 from visattn.geometry.orders import BoxOrder, Order, Triple
 from visattn.patterns.base.boxes import NO_UNIT, box_candidates
 from visattn.patterns.base.pattern import Pattern
-from visattn.patterns.base.sizes import Sizes, check_sizes, sizes_of
+from visattn.patterns.base.sizes import Sizes, sizes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +52,7 @@ class Stencil(Pattern):
         if not isinstance(self.offsets, tuple) or not isinstance(self.columns, tuple):
             raise TypeError(f"offsets={self.offsets!r} and columns={self.columns!r} must be tuples")
         for offset in self.offsets:
-            whole = isinstance(offset, tuple) and all(
-                isinstance(d, int) and not isinstance(d, bool) for d in offset
-            )
+            whole = isinstance(offset, tuple) and all(map(is_integer, offset))
             if not whole or len(offset) != 3:
                 raise TypeError(
                     f"offsets holds {offset!r}; each is three integers (dt, dh, dw), in tiles"

@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_flag, check_size
 from visattn.blocks.predicates import Label, Places, Predicate, linear_form
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import ExplicitOrder, LineOrder, Order
 from visattn.patterns.base.pattern import Pattern
-from visattn.patterns.base.sizes import Size, check_flag, check_size
+from visattn.patterns.base.sizes import Size
 
 Column = Size | tuple[Size, Size]
 

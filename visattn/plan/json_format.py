@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from visattn._arguments import is_integer
+
 __all__ = [
     "MAX_BYTES",
     "MAX_COUNT",
@@ -149,9 +151,7 @@ class Record:
 
     def count(self, key: str) -> int:
         value = self.value.get(key)
-        if (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_PARTS
-        ):
+        if not is_integer(value) or not 0 <= value <= MAX_PARTS:
             raise self.wrong(key, f"an integer from 0 to {MAX_PARTS}")
         return value
 

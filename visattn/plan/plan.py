@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from visattn._arguments import is_integer, is_number
 from visattn._version import __version__
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, parse_pattern
@@ -94,9 +95,7 @@ class Rule:
             raise ValueError(f"role={shown(self.role)} must be one of {', '.join((*ROLES, ANY))}")
         if self.pass_ not in (*PASSES, ANY):
             raise ValueError(f"pass={shown(self.pass_)} must be one of {', '.join((*PASSES, ANY))}")
-        if self.phase is not None and (
-            isinstance(self.phase, bool) or not isinstance(self.phase, int) or self.phase < 0
-        ):
+        if self.phase is not None and (not is_integer(self.phase) or self.phase < 0):
             raise ValueError(f"phase={shown(self.phase)} of a rule must be None or at least 0")
 
     @property
@@ -159,7 +158,7 @@ class Plan:
         _check_number("layers in its rules", len({r.layer for r in self.rules}), MAX_PARTS + 1)
         _check_dense(self.dense_layers, self.dense_steps)
         ends = (0.0, *self.phases, 1.0)
-        if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in ends) or any(
+        if not all(map(is_number, ends)) or any(
             not a < b for a, b in itertools.pairwise(ends)
         ):
             raise ValueError(
@@ -435,8 +434,8 @@ def _check_number(what: str, number: int, most: int) -> None:
 
 
 def _check_dense(layers: object, steps: object) -> None:
-    if not isinstance(layers, tuple) or any(
-        isinstance(n, bool) or not isinstance(n, int) or abs(n) > MAX_COUNT for n in layers
+    if not isinstance(layers, tuple) or not all(
+        is_integer(layer) and abs(layer) <= MAX_COUNT for layer in layers
     ):
         raise ValueError(f"dense_layers={shown(layers)} must be layer numbers, as in (0, 1, -1)")
     _check_number("dense_layers", len(layers), 2 * MAX_PARTS)
@@ -449,9 +448,7 @@ def _check_dense(layers: object, steps: object) -> None:
 
 def _is_count(value: object) -> bool:
     """Whether ``value`` is a number of steps, or a share of them."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return 0 <= value <= (1 if isinstance(value, float) else MAX_COUNT)
+    return is_number(value) and 0 <= value <= (1 if isinstance(value, float) else MAX_COUNT)
 
 
 def _pattern(text: object, where: str) -> HeadPattern:
@@ -467,7 +464,7 @@ def _rule(value: object, what: str, patterns: Sequence[HeadPattern]) -> Rule:
     record = Record(value, what, ("layer", "role", "pass", "phase", "heads", "pattern"))
 
     def pattern(number: object) -> HeadPattern:
-        if isinstance(number, bool) or not isinstance(number, int):
+        if not is_integer(number):
             raise ValueError(f"{what} names the pattern {shown(number)}; it must be a number")
         if not 0 <= number < len(patterns):
             raise ValueError(

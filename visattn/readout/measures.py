@@ -34,7 +34,8 @@ from functools import cached_property
 
 import torch
 
-from visattn.geometry.layout import Grid, check_count
+from visattn._arguments import check_count
+from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
 from visattn.readout.sampled_rows import MAX_BYTES, RowChunk, RowSample, TileSample
 from visattn.runtime.torch_settings import lasting, plain_torch

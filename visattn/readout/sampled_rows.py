@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from visattn.geometry.layout import Grid, TokenLayout, check_count, on_cpu
+from visattn._arguments import check_count
+from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 from visattn.geometry.orders import HilbertOrder, SequenceBlocks
 from visattn.readout.tiles import Tiling
 from visattn.runtime.torch_settings import lasting, plain_torch

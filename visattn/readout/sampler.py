@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.geometry.layout import TokenLayout, check_count, check_query
+from visattn._arguments import check_count
+from visattn.geometry.layout import TokenLayout, check_query
 from visattn.geometry.orders import Triple
 from visattn.inject import Observation
 from visattn.readout.measures import AROUND, WINDOW, Measures, Tally, check_window, column_mass

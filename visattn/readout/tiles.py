@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from visattn.geometry.layout import Grid, TokenLayout, check_count
+from visattn._arguments import check_count
+from visattn.geometry.layout import Grid, TokenLayout
 from visattn.geometry.orders import (
     BoxOrder,
     LineOrder,

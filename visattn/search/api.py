@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from visattn._arguments import check_count, is_number
 from visattn._atomic import write_whole
 from visattn._version import __version__
 from visattn.cost import device_name
-from visattn.geometry.layout import check_count
 from visattn.patterns import HeadPattern, Skip
 from visattn.plan import Plan
 from visattn.runtime.processes import join
@@ -147,7 +147,7 @@ def search(
         raise ValueError(f"{given[0]} and {given[1]} exclude each other; give one")
     for name, value in goals.items():
         least = 1.0 if name == "target_speedup" else 0.0
-        if isinstance(value, (bool, str)) or not isinstance(value, int | float | None):
+        if value is not None and not is_number(value):
             raise TypeError(f"{name}={value!r} must be a number above {least:g}")
         if value is not None and not (math.isfinite(value) and value > least):
             raise ValueError(f"{name}={value} must be a number above {least:g}")
@@ -578,7 +578,7 @@ def read_budget(text: str | float | None) -> float:
     """
     if text is None:
         return math.inf
-    if isinstance(text, (int, float)) and not isinstance(text, bool) and text > 0:
+    if is_number(text) and text > 0:
         return float(text)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", str(text).strip())
     if not found or float(found[1]) <= 0:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import Grid, TokenLayout, check_count, on_cpu
+from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 from visattn.geometry.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns.base.pattern import HeadPattern
 from visattn.selectors.stages.always_kept import AlwaysKept, always_kept_blocks
@@ -273,34 +272,3 @@ def choose(
         if levels is not None:
             return levels
     return select(scores, length, forced)
-
-
-def check_block(name: str, size: object) -> None:
-    """Refuse a block size that is none."""
-    if check_count(name, size, 1) > MAX_BLOCK:
-        raise ValueError(f"{name}={size} must be at most {MAX_BLOCK}")
-
-
-def check_share(name: str, value: object, *, above: bool = False) -> None:
-    """Refuse what is no share: a number from 0 (or above it) to 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number from 0 to 1")
-    if not 0 <= value <= 1 or (above and value == 0):
-        least = "above 0" if above else "at least 0"
-        raise ValueError(f"{name}={value} must be {least} and at most 1")
-
-
-def check_keep(name: str, value: object) -> None:
-    """Refuse what is no number of blocks: an int of at least 1, or a float in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be an int (blocks) or a float (share of them)")
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1 block, or a float in (0, 1]")
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise ValueError(f"{name}={value} as a share of the blocks must be above 0 and at most 1")
-
-
-def check_word(name: str, value: object, words: Collection[str]) -> None:
-    """Refuse what is none of some words."""
-    if value not in words:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(words)}")

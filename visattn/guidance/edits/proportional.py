@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import check_count
+from visattn._arguments import check_count
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State
 

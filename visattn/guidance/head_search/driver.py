@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn._arguments import check_count
 from visattn._version import __version__, versions
-from visattn.geometry.layout import check_count
 from visattn.guidance.guiders.guidance import Policy, SoftPAG
 from visattn.guidance.head_search.batched_trials import Generating
 from visattn.guidance.head_search.head_candidates import (

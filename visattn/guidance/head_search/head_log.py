@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from visattn._arguments import is_number
 from visattn._atomic import read_limited
 from visattn.plan.json_format import parse_json, shown
 
@@ -147,7 +148,7 @@ class HeadLog:
         fine = value.get("key") == self.key and isinstance(value.get("among"), str)
         fine = fine and isinstance(pair, int) and (layer is None) == (head is None)
         fine = fine and isinstance(layer, (str, type(None))) and isinstance(head, (int, type(None)))
-        is_score = isinstance(score, (int, float)) and not isinstance(score, bool)
+        is_score = is_number(score)
         if not fine or is_score == isinstance(error, str):
             raise ValueError(
                 f"{what} is no score of this search; name another file to begin anew"

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from visattn._arguments import is_integer
 from visattn.guidance.edits.read_tokens import Reading
 from visattn.guidance.edits.state import State
 
@@ -39,7 +40,7 @@ class TokenReadout:
     """
 
     def __init__(self, keep: int | None = None) -> None:
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        if keep is not None and (not is_integer(keep) or keep < 1):
             raise ValueError(f"TokenReadout(keep={keep!r}) must be a number of steps; None is all")
         self.keep = keep
         self._sums: dict[tuple[int | None, str | None], _Sum] = {}

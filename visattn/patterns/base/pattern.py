@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_count
 from visattn.blocks.block_map import BlockMap, PartialPolicy, build_map
 from visattn.blocks.predicates import Places, Predicate
-from visattn.geometry.layout import Grid, TokenLayout, Traceable, check_count, on_cpu
+from visattn.geometry.layout import Grid, TokenLayout, Traceable, on_cpu
 from visattn.geometry.orders import GridBlocks, LineOrder, Order, sequence_blocks
 
 MAX_BLOCK = 4096
@@ -184,8 +185,7 @@ class Pattern(HeadPattern):
         """
         kv_layout = paired_layouts(layout, kv_layout)
         for name, size in (("block_q", block_q), ("block_k", block_k)):
-            if check_count(name, size, 1) > MAX_BLOCK:
-                raise ValueError(f"{name}={size} must be at most {MAX_BLOCK}")
+            check_count(name, size, 1, MAX_BLOCK)
         q_orders: list[Order] = []
         k_orders: list[Order] = []
         unions: list[tuple[Predicate, ...] | None] = []

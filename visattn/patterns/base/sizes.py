@@ -18,37 +18,6 @@ T = TypeVar("T")
 AXIS_WORDS = ("frames", "rows", "columns")
 
 
-def check_size(name: str, value: object, minimum: int = 1) -> None:
-    """Refuse what no grid could make legal: wrong type, NaN, too small."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{name}={value!r} must be an int (tokens) or a float (fraction of the axis)"
-        )
-    if isinstance(value, float):
-        if not math.isfinite(value) or value < 0 or (value == 0 and minimum > 0):
-            least = "above 0" if minimum else "at least 0"
-            raise ValueError(f"{name}={value} as a fraction must be finite and {least}")
-    elif value < minimum:
-        raise ValueError(f"{name}={value} must be at least {minimum}")
-
-
-def check_sizes(name: str, value: object, minimum: int = 1) -> None:
-    """As ``check_size``, for one size or a tuple of one to three."""
-    if not isinstance(value, tuple):
-        return check_size(name, value, minimum)
-    if not 1 <= len(value) <= 3:
-        raise ValueError(
-            f"{name}={value} must be one size or a tuple of up to three: (frames, height, width)"
-        )
-    for item in value:
-        check_size(name, item, minimum)
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be True or False")
-
-
 def per_axis(name: str, value: T | tuple[T, ...], grid: Grid, single: T) -> tuple[T, T, T]:
     """One value per axis. A scalar goes to every axis of more than one token (``single`` to the
     others); a tuple shorter than three goes to the last axes, and the others must have one token.

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 
+from visattn._arguments import is_number
 from visattn.patterns.base.pattern import HeadPattern
 
 MAX_LENGTH = 10_000
@@ -196,7 +197,7 @@ def _value(node: ast.expr, where: str, depth: int) -> Value:
             return literal
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = node.operand.value if isinstance(node.operand, ast.Constant) else None
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
+        if is_number(number):
             value = _value(node.operand, where, depth + 1)
             assert isinstance(value, (int, float))
             return -value

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import Grid, TokenLayout, check_count
-from visattn.selectors.selector import Selector, check_block, check_share
+from visattn._arguments import check_block, check_count, check_share
+from visattn.geometry.layout import Grid, TokenLayout
+from visattn.selectors.selector import Selector
 from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.selection import Selection
 

@@ -8,15 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import TokenLayout, check_count
-from visattn.selectors.selector import (
-    ORDERS,
-    Selector,
-    Stages,
-    check_block,
-    check_share,
-    check_word,
-)
+from visattn._arguments import check_block, check_count, check_share, check_word
+from visattn.geometry.layout import TokenLayout
+from visattn.selectors.selector import ORDERS, Selector, Stages
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.scores import Pooled

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import is_number
 from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.geometry.orders import BoxOrder
 from visattn.geometry.padding import set_aside, without_padding
@@ -53,7 +54,7 @@ class Agent(HeadPattern):
             if name == "second" and self.second is None:
                 continue
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise TypeError(f"{name}={value!r} must be a number")
 
     def run(

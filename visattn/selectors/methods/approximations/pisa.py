@@ -5,15 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from visattn._arguments import check_block, check_flag, check_keep
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.base.sizes import check_flag
-from visattn.selectors.selector import (
-    BlockSelector,
-    Stages,
-    check_block,
-    check_keep,
-    rounded_down,
-)
+from visattn.selectors.selector import BlockSelector, Stages, rounded_down
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.scores import Pooled

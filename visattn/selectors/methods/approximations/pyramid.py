@@ -7,18 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_block, check_flag, check_keep, check_share, check_word
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.base.sizes import check_flag
-from visattn.selectors.selector import (
-    ORDERS,
-    BlockSelector,
-    Stages,
-    check_block,
-    check_keep,
-    check_share,
-    check_word,
-    grid_blocks,
-)
+from visattn.selectors.selector import ORDERS, BlockSelector, Stages, grid_blocks
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import Levels
 from visattn.selectors.stages.inputs import Inputs

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import TokenLayout, check_count
+from visattn._arguments import check_block, check_count, check_keep, check_share, check_word
+from visattn.geometry.layout import TokenLayout
 from visattn.selectors.per_head_order import (
     PerHeadSelector,
     Runs,
@@ -15,7 +16,6 @@ from visattn.selectors.per_head_order import (
     grid_tokens,
     uneven_runs,
 )
-from visattn.selectors.selector import check_block, check_keep, check_share, check_word
 from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.prefix import top_count, top_mass

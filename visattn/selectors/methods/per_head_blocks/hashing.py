@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import TokenLayout, check_count, on_cpu
+from visattn._arguments import check_block, check_count
+from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.selectors.per_head_order import PerHeadSelector, Runs, even_runs, grid_tokens
-from visattn.selectors.selector import check_block
 from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.selection import SampledRest, Selection

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_block, check_share, check_word
 from visattn.geometry.layout import TokenLayout, on_cpu
 from visattn.geometry.orders import Order
 from visattn.selectors.per_head_order import (
@@ -18,7 +19,7 @@ from visattn.selectors.per_head_order import (
     grid_tokens,
     order_runs,
 )
-from visattn.selectors.selector import ORDERS, check_block, check_share, check_word, order_of
+from visattn.selectors.selector import ORDERS, order_of
 from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.inputs import Inputs
 from visattn.selectors.stages.prefix import top_mass

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_block
 from visattn.blocks.block_map import NONE
 from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 from visattn.geometry.orders import LineOrder, Order
@@ -16,7 +17,7 @@ from visattn.patterns.diagonal import Diagonal, MultiDiagonal
 from visattn.patterns.stripe import Stripe
 from visattn.patterns.union import Union
 from visattn.selectors.per_head_order import even_runs
-from visattn.selectors.selector import Selector, check_block, only_grid
+from visattn.selectors.selector import Selector, only_grid
 from visattn.selectors.stages.blocks import partition_by_head
 from visattn.selectors.stages.history import SelectorState
 from visattn.selectors.stages.selection import Selection

@@ -7,15 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_block, check_flag, check_share
 from visattn.geometry.layout import TokenLayout
 from visattn.geometry.orders import BoxOrder
-from visattn.patterns.base.sizes import check_flag
-from visattn.selectors.selector import (
-    BlockSelector,
-    Stages,
-    check_block,
-    check_share,
-)
+from visattn.selectors.selector import BlockSelector, Stages
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.inputs import Inputs

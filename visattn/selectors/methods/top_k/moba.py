@@ -5,15 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from visattn._arguments import check_block, check_keep, check_word
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.selector import (
-    ORDERS,
-    BlockSelector,
-    Stages,
-    check_block,
-    check_keep,
-    check_word,
-)
+from visattn.selectors.selector import ORDERS, BlockSelector, Stages
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.scores import Pooled
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from visattn._arguments import check_block, check_flag, check_keep, check_share, check_word
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.base.sizes import check_flag
-from visattn.selectors.selector import (
-    ORDERS,
-    BlockSelector,
-    Stages,
-    check_block,
-    check_keep,
-    check_share,
-    check_word,
-)
+from visattn.selectors.selector import ORDERS, BlockSelector, Stages
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import ChoiceRule, TopK, TopP
 from visattn.selectors.stages.scores import (

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from visattn._arguments import check_block, check_keep, check_share
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.selector import (
-    BlockSelector,
-    Stages,
-    check_block,
-    check_keep,
-    check_share,
-)
+from visattn.selectors.selector import BlockSelector, Stages
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopP
 from visattn.selectors.stages.scores import Pooled

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from visattn._arguments import check_flag, check_share
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.geometry.orders import BoxOrder
-from visattn.patterns.base.sizes import check_flag
 from visattn.patterns.sliding_tile import SlidingTile
-from visattn.selectors.selector import (
-    BlockSelector,
-    Stages,
-    check_share,
-)
+from visattn.selectors.selector import BlockSelector, Stages
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopP
 from visattn.selectors.stages.scores import Pooled

@@ -8,18 +8,17 @@ from typing import ClassVar
 
 import torch
 
-from visattn.geometry.layout import Grid, TokenLayout, check_count
-from visattn.geometry.orders import BoxOrder, LineOrder, Order
-from visattn.patterns.base.sizes import check_flag
-from visattn.selectors.selector import (
-    BlockSelector,
-    Stages,
+from visattn._arguments import (
     check_block,
+    check_count,
+    check_flag,
     check_keep,
     check_share,
     check_word,
-    only_grid,
 )
+from visattn.geometry.layout import Grid, TokenLayout
+from visattn.geometry.orders import BoxOrder, LineOrder, Order
+from visattn.selectors.selector import BlockSelector, Stages, only_grid
 from visattn.selectors.stages.choose import ChoiceRule, TopK, as_scope, of_scope
 from visattn.selectors.stages.prefix import of_total, order_keys, smallest_prefix, top_count
 from visattn.selectors.stages.scores import Pooled
