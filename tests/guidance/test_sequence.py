@@ -333,7 +333,7 @@ def test_each_segment_has_the_keys_of_the_one_before_where_it_is_told(kind, pair
     [(ShareSettings(), 6, {1, 2}), (WORD_SWAP, 6, {0, 1}), (ShareSettings(), 50, {*range(2, 25)})],
 )
 def test_default_windows(share, steps, sharing):
-    from visattn.guidance.argument_checks import in_window
+    from visattn._arguments import in_window
 
     assert sharing == {n for n in range(steps) if in_window(share.start, share.stop, n, steps)}
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import check_window
+from visattn._arguments import check_window, is_integer, is_number
 from visattn.guidance.composition.windows import Windows
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.label_bias import RegionMask
@@ -281,11 +281,11 @@ def _check(
         raise TypeError(f"prompts={prompts!r} must be a list of texts, one for each part")
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts={prompts!r} must be texts, at least one")
-    if isinstance(overlap, bool) or not isinstance(overlap, (int, float)) or overlap < 0:
+    if not is_number(overlap) or overlap < 0:
         raise ValueError(f"overlap={overlap!r} must be latent frames, or a share below 1.0 of them")
     if isinstance(overlap, float) and overlap >= 1:
         raise ValueError(f"overlap={overlap!r} is a share of a segment; it is below 1.0")
-    if isinstance(transitions, bool) or not isinstance(transitions, int) or transitions < 0:
+    if not is_integer(transitions) or transitions < 0:
         raise ValueError(f"transitions={transitions!r} must be a number of segments from 0")
     if masks is not None and (isinstance(masks, str) or len(masks) != len(prompts)):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import numbers_of
+from visattn._arguments import as_indices
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.key_weights import text_keys
 from visattn.guidance.edits.label_bias import LabelBias
@@ -112,7 +112,7 @@ def region_constrained(
     Differences:
         none
     """
-    named = numbers_of("region_constrained(tokens=...)", tokens)
+    named = as_indices("region_constrained(tokens=...)", tokens)
     outside = (mask.flatten() == 0).to(torch.int64)
 
     def q_labels(state: State) -> torch.Tensor:

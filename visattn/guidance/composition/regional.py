@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
+from visattn._arguments import check_number, check_window, in_window
 from visattn.geometry.layout import Grid
-from visattn.guidance.argument_checks import check_number, check_window, in_window
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.kernel import attend
 from visattn.guidance.edits.label_bias import RegionMask

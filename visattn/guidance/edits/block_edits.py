@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import check_share, check_window, in_window, numbers_of
+from visattn._arguments import POSITIVE_SHARE, as_indices, check_number, check_window, in_window
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.class_swap import Next, add_handler, kind_of, remove_handler
@@ -58,7 +58,7 @@ class BlockEdit:
     def __post_init__(self) -> None:
         name = type(self).__name__
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", numbers_of(f"{name}(blocks=...)", self.blocks))
+            object.__setattr__(self, "blocks", as_indices(f"{name}(blocks=...)", self.blocks))
             if not self.blocks:
                 raise ValueError(f"{name} names no block; None is all of them")
         check_window(name, self.start, self.stop)
@@ -193,7 +193,7 @@ class SkipRandomBlocks(SkipBlock):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("SkipRandomBlocks", self.share)
+        check_number("SkipRandomBlocks", "share", self.share, *POSITIVE_SHARE)
 
     def drawn(self, paths: Sequence[str], step: int) -> set[str]:
         """The blocks that are skipped at a step."""
@@ -231,7 +231,7 @@ class ShuffleTokens(BlockEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("ShuffleTokens", self.share)
+        check_number("ShuffleTokens", "share", self.share, *POSITIVE_SHARE)
 
     def order(self, length: int, path: str, step: int) -> torch.Tensor:
         """The order of the tokens in a block at a step, int64 ``[length]``."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import check_window, numbers_of
+from visattn._arguments import as_indices, check_window, is_integer, is_number
 from visattn.guidance.edits.state import State, Stream
 from visattn.guidance.head_set import Heads, HeadSet, Layers
 from visattn.plan import PASSES, ROLES
@@ -76,7 +76,7 @@ class Edit:
                 )
             object.__setattr__(self, "passes", passes)
         if self.samples is not None:
-            samples = numbers_of(f"{name}(samples=...)", self.samples)
+            samples = as_indices(f"{name}(samples=...)", self.samples)
             if not samples:
                 raise ValueError(f"{name}(samples=()) names no sample; None is all of them")
             object.__setattr__(self, "samples", samples)
@@ -193,7 +193,7 @@ class Edit:
 
 
 def _path(name: str, layer: int | str, paths: Sequence[str]) -> str:
-    if isinstance(layer, int) and not isinstance(layer, bool):
+    if is_integer(layer):
         if -len(paths) <= layer < len(paths):
             return paths[layer]
         raise ValueError(f"{name} names layer {layer}; there are {len(paths)}, from 0 on")
@@ -210,12 +210,12 @@ def _strengths(name: str, heads: Heads, count: int) -> torch.Tensor:
     if isinstance(heads, float):
         heads = dict.fromkeys(range(count), heads)
     if not isinstance(heads, Mapping):
-        heads = dict.fromkeys(numbers_of(f"{name}(heads=...)", heads), 1.0)
+        heads = dict.fromkeys(as_indices(f"{name}(heads=...)", heads), 1.0)
     out = torch.zeros(count)
     for head, strength in heads.items():
-        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
+        if not is_integer(head) or not 0 <= head < count:
             raise ValueError(f"{name} names head {head!r}; a layer has {count} heads, from 0 on")
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        if not is_number(strength):
             raise TypeError(f"{name} has the strength {strength!r}; it is a number from 0 to 1")
         if not 0 <= strength <= 1:
             raise ValueError(f"{name} has the strength {strength!r}; it is from 0 to 1")

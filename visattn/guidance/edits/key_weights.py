@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import as_indices, check_number
 from visattn.attention.dense_attention import dense_with_lse
-from visattn.guidance.argument_checks import check_number, numbers_of
 from visattn.guidance.edits.bias import Bias
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.kernel import logit_tensors
@@ -121,7 +121,7 @@ class ScaleTokens(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tokens = numbers_of("ScaleTokens(tokens=...)", self.tokens)
+        tokens = as_indices("ScaleTokens(tokens=...)", self.tokens)
         object.__setattr__(self, "tokens", tuple(dict.fromkeys(tokens)))
         if not self.tokens:
             raise ValueError("ScaleTokens has no tokens; give numbers of text tokens, from 0 on")

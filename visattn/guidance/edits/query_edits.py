@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from visattn._arguments import as_indices, check_number
 from visattn.geometry.layout import on_cpu
-from visattn.guidance.argument_checks import check_number, numbers_of
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State, Stream
 
@@ -182,7 +182,7 @@ class ReplaceQueries(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers_of("ReplaceQueries(source=...)", self.source)
+        as_indices("ReplaceQueries(source=...)", self.source)
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         source = self.source

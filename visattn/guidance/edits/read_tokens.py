@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from visattn._arguments import as_indices
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import Grid
-from visattn.guidance.argument_checks import numbers_of
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.kernel import logit_tensors
 from visattn.guidance.edits.key_weights import text_keys
@@ -86,7 +86,7 @@ class ReadTokens(Edit):
         groups = groups_of("ReadTokens(tokens=...)", self.tokens)
         object.__setattr__(self, "tokens", groups)
         if self.real is not None:
-            real = numbers_of("ReadTokens(real=...)", self.real)
+            real = as_indices("ReadTokens(real=...)", self.real)
             object.__setattr__(self, "real", tuple(dict.fromkeys(real)))
             if not real:
                 raise ValueError("ReadTokens(real=()) names no token; None leaves it out")
@@ -151,7 +151,7 @@ def groups_of(name: str, tokens: TextTokens) -> tuple[tuple[int, ...], ...]:
         raise ValueError(
             f"{name} is {tokens!r}; it must be numbers of text tokens, from 0 on, or tuples of them"
         )
-    groups = tuple(tuple(dict.fromkeys(numbers_of(name, item))) for item in items)
+    groups = tuple(tuple(dict.fromkeys(as_indices(name, item))) for item in items)
     if not all(groups):
         raise ValueError(f"{name} has a group without tokens; leave it out")
     return groups

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import numbers_of
+from visattn._arguments import as_indices
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.kernel import attend
 from visattn.guidance.edits.key_weights import text_keys, token_weights, weighed_values
@@ -51,8 +51,8 @@ class ReplaceMap(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers_of("ReplaceMap(source=...)", self.source)
-        tokens = numbers_of("ReplaceMap(tokens=...)", self.tokens)
+        as_indices("ReplaceMap(source=...)", self.source)
+        tokens = as_indices("ReplaceMap(tokens=...)", self.tokens)
         object.__setattr__(self, "tokens", tuple(dict.fromkeys(tokens)))
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
@@ -130,7 +130,7 @@ def replace_motion(
     Differences:
         - The windows are shares of the steps; the paper has 10 steps.
     """
-    named = numbers_of("replace_motion(tokens=...)", tokens)
+    named = as_indices("replace_motion(tokens=...)", tokens)
     if not named:
         raise ValueError(
             "replace_motion(tokens=()) names no token of the edited word; phrase_tokens(pipe."

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import check_share, numbers_of
+from visattn._arguments import POSITIVE_SHARE, as_indices, check_number
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import Borrowed, State, Stream
 
@@ -113,7 +113,7 @@ class ShareKV(Edit):
         super().__post_init__()
         if self.what not in ("both", "keys", "values"):
             raise ValueError(f"ShareKV(what={self.what!r}) must be both, keys or values")
-        numbers_of("ShareKV(source=...)", self.source)
+        as_indices("ShareKV(source=...)", self.source)
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         chosen = self.samples_in(state)
@@ -174,8 +174,8 @@ class BorrowKeys(Edit):
                 "BorrowKeys(attention='cross') is not possible: it takes tokens of the image, and "
                 "the keys of cross-attention are text; take attention='self'"
             )
-        object.__setattr__(self, "sources", numbers_of("BorrowKeys(sources=...)", self.sources))
-        check_share("BorrowKeys", self.share)
+        object.__setattr__(self, "sources", as_indices("BorrowKeys(sources=...)", self.sources))
+        check_number("BorrowKeys", "share", self.share, *POSITIVE_SHARE)
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         image = state.image

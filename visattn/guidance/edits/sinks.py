@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn.guidance.argument_checks import check_number
+from visattn._arguments import check_number
 from visattn.guidance.edits.bias import Bias
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.kernel import attend

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.guidance.argument_checks import in_window
+from visattn._arguments import in_window
 from visattn.guidance.edits.block_edits import BlockEdit, BlockSwitch, edit_blocks
 from visattn.guidance.edits.edit import STAGES, Edit
 from visattn.guidance.edits.kernel import attend

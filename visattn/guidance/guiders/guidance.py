@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from visattn.guidance.argument_checks import check_number, check_window, in_window
+from visattn._arguments import check_number, check_window, in_window, is_number
 from visattn.guidance.edits.block_edits import BlockEdit, ShuffleTokens, SkipBlock, SkipRandomBlocks
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.pag import Perturb, Target
@@ -417,8 +417,7 @@ class CFGZeroStar:
 
     def __post_init__(self) -> None:
         first = self.zero_init
-        number = isinstance(first, (int, float)) and not isinstance(first, bool)
-        if not number or first < 0 or (isinstance(first, float) and first > 1):
+        if not is_number(first) or first < 0 or (isinstance(first, float) and first > 1):
             raise ValueError(
                 f"CFGZeroStar(zero_init={first!r}) must be a number of steps, or a share of the "
                 "steps from 0.0 to 1.0"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from visattn.guidance.argument_checks import check_number, check_window
+from visattn._arguments import check_number, check_window
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State
 from visattn.guidance.edits.steer import Steering, check_touched, enter, place

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visattn.guidance.argument_checks import numbers_of
+from visattn._arguments import as_indices, is_integer
 from visattn.guidance.head_set import HeadSet
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import attached, attention_layers
@@ -52,7 +52,7 @@ def read_pairs(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, 
     """Every prompt with every seed."""
     if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
         raise TypeError(f"prompts={shown(prompts)} must be a list of texts")
-    own = numbers_of("seeds", seeds)
+    own = as_indices("seeds", seeds)
     for name, values in (("prompts", prompts), ("seeds", own)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}={shown(list(values))} must hold one at least, and none twice")
@@ -136,7 +136,7 @@ def _read(name: str, given: Any, heads: Mapping[str, int]) -> dict[str, dict[int
         if not isinstance(own, Mapping):
             own = dict.fromkeys([own] if isinstance(own, int) else own, 1.0)
         for head in own:
-            if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < heads[path]:
+            if not is_integer(head) or not 0 <= head < heads[path]:
                 raise ValueError(
                     f"{name} names head {head!r} of {path}; it has {heads[path]} heads, from 0 on"
                 )

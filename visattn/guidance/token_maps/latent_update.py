@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from visattn.guidance.argument_checks import in_window, numbers_of
+from visattn._arguments import as_indices, in_window, is_number
 from visattn.guidance.edits.read_tokens import TextTokens, groups_of
 from visattn.guidance.head_set import Heads, HeadSet, Layers
 from visattn.guidance.token_maps.losses import (
@@ -88,7 +88,7 @@ class LatentUpdate:
                 f"{name}(scale={self.scale!r}, final={self.final!r}) must be above 0, and 0 to 1"
             )
         for at in self.refine:
-            if isinstance(at, bool) or not isinstance(at, (int, float)) or at < 0:
+            if not is_number(at) or at < 0:
                 raise ValueError(
                     f"{name}(refine=...) has {at!r}; it must be steps, or shares of the steps"
                 )
@@ -193,8 +193,8 @@ class AttendAndExcite(LatentUpdate):
     )
 
     def __post_init__(self) -> None:
-        real = numbers_of("AttendAndExcite(real=...)", self.real or ())
-        subjects = numbers_of("AttendAndExcite(subjects=...)", self.subjects)
+        real = as_indices("AttendAndExcite(real=...)", self.real or ())
+        subjects = as_indices("AttendAndExcite(subjects=...)", self.subjects)
         if not subjects or not set(subjects) <= set(real):
             raise ValueError(
                 f"AttendAndExcite(subjects={self.subjects!r}) must be some of the real tokens "

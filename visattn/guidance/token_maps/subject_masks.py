@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from visattn.guidance.argument_checks import numbers_of
+from visattn._arguments import as_indices
 from visattn.guidance.edits.read_tokens import ReadTokens
 from visattn.guidance.edits.state import State
 from visattn.guidance.head_set import HeadSet, Layers
@@ -40,7 +40,7 @@ class SubjectMasks:
         threshold: Threshold = 0.3,
         when: When = "before",
     ) -> None:
-        self.tokens = tuple(numbers_of("SubjectMasks(tokens=...)", group) for group in tokens)
+        self.tokens = tuple(as_indices("SubjectMasks(tokens=...)", group) for group in tokens)
         if not any(self.tokens):
             raise ValueError(
                 "SubjectMasks(tokens=...) has no token of any sample; phrase_tokens(pipe."

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from visattn._arguments import check_block, check_flag, check_share, check_word
+from visattn._arguments import check_block, check_flag, check_share, check_word, is_number
 from visattn.geometry.layout import TokenLayout
 from visattn.selectors.selector import ORDERS, BlockSelector, Stages
 from visattn.selectors.stages.always_kept import AlwaysKept
@@ -59,7 +59,7 @@ class Sparge(BlockSelector):
 
     def __post_init__(self) -> None:
         check_share("mass", self.mass, above=True)
-        if isinstance(self.similar, bool) or not isinstance(self.similar, (int, float)):
+        if not is_number(self.similar):
             raise TypeError(f"similar={self.similar!r} must be a number from -1 to 1")
         if not -1 <= self.similar <= 1:
             raise ValueError(f"similar={self.similar} must be from -1 to 1")
