@@ -8,6 +8,8 @@ interpreter's products are numpy's.
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 from support.cases import LAYOUTS, draw
@@ -22,6 +24,7 @@ from support.kernel_cases import (
     case,
     inputs,
 )
+from support.kernel_walk import REDUCED
 
 from visattn import TokenLayout, sparse_attention
 from visattn.attention.backends.triton_kernels import triton_attention, triton_backward
@@ -97,6 +100,16 @@ def check(
         assert error <= allowed, (name, float(error), float(allowed), patterns)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout_name", "dtype"),
+    [(*call, dtype) for call, dtype in zip(REDUCED, cycle(DTYPES), strict=False)],
+)
+def test_reduced_walk_is_within_the_bound(name: str, layout_name: str, dtype: torch.dtype) -> None:
+    """Its traits are compared with those of the full walk in ``test_forward.py``."""
+    pattern, layout, lengths = case(name, layout_name)
+    check(inputs(layout, 1, 1, 16, dtype), [pattern], layout, lengths)
+
+
 @pytest.mark.second
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
@@ -154,7 +167,14 @@ def test_gradients_are_the_same_every_time() -> None:
 
 
 @pytest.mark.usefixtures("masks_as_bits")
-@pytest.mark.parametrize("name", ["neighborhood", "radial", "stripe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "radial",
+        pytest.param("neighborhood", marks=pytest.mark.second),
+        pytest.param("stripe", marks=pytest.mark.second),
+    ],
+)
 def test_masks_that_are_packed_as_bits(name: str) -> None:
     """Of short blocks too, and beside lengths of a call."""
     for layout_name in ("two_grids_text_between", "video_7x4x6"):
