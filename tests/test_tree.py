@@ -27,10 +27,8 @@ ROOT_FILES = {
 LONG_FILES = {
     "kernels/hopper.py",
     "visattn/bench/measure_pipeline.py",
-    "visattn/blocks/block_map.py",
-    "visattn/blocks/predicates.py",
     "visattn/guidance/edits/block_edits.py",
-    "visattn/guidance/guiders/guidances.py",
+    "visattn/guidance/guiders/guidance.py",
     "visattn/guidance/guiders/modular.py",
     "visattn/guidance/guiders/nag.py",
     "visattn/guidance/head_search/driver.py",
@@ -39,7 +37,6 @@ LONG_FILES = {
     "visattn/plan/plan.py",
     "visattn/search/api.py",
     "visattn/search/run.py",
-    "visattn/selectors/methods/pooled_methods.py",
 }
 FULL_FOLDERS: set[str] = set()
 SHARED_NAMES: set[str] = set()
