@@ -13,8 +13,7 @@ from method_docs.sources import methods_table
 
 from visattn.guidance.method_list import EDITS, METHODS
 from visattn.patterns import PATTERNS
-from visattn.patterns.grammar.call_grammar import DYNAMIC
-from visattn.selectors import SELECTORS
+from visattn.patterns.base.head_pattern import KINDS
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 HEAD = """# The methods and their sources
@@ -32,7 +31,7 @@ def groups() -> dict[str, list[type | object]]:
     """The methods under the headings of the table."""
     return {
         "Static patterns": list(PATTERNS.values()),
-        "Dynamic patterns": list(dict.fromkeys((SELECTORS | DYNAMIC).values())),
+        "Dynamic patterns": [kind for name, kind in KINDS.items() if name not in PATTERNS],
         "Guidance": list(METHODS),
         "Edits of attention": list(EDITS),
     }

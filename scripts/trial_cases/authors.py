@@ -10,7 +10,7 @@ from method_docs.sources import read_source
 
 from trial_cases.case import Case
 from visattn import Grid, Plan, TokenLayout
-from visattn.patterns.grammar.call_grammar import known_kinds
+from visattn.patterns.base.head_pattern import KINDS
 from visattn.selectors import NABLA, PISA, Pyramid, Selector, Sparge, VMoBA, XAttention
 
 LAYOUT = TokenLayout(Grid(4, 8, 8))
@@ -75,7 +75,7 @@ def older_plan(folder: Path) -> str:
 
 
 def sources(folder: Path) -> str:
-    found = [read_source(kind) for kind in known_kinds().values()]
+    found = [read_source(kind) for kind in KINDS.values()]
     coded = sum(own.default == "code" for own in found)
     assert len(found) >= 41
     return f"{len(found)} patterns name their source; {coded} defaults are those of the code"

@@ -87,13 +87,13 @@ def test_both_names_in_any_case(kind):
         pytest.param("(" * 500, "is no call", id="brackets only"),
         pytest.param("diagonal(" + "-" * 9000 + "1)", "is no call", id="many signs"),
         pytest.param("diagonal(" + "9" * 9000 + ")", "is no call", id="many digits"),
-        pytest.param("3", "no pattern by name", id="number"),
-        pytest.param("radial() or skip()", "no pattern by name", id="operator"),
+        pytest.param("3", "does not start with a name", id="number"),
+        pytest.param("radial() or skip()", "does not start with a name", id="operator"),
         pytest.param("x" * 10_001, "10001 characters", id="too long"),
         pytest.param("radiall()", "did you mean 'radial'", id="misspelt"),
         pytest.param("__import__('os')", "unknown pattern '__import__'; choices", id="import"),
-        pytest.param("os.system('true')", "'os.system' names no pattern", id="attribute"),
-        pytest.param("radial()()", "'radial()' names no pattern", id="call of a call"),
+        pytest.param("os.system('true')", "'os.system' is no name of a pattern", id="attribute"),
+        pytest.param("radial()()", "'radial()' is no name of a pattern", id="call of a call"),
         pytest.param("radial(decai=1)", "did you mean 'decay'", id="misspelt parameter"),
         pytest.param(
             "radial(width=1)", "no parameter 'width'; its parameters are decay=1.0", id="w"
@@ -102,7 +102,7 @@ def test_both_names_in_any_case(kind):
         pytest.param("diagonal()", "needs the parameter 'width'", id="missing"),
         pytest.param("halo(block=2)", "needs the parameter 'halo'", id="second missing"),
         pytest.param("diagonal(1, 2)", "given 2 values", id="too many"),
-        pytest.param("diagonal(1, width=2)", "width twice", id="place and name"),
+        pytest.param("diagonal(1, width=2)", "width twice", id="position and name"),
         pytest.param("diagonal(width=1, width=2)", "width twice", id="name twice"),
         pytest.param("union(patterns=skip)", "no parameter 'patterns'", id="union by name"),
         pytest.param("union(skip)", "two or more", id="union of one"),
@@ -136,7 +136,7 @@ def test_wrong_text_gives_one_sentence(text, words):
 
 
 def test_only_text_is_read():
-    with pytest.raises(TypeError, match="not as Radial"):
+    with pytest.raises(TypeError, match="not Radial"):
         parse_pattern(Radial())
 
 

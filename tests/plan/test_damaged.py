@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Stripe, Union
-from visattn.patterns.grammar.call_grammar import known_kinds, parse_pattern, signature_of
+from visattn.patterns.base.head_pattern import KINDS
+from visattn.patterns.grammar.call_grammar import signature_of
+from visattn.patterns.grammar.parse import parse_pattern
 from visattn.plan import Denoiser, Plan, Rule
 from visattn.plan.show.plan_view import view_plan
 from visattn.plan.show.terminal import plan_text
@@ -318,11 +320,11 @@ EXTREME = [2**63 - 1, -(2**63) + 1, 0, 1e308, 5e-324, -0.0, (2**63 - 1,) * 3, ((
            True, None, "", "x", (), ((),), (1e308,) * 3, Skip(), (Skip(), Radial())]
 
 
-@pytest.mark.parametrize("name", known_kinds())
+@pytest.mark.parametrize("name", KINDS)
 def test_extreme_arguments_are_refused_or_come_back(name):
     """No argument of any pattern can do more than raise, or make a pattern that its own text gives
     back."""
-    kind = known_kinds()[name]
+    kind = KINDS[name]
     parameters = [part.split("=")[0] for part in signature_of(kind).split(", ") if part]
     fields = [part for part in parameters if part.isidentifier()]
     needed = {part: 2 for part in signature_of(kind).split(", ") if part.isidentifier()}

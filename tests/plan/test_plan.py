@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from visattn import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, Stencil, Union
-from visattn.patterns.grammar.call_grammar import known_kinds
+from visattn.patterns.base.head_pattern import KINDS
 from visattn.plan import ANY, PLAN_FILE, Denoiser, Plan, Rule, read_plan
 from visattn.plan.read import as_plan
 from visattn.selectors import NABLA, PISA, Agent, Reuse, XAttention
@@ -261,7 +261,7 @@ def test_a_plan_of_schema_1_means_what_it_meant_then() -> None:
         assert '"visattn.plan/2"' in plan.to_json()
     now = Plan.from_json(changed(patterns=[next(iter(older))], rules=[{"pattern": 0}]))
     assert now.rules[0].patterns == PISA(0.25)
-    for kind in known_kinds().values():
+    for kind in KINDS.values():
         assert set(kind.before) <= {own.name for own in fields(kind)}
 
 

@@ -18,7 +18,7 @@ __all__ = ["Scattered"]
 
 
 @dataclass(frozen=True)
-class Scattered(Pattern):
+class Scattered(Pattern, register=False):
     """A share of the key runs of each query run, drawn at random, and its own.
 
     Args:

@@ -15,7 +15,8 @@ from visattn.cli.show_plan import read_shown, show_difference, show_plan
 from visattn.draw.pattern_view import view_pattern, view_text
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import Pattern, parse_pattern
-from visattn.patterns.grammar.call_grammar import known_kinds, signature_of
+from visattn.patterns.base.head_pattern import KINDS
+from visattn.patterns.grammar.call_grammar import signature_of
 from visattn.plan.read import is_pattern
 
 EXAMPLE = "for example 'radial(decay=0.2, sink=True)'"
@@ -175,7 +176,7 @@ def pattern_table() -> list[dict[str, str]]:
             "parameters": signature_of(kind),
             "summary": " ".join((kind.__doc__ or "").split("\n\n")[0].split()).replace("``", ""),
         }
-        for name, kind in known_kinds().items()
+        for name, kind in KINDS.items()
     ]
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from visattn.geometry.layout import TokenLayout
-from visattn.patterns.grammar.call_grammar import known_kinds
+from visattn.patterns.base.head_pattern import KINDS
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
 from visattn.plan import ANY, Plan
@@ -30,7 +30,7 @@ def read_shown(text: str) -> Plan:
         TypeError, ValueError, OSError: there is none.
     """
     if not (is_pattern(text) or os.path.exists(text) or "/" in text or text.endswith(".json")):
-        close = difflib.get_close_matches(text.lower()[:100], known_kinds(), n=1)
+        close = difflib.get_close_matches(text.lower()[:100], KINDS, n=1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"{text!r} is no pattern, and no file, folder or hub id of a plan; {guess}"

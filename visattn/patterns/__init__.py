@@ -6,11 +6,12 @@ written form.
 """
 
 from visattn.patterns.axis_order import AxisOrder
-from visattn.patterns.base.pattern import HeadPattern, Pattern
+from visattn.patterns.base.head_pattern import HeadPattern, KindsOf
+from visattn.patterns.base.pattern import Pattern
 from visattn.patterns.block import Block, ShiftedBlock
 from visattn.patterns.dense import Dense
 from visattn.patterns.diagonal import Diagonal, MultiDiagonal
-from visattn.patterns.grammar.call_grammar import parse_pattern
+from visattn.patterns.grammar.parse import parse_pattern
 from visattn.patterns.grid_blocks import GridBlocks
 from visattn.patterns.halo import Halo
 from visattn.patterns.neighborhood import Neighborhood
@@ -45,21 +46,4 @@ __all__ = [
     "parse_pattern",
 ]
 
-PATTERNS: dict[str, type[Pattern]] = {
-    "dense": Dense,
-    "skip": Skip,
-    "diagonal": Diagonal,
-    "multi_diagonal": MultiDiagonal,
-    "stripe": Stripe,
-    "radial": Radial,
-    "neighborhood": Neighborhood,
-    "sliding_tile": SlidingTile,
-    "block": Block,
-    "shifted_block": ShiftedBlock,
-    "grid_blocks": GridBlocks,
-    "halo": Halo,
-    "sharded": Sharded,
-    "stencil": Stencil,
-    "axis_order": AxisOrder,
-    "union": Union,
-}
+PATTERNS = KindsOf(Pattern)  # type: ignore[type-abstract]

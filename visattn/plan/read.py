@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from visattn.patterns import HeadPattern, parse_pattern
-from visattn.patterns.grammar.call_grammar import kind_of
+from visattn.patterns.grammar.parse import is_pattern_name
 from visattn.plan.hub import PLAN_FILE
 from visattn.plan.plan import Plan, Rule
 
@@ -71,7 +71,7 @@ def read_plan(
 def is_pattern(text: str) -> bool:
     """Whether a text is meant as the written form of a pattern: it is no file, and is a pattern's
     name or has brackets."""
-    return not os.path.exists(text) and ("(" in text or kind_of(text.strip()) is not None)
+    return not os.path.exists(text) and ("(" in text or is_pattern_name(text.strip()))
 
 
 def _beside(model_path: str | None, revision: str | None, token: str | None) -> Plan:

@@ -4,7 +4,6 @@ Each is a frozen dataclass with ``select(q, k, v, layout, scale)``, which gives 
 ``SELECTORS`` names them all; ``parse_pattern`` reads their written form.
 """
 
-from visattn.patterns.grammar.call_grammar import DYNAMIC
 from visattn.selectors.memory import Memory
 from visattn.selectors.methods.across_steps.reuse import Reuse
 from visattn.selectors.methods.across_steps.skip_list import SkipList
@@ -97,5 +96,3 @@ SELECTORS: dict[str, type[Selector]] = {
     "skip_list": SkipList,
     "reuse": Reuse,
 }
-DYNAMIC.update(SELECTORS)
-DYNAMIC["agent"] = Agent

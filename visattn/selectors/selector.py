@@ -15,7 +15,7 @@ import torch
 
 from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 from visattn.geometry.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
-from visattn.patterns.base.pattern import HeadPattern
+from visattn.patterns.base.head_pattern import HeadPattern
 from visattn.selectors.stages.always_kept import AlwaysKept, always_kept_blocks
 from visattn.selectors.stages.blocks import BlockPartition, partition_by_order
 from visattn.selectors.stages.choose import ChoiceRule

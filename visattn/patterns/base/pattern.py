@@ -3,9 +3,7 @@ blocks."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from functools import cached_property
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -13,33 +11,11 @@ import torch
 from visattn._arguments import check_count
 from visattn.blocks.block_map import BlockMap, PartialPolicy, build_map
 from visattn.blocks.predicates import Places, Predicate
-from visattn.geometry.layout import Grid, TokenLayout, Traceable, on_cpu
+from visattn.geometry.layout import Grid, TokenLayout, on_cpu
 from visattn.geometry.orders import GridBlocks, LineOrder, Order, sequence_blocks
+from visattn.patterns.base.head_pattern import HeadPattern
 
 MAX_BLOCK = 4096
-
-
-class HeadPattern(Traceable, ABC):
-    """What a head may run, static or dynamic; each is a frozen dataclass.
-
-    Patterns are equal when they are written alike: 1 counts tokens and 1.0 is a fraction.
-    """
-
-    name: ClassVar[str]
-    before: ClassVar[Mapping[str, object]] = {}  # options of it that plans of schema 1 meant
-
-    @cached_property
-    def _written(self) -> str:
-        return repr(self)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HeadPattern) and self._written == other._written
-
-    def __hash__(self) -> int:
-        return hash(self._written)
-
-    def check(self, grid: Grid) -> None:
-        """Raise ValueError when a size does not fit the grid."""
 
 
 class Pattern(HeadPattern):

@@ -11,7 +11,7 @@ from visattn._arguments import is_number
 from visattn.geometry.layout import TokenLayout, valid_keys
 from visattn.geometry.orders import BoxOrder
 from visattn.geometry.padding import set_aside, without_padding
-from visattn.patterns.base.pattern import HeadPattern
+from visattn.patterns.base.head_pattern import HeadPattern
 from visattn.selectors.stages.blocks import block_means, partition_by_order
 
 __all__ = ["Agent"]
