@@ -11,7 +11,7 @@ from support.caches import clear_caches, live_tensors
 from support.selectors_oracle import SMALL
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.attention import attention_by
+from visattn.attention import AttentionSpec, attention_by
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.guidance.edits.map_columns import token_columns
 from visattn.patterns import HeadPattern, Pattern, parse_pattern
@@ -52,9 +52,8 @@ def two_steps(pattern: HeadPattern, dtype: torch.dtype) -> list[torch.Tensor]:
     with torch.no_grad():
         for step in range(2):
             memory.begin(step, 3)
-            args = (pattern, layout, None, None, None, "blockwise", False, memory)
-            out = attention_by(*tensors(dtype, layout), *args)
-            assert isinstance(out, torch.Tensor)
+            spec = AttentionSpec((pattern,) * 2, layout, backend="blockwise")
+            out, _ = attention_by(*tensors(dtype, layout), spec, memory)
             found.append(out)
     return found
 

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from visattn import Grid, Segment, TokenLayout, sparse_attention
 from visattn.attention import choose_backend, merge_attention
 from visattn.attention.backends.triton_kernels import DEVICE_MAPS
-from visattn.attention.dispatch import MAPS
+from visattn.attention.lowering import MAPS
 from visattn.geometry.orders import BoxOrder, sequence_blocks
 from visattn.patterns import (
     Block,

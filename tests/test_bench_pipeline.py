@@ -193,7 +193,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "take_turns", never)
     right = layer.attention_by
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "attention_by", lambda *given: 2 * right(*given))
+        patch.setattr(layer, "attention_by", lambda *given: (2 * right(*given)[0], None))
         with pytest.raises(WrongResult, match=r"Neighborhood.* is off by"):
             time_step(WAN, build(WAN), LOCAL)
     plain = layer.Layer._plain

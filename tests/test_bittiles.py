@@ -5,7 +5,7 @@ import torch
 from support.cases import LAYOUTS, draw
 from support.kernel_cases import UNIONS
 
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
 from visattn.blocks import bit_masks as bittiles
 from visattn.blocks.bank import MapBank
 from visattn.blocks.bit_masks import packed_words

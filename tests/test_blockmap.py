@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
 from visattn.attention.backends.reference import map_mask, pattern_mask
-from visattn.attention.dispatch import MAPS, lower_cached
+from visattn.attention.lowering import MAPS, lower_cached
 from visattn.blocks.bank import MapBank
 from visattn.blocks.block_map import FULL, NONE, PARTIAL, SHORT, TEXT, pack_rows
 from visattn.blocks.cache import MapCache

@@ -13,7 +13,7 @@ from visattn import Grid, TokenLayout, patterns, sparse_attention
 from visattn.attention import BackendUnavailable
 from visattn.attention.backends.blockwise import blockwise_backward
 from visattn.attention.compiled_op import attention_op, register
-from visattn.attention.dispatch import Spec
+from visattn.attention.spec import AttentionSpec
 from visattn.patterns import (
     AxisOrder,
     Dense,
@@ -191,7 +191,7 @@ def test_blockwise_backward_is_autograds(with_lse: bool) -> None:
     if with_lse:
         loss = loss + (lse.nan_to_num(neginf=0) * grad_lse).sum()
     expected = torch.autograd.grad(loss, (q, k, v))
-    maps = [item.lower(LAYOUT, 7, 5) for item in heads]
+    spec = AttentionSpec(tuple(heads), LAYOUT, text_lengths=LENGTHS[:, None], scale=8**-0.5)
     found = blockwise_backward(
         q.detach(),
         k.detach(),
@@ -200,15 +200,14 @@ def test_blockwise_backward_is_autograds(with_lse: bool) -> None:
         lse.detach(),
         grad_out,
         grad_lse if with_lse else None,
-        maps,
-        LENGTHS[:, None],
-        8**-0.5,
+        spec,
+        block=(7, 5),
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_opcheck() -> None:
-    handle = register(Spec(tuple(HEADS), LAYOUT, None, "blockwise"))
+    handle = register(AttentionSpec(tuple(HEADS), LAYOUT, backend="blockwise"))
     for grad in (False, True):  # gradients need the LSE
         torch.library.opcheck(
             attention_op, (*qkv(grad=grad), handle, LENGTHS, 0.3, grad), atol=1e-5, rtol=1e-5

@@ -22,7 +22,7 @@ from visattn.attention.backends.block_rows import (
     window_of,
 )
 from visattn.attention.backends.workspace import _KEPT, KEPT, workspace
-from visattn.attention.dispatch import MAPS, lower_cached
+from visattn.attention.lowering import MAPS, lower_cached
 from visattn.patterns import PATTERNS, Diagonal, Neighborhood, Radial, Skip, Stripe
 
 LAYOUT = LAYOUTS["video_6x6x7_both_texts"]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
 from visattn.patterns import (
     PATTERNS,
     AxisOrder,

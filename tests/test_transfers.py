@@ -24,9 +24,10 @@ from support.selectors_oracle import small
 
 from visattn import Grid, TokenLayout
 from visattn.attention.backends import triton_kernels as triton_backend
-from visattn.attention.checks import check_lengths
+from visattn.attention.checks import check_call
 from visattn.attention.compiled_op import attention_op, backward_op, dynamic_op
-from visattn.attention.dispatch import Spec, execute, execute_backward
+from visattn.attention.dispatch import execute, execute_backward
+from visattn.attention.spec import AttentionSpec, Choice
 from visattn.inject.layers.compiled_layer import begin_op, layer_op
 from visattn.kernels.targets import backward_settings, launch_settings
 from visattn.patterns import HeadPattern, Neighborhood, Skip
@@ -133,7 +134,6 @@ def waits(
 ) -> Counter[str]:
     """What a second call waits for, with text lengths on the device."""
     heads = len(patterns)
-    spec = Spec(patterns, layout, None, backend)
     q, k, v, grad = (
         torch.empty(2, heads, layout.length, 32, device=META, dtype=torch.float16) for _ in range(4)
     )
@@ -142,13 +142,21 @@ def waits(
         found.clear()
         with torch.no_grad(), Made(found), Moved(found):
             given = torch.empty(2, len(layout.texts), dtype=torch.int64, device=META)
-            lengths = check_lengths(q, k, layout, None, given)
-            with_lse = not any(isinstance(item, Agent) for item in patterns)
-            out, lse = execute(spec, backend, q, k, v, lengths, 0.2, with_lse)
+            spec = AttentionSpec(
+                patterns,
+                layout,
+                text_lengths=given,
+                scale=0.2,
+                backend=backend,
+                return_lse=not any(isinstance(item, Agent) for item in patterns),
+                choice=Choice(backend, "asked for"),
+            )
+            spec = check_call(q, k, spec)
+            out, lse = execute(q, k, v, spec)
             if backward:
                 assert lse is not None
                 given = (q, k, v, out, lse, grad, torch.empty_like(lse))
-                execute_backward(spec, backend, *given, lengths, 0.2)
+                execute_backward(*given, spec)
     return +found
 
 

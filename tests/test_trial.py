@@ -11,8 +11,10 @@ import torch
 from visattn.attention.backends import kernel_check as trial
 from visattn.attention.backends.kernel_check import LAYOUT, Variant, trusted
 from visattn.attention.backends.reference import reference_attention
+from visattn.attention.spec import AttentionSpec
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood
+from visattn.runtime.log_once import warn_once
 
 CPU = torch.device("cpu")
 hopper = pytest.importorskip("visattn.kernels.hopper")
@@ -22,7 +24,7 @@ Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_FOUND", {})
-    trial._say_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def right(
@@ -45,7 +47,8 @@ def right(
             for slot in range(2):
                 x[:, slot] = x[:, slot].clone()[:, index[slot].argsort()]
     assert (num_parts > 0) == bool((lists["work"][:, 6] >= 0).any())
-    return reference_attention(q, k, v, patterns, LAYOUT, None, lengths, scale)
+    spec = AttentionSpec(patterns, LAYOUT, text_lengths=lengths, scale=scale)
+    return reference_attention(q, k, v, spec)
 
 
 @pytest.fixture

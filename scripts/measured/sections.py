@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from measured.gradients import check_gradients
 from measured.running import ROOT, Send, reason
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
 from visattn.bench import (
     SHAPES,
     AttentionTime,

@@ -20,11 +20,10 @@ from measured.candidates import (
 from measured.gradients import check_gradients
 from measured.running import Budget, Send, reason
 from visattn.attention.backends.triton_kernels import triton_attention, triton_backward
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.spec import AttentionSpec
 from visattn.bench import SHAPES, Scattered, WrongResult
 from visattn.bench.measure_attention import check
 from visattn.bench.timing import Time, take_turns
-from visattn.blocks.block_map import BlockMap
 from visattn.geometry.layout import TokenLayout
 from visattn.kernels.targets import BackwardLaunch, Launch
 from visattn.patterns import Neighborhood, Pattern, Radial
@@ -104,17 +103,16 @@ class Bench:
             torch.randn(size, generator=generator).to(self.device, DTYPES[dtype]) for _ in range(4)
         )
 
-    def lower(self, pattern: Pattern, block_q: int, block_k: int) -> BlockMap:
-        return lower_cached(pattern, self.layout, None, block_q, block_k)
+    def spec(self, job: Job, pattern: Pattern) -> AttentionSpec:
+        """One pattern on all heads."""
+        return AttentionSpec((pattern,) * self.heads, self.layout, scale=job.head_size**-0.5)
 
     def attend(
         self, job: Job, pattern: Pattern, launch: Launch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and LSE."""
         q, k, v, _ = self.tensors(job.dtype, job.head_size)
-        heads = (pattern,) * self.heads
-        given = (heads, self.layout, None, None, job.head_size**-0.5, self.lower)
-        return triton_attention(q, k, v, *given, settings=launch)
+        return triton_attention(q, k, v, self.spec(job, pattern), settings=launch)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def forward_of(
@@ -137,11 +135,8 @@ class Bench:
         out, lse = self.forward_of(job.dtype, job.head_size, name)
         blocks = (launch.block_q, launch.block_k)
         settings = (blocks, (launch.queries, launch.masked), launch.warps, launch.stages)
-        given = (self.layout, None, None, job.head_size**-0.5, self.lower)
-        heads = (pattern,) * self.heads
-        return lambda: triton_backward(
-            q, k, v, out, lse, grad_out, None, heads, *given, settings=settings
-        )
+        spec = self.spec(job, pattern)
+        return lambda: triton_backward(q, k, v, out, lse, grad_out, None, spec, settings=settings)
 
     def try_out(self, job: Job, name: str) -> None:
         """Compile a candidate and run it once."""

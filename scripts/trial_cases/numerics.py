@@ -10,7 +10,7 @@ import torch
 import visattn
 from trial_cases.case import Case
 from visattn import Grid, Plan, TokenLayout, sparse_attention
-from visattn.attention.dispatch import MAPS
+from visattn.attention.lowering import MAPS
 from visattn.patterns import Dense, Diagonal, HeadPattern, Neighborhood, parse_pattern
 from visattn.plan import Rule
 

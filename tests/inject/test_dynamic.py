@@ -6,7 +6,7 @@ import torch
 from support import tiny
 from support.planned import KINDS, with_plan
 
-from visattn.attention.dispatch import BackendUnavailable
+from visattn.attention.choice import BackendUnavailable
 from visattn.inject import apply_plan, observe, remove_plan, sparse, summary
 from visattn.inject.attachment import attached
 from visattn.patterns import Dense, Diagonal

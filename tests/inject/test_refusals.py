@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from support import tiny, variants
 
 from visattn import Grid, TokenLayout
-from visattn.attention.dispatch import BackendUnavailable
+from visattn.attention.choice import BackendUnavailable
 from visattn.guidance import SEG, guide
 from visattn.inject import apply_plan, denoisers, observe, remove_plan, sparse, summary
 from visattn.inject.apply import known_denoisers

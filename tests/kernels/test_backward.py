@@ -28,7 +28,7 @@ from support.kernel_walk import REDUCED
 
 from visattn import TokenLayout, sparse_attention
 from visattn.attention.backends.triton_kernels import triton_attention, triton_backward
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.spec import AttentionSpec
 from visattn.geometry.layout import check_text_lengths
 from visattn.kernels.launch import backward_launch_of
 from visattn.kernels.targets import Launch
@@ -65,30 +65,14 @@ def check(
     scale = q.shape[3] ** -0.5
     checked = None if lengths is None else check_text_lengths(lengths, layout, q.shape[0])
     checked = None if checked is None else checked.to(DEVICE)
-
-    def lower(pattern: Pattern, block_q: int, block_k: int) -> object:
-        return lower_cached(pattern, layout, None, block_q, block_k)
-
-    heads = tuple(patterns)
-    given = (layout, None, checked, scale, lower)
+    spec = AttentionSpec(tuple(patterns), layout, text_lengths=checked, scale=scale)
     block = Launch(*settings[0], *settings[2:])
-    out, lse = triton_attention(q, k, v, heads, *given, settings=block)  # type: ignore[arg-type]
+    out, lse = triton_attention(q, k, v, spec, settings=block)
     generator = torch.Generator().manual_seed(2)
     grad_out = torch.randn(out.shape, generator=generator).to(out)
     grad_lse = torch.randn(lse.shape, generator=generator).to(lse)
     grad_lse[lse == -torch.inf] = 0
-    found = triton_backward(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        grad_out,
-        grad_lse,
-        heads,
-        *given,
-        settings=settings,  # type: ignore[arg-type]
-    )
+    found = triton_backward(q, k, v, out, lse, grad_out, grad_lse, spec, settings=settings)
     call = {"pattern": patterns, "layout": layout, "text_lengths": lengths, "scale": scale}
     exact = grads_of([x.double() for x in qkv], grad_out, grad_lse, **call)
     eager = grads_of(qkv, grad_out, grad_lse, **call)

@@ -15,7 +15,7 @@ from support.selectors_oracle import LAYOUTS, SCALE, tensors
 
 from visattn import TokenLayout, sparse_attention
 from visattn.attention.backends.triton_kernels import triton_attention
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.spec import AttentionSpec
 from visattn.kernels.launch import interpreting
 from visattn.patterns import AxisOrder, Diagonal, Pattern
 from visattn.selectors import MoBA, Pyramid, TopBlocks
@@ -83,12 +83,8 @@ def test_launches_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
         out.sum().backward()
 
     layout = LAYOUTS["odd"]  # of two blocks, which are two parts of a row
-
-    def lower(pattern: Pattern, *blocks: int) -> Any:
-        return lower_cached(pattern, layout, None, *blocks)
-
     q, k, v = (x[:, :2].float() for x in tensors(layout, 1))
-    triton_attention(q, k, v, patterns, layout, None, None, SCALE, lower, split=1)
+    triton_attention(q, k, v, AttentionSpec(patterns, layout, scale=SCALE), split=1)
     assert set(launches) == launched_somewhere()
     assert set.union(*launches.values()) == {torch.device("cpu")}
     assert not current

@@ -31,7 +31,8 @@ from support.kernel_walk import FULL, REDUCED, missing, tile_steps
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.attention.backends.triton_kernels import triton_attention
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
+from visattn.attention.spec import AttentionSpec
 from visattn.blocks.device_lists import device_maps
 from visattn.geometry.layout import check_text_lengths
 from visattn.kernels.forward import describable
@@ -84,23 +85,8 @@ def check(
     factor = q.shape[3] ** -0.5 if scale is None else scale
     checked = None if lengths is None else check_text_lengths(lengths, layout, q.shape[0])
     checked = None if checked is None else checked.to(DEVICE)
-
-    def lower(pattern: Pattern, block_q: int, block_k: int) -> object:
-        return lower_cached(pattern, layout, None, block_q, block_k)
-
-    out, lse = triton_attention(
-        q,
-        k,
-        v,
-        tuple(patterns),
-        layout,
-        None,
-        checked,
-        factor,
-        lower,  # type: ignore[arg-type]
-        settings=settings,
-        split=split,
-    )
+    spec = AttentionSpec(tuple(patterns), layout, text_lengths=checked, scale=factor)
+    out, lse = triton_attention(q, k, v, spec, settings=settings, split=split)
     run = partial(sparse_attention, pattern=patterns, layout=layout, text_lengths=lengths)
     run = partial(run, scale=factor, backend="reference", return_lse=True)
     exact, exact_lse = run(q.double(), k.double(), v.double())

@@ -7,7 +7,9 @@ import torch
 from support.selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import TokenLayout, sparse_attention
-from visattn.attention.dispatch import BackendUnavailable, Spec, execute
+from visattn.attention.choice import BackendUnavailable
+from visattn.attention.dispatch import execute
+from visattn.attention.spec import AttentionSpec, Choice
 from visattn.geometry.orders import LineOrder
 from visattn.kernels import levels_backward
 from visattn.patterns import Dense, Diagonal
@@ -92,9 +94,15 @@ def test_what_has_none_is_said(name: str, caplog: pytest.LogCaptureFixture) -> N
     call = {"layout": layout, "text_lengths": lengths(layout, 1), "scale": SCALE}
     with pytest.raises(BackendUnavailable, match="has no gradients of"):
         sparse_attention(*own, small(name), backend="triton", **call)  # type: ignore[call-overload]
-    spec = Spec((small(name),) * 4, layout, None, "auto")
+    spec = AttentionSpec(
+        (small(name),) * 4,
+        layout,
+        text_lengths=lengths(layout, 1),
+        scale=SCALE,
+        choice=Choice("triton", "a test"),
+    )
     for _ in range(2):
-        out, _ = execute(spec, "triton", *own, lengths(layout, 1), SCALE, False)
+        out, _ = execute(*own, spec)
         torch.autograd.grad(out.square().sum(), own)
     assert sum("plain torch computes" in line for line in caplog.messages) == 1
 

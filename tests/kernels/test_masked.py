@@ -17,7 +17,7 @@ from support.selectors_oracle import small
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.attention.backends.reference import pattern_mask
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
 from visattn.kernels.launch import INTERPRETED, INTERPRETED_BACKWARD
 from visattn.patterns import (
     Dense,

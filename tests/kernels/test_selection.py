@@ -10,7 +10,8 @@ import torch
 from support.selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
 
 from visattn import Grid, TokenLayout, sparse_attention
-from visattn.attention.dispatch import Spec, execute
+from visattn.attention.dispatch import execute
+from visattn.attention.spec import AttentionSpec, Choice
 from visattn.geometry.orders import LineOrder
 from visattn.kernels.levels import Keys
 from visattn.kernels.queries import queries_forward
@@ -279,12 +280,13 @@ def test_skip_lists_by_the_kernels_are_those_of_plain_torch(block: int) -> None:
     outputs: dict[str, list[torch.Tensor]] = {"triton": [], "blockwise": []}
     skipped: dict[str, torch.Tensor] = {}
     for backend, found in outputs.items():
-        spec, memory = Spec((pattern,) * 4, layout, None, backend), Memory()
+        choice, memory = Choice(backend, "asked for"), Memory()
+        spec = AttentionSpec((pattern,) * 4, layout, scale=SCALE, backend=backend, choice=choice)
         device = DEVICE if backend == "triton" else torch.device("cpu")
         for step in range(3):
             memory.begin(step, 9)
             own = (x.to(device) for x in (q + 0.05 * step, k, v))
-            out, _ = execute(spec, backend, *own, None, SCALE, False, memory)
+            out, _ = execute(*own, spec, memory)
             found.append(out.cpu())
         bits = memory.past(pattern).skipped
         assert bits is not None
@@ -299,11 +301,18 @@ def test_reuse_serves_the_kernels_choice() -> None:
     layout = LAYOUTS["line"]
     q, k, v = (x.float().to(DEVICE) for x in tensors(layout))
     memory = Memory()
-    spec = Spec((Reuse(TopBlocks(0.4, block=4), every=2),) * 4, layout, None, "triton")
+    spec = AttentionSpec(
+        (Reuse(TopBlocks(0.4, block=4), every=2),) * 4,
+        layout,
+        scale=SCALE,
+        backend="triton",
+        return_lse=True,
+        choice=Choice("triton", "asked for"),
+    )
     found = []
     for step in range(3):
         memory.begin(step, 9)
-        found.append(execute(spec, "triton", q, k, v, None, SCALE, True, memory)[0])
+        found.append(execute(q, k, v, spec, memory)[0])
     assert (memory.made, memory.reused) == (2, 1)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 

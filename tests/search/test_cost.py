@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from visattn import TokenLayout, sparse_attention
-from visattn.attention.dispatch import block_sizes, lower_cached
+from visattn.attention.lowering import block_sizes, lower_cached
 from visattn.blocks.block_map import BlockMap
 from visattn.cost import (
     TORCH,

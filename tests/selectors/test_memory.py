@@ -9,7 +9,8 @@ import torch
 from support.selectors_oracle import LAYOUTS, SCALE, lengths, small, tensors
 
 from visattn import Grid, TokenLayout
-from visattn.attention.dispatch import Spec, execute
+from visattn.attention.dispatch import execute
+from visattn.attention.spec import AttentionSpec, Choice
 from visattn.patterns import Diagonal
 from visattn.selectors import (
     ClusterBlocks,
@@ -119,10 +120,10 @@ def test_audit_is_that_of_dense_attention() -> None:
 def steps_of(pattern: Selector, steps: int, size: float = 1.0) -> tuple[Memory, list[float]]:
     """Run a pattern for some steps; its memory, and what it executed at each."""
     memory, executed = Memory(), []
-    spec = Spec((pattern, pattern), LINE, None, "blockwise")
+    spec = AttentionSpec((pattern, pattern), LINE, scale=1.0, choice=Choice("blockwise", "a test"))
     for step in range(steps):
         memory.begin(step, steps)
-        execute(spec, "blockwise", *draws(0, LINE, size), None, 1.0, False, memory)
+        execute(*draws(0, LINE, size), spec, memory)
         executed.append(float(memory.density[pattern]))
     return memory, executed
 
@@ -164,13 +165,14 @@ def test_skip_list_is_that_of_its_definition() -> None:
     blocks = [list(range(n, min(n + 7, 60))) for n in range(0, 60, 7)] + [[60, 61, 62]]
     skipped: set[tuple[int, int, int]] = set()
     before: torch.Tensor | None = None
-    spec = Spec((pattern, pattern), layout, None, "blockwise")
+    choice = Choice("blockwise", "a test")
+    spec = AttentionSpec((pattern, pattern), layout, scale=0.7, return_lse=True, choice=choice)
     left_out = []
     for step in range(5):
         q, k, v = draws(0, layout, 1.5)
         q = q + 0.2 * draws(step, layout)[0]
         memory.begin(step, 5)
-        out, lse = execute(spec, "blockwise", q, k, v, None, 0.7, True, memory)
+        out, lse = execute(q, k, v, spec, memory)
         logits = q @ k.mT * 0.7
         for h in range(2):
             for i, rows in enumerate(blocks):

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from visattn.attention.dispatch import MAPS
+from visattn.attention.lowering import MAPS
 
 
 def clear_caches():

@@ -1,22 +1,31 @@
-"""What a call must satisfy, each with one sentence that names what does not."""
+"""Checks of the arguments of a call; an error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from visattn._arguments import is_number
-from visattn.geometry.layout import TokenLayout, check_text_lengths
+from visattn.attention.spec import AttentionSpec
+from visattn.geometry.layout import check_text_lengths
 from visattn.patterns import HeadPattern, Pattern
+from visattn.patterns.base.pattern import paired_layouts
 
-__all__ = ["check_lengths", "check_patterns", "check_scale", "check_tensors"]
+__all__ = ["check_call", "check_patterns", "check_tensors"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Check that q, k and v are dense tensors whose shapes, dtypes and devices fit.
+
+    Raises:
+        TypeError: not a tensor, not a dense one, or of another dtype.
+        ValueError: a shape or device does not fit.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor [B, H, L, D], not {type(x).__name__}")
@@ -52,7 +61,7 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _unsupported(x: torch.Tensor) -> str | None:
-    """What is told of a tensor that is no plain one, or None."""
+    """What makes a tensor unusable, or None."""
     if x.is_nested:
         return "a nested tensor; attention takes dense ones: call to_padded_tensor() first"
     if x.layout != torch.strided:
@@ -65,7 +74,12 @@ def _unsupported(x: torch.Tensor) -> str | None:
 def check_patterns(
     pattern: HeadPattern | Sequence[HeadPattern], q: torch.Tensor
 ) -> tuple[HeadPattern, ...]:
-    """Return one pattern for each head of q, or raise a sentence that names what is wrong."""
+    """Return one pattern for each head of q.
+
+    Raises:
+        TypeError: not a pattern, or not a sequence of patterns.
+        ValueError: not one pattern per head, or a dynamic pattern for a meta tensor.
+    """
     heads = q.shape[1]
     patterns = _one_per_head(pattern, heads)
     dynamic = next((item for item in patterns if not isinstance(item, Pattern)), None)
@@ -94,26 +108,42 @@ def _one_per_head(
     return tuple(pattern)
 
 
-def check_lengths(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    text_lengths: torch.Tensor | None,
+def check_call(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> AttentionSpec:
+    """Check layouts, text lengths and scale against checked tensors.
+
+    Returns:
+        The spec with text lengths int64 ``[B, text segments]`` on the device of q, and with the
+        factor of the logits as ``scale``.
+
+    Raises:
+        TypeError, ValueError: something does not fit.
+    """
+    paired_layouts(spec.layout, spec.kv_layout)
+    return replace(
+        spec,
+        text_lengths=_checked_lengths(q, k, spec),
+        scale=_checked_scale(spec.scale, q.shape[3]),
+    )
+
+
+def _checked_lengths(
+    q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec
 ) -> torch.Tensor | None:
-    """Refuse tensors that are not as long as their layouts; the text lengths, int64 ``[B,
-    texts]``."""
-    keys = kv_layout or layout
-    for name, own, x in (("q", layout, q), ("k", keys, k)):
-        if own.length != x.shape[2]:
-            which = "layout" if own is layout else "kv_layout"
-            raise ValueError(f"{name} has {x.shape[2]} tokens but {which} {own} has {own.length}")
-    if text_lengths is None:
+    """The text lengths, int64 ``[B, text segments]``; refuses tensors that are not as long as their
+    layouts."""
+    keys = spec.key_layout
+    for name, layout, x in (("q", spec.layout, q), ("k", keys, k)):
+        if layout.length != x.shape[2]:
+            which = "layout" if layout is spec.layout else "kv_layout"
+            raise ValueError(
+                f"{name} has {x.shape[2]} tokens but {which} {layout} has {layout.length}"
+            )
+    if spec.text_lengths is None:
         return None
-    return check_text_lengths(text_lengths, keys, q.shape[0]).to(q.device)
+    return check_text_lengths(spec.text_lengths, keys, q.shape[0]).to(q.device)
 
 
-def check_scale(scale: float | None, dim: int) -> float:
+def _checked_scale(scale: float | None, dim: int) -> float:
     """The factor of the logits."""
     if scale is None:
         return float(dim**-0.5)

@@ -4,30 +4,33 @@ There are two. Static patterns are launches alone, which a CUDA graph can captur
 call. Dynamic ones may read back from the device: their op is tagged, so that Inductor leaves it out
 of its graphs.
 
-An op takes no objects, so a call's Spec travels as a handle, a 0-d CPU tensor. Handles are hashes
-of what they stand for: a compiled graph that holds one means the same in any process, and what is
-looked up in the op is the same in forward and backward.
+An op takes no Python objects, so a call's AttentionSpec is passed as a handle, a 0-d CPU tensor. A
+handle is a hash of the spec: in a compiled graph it means the same in any process, and the op looks
+up the same spec in forward and backward. Tensors and numbers that may change from call to call
+(text lengths, scale, whether the LSE is needed) stay arguments of the op.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 
-from visattn.attention.checks import check_lengths, check_patterns, check_tensors
-from visattn.attention.dispatch import Spec, choose_backend, execute, execute_backward
+from visattn.attention.checks import check_call, check_patterns, check_tensors
+from visattn.attention.choice import resolve
+from visattn.attention.dispatch import execute, execute_backward
+from visattn.attention.spec import AttentionSpec
 from visattn.geometry.layout import TokenLayout, alive
 from visattn.patterns import HeadPattern
-from visattn.patterns.base.pattern import paired_layouts
 
 __all__ = ["attention_op", "dynamic_op", "handle_of", "register"]
 
-_SPECS: dict[int, Spec] = {}
+_SPECS: dict[int, AttentionSpec] = {}
 
 
-def register(spec: Spec) -> torch.Tensor:
-    """The handle of a Spec, int64, 0-d, on the CPU."""
+def register(spec: AttentionSpec) -> torch.Tensor:
+    """Return the handle of a spec, int64, 0-d, on the CPU."""
     digest = hashlib.sha256(repr(spec).encode()).digest()
     handle = int.from_bytes(digest[:8], "little") >> 1
     _SPECS[handle] = spec
@@ -43,10 +46,10 @@ def handle_of(
         pattern = alive(identity)
         assert isinstance(pattern, HeadPattern)
         heads.append(pattern)
-    own, keys = alive(layout), None if kv_layout is None else alive(kv_layout)
-    assert isinstance(own, TokenLayout)
+    queries, keys = alive(layout), None if kv_layout is None else alive(kv_layout)
+    assert isinstance(queries, TokenLayout)
     assert keys is None or isinstance(keys, TokenLayout)
-    return register(Spec(tuple(heads), own, keys, backend))
+    return register(AttentionSpec(tuple(heads), queries, keys, backend=backend))
 
 
 # what torch.compiler.assume_constant_result sets; calling that would import Dynamo, and Triton
@@ -77,19 +80,30 @@ def _run(
     scale: float,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = _SPECS[int(handle)]
     check_tensors(q, k, v)
+    spec = _spec_of(q, k, handle, text_lengths, scale, with_lse)
     check_patterns(spec.patterns, q)
-    paired_layouts(spec.layout, spec.kv_layout)
-    lengths = check_lengths(q, k, spec.layout, spec.kv_layout, text_lengths)
-    backend = choose_backend(spec.backend, q).backend
-    out, lse = execute(spec, backend, q, k, v, lengths, scale, with_lse)
+    out, lse = execute(q, k, v, spec)
     if lse is None or not with_lse:
-        lse = q.new_empty(0, dtype=_wide(q))
+        lse = q.new_empty(0, dtype=_acc_dtype(q))
     return out.contiguous(), lse.contiguous()
 
 
-def _wide(q: torch.Tensor) -> torch.dtype:
+def _spec_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    handle: torch.Tensor,
+    text_lengths: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> AttentionSpec:
+    """The spec of a call, checked and resolved."""
+    spec = _SPECS[int(handle)]
+    spec = replace(spec, text_lengths=text_lengths, scale=scale, return_lse=with_lse)
+    return resolve(check_call(q, k, spec), q)
+
+
+def _acc_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -118,7 +132,7 @@ def _fake(
     scale: float,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = q.new_empty(q.shape[:3] if with_lse else (0,), dtype=_wide(q))
+    lse = q.new_empty(q.shape[:3] if with_lse else (0,), dtype=_acc_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
@@ -143,10 +157,8 @@ def backward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, contiguous, by the backend that ran forward."""
-    spec = _SPECS[int(handle)]
-    lengths = check_lengths(q, k, spec.layout, spec.kv_layout, text_lengths)
-    backend = choose_backend(spec.backend, q).backend
-    return execute_backward(spec, backend, q, k, v, out, lse, grad_out, grad_lse, lengths, scale)
+    spec = _spec_of(q, k, handle, text_lengths, scale, True)
+    return execute_backward(q, k, v, out, lse, grad_out, grad_lse, spec)
 
 
 @backward_op.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from visattn.attention.dispatch import wants_gradients
+from visattn.attention.spec import wants_gradients
 from visattn.runtime.torch_settings import plain_torch
 
 __all__ = ["dense_with_lse"]

@@ -8,37 +8,19 @@ from typing import Literal, overload
 
 import torch
 
-from visattn.attention.checks import check_lengths, check_patterns, check_scale, check_tensors
+from visattn.attention.checks import check_call, check_patterns, check_tensors
+from visattn.attention.choice import Backend, resolve
 from visattn.attention.compiled_op import attention_op, dynamic_op, handle_of
-from visattn.attention.dispatch import (
-    BACKENDS,
-    BackendUnavailable,
-    Choice,
-    Spec,
-    choose_backend,
-    execute,
-    lower_cached,
-    wants_gradients,
-)
+from visattn.attention.dispatch import execute
+from visattn.attention.spec import AttentionSpec, wants_gradients
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import HeadPattern, Pattern
-from visattn.patterns.base.pattern import paired_layouts
 from visattn.runtime.torch_settings import cast_for_attention
 from visattn.selectors import Memory
 
-__all__ = [
-    "BACKENDS",
-    "BackendUnavailable",
-    "Choice",
-    "choose_backend",
-    "lower_cached",
-    "merge_attention",
-    "sparse_attention",
-]
+__all__ = ["attention_by", "merge_attention", "sparse_attention"]
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["auto", "triton", "blockwise", "reference"]
 
 
 def merge_attention(
@@ -165,69 +147,71 @@ def sparse_attention(
     as torch advises.
     """
     if torch.compiler.is_compiling():
-        return _compiled(
-            q, k, v, pattern, layout, kv_layout, text_lengths, scale, backend, return_lse
-        )
-    return attention_by(
-        q, k, v, pattern, layout, kv_layout, text_lengths, scale, backend, return_lse, Memory()
-    )
-
-
-def attention_by(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: HeadPattern | Sequence[HeadPattern],
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    text_lengths: torch.Tensor | None,
-    scale: float | None,
-    backend: Backend,
-    return_lse: bool,
-    memory: Memory,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``sparse_attention`` with the choices of earlier steps that dynamic patterns may keep."""
-    q, k, v = cast_for_attention(q, k, v)
-    check_tensors(q, k, v)
-    patterns = check_patterns(pattern, q)
-    paired_layouts(layout, kv_layout)
-    text_lengths = check_lengths(q, k, layout, kv_layout, text_lengths)
-    factor = check_scale(scale, q.shape[3])
-    choice = choose_backend(backend, q)
-    if backend == "auto":
-        logger.debug("sparse_attention runs %s: %s", choice.backend, choice.reason)
-    spec = Spec(patterns, layout, kv_layout, backend)
-    out, row_lse = execute(
-        spec, choice.backend, q, k, v, text_lengths, factor, return_lse, memory
-    )
+        heads = (pattern,) * q.shape[1] if isinstance(pattern, HeadPattern) else tuple(pattern)
+        spec = AttentionSpec(heads, layout, kv_layout, text_lengths, scale, backend, return_lse)
+        out, lse = _traced(q, k, v, spec)
+    else:
+        q, k, v = cast_for_attention(q, k, v)
+        check_tensors(q, k, v)
+        heads = check_patterns(pattern, q)
+        spec = AttentionSpec(heads, layout, kv_layout, text_lengths, scale, backend, return_lse)
+        out, lse = _run(q, k, v, spec, Memory())
     if return_lse:
-        assert row_lse is not None
-        return out, row_lse
+        assert lse is not None
+        return out, lse
     return out
 
 
-def _compiled(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: HeadPattern | Sequence[HeadPattern],
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    text_lengths: torch.Tensor | None,
-    scale: float | None,
-    backend: str,
-    return_lse: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The call as ``torch.compile`` traces it: one opaque op, its objects named by identity, so
-    that another pattern is another graph. Objects must be made outside the compiled function.
+def attention_by(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, memory: Memory
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute ``sparse_attention`` from a spec, with choices of earlier steps that dynamic patterns
+    may reuse; not under ``torch.compile``.
+
+    Args:
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hk, Lk, D]``.
+        v: ``[B, Hk, Lk, D]``.
+        spec: what to compute; checked here. A spec that is resolved runs on its backend.
+        memory: of these heads; read and updated by dynamic patterns.
+
+    Returns:
+        Output ``[B, H, Lq, D]``, and the LSE ``[B, H, Lq]``, or None where ``spec.return_lse`` is
+        False.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as ``sparse_attention``.
     """
-    heads = [pattern] * q.shape[1] if isinstance(pattern, HeadPattern) else list(pattern)
-    keys = None if kv_layout is None else id(kv_layout)
-    handle = handle_of(tuple([id(item) for item in heads]), id(layout), keys, backend)
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_attention(q, k, v)
-    with_lse = return_lse or wants_gradients(q, k, v)
-    dynamic = [item for item in heads if not isinstance(item, Pattern)]
+    check_tensors(q, k, v)
+    check_patterns(spec.patterns, q)
+    return _run(q, k, v, spec, memory)
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, memory: Memory
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check what is left of a call, choose its backend, and compute it."""
+    spec = resolve(check_call(q, k, spec), q)
+    if spec.backend == "auto":
+        assert spec.choice is not None
+        logger.debug("sparse_attention runs %s: %s", *spec.choice)
+    out, lse = execute(q, k, v, spec, memory)
+    return out, lse if spec.return_lse else None
+
+
+def _traced(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The call as ``torch.compile`` traces it: one opaque op. Its objects are named by identity, so
+    that another pattern is another graph; they must be made outside the compiled function."""
+    keys = None if spec.kv_layout is None else id(spec.kv_layout)
+    patterns = tuple([id(item) for item in spec.patterns])
+    handle = handle_of(patterns, id(spec.layout), keys, spec.backend)
+    scale = q.shape[3] ** -0.5 if spec.scale is None else float(spec.scale)
+    q, k, v = cast_for_attention(q, k, v)
+    with_lse = spec.return_lse or wants_gradients(q, k, v)
+    dynamic = [item for item in spec.patterns if not isinstance(item, Pattern)]
     run = dynamic_op if dynamic else attention_op
-    out, lse = run(q, k, v, handle, text_lengths, factor, with_lse)
-    return (out, lse) if return_lse else out
+    out, lse = run(q, k, v, handle, spec.text_lengths, scale, with_lse)
+    return out, lse

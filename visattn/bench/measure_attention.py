@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import choose_backend, sparse_attention
-from visattn.attention.dispatch import block_sizes, lower_cached
+from visattn.attention.lowering import block_sizes, lower_cached
 from visattn.bench.timing import Time, take_turns
 from visattn.bench.video_shapes import Shape
 from visattn.cost import Calibration, layer_cost

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from visattn.attention.dispatch import BACKENDS, choose_backend
+from visattn.attention.choice import BACKENDS, choose_backend
 from visattn.generation import Loading, Lora, default_model, shape_of
 from visattn.generation.loading import pick_device
 from visattn.plan import Plan, read_plan

@@ -9,7 +9,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from visattn.attention.dispatch import block_sizes
+from visattn.attention.lowering import block_sizes
 from visattn.blocks.block_map import PartialPolicy
 from visattn.cli.show_plan import read_shown, show_difference, show_plan
 from visattn.draw.pattern_view import view_pattern, view_text

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn.attention import choose_backend, sparse_attention
-from visattn.attention.dispatch import block_sizes, lower_cached
+from visattn.attention.lowering import block_sizes, lower_cached
 from visattn.cost.clock import Timing, interleaved
 from visattn.cost.work import Work, work_of
 from visattn.geometry.layout import Grid, TokenLayout

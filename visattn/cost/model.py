@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
 from visattn.cost.bounds import end_to_end
 from visattn.cost.calibration import Calibration
 from visattn.cost.work import Work, work_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visattn.attention.dispatch import BackendUnavailable
+from visattn.attention.choice import BackendUnavailable
 
 __all__ = ["REFUSALS", "GenerationError", "reason", "sentence"]
 

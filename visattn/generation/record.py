@@ -14,7 +14,7 @@ import torch
 
 from visattn._atomic import read_limited, sha256_of, write_whole
 from visattn._version import versions
-from visattn.attention.dispatch import choose_backend
+from visattn.attention.choice import choose_backend
 from visattn.generation.job import Job, Result
 from visattn.generation.loading import Loading
 from visattn.plan import Plan

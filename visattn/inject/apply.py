@@ -12,7 +12,7 @@ import torch
 
 from visattn._arguments import check_count
 from visattn.attention import Backend, choose_backend
-from visattn.attention.dispatch import BACKENDS, check_kernels
+from visattn.attention.choice import BACKENDS, check_kernels
 from visattn.inject.attachment import Attachment, attached, attention_layers, describe
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.run_state import PipeRef

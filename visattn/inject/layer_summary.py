@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from visattn.attention.dispatch import block_sizes, lower_cached
+from visattn.attention.lowering import block_sizes, lower_cached
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.apply import models_of
 from visattn.inject.attachment import Attachment, attached, attention_layers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from visattn._version import __version__
-from visattn.attention.dispatch import block_sizes, lower_cached
+from visattn.attention.lowering import block_sizes, lower_cached
 from visattn.patterns import Dense, HeadPattern, Pattern, Stencil
 from visattn.search.measure.statistics import Interval, interval
 from visattn.search.measure.tile_grid import TileGrid

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from visattn._version import versions
-from visattn.attention.dispatch import block_sizes
+from visattn.attention.lowering import block_sizes
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.guidance.head_search.objectives import name_of
 from visattn.inject import Observation, observe

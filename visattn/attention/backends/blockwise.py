@@ -6,7 +6,7 @@ follow and that gives the LSE; where neither is asked of a CPU, ``cpu_rows.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,6 +21,8 @@ from visattn.attention.backends.block_rows import (
 )
 from visattn.attention.backends.blockwise_cpu import rows_on_cpu
 from visattn.attention.backends.reference import known_finite, masked_attention
+from visattn.attention.lowering import block_sizes, head_maps
+from visattn.attention.spec import AttentionSpec
 from visattn.blocks.block_map import BlockMap
 from visattn.geometry.layout import copied_to, index_on, valid_keys
 from visattn.geometry.padding import without_padding
@@ -118,30 +120,41 @@ def _valid(
     return valid.repeat_interleave(heads, 0).to(device)
 
 
+def _maps_of(spec: AttentionSpec, block: tuple[int, int] | None = None) -> list[BlockMap]:
+    """The block map of each head, at the block sizes of this backend."""
+    longest = max(spec.layout.length, spec.key_layout.length)
+    return head_maps(spec, *(block or block_sizes(longest)))
+
+
 def blockwise_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    maps: Sequence[BlockMap],
-    text_lengths: torch.Tensor | None,
-    scale: float,
-    with_lse: bool,
+    spec: AttentionSpec,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by one block map per head; shapes and results as ``reference_attention``.
+    """Attention that computes the visited blocks; shapes and results as ``reference_attention``.
+
+    A NaN or infinite number reaches the queries that see it and no other. On devices other than the
+    CPU a search for such numbers would synchronize, so there only those past the end of a text are
+    removed.
 
     Args:
-        maps: one per query head; heads with the same map run together.
-        text_lengths: int64 ``[B, text segments]`` or None.
-        with_lse: also return the LSE (slower on a CPU: torch's fused attention does not give it).
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hk, Lk, D]``.
+        v: ``[B, Hk, Lk, D]``.
+        spec: static patterns only; heads with equal patterns run together. ``return_lse`` is slower
+            on a CPU, as torch's fused attention there returns no LSE.
 
-    What is NaN or infinite reaches the queries that see it and no other; on devices other than the
-    CPU, where looking for it would wait, only what is past the end of a text is kept out.
+    Returns:
+        Output ``[B, H, Lq, D]``, and the LSE ``[B, H, Lq]`` where the spec asks for it.
     """
+    maps, lengths, layout = _maps_of(spec), spec.text_lengths, spec.key_layout
+    scale, with_lse = spec.factor, spec.return_lse
     distinct = tuple(dict.fromkeys(maps))
-    valid = None if text_lengths is None else valid_keys(text_lengths, distinct[0].kv_layout)
+    valid = None if lengths is None else valid_keys(lengths, layout)
     careful = q.device.type == "cpu" and not known_finite(q, k, v)
-    if text_lengths is not None and q.device.type != "cpu":
-        k, v = (without_padding(x, distinct[0].kv_layout, text_lengths) for x in (k, v))
+    if lengths is not None and q.device.type != "cpu":
+        k, v = (without_padding(x, layout, lengths) for x in (k, v))
     share = q.shape[1] // k.shape[1]
     outs: list[torch.Tensor] = []
     lses: list[torch.Tensor] = []
@@ -174,19 +187,34 @@ def blockwise_backward(
     lse: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    maps: Sequence[BlockMap],
-    text_lengths: torch.Tensor | None,
-    scale: float,
+    spec: AttentionSpec,
+    *,
+    block: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, from the visited blocks alone; out and LSE are those of forward.
+    """Gradients of q, k, v, computed from the visited blocks.
 
     With ``p = exp(s - lse)`` and ``delta = sum_d grad_out out - grad_lse``::
 
         ds = p (grad_out v^T - delta)    dq = scale ds k    dk = scale ds^T q    dv = p^T grad_out
 
-    What is NaN or infinite is left out of products; it comes in by p and delta of the queries that
-    see it, if they have a gradient.
+    NaN and infinite numbers are left out of the products; they enter by p and delta of the queries
+    that see them, if those have a gradient.
+
+    Args:
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hk, Lk, D]``.
+        v: ``[B, Hk, Lk, D]``.
+        out: output of the forward pass, ``[B, H, Lq, D]``.
+        lse: LSE of the forward pass, ``[B, H, Lq]``.
+        grad_out: gradient of ``out``.
+        grad_lse: gradient of ``lse``; None: zero.
+        spec: that of the forward pass.
+        block: queries and keys of a block; default: ``block_sizes``.
+
+    Returns:
+        Gradients in the dtypes of q, k and v.
     """
+    maps, text_lengths, scale = _maps_of(spec, block), spec.text_lengths, spec.factor
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     used = (grad_out != 0).any(-1)
     used = used if grad_lse is None else used | (grad_lse != 0)
@@ -194,7 +222,7 @@ def blockwise_backward(
     delta = delta if grad_lse is None else delta - grad_lse.to(wide)
     delta = torch.where(used, delta, 0)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    valid = None if text_lengths is None else valid_keys(text_lengths, maps[0].kv_layout)
+    valid = None if text_lengths is None else valid_keys(text_lengths, spec.key_layout)
     share = q.shape[1] // k.shape[1]
     for head, block_map in enumerate(maps):
         own, key = slice(head, head + 1), slice(head // share, head // share + 1)

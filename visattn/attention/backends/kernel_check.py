@@ -7,17 +7,18 @@ is wrong, is told once with the reason, and the portable kernel runs instead.
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import NamedTuple
 
 import torch
 
 from visattn.attention.backends.reference import reference_attention
+from visattn.attention.spec import AttentionSpec
 from visattn.blocks.block_map import BlockMap
 from visattn.blocks.device_lists import device_maps
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import Dense, Diagonal, Neighborhood, Pattern
+from visattn.runtime.log_once import warn_once
 
 __all__ = ["Variant", "trusted"]
 
@@ -43,25 +44,23 @@ def trusted(variant: Variant) -> bool:
     """Whether a variant gives what it should; while a graph is captured, whether it has."""
     if variant not in _FOUND:
         if variant.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _say_once(
+            warn_once(
+                logger,
                 "a CUDA graph is captured before the kernel for Hopper was tried on "
                 f"{variant.dtype} at head size {variant.dim}; the graph keeps the portable one, "
-                "which is slower: call the layer once before the capture"
+                "which is slower: call the layer once before the capture",
             )
             return False
         _FOUND[variant] = _tried(variant)
         reason = _FOUND[variant]
         if reason is not None:
-            _say_once(f"the kernel for Hopper {reason}; the portable one runs, which is slower")
+            warn_once(
+                logger, f"the kernel for Hopper {reason}; the portable one runs, which is slower"
+            )
     return _FOUND[variant] is None
 
 
 _FOUND: dict[Variant, str | None] = {}
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    logger.warning(text)
 
 
 def _tried(variant: Variant) -> str | None:
@@ -100,9 +99,8 @@ def _outputs(
     lengths = torch.tensor([[LENGTH]], dtype=torch.int32, device=device)
     given = lengths if variant.lengths else None
     wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
-    exact, exact_lse = reference_attention(
-        wide_q, wide_k, wide_v, patterns, LAYOUT, None, given, dim**-0.5
-    )
+    spec = AttentionSpec(patterns, LAYOUT, text_lengths=given, scale=dim**-0.5)
+    exact, exact_lse = reference_attention(wide_q, wide_k, wide_v, spec)
     if packed.key_slots is not None:
         from visattn.kernels.permute import permute
 

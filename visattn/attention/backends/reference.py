@@ -6,10 +6,9 @@ This is the only place where an ``Lq x Lk`` tensor is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from visattn.attention.spec import AttentionSpec
 from visattn.blocks.block_map import NONE, PARTIAL, BlockMap
 from visattn.geometry.layout import TokenLayout, on_cpu, valid_keys
 from visattn.patterns import Pattern
@@ -49,33 +48,33 @@ def map_mask(block_map: BlockMap) -> torch.Tensor:
 
 
 def reference_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    patterns: Sequence[Pattern],
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    text_lengths: torch.Tensor | None,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked softmax attention; a row without a key gives 0 and LSE minus infinity.
 
+    Logits, softmax and sums are in float32, float64 for float64 inputs; probabilities are rounded
+    to the input dtype.
+
     Args:
-        q: ``[B, H, Lq, D]``; k, v: ``[B, Hk, Lk, D]`` with ``Hk`` dividing ``H``. Logits, softmax
-            and sums are in float32, float64 for float64 inputs; probabilities are rounded to the
-            input dtype.
-        patterns: one per head; text_lengths: int64 ``[B, text segments]`` or None.
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hk, Lk, D]`` with ``Hk`` dividing ``H``.
+        v: ``[B, Hk, Lk, D]``.
+        spec: static patterns only; text lengths int64.
 
     Returns:
         Output ``[B, H, Lq, D]`` in the input dtype and natural-log LSE ``[B, H, Lq]`` in the
         accumulating dtype.
     """
-    masks = {p: pattern_mask(p, layout, kv_layout, q.device) for p in dict.fromkeys(patterns)}
-    mask = torch.stack([masks[p] for p in patterns])[None]  # [1, H, Lq, Lk]
-    if text_lengths is not None:
-        mask = mask & valid_keys(text_lengths, kv_layout or layout)[:, None, None, :]
+    patterns = spec.static_patterns
+    masks = {
+        pattern: pattern_mask(pattern, spec.layout, spec.kv_layout, q.device)
+        for pattern in dict.fromkeys(patterns)
+    }
+    mask = torch.stack([masks[pattern] for pattern in patterns])[None]  # [1, H, Lq, Lk]
+    if spec.text_lengths is not None:
+        mask = mask & valid_keys(spec.text_lengths, spec.key_layout)[:, None, None, :]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return masked_attention(q, k, v, mask, scale, careful=not known_finite(q, k, v))
+    return masked_attention(q, k, v, mask, spec.factor, careful=not known_finite(q, k, v))
 
 
 def known_finite(*tensors: torch.Tensor) -> bool:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from visattn.attention.backends.kernel_check import Variant, trusted
-from visattn.blocks.block_map import BlockMap
+from visattn.attention.lowering import head_maps
+from visattn.attention.spec import AttentionSpec, wants_gradients
 from visattn.blocks.cache import MapCache
 from visattn.blocks.device_lists import DeviceMaps, device_maps
-from visattn.geometry.layout import TokenLayout
 from visattn.geometry.padding import without_padding, without_unused_text
 from visattn.kernels.launch import backward_launch_of, interpreting, launch_of, on_device
 from visattn.kernels.targets import Launch
-from visattn.patterns import Pattern
+from visattn.patterns import HeadPattern
+from visattn.selectors import Agent
 
-__all__ = ["TritonAttention", "triton_attention", "triton_backward", "why_unavailable"]
+__all__ = [
+    "TritonAttention",
+    "differentiable_triton_attention",
+    "triton_attention",
+    "triton_backward",
+    "why_no_kernel",
+    "why_unavailable",
+]
 
-Lower = Callable[[Pattern, int, int], BlockMap]
 MAX_HEAD_SIZE = 256
 
 DEVICE_MAPS: MapCache[DeviceMaps] = MapCache(limit_bytes=1 << 30)
@@ -45,17 +51,19 @@ def why_unavailable(q: torch.Tensor) -> str | None:
     return None
 
 
+def why_no_kernel(pattern: HeadPattern) -> str | None:
+    """Why the kernels cannot compute a pattern, or None when they can."""
+    if isinstance(pattern, Agent):
+        return f"has no kernel for {pattern}, which is plain products"
+    return None
+
+
 @on_device
 def triton_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    patterns: tuple[Pattern, ...],
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    text_lengths: torch.Tensor | None,
-    scale: float,
-    lower: Lower,
+    spec: AttentionSpec,
     *,
     settings: Launch | None = None,
     split: int | None = None,
@@ -63,15 +71,22 @@ def triton_attention(
     """Shapes and results as ``reference_attention``; the LSE is float32.
 
     Args:
-        lower: gives the map of a pattern at a block size.
-        settings: how it is launched; default: the launch table's.
-        split: most key blocks of a row that is not split; default as ``device_maps``.
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hk, Lk, D]``.
+        v: ``[B, Hk, Lk, D]``.
+        spec: static patterns only.
+        settings: launch settings; default: those of the launch table.
+        split: key blocks above which a row is split; default as ``device_maps``.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` and natural-log LSE ``[B, H, Lq]``.
     """
     from visattn.kernels.forward import forward
 
     launch = settings or launch_of(q)
     blocks = (launch.block_q, launch.block_k)
-    maps = _maps(patterns, layout, kv_layout, blocks, k, lower, split=split)
+    maps = _maps(spec, blocks, k, split=split)
+    text_lengths, scale = spec.text_lengths, spec.factor
     q, k, v = _ready(maps, q, k, v)
     lengths = None if text_lengths is None else text_lengths.int().contiguous()
     if launch.warp_groups and _takes_groups(q, maps, lengths, scale):
@@ -80,7 +95,7 @@ def triton_attention(
         order, parts = maps.ordered[0], maps.num_parts
         return forward_hopper(q, k, v, maps.lists, lengths, scale, q_ordered=order, num_parts=parts)
     if text_lengths is not None:  # keys past the end of a block repeat its first one, with weight 0
-        v = without_padding(v, kv_layout or layout, text_lengths)
+        v = without_padding(v, spec.key_layout, text_lengths)
     return forward(
         q,
         k,
@@ -107,31 +122,38 @@ def triton_backward(
     lse: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    patterns: tuple[Pattern, ...],
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
-    text_lengths: torch.Tensor | None,
-    scale: float,
-    lower: Lower,
+    spec: AttentionSpec,
     *,
     settings: tuple[tuple[int, int], tuple[int, int], int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, in their dtype, from what ``triton_attention`` took and gave.
+    """Gradients of q, k, v.
 
     Args:
-        settings: blocks of queries and keys, queries of a part and of a masked part, warps, stages;
-            default: the launch table's.
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hk, Lk, D]``.
+        v: ``[B, Hk, Lk, D]``.
+        out: output of ``triton_attention``, ``[B, H, Lq, D]``.
+        lse: LSE of ``triton_attention``, ``[B, H, Lq]``.
+        grad_out: gradient of ``out``.
+        grad_lse: gradient of ``lse``; None: zero.
+        spec: that of the forward pass.
+        settings: (queries, keys) of a block, queries of a (whole, masked) part, warps, stages;
+            default: those of the launch table.
+
+    Returns:
+        Gradients in the dtype of q.
     """
     from visattn.kernels.backward import backward
 
     blocks, queries, warps, stages = settings or backward_launch_of(q)
-    maps = _maps(patterns, layout, kv_layout, blocks, k, lower, backward=True)
+    maps = _maps(spec, blocks, k, backward=True)
+    text_lengths = spec.text_lengths
     if settings is None and maps.by_coordinates:
         _, queries, warps, stages = backward_launch_of(q, spare=True)
     keys = k.shape
     if text_lengths is not None:
-        q, out, lse = without_unused_text(q, out, lse, grad_out, grad_lse, layout)
-        k, v = (without_padding(x, kv_layout or layout, text_lengths) for x in (k, v))
+        q, out, lse = without_unused_text(q, out, lse, grad_out, grad_lse, spec.layout)
+        k, v = (without_padding(x, spec.key_layout, text_lengths) for x in (k, v))
     q, k, v = _ready(maps, q, k, v)
     dq, dk, dv = backward(
         q,
@@ -143,7 +165,7 @@ def triton_backward(
         None if grad_lse is None else grad_lse.float().contiguous(),
         maps.lists,
         None if text_lengths is None else text_lengths.int().contiguous(),
-        scale,
+        spec.factor,
         block=maps.block,
         queries=queries,
         kinds=maps.kinds,
@@ -166,15 +188,10 @@ class TritonAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        patterns: tuple[Pattern, ...],
-        layout: TokenLayout,
-        kv_layout: TokenLayout | None,
-        text_lengths: torch.Tensor | None,
-        scale: float,
-        lower: Lower,
+        spec: AttentionSpec,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.call = (patterns, layout, kv_layout, text_lengths, scale, lower)
-        out, lse = triton_attention(q, k, v, *ctx.call)
+        ctx.spec = spec
+        out, lse = triton_attention(q, k, v, spec)
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse
 
@@ -183,30 +200,35 @@ class TritonAttention(torch.autograd.Function):
         ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        given = (q, k, v, out, lse, grad_out, grad_lse)
-        patterns, layout, kv_layout, text_lengths, scale, lower = ctx.call
-        grads = triton_backward(*given, patterns, layout, kv_layout, text_lengths, scale, lower)
-        return (*grads, None, None, None, None, None, None)
+        return (*triton_backward(q, k, v, out, lse, grad_out, grad_lse, ctx.spec), None)
+
+
+def differentiable_triton_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``triton_attention``, recorded by autograd where a gradient is wanted."""
+    if wants_gradients(q, k, v):
+        run = TritonAttention.apply
+        out, lse = run(q, k, v, spec)  # type: ignore[no-untyped-call]
+        return out, lse
+    return triton_attention(q, k, v, spec)
 
 
 def _maps(
-    patterns: tuple[Pattern, ...],
-    layout: TokenLayout,
-    kv_layout: TokenLayout | None,
+    spec: AttentionSpec,
     blocks: tuple[int, int],
     k: torch.Tensor,
-    lower: Lower,
     split: int | None = None,
     backward: bool = False,
 ) -> DeviceMaps:
-    """The lists of a launch, made once. On a GPU masks are bits, where they fit."""
-    key = (patterns, layout, kv_layout, blocks, k.shape[1], k.device, split, backward)
+    """The block lists of a launch, cached. On a GPU masks are packed bits where they fit."""
+    patterns, layouts = spec.patterns, (spec.layout, spec.kv_layout)
+    key = (patterns, *layouts, blocks, k.shape[1], k.device, split, backward)
 
     def make() -> DeviceMaps:
-        maps = {pattern: lower(pattern, *blocks) for pattern in dict.fromkeys(patterns)}
-        heads = [maps[pattern] for pattern in patterns]
-        words = k.device.type == "cuda"
-        return device_maps(heads, k.shape[1], k.device, split, backward, words)
+        packed = k.device.type == "cuda"
+        maps = head_maps(spec, *blocks)
+        return device_maps(maps, k.shape[1], k.device, split, backward, packed)
 
     return DEVICE_MAPS.get(key, make)
 

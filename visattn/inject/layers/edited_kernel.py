@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from visattn.attention import attention_by
+from visattn.attention import AttentionSpec, attention_by
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.layers.compiled_layer import Call
@@ -71,11 +71,10 @@ class EditedKernel:
             own = self._dense_only
             return layer.mixed(q, k, v, planned, layout, None, factor, own, memory), None
         backend = layer.attachment.backend
-        found = attention_by(
-            q, k, v, planned.heads, layout, None, None, factor, backend, True, memory
+        spec = AttentionSpec(
+            planned.heads, layout, scale=factor, backend=backend, return_lse=True
         )
-        assert isinstance(found, tuple)
-        return found
+        return attention_by(q, k, v, spec, memory)
 
     def _part(self, part: int, heads: tuple[int, ...] | None) -> HeadGroups | None:
         """What some heads run in a part of the batch; None where all of it is dense."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.attention import attention_by, choose_backend, sparse_attention
+from visattn.attention import AttentionSpec, attention_by, choose_backend, sparse_attention
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.editor import AttentionCall, Editor, Kind
 from visattn.inject.hooks.class_swap import add_class, remove_class
@@ -437,10 +437,8 @@ class Layer:
                 )
             rows = self.attachment.audit
             with_lse = rows > 0 and not part.products  # which have none
-            found = attention_by(
-                q, k, v, heads, layout, None, lengths, scale, backend, with_lse, memory
-            )
-            out, lse = found if isinstance(found, tuple) else (found, None)
+            spec = AttentionSpec(heads, layout, None, lengths, scale, backend, with_lse)
+            out, lse = attention_by(q, k, v, spec, memory)
             if rows:
                 factor = q.shape[3] ** -0.5 if scale is None else scale
                 with torch.no_grad():
