@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from support.kernel_cases import WALKED, case
 
-from visattn.attention.dispatch import lower_cached
+from visattn.attention.lowering import lower_cached
 from visattn.blocks.device_lists import AXIS, BAND, BITS, LABEL, RADIAL, STRIDED, device_maps
 from visattn.patterns import PATTERNS
 

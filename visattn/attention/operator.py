@@ -202,7 +202,7 @@ def _run(
 
 def _traced(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call as ``torch.compile`` traces it: one opaque op. Its objects are named by identity, so
     that another pattern is another graph; they must be made outside the compiled function."""
     keys = None if spec.kv_layout is None else id(spec.kv_layout)
