@@ -34,7 +34,6 @@ LONG_FILES = {
     "visattn/guidance/head_search/driver.py",
     "visattn/inject/attachment.py",
     "visattn/inject/layers/layer.py",
-    "visattn/plan/plan.py",
     "visattn/search/api.py",
     "visattn/search/run.py",
 }

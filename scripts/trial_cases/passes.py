@@ -15,7 +15,7 @@ from trial_cases.case import Case
 from visattn import Grid, TokenLayout, patterns
 from visattn.inject import apply_plan, observe, sparse, summary
 from visattn.plan import Plan, Rule
-from visattn.plan.plan import SCHEMA
+from visattn.plan.plan_file import SCHEMA
 
 PASSED = Plan((Rule(patterns.Diagonal(2), pass_="cond"),), dense_steps=(1, 0))
 

@@ -168,4 +168,4 @@ def test_text_and_numbers():
 def test_roles_are_told_apart():
     old = Plan((Rule(Radial()), Rule(A, role="transformer_2")))
     own = difference(old, Plan((Rule(Radial()), Rule(B, role="transformer_2"))))
-    assert [(c.place.role, c.old, c.new) for c in own.changes] == [("transformer_2", A, B)]
+    assert [(c.denoiser.role, c.old, c.new) for c in own.changes] == [("transformer_2", A, B)]

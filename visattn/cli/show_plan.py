@@ -16,8 +16,8 @@ from visattn.pipelines.family import Family
 from visattn.plan import ANY, Plan
 from visattn.plan.read import as_plan, is_pattern
 from visattn.plan.show.difference import difference
-from visattn.plan.show.places import by_number
 from visattn.plan.show.plan_view import view_plan
+from visattn.plan.show.planned_denoisers import by_number
 from visattn.plan.show.terminal import difference_text, plan_text
 
 __all__ = ["layer_paths", "read_shown", "show_difference", "show_plan"]

@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from visattn.draw.canvas import GREY, INK, PAPER, Color, font, wrapped, write
 from visattn.patterns import Dense, HeadPattern, Skip
-from visattn.plan.plan import ANY, PASSES
-from visattn.plan.show.places import Heads, Place
+from visattn.plan.rule import ANY, PASSES
 from visattn.plan.show.plan_view import PlanRow, PlanView, mean_of, pass_words
+from visattn.plan.show.planned_denoisers import Heads, PlannedDenoiser
 from visattn.plan.show.terminal import facts_of, plain
 
 __all__ = ["draw_plan"]
@@ -63,7 +63,7 @@ def draw_plan(view: PlanView, *, title: str) -> Image.Image:
     Raises:
         ValueError: the plan has more heads than a picture can show.
     """
-    maps = [own for place in view.places for own in _maps(view, place)]
+    maps = [own for denoiser in view.denoisers for own in _maps(view, denoiser)]
     across = max(len(heads) for _, _, rows in maps for heads in rows)
     cells = across * sum(len(rows) for _, _, rows in maps)
     if cells > MOST_CELLS:
@@ -88,14 +88,16 @@ def draw_plan(view: PlanView, *, title: str) -> Image.Image:
     return out
 
 
-def _maps(view: PlanView, place: Place) -> list[tuple[str, Place, list[Heads]]]:
+def _maps(
+    view: PlanView, denoiser: PlannedDenoiser
+) -> list[tuple[str, PlannedDenoiser, list[Heads]]]:
     """A denoiser's heads in each phase and pass that some layer tells apart: a title, and the heads
     of all layers."""
-    layers = [rows for own, _, rows in view.layers if own is place]
+    layers = [rows for own, _, rows in view.layers if own is denoiser]
     used = [row for rows in layers for row in rows]
     told = any(row.phase is not None for row in used)
     passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in used)]
-    name = "all denoisers" if place.role == ANY else place.role
+    name = "all denoisers" if denoiser.role == ANY else denoiser.role
     out = []
     for phase in range(len(view.plan.phases) + 1) if told else [0]:
         by_pass: dict[str, list[Heads]] = {}
@@ -106,7 +108,7 @@ def _maps(view: PlanView, place: Place) -> list[tuple[str, Place, list[Heads]]]:
         for pass_, heads in by_pass.items():
             words = pass_words(pass_, len(by_pass) > 1)
             parts = [name, f"phase {phase}" if told else "", words]
-            out.append((", ".join(filter(None, parts)), place, heads))
+            out.append((", ".join(filter(None, parts)), denoiser, heads))
     return out
 
 
@@ -189,7 +191,7 @@ def _legend(view: PlanView, colors: dict[str, Color], width: int) -> Image.Image
 def _map(
     view: PlanView,
     title: str,
-    place: Place,
+    denoiser: PlannedDenoiser,
     layers: Sequence[Heads],
     colors: dict[str, Color],
     size: tuple[int, int, int],
@@ -214,7 +216,7 @@ def _map(
     for number, heads in enumerate(layers):
         y = top + number * (high + GAP)
         if number % every == 0:
-            name = "all" if place.layers[number] == ANY else _short(place.layers[number])
+            name = "all" if denoiser.layers[number] == ANY else _short(denoiser.layers[number])
             write(out, 0, y + (high - 24) // 2, name, 18)
             mean = mean_of(heads, view.densities)
             text = "-" if mean is None else f"{mean:.3f}"
@@ -230,7 +232,7 @@ def _map(
 
 def _cell_text(
     out: Image.Image,
-    place: tuple[int, int],
+    corner: tuple[int, int],
     view: PlanView,
     pattern: HeadPattern,
     color: Color,
@@ -244,9 +246,9 @@ def _cell_text(
     lines = [(view.names[pattern], letters * 2 // 3), (density, letters)]
     if letters < 15:
         lines = lines[1:]
-    y = place[1] + (high - sum(step + 3 for _, step in lines)) // 2
+    y = corner[1] + (high - sum(step + 3 for _, step in lines)) // 2
     for text, step in lines:
-        x = place[0] + (wide - int(font(step).getlength(text))) // 2
+        x = corner[0] + (wide - int(font(step).getlength(text))) // 2
         write(out, x, y - 1, text, step, ink)
         y += step + 3
 

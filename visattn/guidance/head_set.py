@@ -20,10 +20,10 @@ from visattn.plan.json_format import (
     Record,
     brief,
     check_values,
+    json_by_lines,
     parse_json,
     shown,
 )
-from visattn.plan.writing import written
 
 __all__ = ["HEADS_FILE", "SCHEMA", "HeadSet", "Heads", "Layers"]
 
@@ -126,7 +126,7 @@ class HeadSet:
             "provenance": dict(self.provenance),
             **{name: getattr(self, name) for name in TEXTS},
         }
-        return written(value, ("layers", "provenance"))
+        return json_by_lines(value, ("layers", "provenance"))
 
     @classmethod
     def from_json(cls, text: str, what: str = "the head set") -> HeadSet:

@@ -18,6 +18,7 @@ from visattn.inject.layers.measured import executed, missed
 from visattn.inject.models.planned import replaced
 from visattn.patterns import HeadPattern, Pattern
 from visattn.plan import ANY
+from visattn.plan.show.columns import aligned
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -113,14 +114,11 @@ class Summary:
                     " + ".join(f"{count} {names[own]}" for own, count in row.patterns.items()),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             f"plan on {planned} of {planned + self.dense_layers} attention layers, backend "
             f"{self.backend}{ran}, tokens {self.layout or 'not known before the first call'}"
         ]
-        for line in table:
-            cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
-            lines.append("  ".join(cells).rstrip())
+        lines += aligned(table)
         lines += [f"{name} = {pattern}" for pattern, name in names.items()]
         if self.attention_share is not None and self.most_speedup is not None:
             lines.append(

@@ -1,4 +1,4 @@
-"""Where plan files lie, and other small ones: a folder, or a repository of the Hugging Face hub."""
+"""Plan files, and other small files, in a folder or in a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAN_FILE = "visattn_plan.json"
 
 
 def save(text: str, folder: str | os.PathLike[str]) -> None:
-    """Write the text as ``visattn_plan.json`` into a folder."""
+    """Write ``text`` as ``visattn_plan.json`` into a folder, which is created if it is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / PLAN_FILE, text.encode())
 
@@ -28,11 +28,18 @@ def find(
     file: str = PLAN_FILE,
     what: str = "plan",
 ) -> Path:
-    """The file of a plan: ``source`` itself, in it, or downloaded from it. Other things have a
-    ``file`` of another name, and another word for them.
+    """Return the path of a file, which is downloaded if ``source`` is a hub id.
+
+    Args:
+        source: path of the file, of a folder that holds it, or a hub id.
+        revision: branch, tag or commit of the repository.
+        token: access token for the hub.
+        local_files_only: read from the hub's cache without network access.
+        file: name of the file in a folder or repository.
+        what: names the kind of file in errors.
 
     Raises:
-        OSError: nothing is there.
+        OSError: there is no such file or repository.
     """
     path = Path(source)
     if path.is_dir():
@@ -65,10 +72,15 @@ def find(
 
 
 def load(path: Path, what: str = "plan") -> str:
-    """The text of a plan file, or of another thing's.
+    """Return the text of a file.
+
+    Args:
+        path: of the file.
+        what: names the kind of file in errors.
 
     Raises:
-        OSError: it cannot be read; ValueError: it is no text, or larger than any plan.
+        OSError: the file cannot be read.
+        ValueError: the file is no text, or is larger than any plan.
     """
     if not path.is_file():
         raise ValueError(f"{what} {str(path)!r} is no regular file")
@@ -81,7 +93,15 @@ def load(path: Path, what: str = "plan") -> str:
 def push(
     text: str, repo_id: str, *, private: bool | None, token: str | None, commit_message: str
 ) -> str:
-    """Upload the text as ``visattn_plan.json``; the address of the commit."""
+    """Upload ``text`` as ``visattn_plan.json`` and return the URL of the commit.
+
+    Args:
+        text: the content of the file.
+        repo_id: id of the repository, which is created if it is missing.
+        private: whether a new repository is private; None: the default of the account.
+        token: access token for the hub.
+        commit_message: message of the commit.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

@@ -1,5 +1,7 @@
-"""Strict reading of plan files: every value has its key, its type and its range, or one sentence
-says what is wrong."""
+"""Strict reading and diffable writing of JSON files.
+
+The reader checks the key, the type and the range of every value; its errors name the value.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from visattn._arguments import is_integer
@@ -19,7 +21,9 @@ __all__ = [
     "Json",
     "Record",
     "brief",
+    "check_at_most",
     "check_values",
+    "json_by_lines",
     "parse_json",
     "shown",
 ]
@@ -33,10 +37,14 @@ MAX_PARTS = 1024  # layers of a denoiser, and heads of a layer
 
 
 def parse_json(text: str, what: str) -> Json:
-    """The object that a JSON text holds; a key may stand once, and NaN is no number.
+    """Parse a JSON object; duplicate keys and NaN are refused.
+
+    Args:
+        text: the JSON text.
+        what: names the text in errors.
 
     Raises:
-        ValueError: the text is something else; the sentence calls it ``what``.
+        ValueError: the text is no JSON object.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> Json:
@@ -93,33 +101,84 @@ def parse_json(text: str, what: str) -> Json:
 
 
 def deeper(value: object, levels: int) -> bool:
-    """Whether lists and objects are nested deeper than some levels."""
-    inside = [value]
+    """Return whether lists and objects are nested deeper than ``levels``."""
+    nodes = [value]
     for _ in range(levels):
-        inside = [
+        nodes = [
             item
-            for own in inside
-            if isinstance(own, (list, tuple, Mapping))
-            for item in (own.values() if isinstance(own, Mapping) else own)
+            for node in nodes
+            if isinstance(node, (list, tuple, Mapping))
+            for item in (node.values() if isinstance(node, Mapping) else node)
         ]
-    return any(isinstance(own, (list, tuple, Mapping)) for own in inside)
+    return any(isinstance(node, (list, tuple, Mapping)) for node in nodes)
+
+
+def check_at_most(what: str, number: int, most: int) -> None:
+    """Raise ValueError when a plan has more of something than a plan file may hold.
+
+    Args:
+        what: names what is counted.
+        number: the count.
+        most: the largest count that is allowed.
+    """
+    if number > most:
+        raise ValueError(f"plan has {number} {what}; at most {most} are allowed")
+
+
+def json_by_lines(value: Json, by_line: Collection[str]) -> str:
+    """Return an object as JSON text with small line differences.
+
+    Args:
+        value: the object; its keys are sorted, one on a line.
+        by_line: keys whose list items, or whose object keys, are on a line each.
+    """
+    lines = []
+    for key, item in sorted(value.items()):
+        brackets = "[]"
+        rows = []
+        if key in by_line and isinstance(item, Mapping):
+            brackets = "{}"
+            rows = [f"{_line(name)}: {_line(inner)}" for name, inner in sorted(item.items())]
+        elif key in by_line:
+            rows = [_line(inner) for inner in item]
+        if rows:
+            inside = ",\n".join(f"    {row}" for row in rows)
+            lines.append(f"  {_line(key)}: {brackets[0]}\n{inside}\n  {brackets[1]}")
+        else:
+            lines.append(f"  {_line(key)}: {_line(item)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def check_values(name: str, values: object) -> None:
-    """Raise ValueError unless the values are what a plan file can hold."""
+    """Raise ValueError unless ``values`` is a mapping of JSON values.
+
+    Args:
+        name: names the mapping in errors.
+        values: the mapping.
+    """
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{name}={shown(values)} must be a mapping whose keys are strings")
     try:
         json.dumps(dict(values), allow_nan=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} must hold JSON values only: {error}") from None
-    levels = MAX_DEPTH - 1  # the plan around it is one
+    levels = MAX_DEPTH - 1  # the plan itself is one level
     if deeper(values, levels):
         raise ValueError(f"{name} is nested too deep; at most {levels} levels are allowed")
 
 
 class Record:
-    """An object of the file: keys are taken out by type, and none may be left over."""
+    """An object of a file, read key by key with checks of types.
+
+    Args:
+        value: the object.
+        what: names the object in errors.
+        keys: the keys that are allowed.
+    """
 
     def __init__(self, value: object, what: str, keys: tuple[str, ...]) -> None:
         if not isinstance(value, dict):
@@ -169,12 +228,12 @@ class Record:
 
 
 def shown(value: object) -> str:
-    """A value as it stands in a sentence, cut to a readable length."""
+    """Return a value for a sentence, cut to a readable length."""
     text = repr(value[:60] if isinstance(value, (str, list, tuple)) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def brief(error: Exception) -> str:
-    """What an error says, on one line and cut to a readable length."""
+    """Return the message of an error on one line, cut to a readable length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,1 +1,1 @@
-"""Text, terminal and page views of a plan."""
+"""Views of a plan: as data, as text for a terminal, and the difference of two plans."""

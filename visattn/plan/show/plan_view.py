@@ -1,4 +1,4 @@
-"""A plan to be looked at: what every layer runs, and at which density."""
+"""A plan as data for display: the patterns and densities of every layer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from typing import Any
 
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, Pattern, Skip
-from visattn.plan.plan import ANY, MAX_TOKENS, Plan, Table
-from visattn.plan.show.places import Heads, Paths, Place, entry, places_of, table_of
+from visattn.plan.plan import Plan
+from visattn.plan.plan_file import MAX_TOKENS
+from visattn.plan.rule import ANY, Table
+from visattn.plan.show.planned_denoisers import (
+    Heads,
+    Paths,
+    PlannedDenoiser,
+    denoisers_of,
+    entry,
+    table_of,
+)
 
 __all__ = [
     "Densities",
@@ -26,20 +35,23 @@ __all__ = [
     "view_plan",
 ]
 
-# of patterns; None for those that choose at run time or do not fit, and where no layout is known
+# The density of each pattern; None for dynamic patterns, patterns that do not fit, or no layout.
 Densities = Mapping[HeadPattern, float | None]
-GUIDED = ("cond", "uncond")  # the passes that a step has with guidance
+GUIDED = ("cond", "uncond")  # the passes of a step with guidance
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What the heads of a layer run in a phase and pass.
+    """The patterns of the heads of a layer in a phase and pass.
 
     Attributes:
-        phase: None for all; pass_: ``"any"`` for those that have no row of their own; when: both in
-            words.
-        patterns: of the heads.
-        density: mean over the heads; None where that of one is not known.
+        role: role of the denoiser.
+        layer: module path of the layer.
+        phase: index of the phase; None for all phases.
+        pass_: the pass; ``"any"`` for passes without a row of their own.
+        when: phase and pass in words.
+        patterns: the pattern of each head.
+        density: mean over the heads; None if the density of a head is unknown.
     """
 
     role: str
@@ -53,20 +65,23 @@ class PlanRow:
 
 @dataclass(frozen=True, eq=False)
 class PlanView:
-    """A plan, resolved.
+    """A plan, resolved layer by layer.
 
     Attributes:
-        layout: the tokens that densities are of; None where there are none.
-        places: the denoisers; rows: of their layers, in order.
-        names: of the patterns: ``p1``, ``p2``, ..., ``dense`` and ``skip``.
-        densities: of the patterns; misfits: why some of them do not fit the layout.
-        density: mean over all layers and heads and both passes of guidance, the phases by their
-            shares of the steps; dense layers count, dense steps do not. None where not known.
+        plan: the plan.
+        layout: the tokens of the densities; None if there is no layout.
+        denoisers: the denoisers of the plan.
+        rows: of the layers of the denoisers, in order.
+        names: short names of the patterns: ``p1``, ``p2``, ..., ``dense`` and ``skip``.
+        densities: of the patterns.
+        misfits: why some patterns do not fit the layout.
+        density: mean over all layers, heads and both passes of guidance, with phases weighted by
+            their shares of the steps. Dense layers count, dense steps do not. None if unknown.
     """
 
     plan: Plan
     layout: TokenLayout | None
-    places: tuple[Place, ...]
+    denoisers: tuple[PlannedDenoiser, ...]
     rows: tuple[PlanRow, ...]
     names: Mapping[HeadPattern, str]
     densities: Densities
@@ -74,15 +89,15 @@ class PlanView:
     density: float | None
 
     @cached_property
-    def layers(self) -> tuple[tuple[Place, str, tuple[PlanRow, ...]], ...]:
+    def layers(self) -> tuple[tuple[PlannedDenoiser, str, tuple[PlanRow, ...]], ...]:
         """The rows of each layer."""
-        found: dict[tuple[str, str], list[PlanRow]] = {}
+        rows: dict[tuple[str, str], list[PlanRow]] = {}
         for row in self.rows:
-            found.setdefault((row.role, row.layer), []).append(row)
+            rows.setdefault((row.role, row.layer), []).append(row)
         return tuple(
-            (place, layer, tuple(found[place.role, layer]))
-            for place in self.places
-            for layer in place.layers
+            (denoiser, layer, tuple(rows[denoiser.role, layer]))
+            for denoiser in self.denoisers
+            for layer in denoiser.layers
         )
 
     def numbers(self) -> dict[str, Any]:
@@ -93,11 +108,11 @@ class PlanView:
             "density": rounded(self.density),
             "patterns": {
                 name: {
-                    "pattern": repr(own),
-                    "density": rounded(self.densities[own]),
-                    "misfit": self.misfits.get(own),
+                    "pattern": repr(pattern),
+                    "density": rounded(self.densities[pattern]),
+                    "misfit": self.misfits.get(pattern),
                 }
-                for own, name in self.names.items()
+                for pattern, name in self.names.items()
             },
             "layers": [
                 {
@@ -116,40 +131,41 @@ class PlanView:
 def view_plan(
     plan: Plan, layout: TokenLayout | None = None, paths: Paths | None = None
 ) -> PlanView:
-    """Look at a plan.
+    """Resolve a plan layer by layer.
 
     Args:
-        layout: the tokens that densities are computed at; default: the plan's geometry.
-        paths: of the attention layers by role, where they are known.
+        plan: the plan.
+        layout: the tokens for densities; default: the plan's geometry.
+        paths: the paths of the attention layers by role, if known.
 
     Returns:
         The view; ``plan_text`` prints it and ``visattn.draw.plan_picture.draw_plan`` draws it.
 
     Raises:
-        ValueError: the layout is larger than any video.
+        ValueError: the layout has more tokens than a plan's geometry may have.
     """
     layout = plan.geometry if layout is None else layout
-    places = places_of([plan], paths or {})
+    denoisers = denoisers_of([plan], paths or {})
     parts = [
-        (place, place.layers[number], _parts(plan, place, table_of(plan, place, number)))
-        for place in places
-        for number in range(len(place.layers))
+        (denoiser, layer, _parts(plan, denoiser, table_of(plan, denoiser, number)))
+        for denoiser in denoisers
+        for number, layer in enumerate(denoiser.layers)
     ]
-    used = (pattern for _, _, own in parts for *_, heads in own for pattern in heads)
+    used = (pattern for _, _, entries in parts for *_, heads in entries for pattern in heads)
     densities, misfits = densities_of(used, layout)
     rows = tuple(
-        PlanRow(place.role, layer, phase, pass_, when, heads, mean_of(heads, densities))
-        for place, layer, own in parts
-        for phase, pass_, when, heads in own
+        PlanRow(denoiser.role, layer, phase, pass_, when, heads, mean_of(heads, densities))
+        for denoiser, layer, entries in parts
+        for phase, pass_, when, heads in entries
     )
-    density = mean_density(plan, places, densities)
+    density = mean_density(plan, denoisers, densities)
     return PlanView(
-        plan, layout, places, rows, names_of(densities), densities, misfits, density
+        plan, layout, denoisers, rows, names_of(densities), densities, misfits, density
     )
 
 
 def names_of(patterns: Iterable[HeadPattern]) -> dict[HeadPattern, str]:
-    """Short names, in the order of their appearance."""
+    """Return short names of patterns, numbered in order of appearance."""
     fixed: dict[HeadPattern, str] = {Dense(): "dense", Skip(): "skip"}
     distinct = dict.fromkeys(patterns)
     others = [pattern for pattern in distinct if pattern not in fixed]
@@ -160,10 +176,14 @@ def names_of(patterns: Iterable[HeadPattern]) -> dict[HeadPattern, str]:
 def densities_of(
     patterns: Iterable[HeadPattern], layout: TokenLayout | None
 ) -> tuple[Densities, Mapping[HeadPattern, str]]:
-    """The density of each distinct pattern, and why some of them have none on the layout.
+    """Return the density of each distinct pattern, and why some patterns do not fit the layout.
+
+    Args:
+        patterns: the patterns, with repetitions.
+        layout: the tokens; None: all densities are None.
 
     Raises:
-        ValueError: the layout is larger than any video.
+        ValueError: the layout has more tokens than a plan's geometry may have.
     """
     if layout is not None and layout.length > MAX_TOKENS:
         raise ValueError(
@@ -186,50 +206,62 @@ def densities_of(
 
 
 def mean_of(heads: Heads, densities: Densities) -> float | None:
-    """Mean density of some heads; None where that of one is not known."""
-    known = [own for pattern in heads if (own := densities[pattern]) is not None]
+    """Return the mean density of some heads; None if the density of a head is unknown."""
+    known = [density for pattern in heads if (density := densities[pattern]) is not None]
     return sum(known) / len(known) if len(known) == len(heads) else None
 
 
-def mean_density(plan: Plan, places: Sequence[Place], densities: Densities) -> float | None:
-    """The mean density of a plan, as ``PlanView`` says."""
-    if not all(place.whole or len(place.layers) == 1 for place in places):
+def mean_density(
+    plan: Plan, denoisers: Sequence[PlannedDenoiser], densities: Densities
+) -> float | None:
+    """Return the mean density of a plan, as ``PlanView`` defines it."""
+    if not all(denoiser.whole or len(denoiser.layers) == 1 for denoiser in denoisers):
         return None
     ends = (0.0, *plan.phases, 1.0)
     layers = [
-        table_of(plan, place, number) for place in places for number in range(len(place.layers))
+        table_of(plan, denoiser, number)
+        for denoiser in denoisers
+        for number in range(len(denoiser.layers))
     ]
     total = 0.0
     for table in layers:
         for phase in range(len(plan.phases) + 1):
             for pass_ in GUIDED:
                 heads = entry(table, phase, pass_)
-                own = 1.0 if heads is None else mean_of(heads, densities)
-                if own is None:
+                density = 1.0 if heads is None else mean_of(heads, densities)
+                if density is None:
                     return None
-                total += own * (ends[phase + 1] - ends[phase]) / len(GUIDED)
+                total += density * (ends[phase + 1] - ends[phase]) / len(GUIDED)
     return total / len(layers)
 
 
 def pass_words(pass_: str, others: bool) -> str:
-    """A pass in words; ``others``: some passes have a row of their own."""
+    """Return a pass in words.
+
+    Args:
+        pass_: the pass.
+        others: whether other passes have a row of their own.
+    """
     return pass_ if pass_ != ANY else "other passes" if others else ""
 
 
 def rounded(value: float | None) -> float | None:
-    """A density as it stands in JSON."""
+    """Return a density as JSON files hold it."""
     return None if value is None else round(value, 6)
 
 
-def _parts(plan: Plan, place: Place, table: Table) -> list[tuple[int | None, str, str, Heads]]:
-    """Phase, pass, both in words, and heads, for each phase and pass that differs from others."""
-    dense: Heads = (Dense(),) * (place.heads or 1)
+def _parts(
+    plan: Plan, denoiser: PlannedDenoiser, table: Table
+) -> list[tuple[int | None, str, str, Heads]]:
+    """Return phase, pass, both in words, and heads of each phase and pass with patterns of its
+    own."""
+    dense: Heads = (Dense(),) * (denoiser.heads or 1)
     phases: list[dict[str, Heads]] = []
     for phase in range(len(plan.phases) + 1):
         base = entry(table, phase, ANY) or dense
-        own = {pass_: entry(table, phase, pass_) or dense for pass_ in plan.passes}
-        phases.append({ANY: base} | {key: heads for key, heads in own.items() if heads != base})
-    same = all(own == phases[0] for own in phases)
+        passes = {pass_: entry(table, phase, pass_) or dense for pass_ in plan.passes}
+        phases.append({ANY: base} | {key: heads for key, heads in passes.items() if heads != base})
+    same = all(rows == phases[0] for rows in phases)
     out = []
     for phase, rows in enumerate(phases[:1] if same else phases):
         for pass_, heads in rows.items():

@@ -1,38 +1,39 @@
-"""Plans and their differences for a terminal."""
+"""Plans and their differences as text for a terminal."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, Skip
 from visattn.plan.plan import Plan
+from visattn.plan.show.columns import aligned
 from visattn.plan.show.difference import HeadChange, PlanDifference
-from visattn.plan.show.places import Heads, Place
 from visattn.plan.show.plan_view import Densities, PlanRow, PlanView
+from visattn.plan.show.planned_denoisers import Heads, PlannedDenoiser
 
 __all__ = ["difference_text", "facts_of", "number_words", "plain", "plan_text"]
 
 Names = Mapping[HeadPattern, str]
-WIDTH, LEAST_WIDTH = 100, 48  # of a line, and of a last column
-MOST_VALUES = 12  # of an object that are shown
+WIDTH = 100  # of a line
+MOST_VALUES = 12  # keys of an object that are shown
 MOST_PATTERN, MOST_TEXT = 240, 2000  # characters of a pattern and of a text
 
 
 def plan_text(view: PlanView) -> str:
-    """The view for a terminal."""
+    """Return a view as text for a terminal."""
     facts = facts_of(view)
-    wide = max(map(len, facts)) + 2
+    width = max(map(len, facts)) + 2
     lines = []
     for name, value in facts.items():
         first, *others = value.split("; ")
-        lines.append(f"{name.ljust(wide)}{first}")
-        lines += [" " * wide + text for text in others]
-    lines += ["", *_columns([("layer", "when", "density", "heads"), *_layer_lines(view)])]
+        lines.append(f"{name.ljust(width)}{first}")
+        lines += [" " * width + text for text in others]
+    lines += ["", *aligned([("layer", "when", "density", "heads"), *_layer_lines(view)], WIDTH)]
     lines += [*_legend(view.names, view.densities, view.misfits), ""]
     for name in ("evidence", "provenance"):
         values = getattr(view.plan, name)
@@ -41,9 +42,9 @@ def plan_text(view: PlanView) -> str:
 
 
 def facts_of(view: PlanView) -> dict[str, str]:
-    """What a plan is for, its settings and its density, in words; parts end in "; "."""
+    """Return the model, settings and density of a plan in words, with "; " between items."""
     plan = view.plan
-    denoisers = [f"{role}: {plain(str(own))}" for role, own in plan.denoisers.items()]
+    denoisers = [f"{role}: {plain(str(denoiser))}" for role, denoiser in plan.denoisers.items()]
     facts = {
         "model": plain(plan.model or "any"),
         "denoisers": "; ".join(denoisers) or "any",
@@ -58,15 +59,21 @@ def facts_of(view: PlanView) -> dict[str, str]:
 
 
 def difference_text(difference: PlanDifference, old: str, new: str) -> str:
-    """The difference for a terminal; ``old`` and ``new`` are what the plans are called."""
+    """Return a difference as text for a terminal.
+
+    Args:
+        difference: of two plans.
+        old: name of the plan before.
+        new: name of the plan after.
+    """
     if difference.same:
         return "the same"
     lines = [f"old: {plain(old)}", f"new: {plain(new)}"]
     for key, values in difference.settings.items():
         before, after = ("none" if value is None else _value_words(value) for value in values)
-        change = f"{plain(key)}: {before} -> {after}"
-        if len(change) <= WIDTH:
-            lines.append(change)
+        line = f"{plain(key)}: {before} -> {after}"
+        if len(line) <= WIDTH:
+            lines.append(line)
         else:
             lines += [f"{plain(key)}:", f"    {before}", f"    -> {after}"]
     if difference.note is not None:
@@ -75,15 +82,15 @@ def difference_text(difference: PlanDifference, old: str, new: str) -> str:
         return "\n".join([*lines, "all heads run the same"])
     densities = difference.densities
     table = [("layer", "when", "density", "heads", "change")]
-    for own in difference.changes:
-        names = difference.names[own.old], difference.names[own.new]
-        pair = densities[0][own.old], densities[1][own.new]
+    for change in difference.changes:
+        names = difference.names[change.old], difference.names[change.new]
+        pair = densities[0][change.old], densities[1][change.new]
         table.append(
             (
-                own.place.words(own.layers),
-                own.when,
+                change.denoiser.words(change.layers),
+                change.when,
                 " -> ".join(map(_share, pair)),
-                _which_heads(own),
+                _which_heads(change),
                 " -> ".join(names),
             )
         )
@@ -93,19 +100,19 @@ def difference_text(difference: PlanDifference, old: str, new: str) -> str:
             *lines,
             f"mean density: {mean}",
             "",
-            *_columns([tuple(map(plain, row)) for row in table]),
+            *aligned([tuple(map(plain, row)) for row in table], WIDTH),
             *_legend(difference.names, {**densities[0], **densities[1]}, {}),
         ]
     )
 
 
 def plain(text: str) -> str:
-    """A text of a file as it may stand in a terminal: one line, and nothing that controls it."""
+    """Return a text of a file without line breaks and control characters."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def number_words(numbers: Iterable[int]) -> str:
-    """``"0-3, 7"``."""
+    """Return numbers as ranges: ``"0-3, 7"``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -129,7 +136,7 @@ def _step_words(plan: Plan) -> str:
 
 
 def _density_words(view: PlanView) -> str:
-    """The mean density in words, or why there is none."""
+    """Return the mean density in words, or why it is unknown."""
     if view.layout is None:
         return "not known without a layout, which --grid gives"
     if view.density is not None:
@@ -144,22 +151,22 @@ def _density_words(view: PlanView) -> str:
 
 
 def _layer_lines(view: PlanView) -> list[tuple[str, ...]]:
-    """Neighbouring layers that run the same stand in one line."""
-    runs: list[tuple[Place, list[str], list[PlanRow]]] = []
-    for place, layer, rows in view.layers:
+    """Return the table rows of layers; neighbouring equal layers share a row."""
+    runs: list[tuple[PlannedDenoiser, list[str], list[PlanRow]]] = []
+    for denoiser, layer, rows in view.layers:
         bare = [replace(row, layer="") for row in rows]
-        if place.whole and runs and runs[-1][0] is place and runs[-1][2] == bare:
+        if denoiser.whole and runs and runs[-1][0] is denoiser and runs[-1][2] == bare:
             runs[-1][1].append(layer)
         else:
-            runs.append((place, [layer], bare))
+            runs.append((denoiser, [layer], bare))
     return [
         (
-            plain(place.words(layers)) if number == 0 else "",
+            plain(denoiser.words(layers)) if number == 0 else "",
             row.when,
             _share(row.density),
             _heads_words(row.patterns, view.names),
         )
-        for place, layers, rows in runs
+        for denoiser, layers, rows in runs
         for number, row in enumerate(rows)
     ]
 
@@ -169,18 +176,18 @@ def _share(value: float | None) -> str:
 
 
 def _heads_words(heads: Heads, names: Names) -> str:
-    """``"all p1"``, or ``"p1: 0-3, 7; p2: 4-6"``."""
+    """Return the heads of each pattern: ``"all p1"``, or ``"p1: 0-3, 7; p2: 4-6"``."""
     distinct = list(dict.fromkeys(heads))
     if len(distinct) == 1:
         return f"all {names[distinct[0]]}"
     return "; ".join(
-        f"{names[own]}: {number_words(n for n, head in enumerate(heads) if head == own)}"
-        for own in distinct
+        f"{names[pattern]}: {number_words(n for n, head in enumerate(heads) if head == pattern)}"
+        for pattern in distinct
     )
 
 
 def _which_heads(change: HeadChange) -> str:
-    """``"0-3, 7 of 12"``."""
+    """Return the heads of a change: ``"0-3, 7 of 12"``."""
     if change.heads is None:
         return "all"
     if len(change.heads) == change.count:
@@ -189,37 +196,24 @@ def _which_heads(change: HeadChange) -> str:
 
 
 def _legend(names: Names, densities: Densities, misfits: Names) -> list[str]:
-    """A line for each pattern: its name, its written form, and its density or why there is none."""
+    """Return a line for each pattern: its name, written form, and density or why it has none."""
     lines = []
     for pattern, name in names.items():
-        if pattern in (Dense(), Skip()):  # are called so
+        if pattern in (Dense(), Skip()):  # their names say it
             continue
         text = repr(pattern)
         if len(text) > MOST_PATTERN:
             text = f"{text[:MOST_PATTERN]}... ({len(text)} characters)"
-        own = densities.get(pattern)
-        note = "" if own is None else f", density {own:.3f}"
+        density = densities.get(pattern)
+        note = "" if density is None else f", density {density:.3f}"
         if pattern in misfits:
             note = f", does not fit: {plain(misfits[pattern])}"
         lines.append(f"{name} = {text}{note}")
     return ["", *lines] if lines else []
 
 
-def _columns(table: Sequence[Sequence[str]]) -> list[str]:
-    """A table for a terminal; its last column is broken into lines where there is no room."""
-    sizes = [max(map(len, column)) + 2 for column in zip(*table, strict=True)][:-1]
-    left = sum(sizes)
-    lines = []
-    for row in table:
-        start = "".join(text.ljust(size) for text, size in zip(row, sizes, strict=False))
-        for text in textwrap.wrap(row[-1], max(WIDTH - left, LEAST_WIDTH), break_on_hyphens=False):
-            lines.append((start + text).rstrip())
-            start = " " * left
-    return lines
-
-
 def _value_words(value: object) -> str:
-    """A JSON value on one line, cut to a readable length."""
+    """Return a JSON value on one line, cut to a readable length."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     if len(text) <= WIDTH:
         return plain(text)
@@ -228,7 +222,7 @@ def _value_words(value: object) -> str:
 
 
 def _value_lines(values: Mapping[str, Any], indent: str) -> list[str]:
-    """JSON values for a reader: a key on a line, what is long cut."""
+    """Return JSON values as lines: one key on a line, long values cut."""
     lines = []
     for name, value in sorted(values.items())[:MOST_VALUES]:
         head = f"{indent}{plain(name)}"
