@@ -46,7 +46,7 @@ class Plan:
             the end of it.
         phases: boundaries between phases as increasing shares of all steps: ``()`` is one phase,
             ``(0.4,)`` two.
-        geometry: the token layout that the plan was made for; None: no particular one.
+        geometry: the token layout that the plan was made for, or None.
         model: name of the model that the plan was made for.
         denoisers: the denoisers that the plan was made for, by role. A plan with denoisers is
             refused by other models.
