@@ -3,7 +3,7 @@
 import pytest
 from support import search_runner
 
-from visattn.search.receipt import PLANNED, ClipStatistics
+from visattn.search.clip_statistics import PLANNED, ClipStatistics
 from visattn.tasks.result_store import StoredResult
 
 pytestmark = pytest.mark.second
@@ -67,5 +67,5 @@ def test_flips_are_told_by_word():
     )
     assert clips.flips(PLANNED) == (2, 4)
     assert clips.why_flips(PLANNED) == (
-        "1 of colour, 1 of object; the dense clips themselves show 3 of 4 as the prompts say"
+        "1 of colour, 1 of object; the dense clips match their prompts in 3 of 4 verdicts"
     )

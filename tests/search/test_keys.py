@@ -6,12 +6,16 @@ import pytest
 import torch
 from support import tiny
 
+from visattn.metrics.caption_scorer import caption_scorer
 from visattn.patterns import Diagonal
 from visattn.plan import Plan, Rule
-from visattn.search import run as stages
-from visattn.search.measure.clip_quality import caption_scorer
+from visattn.search import request as requests
+from visattn.search.arguments import Settings
 from visattn.search.measure.target import SearchTarget
-from visattn.search.run import Search, Settings
+from visattn.search.request import SearchRequest, runner_of
+from visattn.search.stages.observe import observe_dense
+from visattn.search.stages.plan_errors import PlanErrors
+from visattn.search.stages.validate import step_speedups, validate
 from visattn.tasks.result_store import key_of
 
 CALL = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 3}
@@ -29,19 +33,22 @@ class Asked(Exception):
 
 def keys(pipe, call=CALL, prompts=(("a", 0),), steps=(0,), scorer=caption_scorer, pairs=1):
     """Of the stages, by name, without running them."""
-    held_out = [("b", 1000)]
-    own = Search(SearchTarget(pipe, call, None), prompts, held_out, scorer=scorer)
-    own.settings = Settings(pairs=pairs)
-    own.team.do = lambda stage, tasks, **_: raised(key_of(stage, [own.team.about, tasks[0][0]]))
-    own.replay = SimpleNamespace(
+    target = SearchTarget(pipe, call, None)
+    runner = runner_of(target)
+    settings = Settings(pairs=pairs)
+    request = SearchRequest(
+        target, prompts, [("b", 1000)], runner, settings=settings, scorer=scorer
+    )
+    runner.do = lambda stage, tasks, **_: raised(key_of(stage, [runner.about, tasks[0][0]]))
+    replay = SimpleNamespace(
         calls=[SimpleNamespace(role="transformer", name=n, step=n, passes=None) for n in steps]
     )
     found = {}
     for name, stage in {
-        "dense": own.look,
-        "errors": lambda: own.errors([PLAN], "plans"),
-        "steps": lambda: own.step_speedups({"plan": PLAN}),
-        "validate": lambda: own.validate({"plan": PLAN}),
+        "dense": lambda: observe_dense(request),
+        "errors": lambda: PlanErrors([(request, replay)])([PLAN], "plans"),
+        "steps": lambda: step_speedups(request, None, replay, {"plan": PLAN}),
+        "validate": lambda: validate(request, {"plan": PLAN}),
     }.items():
         with pytest.raises(Asked) as key:
             stage()
@@ -79,9 +86,9 @@ def test_one_change_is_another_key(pipe, monkeypatch):
     assert changed(call=CALL | {"num_inference_steps": 4}) == all_
     assert changed(prompts=(("a", 1),)) == {"errors", "steps"}
     assert changed(steps=(0, 1)) == {"errors", "steps"}
-    assert changed(scorer=other_scorer) == {"validate"}
+    assert changed(scorer=other_scorer) == changed(scorer=None) == {"validate"}
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "versions", lambda names: dict.fromkeys(names, "9"))
+        patch.setattr(requests, "versions", lambda names: dict.fromkeys(names, "9"))
         assert changed() == all_
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

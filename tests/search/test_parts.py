@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visattn.runtime.processes import Processes, ProcessGroup
-from visattn.search.api import read_budget, split_prompts
+from visattn.search.arguments import read_budget, split_prompts
 from visattn.search.measure import replay
 from visattn.search.measure.output_projection import output_weights
 from visattn.search.measure.recorded_attention import spread_steps

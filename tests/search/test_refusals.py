@@ -5,8 +5,8 @@ import torch
 from support import search_runner, tiny
 
 import visattn
-from visattn.search import run as stages
 from visattn.search.measure import replay
+from visattn.search.stages import price as price_stage
 
 
 @pytest.fixture(autouse=True)
@@ -41,29 +41,29 @@ def test_wrong_calls_and_pipelines():
 
 def test_a_candidate_that_is_none(monkeypatch):
     """It is refused before anything is generated."""
-    monkeypatch.delattr(stages.Search, "look")
+    monkeypatch.delattr("visattn.search.run.observe_dense")
     with pytest.raises(ValueError, match="candidates holds 'bands'; families are 'band', "):
         search_runner.run(None, candidates=("bands",))
 
 
 def test_a_speed_that_is_not_to_be_had():
     """It says what is, and what no attention at all would give."""
-    with pytest.raises(ValueError, match=r"target_speedup=9 cannot be had: plans reach .*x here"):
+    with pytest.raises(ValueError, match=r"target_speedup=9 is out of reach: .*x; skipping"):
         search_runner.run(None, candidates=("band",), target_speedup=9)
 
 
 def test_a_layer_that_is_not_finite_stays_dense(monkeypatch):
     """And is told of; the others have their patterns."""
     broken = "blocks.1.attn1"
-    own = stages.CandidateScorer.__call__
+    own = price_stage.CandidateScorer.__call__
 
     def score(self, observation):
         if observation.layer == broken:
             q = torch.full_like(observation.q, torch.nan)
-            observation = stages.Observation(**{**vars(observation), "q": q})
+            observation = price_stage.Observation(**{**vars(observation), "q": q})
         own(self, observation)
 
-    monkeypatch.setattr(stages.CandidateScorer, "__call__", score)
+    monkeypatch.setattr(price_stage.CandidateScorer, "__call__", score)
     result = search_runner.run(None, candidates=("band",))
     assert all(rule.layer != broken for rule in result.plan.rules)
     assert result.plan.rules

@@ -98,7 +98,7 @@ def test_a_search_writes_its_receipt(tmp_path, made_up, monkeypatch):
     def interrupted(path, data):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("visattn.search.api.write_whole", interrupted)
+    monkeypatch.setattr("visattn.search.result.write_whole", interrupted)
     with pytest.raises(KeyboardInterrupt):
         result.save(page.parent)  # a receipt never stands beside another plan
     assert [path.name for path in page.parent.iterdir()] == ["visattn_plan.json"]

@@ -30,11 +30,11 @@ from support import tiny  # noqa: E402
 
 from visattn.patterns import Dense, Pattern  # noqa: E402
 from visattn.search import Settings  # noqa: E402
-from visattn.search import run as stages  # noqa: E402
 from visattn.search.measure import clip_quality as validate  # noqa: E402
 from visattn.search.measure import target as subject  # noqa: E402
 from visattn.search.measure.latency import HeadLatency  # noqa: E402
 from visattn.search.measure.replay import Replay  # noqa: E402
+from visattn.search.stages import price as price_stage  # noqa: E402
 
 CALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3}
 PROMPTS = ["a red square moves right", "a blue circle moves left", "a red circle", "a blue square"]
@@ -67,7 +67,7 @@ def timeless(run):
 
 def make_up_seconds(setattr_=setattr):
     """Let nothing be timed."""
-    setattr_(stages, "measure", made_up)
+    setattr_(price_stage, "measure", made_up)
     setattr_(subject, "run_job", timeless(subject.run_job))
     setattr_(validate, "run_job", timeless(validate.run_job))
     setattr_(Replay, "seconds", lambda self, plan, **kwargs: 0.5 if plan is None else 0.4)

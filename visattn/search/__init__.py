@@ -1,7 +1,7 @@
 """Offline search: which attention each head of a pipeline needs.
 
-``visattn.search(pipe, prompts)`` is ``visattn.search.search(pipe, prompts)``: the package may be
-called, as its name is that of the function too. What it needs is imported at first use.
+``visattn.search(pipe, prompts)`` is ``visattn.search.search(pipe, prompts)``: the package can be
+called like its function. Modules are imported at first use.
 """
 
 import sys
@@ -9,12 +9,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visattn.search.api import SearchResult, search
-    from visattn.search.run import Settings
+    from visattn.search.api import search
+    from visattn.search.arguments import Settings
+    from visattn.search.result import SearchResult
 
 __all__ = ["SearchResult", "Settings", "search"]
 
-HOMES = {"SearchResult": "api", "search": "api", "Settings": "run"}
+HOMES = {"SearchResult": "result", "Settings": "arguments", "search": "api"}
 
 
 class _Callable(ModuleType):

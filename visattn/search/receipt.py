@@ -1,338 +1,303 @@
-"""The receipt of a search: what was found, as the JSON values that ``visattn.report`` draws."""
+"""The receipt of a search: all that it measured, as the JSON values of ``visattn.report``."""
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
-import math
+import json
 import platform
-import statistics
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from visattn._version import __version__
-from visattn.attention.lowering import block_sizes, lower_cached
-from visattn.patterns import Dense, HeadPattern, Pattern, Stencil
-from visattn.search.measure.statistics import Interval, interval
-from visattn.search.measure.tile_grid import TileGrid
+from visattn.cost import device_name
+from visattn.plan import Plan
+from visattn.search.arguments import Goal
+from visattn.search.candidates.learned_stencils import middle_of
+from visattn.search.claims import claims
+from visattn.search.clip_statistics import PLANNED, ClipStatistics, rounded
+from visattn.search.comparison import Comparison
+from visattn.search.head_rows import head_rows, stability_rows, stencil_rows
+from visattn.search.request import SearchRequest
+from visattn.search.result import SearchResult
 from visattn.search.solve.evaluated_plan import EvaluatedPlan
-from visattn.search.solve.price_table import Group, PriceTable
-from visattn.tasks.result_store import StoredResult
+from visattn.search.stages.calibrate import Calibrated
+from visattn.search.stages.observe import Observed
+from visattn.search.stages.price import Priced
 
-__all__ = ["ClipStatistics", "claims", "head_rows", "machine", "stencil_rows"]
+__all__ = ["Searched", "attention_share", "write_receipt"]
 
-PLANNED = "plan"  # the name of the chosen plan among clips
-FLIPS = 2  # verdicts of 60 that may differ from dense
-NEAR = 0.07  # of the measured speed that the prediction may be off
-MORE = 1.0  # dB over the best uniform static family
-MOST_STENCILS = 200  # heads whose stencils the page draws
-
-
-def rounded(value: float | None, digits: int = 4) -> float | None:
-    """A number of the report; None where it is not finite."""
-    return None if value is None or not math.isfinite(value) else round(value, digits)
+NO_SCORER = (
+    "no scorer was given: the clips are compared frame by frame with the dense ones, and nothing "
+    "judges whether they show what the prompts say"
+)
 
 
-class ClipStatistics:
-    """Held-out clips, dense and by plans.
+@dataclass(frozen=True)
+class Searched:
+    """The results of all stages.
 
-    Args:
-        clips: ``(prompt, seed, item)`` of ``clip_of``.
+    Attributes:
+        request: the search.
+        goal: which plan was asked for.
+        observed: of the first stage.
+        calibrated: of the second.
+        priced: of the third.
+        comparison: the plans, the chosen one, and those it is compared with.
+        steps: predicted speedup of each compared plan, by name.
+        clips: of the fifth stage.
+        notes: for the reader.
+        command: the command line, if there was one.
+        begin: ``time.monotonic()`` at the start of the search.
     """
 
-    def __init__(self, clips: Sequence[tuple[str, int, StoredResult]]) -> None:
-        self.clips = list(clips)
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def values(self, name: str, key: str) -> list[float]:
-        """A number of every clip that has it; images have no flicker."""
-        found = [item.value[name][key] for _, _, item in self.clips]
-        return [float(value) for value in found if value is not None]
-
-    def psnr(self, name: str) -> Interval:
-        """Against dense, in dB."""
-        return interval(self.values(name, "psnr"))
-
-    def over(self, name: str, other: str) -> Interval:
-        """How much more PSNR a plan has than another, clip by clip."""
-        pairs = zip(self.values(name, "psnr"), self.values(other, "psnr"), strict=True)
-        return interval([a - b for a, b in pairs])
-
-    def speed(self, name: str) -> tuple[float, float, float]:
-        """Median dense seconds over the median of a plan; and the quartiles of the clips'
-        ratios."""
-        dense, own = self.values("dense", "seconds"), self.values(name, "seconds")
-        ratios = [a / b for a, b in zip(dense, own, strict=True)]
-        middle = statistics.median(dense) / statistics.median(own)
-        if len(ratios) < 2:
-            return middle, middle, middle
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return middle, low, high
-
-    def flips(self, name: str) -> tuple[int, int]:
-        """Verdicts that differ from those on the dense clip, of how many."""
-        differ = total = 0
-        for _, _, item in self.clips:
-            dense, own = item.value["dense"]["verdicts"], item.value[name]["verdicts"]
-            total += len(dense)
-            differ += sum(own.get(key) != value for key, value in dense.items())
-        return differ, total
-
-    def why_flips(self, name: str) -> str:
-        """Which verdicts differ, and how often the dense clips themselves show what is said."""
-        words: dict[str, int] = {}
-        held = total = 0
-        for _, _, item in self.clips:
-            dense, own = item.value["dense"]["verdicts"], item.value[name]["verdicts"]
-            for key, value in dense.items():
-                words[key] = words.get(key, 0) + (own.get(key) != value)
-                held, total = held + (value >= 1), total + 1
-        counts = ", ".join(f"{count} of {key}" for key, count in words.items())
-        return f"{counts}; the dense clips themselves show {held} of {total} as the prompts say"
-
-    def shown(self, label: str) -> list[dict[str, Any]]:
-        """The clips of which there are videos, as the page takes them."""
-        out = []
-        for prompt, seed, item in self.clips:
-            if "dense" not in item.tensors:
-                continue
-            own, dense = item.value[PLANNED], item.value["dense"]
-            verdict = None
-            if dense["verdicts"]:
-                verdict = {"dense": _words(dense["verdicts"]), "sparse": _words(own["verdicts"])}
-            out.append(
-                {
-                    "prompt": prompt,
-                    "seed": seed,
-                    "dense": _base64(item.tensors["dense"]),
-                    "sparse": _base64(item.tensors[PLANNED]),
-                    "dense_label": "dense",
-                    "sparse_label": label,
-                    "metrics": [
-                        _metric("PSNR", own["psnr"], "dB", None),
-                        _metric("SSIM", own["ssim"], "", None),
-                        _metric("flicker", own["flicker"], "", own["flicker_dense"]),
-                    ],
-                    "verdict": verdict,
-                    "seconds": {
-                        "dense": rounded(dense["seconds"], 3),
-                        "sparse": rounded(own["seconds"], 3),
-                    },
-                }
-            )
-        return out
+    request: SearchRequest
+    goal: Goal
+    observed: Observed
+    calibrated: Calibrated
+    priced: Priced
+    comparison: Comparison
+    steps: Mapping[str, float]
+    clips: ClipStatistics
+    notes: Sequence[str]
+    command: str | None
+    begin: float
 
 
-def _metric(name: str, value: float | None, unit: str, dense: float | None) -> dict[str, Any]:
-    return {"name": name, "value": rounded(value), "unit": unit, "dense": rounded(dense)}
+def write_receipt(searched: Searched) -> SearchResult:
+    """Return the chosen plan with its evidence, and the receipt."""
+    request, clips = searched.request, searched.clips
+    comparison, chosen = searched.comparison, searched.comparison.chosen
+    plan = _with_evidence(searched)
+    rows = [_row(evaluated, searched) for evaluated in comparison.listed()]
+    heads = head_rows(searched.priced.table, chosen.heads)
+    grid = searched.observed.layout.grids[0][1]
+    target, speed, psnr = request.target, clips.speed(PLANNED)[0], clips.psnr(PLANNED)
+    report: dict[str, Any] = {
+        "schema": "visattn.report/1",
+        "kind": "search",
+        "title": f"{target.name} at {searched.observed.layout}: {speed:.2f}x, {psnr.mean:.1f} dB",
+        "command": searched.command or "",
+        "model": {
+            "name": target.name,
+            "denoisers": {
+                role: {"class": d.kind, "layers": d.layers, "heads": d.heads}
+                for role, d in target.denoisers.items()
+            },
+        },
+        "layout": str(searched.observed.layout),
+        "grid": list(grid.shape),
+        "settings": {
+            **target.call,
+            **searched.goal.given,
+            "phases": len(request.phases) + 1,
+            "calibration prompts": len(request.prompts),
+            "held-out pairs": len(clips),
+        },
+        "machine": _machine(target.device),
+        "headline": _headline(searched, heads),
+        "clips": clips.with_videos(f"plan, {speed:.2f}x"),
+        "heads": heads,
+        "stencils": stencil_rows(
+            searched.priced.table,
+            chosen.heads,
+            searched.calibrated.tables,
+            searched.priced.grids,
+            searched.calibrated.attention,
+            middle_of(grid),
+        ),
+        "front": [_point(row) for row in rows],
+        "table": rows,
+        "speed": [_speed_row(name, x, searched) for name, x in comparison.named.items()],
+        "claims": claims(
+            clips,
+            chosen,
+            comparison.static,
+            comparison.dynamic,
+            searched.steps[PLANNED],
+            comparison.fastest_dynamic,
+        ),
+        "stability": stability_rows(heads),
+        "failures": [
+            {"item": item, "error": error} for item, error in request.runner.failures.items()
+        ],
+        "notes": _notes(searched),
+        "time": [
+            {"stage": name, "seconds": round(value, 2)}
+            for name, value in request.runner.seconds.items()
+        ],
+        "plan": json.loads(plan.to_json()),
+    }
+    return SearchResult(plan, report, request.runner.store.folder)
 
 
-def _words(verdicts: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {'✓' if value >= 1 else '✗'}" for name, value in verdicts.items())
+def attention_share(observed: Observed, priced: Priced) -> float:
+    """Return the share of a dense generation's seconds that attention takes."""
+    table = priced.table
+    runs = sum(map(table.weight, table.groups))
+    share: float = table.times.dense * runs / observed.seconds
+    return min(1.0, share)
 
 
-def _base64(data: torch.Tensor) -> str:
-    return base64.b64encode(data.numpy().tobytes()).decode()
+def _with_evidence(searched: Searched) -> Plan:
+    """Return the chosen plan with what was measured of it, and where it comes from."""
+    request, clips, chosen = searched.request, searched.clips, searched.comparison.chosen
+    return replace(
+        chosen.plan,
+        evidence={
+            "speedup_measured": round(clips.speed(PLANNED)[0], 4),
+            "speedup_predicted": round(searched.steps[PLANNED], 4),
+            "psnr": [round(value, 3) for value in clips.psnr(PLANNED)],
+            "error": round(chosen.error, 6),
+            "pairs": len(clips),
+            "call": dict(request.target.call),
+            "measured_on": device_name(request.target.device),
+        },
+        provenance={
+            "kind": f"searched: {chosen.name}",
+            "goal": searched.goal.given,
+            "fingerprint": request.runner.about["model"],
+            "calibrated_on": [list(pair) for pair in request.prompts],
+            "visattn": __version__,
+        },
+    )
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where it ran."""
-    names = ("diffusers", "transformers", "accelerate")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    gpu = device.type == "cuda"
+def _notes(searched: Searched) -> list[str]:
+    chosen = searched.comparison.chosen
+    notes = list(searched.notes)
+    for other in searched.priced.table.also:
+        notes.append(
+            f"at {other.layout} the plan is predicted at {other.speedup(chosen.heads):.2f}x"
+        )
+    if chosen.kind != "searched":
+        notes.append(
+            f"the plans made by the search are rejected: {chosen.name}, {chosen.kind}, has less "
+            f"error at {chosen.target_speedup:g}x"
+        )
+    if searched.request.scorer is None:
+        notes.append(NO_SCORER)
+    return notes
+
+
+def _headline(searched: Searched, heads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the figures that are read first."""
+    clips = searched.clips
+    psnr = clips.psnr(PLANNED)
+    density = [row["density"] for row in heads if row["density"] is not None]
+    executed = [row["executed"] for row in heads if row["executed"] is not None]
+    return [
+        {
+            "label": "a whole generation",
+            "value": f"{clips.speed(PLANNED)[0]:.2f}x",
+            "note": f"predicted {searched.steps[PLANNED]:.2f}x",
+        },
+        {
+            "label": "PSNR against dense",
+            "value": f"{psnr.mean:.1f} dB",
+            "note": f"[{psnr.low:.1f}, {psnr.high:.1f}], {len(clips)} clips",
+        },
+        {
+            "label": "density",
+            "value": f"{sum(density) / len(density):.2f}" if density else None,
+            "note": f"{sum(executed) / len(executed):.2f} of the blocks" if executed else "",
+        },
+        {
+            "label": "attention, of a dense generation",
+            "value": f"{attention_share(searched.observed, searched.priced):.0%}",
+            "note": f"{searched.observed.seconds:.2f} s in all",
+        },
+        {
+            "label": "searched in",
+            "value": _minutes(time.monotonic() - searched.begin),
+            "note": f"{len(searched.comparison.plans)} plans tried",
+        },
+    ]
+
+
+def _row(evaluated: EvaluatedPlan, searched: Searched) -> dict[str, Any]:
+    """Return a line of the table of plans."""
+    clips, named = searched.clips, searched.comparison.named
+    name = next((name for name, other in named.items() if other is evaluated), None)
+    row: dict[str, Any] = {
+        "name": evaluated.label,
+        "kind": evaluated.kind,
+        "pattern": evaluated.pattern,
+        "density": rounded(evaluated.density),
+        "executed": None,
+        "predicted": rounded(evaluated.predicted if name is None else searched.steps[name]),
+        "measured": None,
+        "error": rounded(evaluated.error, 6),
+        "psnr": None,
+        "psnr_low": None,
+        "psnr_high": None,
+        "against": None,
+        "against_low": None,
+        "against_high": None,
+        "ssim": None,
+        "flicker": None,
+        "flips": "",
+        "note": "",
+        "chosen": name == PLANNED,
+    }
+    if name is None:
+        return row
+    psnr = clips.psnr(name)
+    differ, total = clips.flips(name)
+    row |= {
+        "measured": rounded(clips.speed(name)[0]),
+        "psnr": rounded(psnr.mean, 3),
+        "psnr_low": rounded(psnr.low, 3),
+        "psnr_high": rounded(psnr.high, 3),
+        "ssim": rounded(clips.mean(name, "ssim")),
+        "flicker": rounded(clips.mean(name, "flicker"), 5),
+        "flips": f"{differ} of {total}" if total else "",
+    }
+    if name != PLANNED:
+        gain = clips.psnr_gain(PLANNED, name)
+        row |= {
+            "against": rounded(gain.mean, 3),
+            "against_low": rounded(gain.low, 3),
+            "against_high": rounded(gain.high, 3),
+        }
+    return row
+
+
+def _point(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of the table as a point of the front."""
+    keys = ("name", "kind", "measured", "error", "psnr", "psnr_low", "psnr_high", "chosen")
+    return {key: row[key] for key in (*keys, "pattern")} | {"speed": row["predicted"]}
+
+
+def _speed_row(name: str, evaluated: EvaluatedPlan, searched: Searched) -> dict[str, Any]:
+    """Return the predicted and the measured speedup of a plan."""
+    measured, low, high = searched.clips.speed(name)
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
+        "name": evaluated.label,
+        "predicted": rounded(searched.steps[name]),
+        "measured": rounded(measured),
+        "low": rounded(low),
+        "high": rounded(high),
+    }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Return the device and the versions of the libraries."""
+    names = ("diffusers", "transformers", "accelerate")
+    is_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "visattn": __version__,
         "torch": torch.__version__,
-        **versions,
+        **{name: importlib.metadata.version(name) for name in names},
     }
 
 
-def head_rows(
-    table: PriceTable, patterns: Mapping[Group, tuple[HeadPattern, ...]]
-) -> list[dict[str, Any]]:
-    """What every head runs, with what is known of it."""
-    sizes = block_sizes(table.layout.length)
-    out = []
-    for group in table.groups:
-        phase, role, number = group
-        heads = patterns.get(group, (Dense(),) * table.heads[role, number])
-        for head, pattern in enumerate(heads):
-            found = table.candidates(group, head)
-            at = next((n for n, (_, own) in enumerate(found) if own == pattern), None)
-            loss = 0.0 if at is None else float(table.losses[group][head, at, 0])
-            density = executed = None
-            if isinstance(pattern, Pattern):
-                density = pattern.density(table.layout)
-                executed = lower_cached(pattern, table.layout, None, *sizes).block_density
-            out.append(
-                {
-                    "role": role,
-                    "layer": table.paths[role, number],
-                    "number": number,
-                    "head": head,
-                    "phase": phase,
-                    "pattern": repr(pattern),
-                    "family": pattern.name if at is None else found[at][0],
-                    "density": rounded(density),
-                    "executed": rounded(executed),
-                    "error": rounded(loss, 6),
-                    "seconds": rounded(table.weight(group) * table.times.head(pattern), 6)
-                    if repr(pattern) in table.times.seconds
-                    else None,
-                    "reason": None,
-                    "stability": stability(table, group, head),
-                }
-            )
-    return out
-
-
-def stability(table: PriceTable, group: Group, head: int) -> dict[str, float | None]:
-    """How often two generations, and two steps, agree on the best static candidate of about a
-    quarter of the pairs."""
-    near = [
-        number
-        for number, (_, pattern) in enumerate(table.pool.static)
-        if 0.15 <= pattern.density(table.layout) <= 0.26
-    ]
-    if not near:
-        return {"prompts": None, "steps": None}
-    by_prompt: dict[int, list[torch.Tensor]] = {}
-    by_step: dict[int, list[torch.Tensor]] = {}
-    for generation, place, losses in table.calls[group]:
-        own = losses[head, near, 0]
-        by_prompt.setdefault(generation, []).append(own)
-        by_step.setdefault(place.step, []).append(own)
-    return {"prompts": _agreement(by_prompt), "steps": _agreement(by_step)}
-
-
-def _agreement(parts: Mapping[int, Sequence[torch.Tensor]]) -> float | None:
-    best = [int(torch.stack(list(own)).nanmean(0).argmin()) for own in parts.values()]
-    pairs = [(a, b) for n, a in enumerate(best) for b in best[n + 1 :]]
-    return rounded(sum(a == b for a, b in pairs) / len(pairs)) if pairs else None
-
-
-def stencil_rows(
-    table: PriceTable,
-    patterns: Mapping[Group, tuple[HeadPattern, ...]],
-    tables: Mapping[tuple[str, int], Sequence[torch.Tensor]],
-    grids: Sequence[TileGrid],
-    attention: Mapping[tuple[str, int], torch.Tensor],
-    query: tuple[int, int, int],
-) -> list[dict[str, Any]]:
-    """Where the attention of heads lies by relative tile offset, and what their stencils keep."""
-    out: list[dict[str, Any]] = []
-    for group in table.groups:
-        phase, role, number = group
-        if phase or len(out) >= MOST_STENCILS or (role, number) not in tables:
-            continue
-        heads = patterns.get(group, (Dense(),) * table.heads[role, number])
-        for head, pattern in enumerate(heads):
-            own = pattern if isinstance(pattern, Stencil) else None
-            at = next((n for n, grid in enumerate(grids) if own and grid.tile == own.tile), 0)
-            grid, values = grids[at], tables[role, number][at][head]
-            mass = values[: len(grid.pairs)].view(grid.sides.shape)
-            seen = attention.get((role, number))
-            out.append(
-                {
-                    "role": role,
-                    "number": number,
-                    "head": head,
-                    "tile": list(grid.tile),
-                    "count": list(grid.count.shape),
-                    "mass": _nested(mass),
-                    "kept": [] if own is None else [list(offset) for offset in own.offsets],
-                    "columns": [] if own is None else list(own.columns),
-                    "attention": None if seen is None else _nested(seen[head]),
-                    "query": None if seen is None else list(query),
-                }
-            )
-    return out
-
-
-def _nested(values: torch.Tensor) -> Any:
-    """Numbers with four digits that count."""
-    return [
-        [[float(f"{x:.4g}") for x in row] for row in plane] for plane in values.double().tolist()
-    ]
-
-
-def claims(
-    clips: ClipStatistics,
-    chosen: EvaluatedPlan,
-    static: EvaluatedPlan | None,
-    dynamic: EvaluatedPlan | None,
-    predicted: float,
-    fastest: EvaluatedPlan | None,
-) -> list[dict[str, Any]]:
-    """What a search should reach, and whether this one did.
-
-    Args:
-        static, dynamic: the best uniform ones, under these names among the clips.
-        fastest: the dynamic rule that is predicted to be the fastest.
-    """
-    out: list[dict[str, Any]] = []
-    speed, low, high = clips.speed(PLANNED)
-    if static is not None:
-        over = clips.over(PLANNED, "best static")
-        out.append(
-            {
-                "text": f"The plan is at least {MORE:g} dB over the best uniform static family at "
-                f"its speed, {static.name}",
-                "holds": over.mean >= MORE and over.low > 0,
-                "figures": _decibels(over),
-                "cause": None
-                if over.mean >= MORE and over.low > 0
-                else "the error of the model's own output by which plans are chosen differs too "
-                f"little: {chosen.error:.4f} against {static.error:.4f}",
-            }
-        )
-    if dynamic is not None:
-        over = clips.over(PLANNED, "best dynamic")
-        reason = None
-        if dynamic.predicted is not None and dynamic.predicted < 0.97 * (chosen.predicted or 1):
-            reason = (
-                f"no dynamic rule is as fast here: {dynamic.name} is compared at its own speed, "
-                f"{clips.speed('best dynamic')[0]:.2f}x"
-            )
-            if fastest is not None and fastest.predicted is not None:
-                reason += f"; the fastest, {fastest.name}, is predicted at {fastest.predicted:.2f}x"
-        out.append(
-            {
-                "text": "The plan is not below the best uniform dynamic rule",
-                "holds": over.high >= 0,
-                "figures": _decibels(over),
-                "cause": reason,
-            }
-        )
-    differ, total = clips.flips(PLANNED)
-    if total:
-        allowed = FLIPS * total / 60
-        out.append(
-            {
-                "text": f"At most {FLIPS} of 60 verdicts on the clips differ from dense",
-                "holds": differ <= allowed,
-                "figures": f"{differ} of {total}",
-                "cause": None if differ <= allowed else clips.why_flips(PLANNED),
-            }
-        )
-    off = speed / predicted - 1
-    out.append(
-        {
-            "text": f"The measured speed is within {NEAR:.0%} of the predicted",
-            "holds": abs(off) <= NEAR,
-            "figures": f"{speed:.3f}x [{low:.3f}, {high:.3f}] against {predicted:.3f}x",
-            "cause": None if abs(off) <= NEAR else "the machine's speed moved between the two",
-        }
-    )
-    return out
-
-
-def _decibels(value: Interval) -> str:
-    return f"{value.mean:+.2f} dB [{value.low:+.2f}, {value.high:+.2f}]"
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

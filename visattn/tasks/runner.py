@@ -14,11 +14,11 @@ import torch
 from visattn.runtime.processes import ProcessGroup
 from visattn.tasks.result_store import ResultStore, StoredResult, key_of
 
-__all__ = ["Progress", "Task", "TaskRunner", "Unfinished"]
+__all__ = ["Progress", "Task", "TaskResult", "TaskRunner", "Unfinished"]
 
 # Called as tasks are done: the stage, how many of how many, seconds left of the stage or None.
 Progress = Callable[[str, int, int, float | None], None]
-Found = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
+TaskResult = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 
 
 class Unfinished(RuntimeError):
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
     question: Any
     label: str
-    run: Callable[[], Found]
+    run: Callable[[], TaskResult]
 
 
 class TaskRunner:
@@ -138,7 +138,7 @@ class TaskRunner:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         return found
 
-    def agree(self, value: bool) -> bool:
+    def broadcast(self, value: bool) -> bool:
         """What the first process says."""
         return bool(self.group.of_first(value))
 

@@ -14,40 +14,32 @@ from visattn.generation.job import FPS
 from visattn.inject import sparse
 from visattn.media.video import encode_video
 from visattn.metrics import compare_frames
-from visattn.metrics.prompt import parse_caption, score_prompt
 from visattn.plan import Plan
 
-__all__ = ["MOST_DB", "ClipScorer", "caption_scorer", "clip_of"]
+__all__ = ["MOST_DB", "ClipScorer", "clip_of"]
 
-MOST_DB = 80.0  # of a clip in means; equal frames have no PSNR
-# Verdicts by name, each 0 or 1 or between, of frames [T, H, W, 3] in [0, 1] and their prompt.
+MOST_DB = 80.0  # of a clip in means; the PSNR of equal frames is infinite
+# Verdicts by name, each from 0 to 1, of frames [T, H, W, 3] in [0, 1] and their prompt.
 ClipScorer = Callable[[torch.Tensor, str], Mapping[str, float]]
-
-
-def caption_scorer(frames: torch.Tensor, prompt: str) -> dict[str, float]:
-    """Whether a video shows the colour, object and direction of its caption (``metrics.prompt``);
-    nothing for prompts that are no such captions."""
-    try:
-        parse_caption(prompt)
-    except ValueError:
-        return {}
-    found = score_prompt(frames.permute(0, 3, 1, 2), prompt)
-    return {"colour": found.colour, "object": found.object, "direction": found.direction}
 
 
 def clip_of(
     pipe: Any,
     job: Job,
     plans: Mapping[str, Plan],
-    scorer: ClipScorer,
+    scorer: ClipScorer | None,
     pictures: Sequence[str],
     turn: int,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A prompt by the dense pipeline and by each plan, from the same noise.
+    """Generate a prompt by the dense pipeline and by each plan, from the same noise.
 
     Args:
+        pipe: the pipeline.
+        job: the generation.
+        plans: by name.
+        scorer: judges the content of the frames; None: there are no verdicts.
         pictures: names of the plans whose video is kept, and ``"dense"``.
-        turn: of the clip; plans run in an order that moves on with it, so that a machine that
+        turn: number of the clip. The order of the plans rotates with it, so that a machine that
             slows down slows all of them.
 
     Returns:
@@ -65,24 +57,24 @@ def clip_of(
     value: dict[str, Any] = {}
     videos: dict[str, torch.Tensor] = {}
     for name in names:
-        found = results[name]
-        own: dict[str, Any] = {
-            "seconds": found.seconds,
-            "step_seconds": sum(found.step_seconds) / max(1, len(found.step_seconds)),
-            "verdicts": dict(scorer(found.frames, job.prompt)),
+        result = results[name]
+        row: dict[str, Any] = {
+            "seconds": result.seconds,
+            "step_seconds": sum(result.step_seconds) / max(1, len(result.step_seconds)),
+            "verdicts": {} if scorer is None else dict(scorer(result.frames, job.prompt)),
         }
         if name != "dense":
-            compared = compare_frames(found.frames, dense)
+            compared = compare_frames(result.frames, dense)
             psnr = compared.psnr.clip
             assert psnr is not None
-            own |= {
+            row |= {
                 "psnr": MOST_DB if not math.isfinite(psnr) else min(MOST_DB, psnr),
                 "ssim": compared.ssim.clip,
                 "flicker": compared.flicker.clip,
                 "flicker_dense": compared.reference_flicker.clip,
             }
-        value[name] = own
+        value[name] = row
         if name in pictures:
-            data = encode_video(found.frames, fps=found.settings.get("fps", FPS))
+            data = encode_video(result.frames, fps=result.settings.get("fps", FPS))
             videos[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return value, videos
