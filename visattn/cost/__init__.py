@@ -2,7 +2,7 @@
 
 from visattn.cost.calibration import TORCH, Calibration, DenseAttention, calibrate, device_name
 from visattn.cost.clock import Timing, interleaved, now
-from visattn.cost.kept import calibration_of, measured_again
+from visattn.cost.calibration_cache import calibration_of, measured_again
 from visattn.cost.model import LayerCost, crossover, layer_cost, step_speedup
 from visattn.cost.work import Work, work_of
 
