@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from trial_cases.case import Case
-from visattn.cost import Calibration, interleaved, kept
+from visattn.cost import Calibration, calibration_cache, interleaved
 
 __all__ = ["CASES"]
 
@@ -20,25 +20,25 @@ FAST = Calibration("planted", "blockwise", "float32", 16, (64, 64), 1, *([1e-12]
 def damaged_files(folder: Path) -> str:
     os.environ["VISATTN_CACHE"] = str(folder)
     made: list[str] = []
-    real = kept.calibrate
+    real = calibration_cache.calibrate
 
     def calibrate(device: torch.device, *_: object, **__: object) -> Calibration:
         made.append(str(device))
         return FAST
 
-    kept.calibrate = calibrate  # type: ignore[assignment]
+    calibration_cache.calibrate = calibrate  # type: ignore[assignment]
     try:
-        kept._FOUND.clear()
-        kept.calibration_of("cpu")
+        calibration_cache._CALIBRATIONS.clear()
+        calibration_cache.calibration_of("cpu")
         (path,) = folder.iterdir()
         for make in (lambda: path.write_text("[" * 30000), lambda: os.mkfifo(path)):
             path.unlink()
             make()
-            kept._FOUND.clear()
-            assert kept.calibration_of("cpu") == FAST
+            calibration_cache._CALIBRATIONS.clear()
+            assert calibration_cache.calibration_of("cpu") == FAST
     finally:
-        kept.calibrate = real
-        kept._FOUND.clear()
+        calibration_cache.calibrate = real
+        calibration_cache._CALIBRATIONS.clear()
     assert len(made) == 3, made
     return "deep JSON and a pipe in its place are measured again"
 

@@ -26,7 +26,7 @@ from visattn.cost import (
     clock,
     interleaved,
 )
-from visattn.cost import kept as module
+from visattn.cost import calibration_cache as module
 from visattn.cost.calibration import CASES, DENSE_QUERIES, HEADS, TOKENS, fit
 from visattn.geometry.layout import Grid
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Pattern, Radial, Skip, Stripe
@@ -55,8 +55,8 @@ PLANTED = Calibration(
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own."""
     monkeypatch.setenv("VISATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_FOUND", {})
-    monkeypatch.setattr(module, "_AGAIN", set())
+    monkeypatch.setattr(module, "_CALIBRATIONS", {})
+    monkeypatch.setattr(module, "_REPEATED", set())
     return tmp_path / "cache"
 
 
@@ -157,7 +157,7 @@ def test_it_is_measured_once_for_a_device_and_version(
     monkeypatch.setattr(module, "calibrate", fake)
     first = calibration_of("cpu")
     assert calibration_of("cpu") == first and len(made) == 1
-    module._FOUND.clear()  # another process
+    module._CALIBRATIONS.clear()  # another process
     assert calibration_of("cpu") == first and len(made) == 1
     assert calibration_of("cpu", head_size=128).head_size == 128 and len(made) == 2
     other = DenseAttention("another", TORCH.run)
@@ -166,7 +166,7 @@ def test_it_is_measured_once_for_a_device_and_version(
     before = len(made)
     assert module.measured_again("cpu", torch.float32, 64) and len(made) == before + 1
     assert not module.measured_again("cpu", torch.float32, 64) and len(made) == before + 1
-    module._FOUND.clear()
+    module._CALIBRATIONS.clear()
     monkeypatch.setattr(module, "__version__", "later")
     calibration_of("cpu")
     assert len(made) == before + 2
@@ -214,7 +214,7 @@ def test_a_file_that_cannot_be_right_is_measured_again(
     monkeypatch.setattr(module, "calibrate", lambda *_, **__: made.append(1) or PLANTED)
     calibration_of("cpu")
     DAMAGES[damage](next(cache.iterdir()))
-    module._FOUND.clear()
+    module._CALIBRATIONS.clear()
     assert calibration_of("cpu") == PLANTED and len(made) == 2
 
 
@@ -277,7 +277,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
     monkeypatch.setattr(module, "calibrate", lambda *_, **__: PLANTED)
     with caplog.at_level(logging.WARNING, "visattn"):
         assert calibration_of("cpu") == PLANTED
-    assert "the calibration is not kept" in caplog.text
+    assert "the calibration is not stored" in caplog.text
 
 
 def test_layer_cost_adds_up() -> None:

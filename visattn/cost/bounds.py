@@ -1,4 +1,4 @@
-"""How fast a pattern can be at all, from the tiles that its queries touch."""
+"""Upper bounds of the speedup of a pattern, from the tiles that its queries touch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ __all__ = ["Bounds", "end_to_end", "tile_bounds"]
 
 
 class Bounds(NamedTuple):
-    """Speedups over dense attention, were every tile to cost the same: ``mean`` when rows of tiles
-    share the machine evenly, ``worst`` when each takes as long as the longest."""
+    """Speedups over dense attention if all tiles cost the same.
+
+    Attributes:
+        mean: when the rows of tiles are spread evenly over the machine.
+        worst: when every row takes as long as the longest one.
+    """
 
     mean: float
     worst: float
@@ -23,26 +27,29 @@ class Bounds(NamedTuple):
 
 @on_cpu
 def tile_bounds(pattern: AxisPattern, grid: Grid, q_tile: Triple, k_tile: Triple) -> Bounds:
-    """Count the key tiles that each query tile touches, tiles lying where they lie.
+    """Count the key tiles that each query tile touches.
+
+    On an axis a query tile touches the key tiles between the first and the last key of its
+    queries; the numbers of touched tiles are multiplied over the axes. ``worst`` is what NATTEN's
+    simulator reports (Hassani et al. 2025, Generalized Neighborhood Attention, arXiv 2504.16922,
+    section 3.3).
 
     Args:
-        pattern: of the kinds that act axis by axis, without dilation.
-        q_tile, k_tile: tokens of a tile along (frames, height, width).
-
-    On an axis a query tile touches the key tiles between the least and the greatest key of its
-    queries; touched tiles multiply over the axes. ``worst`` is what NATTEN's simulator reports
-    (Hassani et al. 2025, Generalized Neighborhood Attention, arXiv 2504.16922, section 3.3).
+        pattern: a pattern that is a product of rules along the axes, without dilation.
+        grid: the grid of tokens.
+        q_tile: tokens of a query tile along (frames, height, width).
+        k_tile: tokens of a key tile along (frames, height, width).
 
     Raises:
-        ValueError: the pattern is dilated, so that its tiles are not runs of an axis.
+        ValueError: the pattern is dilated, so its keys on an axis are not contiguous.
     """
     mean = worst = 1.0
     for axis, (length, q_side, k_side) in enumerate(zip(grid.shape, q_tile, k_tile, strict=True)):
         rule = pattern.axis_rule(axis, grid)
         if rule.modulus > 1:
             raise ValueError(
-                f"pattern={pattern} is dilated along axis {axis}, where its keys are no run of "
-                "tiles; bound the same pattern without dilation on one residue class"
+                f"pattern={pattern} is dilated along axis {axis}, so its keys are no contiguous "
+                "tiles; use the same pattern without dilation on one residue class"
             )
         tile = torch.arange(length) // q_side
         count = int(tile[-1]) + 1
@@ -56,14 +63,17 @@ def tile_bounds(pattern: AxisPattern, grid: Grid, q_tile: Triple, k_tile: Triple
 
 
 def end_to_end(speedup: float, share: float) -> float:
-    """Speedup of a whole step when attention, ``share`` of its time, is ``speedup`` times as fast
-    (Amdahl 1967).
+    """Return the speedup of a whole step when its attention becomes faster (Amdahl 1967).
+
+    Args:
+        speedup: of the attention.
+        share: of attention in the time of the step, 0 to 1.
 
     Raises:
         ValueError: share is not between 0 and 1, or speedup is not above 0.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share={share} must be between 0 and 1, the attention's part of the time")
+        raise ValueError(f"share={share} of attention in the time must be between 0 and 1")
     if not speedup > 0:
         raise ValueError(f"speedup={speedup} must be above 0")
     return 1 / (1 - share + share / speedup)

@@ -1,4 +1,4 @@
-"""What a device takes for each kind of work: eight short measurements."""
+"""The rates of a device for each kind of work, from eight short measurements."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ __all__ = ["TORCH", "Calibration", "DenseAttention", "calibrate", "device_name"]
 
 HEADS = 4
 TOKENS = {"cpu": 4096, "cuda": 16384}
-DENSE_QUERIES = {"cpu": 512, "cuda": 16384}  # on a CPU as few as make a slice of the usual length
+DENSE_QUERIES = {"cpu": 512, "cuda": 16384}  # on a CPU few, so that a slice has its usual length
 SWEEPS = 2000
 
 
 class DenseAttention(NamedTuple):
-    """Dense attention of a pipeline, which sparse attention is compared with.
+    """The dense attention of a pipeline, with which sparse attention is compared.
 
     Attributes:
-        name: of its attention backend, as diffusers writes it.
-        run: takes q, k and v, ``[B, H, L, D]``, and gives the output.
+        name: of its attention backend in diffusers.
+        run: returns the output for q, k and v, each ``[B, H, L, D]``.
+
+    Example:
+        >>> from torch.nn.functional import scaled_dot_product_attention
+        >>> from visattn.cost import DenseAttention
+        >>> DenseAttention("native", scaled_dot_product_attention).name
+        'native'
     """
 
     name: str
@@ -48,20 +54,34 @@ TORCH = DenseAttention("native", _by_torch)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds of a device for attention of a dtype and head size.
+    """The seconds that a device takes for parts of attention of one dtype and head size.
 
     Attributes:
-        device: its name; backend: ``"triton"`` or ``"blockwise"``.
-        dtype: as torch calls it; head_size: D.
-        block: queries and keys of the blocks that are counted; slots: rows at a time.
-        launch: of a call, whatever it does; row: of a row of blocks; full, partial: of a block
-            without and with a mask, ``slots`` of which run at a time; broad: as full, in rows of
-            192 queries and more on a CPU.
-        moved: of an element that is copied; dense: of a query and key of one head in the
-            pipeline's dense attention.
-        dense_by: the attention backend of that dense attention.
-        spread: how far the median of the rounds is above the least, as a share of the least; the
-            greatest over the measurements. It is large where the machine was busy.
+        device: name of the device.
+        backend: ``"triton"`` or ``"blockwise"``.
+        dtype: name of the torch dtype.
+        head_size: D.
+        block: queries and keys of the blocks that are counted.
+        slots: rows of blocks that run at the same time.
+        launch: seconds of a call, independent of its work.
+        row: seconds of a row of blocks.
+        full: seconds of a block without a mask.
+        partial: seconds of a block with a mask.
+        broad: as full, in rows of 192 and more queries on a CPU.
+        moved: seconds of an element that is copied.
+        dense: seconds of a (query, key) pair of one head in the pipeline's dense attention.
+        dense_by: the attention backend of the dense attention.
+        spread: the largest ``Timing.spread`` of the measurements; large on a busy machine.
+
+    Example:
+        >>> from visattn.cost import Calibration
+        >>> calibration = Calibration(
+        ...     device="CPU", backend="blockwise", dtype="float32", head_size=64, block=(128, 128),
+        ...     slots=1, launch=1e-4, row=1e-6, full=4e-5, partial=5e-5, broad=4e-5, moved=1e-9,
+        ...     dense=2e-9,
+        ... )
+        >>> calibration.dense_by
+        'native'
     """
 
     device: str
@@ -94,15 +114,20 @@ def calibrate(
     seconds: float = 2.0,
     timer: Timer | None = None,
 ) -> Calibration:
-    """Measure a device.
+    """Measure the rates of a device.
 
     Args:
-        device: a CPU, or a GPU that the kernels run on.
-        dtype: float32, or on a GPU float16 or bfloat16 too.
+        device: a CPU, or a GPU that the kernels support.
+        dtype: float32; on a GPU also float16 or bfloat16.
         head_size: D.
-        dense_attention: that sparse attention is compared with.
-        seconds: to measure for, about; each measurement has three rounds at least.
-        timer: gives the timing of each function by name, for tests; default: ``interleaved``.
+        dense_attention: with which sparse attention is compared.
+        seconds: approximate time for all measurements; each runs at least three rounds.
+        timer: returns the timing of each function by name, for tests (default ``interleaved``).
+
+    Example:
+        >>> from visattn.cost import calibrate
+        >>> calibrate("cpu", seconds=1.0).backend  # doctest: +SKIP
+        'blockwise'
     """
     device = torch.device(device)
     tokens = TOKENS["cuda" if device.type == "cuda" else "cpu"]
@@ -163,8 +188,14 @@ def _call(
 def fit(
     times: Sequence[float], counts: Sequence[Sequence[float]], least: Sequence[float]
 ) -> list[float]:
-    """Rates at or above ``least`` whose sums ``counts @ rates`` are nearest to some times, each
-    error over its time: coordinate descent, which for so few rates ends in no time."""
+    """Return the rates that minimise the relative errors of ``counts @ rates``, by coordinate
+    descent.
+
+    Args:
+        times: measured seconds.
+        counts: the work of each measurement, one count for each rate.
+        least: lower bounds of the rates.
+    """
     weights = torch.tensor([1 / max(x, 1e-9) for x in times], dtype=torch.float64)
     matrix = torch.tensor(counts, dtype=torch.float64) * weights[:, None]
     sizes = matrix.norm(dim=0).clamp(min=1e-300)
@@ -185,7 +216,7 @@ def _line(tokens: int) -> TokenLayout:
 
 
 def _runs(tokens: int, block: int, blocks: int, stride: int = 1) -> tuple[TokenLayout, Pattern]:
-    """Runs of whole blocks of keys around runs of queries."""
+    """Return a pattern with runs of whole blocks of keys around runs of queries."""
     run = stride * block
     return _line(tokens), Neighborhood((1, 1, run + 2 * blocks * block), stride=(1, 1, run))
 
@@ -196,7 +227,7 @@ def _cubes(tokens: int, block: int) -> tuple[TokenLayout, Pattern]:
     return TokenLayout(grid), Neighborhood((8, 8, 8), stride=8)
 
 
-# what is measured, at a number of tokens and the greater side of a block
+# The measurements, by number of tokens and the larger side of a block.
 CASES: dict[str, Callable[[int, int], tuple[TokenLayout, Pattern]]] = {
     "launch": lambda tokens, block: (_line(block), Diagonal(0)),
     "short": lambda tokens, block: _runs(tokens, block, 1),
@@ -209,14 +240,24 @@ CASES: dict[str, Callable[[int, int], tuple[TokenLayout, Pattern]]] = {
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called: a GPU by its name, a CPU by its model and torch's threads."""
+    """Return the name of a GPU, or the model of a CPU with torch's number of threads.
+
+    Args:
+        device: of torch.
+
+    Example:
+        >>> import torch
+        >>> from visattn.cost import device_name
+        >>> device_name(torch.device("cpu"))  # doctest: +SKIP
+        'AMD EPYC 9654 96-Core Processor, 2 threads'
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
-    """The model of the CPU where the system tells it, or its kind."""
+    """Return the model of the CPU, or its architecture where the system does not name the model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The calibration of a device, measured once and then read from a file."""
+"""Calibrations of devices, measured once and then read from files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["calibration_of", "measured_again"]
 logger = logging.getLogger(__name__)
 
 FILE_LIMIT = 65536  # bytes
-STEADY = 0.5  # the greatest spread of a calibration that later processes read
+STEADY = 0.5  # the largest spread of a calibration that is written for later processes
 RATES = ("launch", "row", "full", "partial", "broad", "moved", "dense")
-MOST_SECONDS = 60.0  # of any one thing that is measured
-_FOUND: dict[str, Calibration] = {}
-_AGAIN: set[str] = set()  # what this process has measured a second time
+MOST_SECONDS = 60.0  # of any rate
+_CALIBRATIONS: dict[str, Calibration] = {}
+_REPEATED: set[str] = set()  # keys that this process has measured a second time
 
 
 def calibration_of(
@@ -36,29 +36,34 @@ def calibration_of(
     head_size: int = 64,
     dense_attention: DenseAttention = TORCH,
 ) -> Calibration:
-    """The calibration of a device, measured once (for a few seconds) and then kept.
+    """Return the calibration of a device, which is measured once for a few seconds and stored.
 
-    It is measured once for each device, thread count, dtype, head size, dense attention and version
-    of visattn, torch and triton, and kept in ``$VISATTN_CACHE``, by default ``~/.cache/visattn``. A
-    file that cannot be read, or whose values cannot be right, is measured again. A calibration of a
-    busy machine, with a large spread, is used in this process and not written. A file that cannot
-    be written is said once and does no harm.
+    A calibration is stored for each device, thread count, dtype, head size, dense attention and
+    version of visattn, torch and triton, in ``$VISATTN_CACHE`` or ``~/.cache/visattn``. If a file
+    cannot be read or has impossible values, the device is measured again. A calibration of a busy
+    machine, with a large spread, is used by this process and not stored. If the file cannot be
+    written, a warning is logged.
 
     Args:
-        device: a CPU, or a GPU that the kernels run on.
+        device: a CPU, or a GPU that the kernels support.
         dtype: of queries, keys and values.
         head_size: D.
-        dense_attention: that sparse attention is compared with.
+        dense_attention: with which sparse attention is compared.
+
+    Example:
+        >>> from visattn.cost import calibration_of
+        >>> calibration_of("cpu").backend  # doctest: +SKIP
+        'blockwise'
     """
     device = torch.device(device)
     key = _key(device, dtype, head_size, dense_attention.name)
-    if key not in _FOUND:
-        found = _read(_path(key), key)
-        if found is None:
+    if key not in _CALIBRATIONS:
+        calibration = _read(_path(key), key)
+        if calibration is None:
             logger.info("visattn: measuring %s once, for a few seconds", device_name(device))
-            found = _measured(key, device, dtype, head_size, dense_attention)
-        _FOUND[key] = found
-    return _FOUND[key]
+            calibration = _measured(key, device, dtype, head_size, dense_attention)
+        _CALIBRATIONS[key] = calibration
+    return _CALIBRATIONS[key]
 
 
 def measured_again(
@@ -67,17 +72,29 @@ def measured_again(
     head_size: int,
     dense_attention: DenseAttention = TORCH,
 ) -> bool:
-    """Measure a device now, in place of the calibration that is kept, once in a process.
+    """Measure a device again and replace its stored calibration, once in a process.
+
+    Args:
+        device: a CPU, or a GPU that the kernels support.
+        dtype: of queries, keys and values.
+        head_size: D.
+        dense_attention: with which sparse attention is compared.
 
     Returns:
-        False where this process has done so before, and nothing is measured.
+        Whether the device was measured; False if this process has done so before.
+
+    Example:
+        >>> import torch
+        >>> from visattn.cost import measured_again
+        >>> measured_again("cpu", torch.float32, 64)  # doctest: +SKIP
+        True
     """
     device = torch.device(device)
     key = _key(device, dtype, head_size, dense_attention.name)
-    if key in _AGAIN:
+    if key in _REPEATED:
         return False
-    _AGAIN.add(key)
-    _FOUND[key] = _measured(key, device, dtype, head_size, dense_attention)
+    _REPEATED.add(key)
+    _CALIBRATIONS[key] = _measured(key, device, dtype, head_size, dense_attention)
     return True
 
 
@@ -88,16 +105,16 @@ def _measured(
     head_size: int,
     dense_attention: DenseAttention,
 ) -> Calibration:
-    found = calibrate(device, dtype, head_size, dense_attention=dense_attention)
-    if found.spread <= STEADY:
-        _write(_path(key), key, found)
+    calibration = calibrate(device, dtype, head_size, dense_attention=dense_attention)
+    if calibration.spread <= STEADY:
+        _write(_path(key), key, calibration)
     else:
         logger.info(
-            "visattn: %s is busy (times spread by %.0f%%): what was measured is not kept",
+            "visattn: %s is busy (times spread by %.0f%%); its calibration is not stored",
             device_name(device),
-            100 * found.spread,
+            100 * calibration.spread,
         )
-    return found
+    return calibration
 
 
 def _key(device: torch.device, dtype: torch.dtype, head_size: int, dense_by: str) -> str:
@@ -116,41 +133,42 @@ def _path(key: str) -> Path:
 
 
 def _folder() -> Path:
-    own = os.environ.get("VISATTN_CACHE")
-    if own:
-        return Path(own)
+    folder = os.environ.get("VISATTN_CACHE")
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visattn"
 
 
 def _read(path: Path, key: str) -> Calibration | None:
-    """What a file holds, or None where it is missing, of another key, or cannot be right."""
+    """Return the calibration of a file; None if it is missing, of another key, or impossible."""
     try:
         value: Any = json.loads(read_limited(path, FILE_LIMIT))
         if value.pop("key") != key:
             return None
         value["block"] = tuple(value["block"])
-        found = Calibration(**value)
-        good = set(value) == {own.name for own in fields(Calibration)} and _possible(found)
+        calibration = Calibration(**value)
+        complete = set(value) == {field.name for field in fields(Calibration)}
+        good = complete and _possible(calibration)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
-    return found if good else None
+    return calibration if good else None
 
 
-def _possible(found: Calibration) -> bool:
-    """Whether the values of a calibration can be those of a device."""
-    texts = (found.device, found.backend, found.dtype, found.dense_by)
-    counts = (found.head_size, found.slots, *found.block)
-    rates = [getattr(found, name) for name in RATES]
+def _possible(values: Calibration) -> bool:
+    """Return whether a device can have these values."""
+    texts = (values.device, values.backend, values.dtype, values.dense_by)
+    counts = (values.head_size, values.slots, *values.block)
+    rates = [getattr(values, name) for name in RATES]
     return (
-        all(isinstance(own, str) for own in texts)
-        and found.backend in ("triton", "blockwise")
-        and len(found.block) == 2
-        and all(type(own) is int and 0 < own < 2**20 for own in counts)
-        and all(_number(own) and 0 <= own < MOST_SECONDS for own in rates)
-        and found.full > 0
-        and found.dense > 0
-        and _number(found.spread)
-        and 0 <= found.spread <= STEADY
+        all(isinstance(text, str) for text in texts)
+        and values.backend in ("triton", "blockwise")
+        and len(values.block) == 2
+        and all(type(count) is int and 0 < count < 2**20 for count in counts)
+        and all(_number(rate) and 0 <= rate < MOST_SECONDS for rate in rates)
+        and values.full > 0
+        and values.dense > 0
+        and _number(values.spread)
+        and 0 <= values.spread <= STEADY
     )
 
 
@@ -158,9 +176,9 @@ def _number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _write(path: Path, key: str, found: Calibration) -> None:
+def _write(path: Path, key: str, calibration: Calibration) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"key": key} | asdict(found), indent=1).encode())
+        write_whole(path, json.dumps({"key": key} | asdict(calibration), indent=1).encode())
     except OSError as error:
-        logger.warning("visattn: the calibration is not kept: %s", error)
+        logger.warning("visattn: the calibration is not stored: %s", error)

@@ -1,9 +1,9 @@
-"""Seconds of functions, such that what else a machine does counts as little as possible.
+"""Timing of functions that is robust against other load on the machine.
 
-A CPU counts the CPU time of the calling thread: that thread takes its share of every parallel
-region, and the time for which another process has its core is not counted. A GPU counts the time
-until its work is done. Functions take turns in slices of about equal length, so that whatever
-disturbs the machine meets all of them alike.
+On a CPU the clock is the CPU time of the calling thread: the thread takes part in every parallel
+region, and time in which other processes use its core does not count. On a GPU the clock is wall
+time after synchronisation. Functions are called in alternating slices of about equal length, so
+that a disturbance affects all of them alike.
 """
 
 from __future__ import annotations
@@ -18,24 +18,45 @@ import torch
 __all__ = ["Timing", "interleaved", "now"]
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
-SLICE = 0.02  # seconds of a slice, where a call does not take longer
+SLICE = 0.02  # seconds of a slice, or one call if that takes longer
 
 
 class Timing(NamedTuple):
-    """Seconds of a call: the least over the rounds, and by which share the median is above it."""
+    """The time of a call.
+
+    Attributes:
+        seconds: the smallest over all rounds.
+        spread: the median over the rounds divided by the smallest, minus 1.
+
+    Example:
+        >>> from visattn.cost import Timing
+        >>> Timing.of([2.0, 2.5, 3.0])
+        Timing(seconds=2.0, spread=0.25)
+    """
 
     seconds: float
     spread: float
 
     @staticmethod
     def of(samples: list[float]) -> Timing:
-        """The timing of the rounds of a function."""
+        """Return the timing of a function from the seconds of its rounds."""
         least = min(samples)
         return Timing(least, statistics.median(samples) / max(least, 1e-12) - 1)
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the clock of a device; on a GPU after all of its work is done."""
+    """Return the seconds on the clock of a device.
+
+    Args:
+        device: on a GPU all of its work is completed first.
+
+    Example:
+        >>> import torch
+        >>> from visattn.cost import now
+        >>> begin = now(torch.device("cpu"))
+        >>> now(torch.device("cpu")) >= begin
+        True
+    """
     if device.type == "cpu":
         return time.thread_time()
     torch.accelerator.synchronize(device)
@@ -48,20 +69,28 @@ def interleaved(
     seconds: float,
     clock: Callable[[torch.device], float] = now,
 ) -> dict[str, Timing]:
-    """Time functions that take turns.
+    """Time functions in alternating slices.
 
     Args:
-        functions: to be called, by name.
-        device: that they run on.
-        seconds: for all of them together, about; each function has three rounds at least.
-        clock: the seconds of a device.
+        functions: by name.
+        device: the device that they run on.
+        seconds: approximate time for all functions together; each runs at least three rounds.
+        clock: returns the seconds of a device.
 
     Returns:
         The timing of each function, by name.
+
+    Example:
+        >>> import torch
+        >>> from visattn.cost import interleaved
+        >>> x = torch.ones(64, 64)
+        >>> timings = interleaved({"sum": x.sum}, torch.device("cpu"), seconds=0.01)
+        >>> timings["sum"].seconds < 1
+        True
     """
     counts = {}
     for name, function in functions.items():
-        function()  # what it does once, it does here
+        function()  # compiles and fills caches
         begin = clock(device)
         function()
         once = max(clock(device) - begin, 1e-7)
@@ -76,4 +105,4 @@ def interleaved(
             for _ in range(counts[name]):
                 function()
             samples[name].append((clock(device) - begin) / counts[name])
-    return {name: Timing.of(own) for name, own in samples.items()}
+    return {name: Timing.of(seconds) for name, seconds in samples.items()}

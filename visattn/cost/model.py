@@ -1,11 +1,12 @@
-"""The time of a layer under a plan, predicted.
+"""The predicted attention time of a layer under a plan.
 
-A row takes ``r + full f + partial p``; the rows of all heads share the ``slots`` of a device::
+A row of blocks takes ``r + full f + partial p``; the rows of all heads share the ``slots`` of a
+device::
 
     layer = launches l + moved m + max(sum of rows / slots, longest row)
 
-``mean`` leaves the longest row out, and ``worst`` has every row take as long as the longest, which
-is what measured neighborhood kernels of others come near (NATTEN: Hassani et al. 2025, Generalized
+``mean`` ignores the longest row. ``worst`` assumes that every row takes as long as the longest;
+measured neighborhood kernels of NATTEN come close to it (Hassani et al. 2025, Generalized
 Neighborhood Attention, arXiv 2504.16922, section 3.3).
 """
 
@@ -26,8 +27,19 @@ __all__ = ["LayerCost", "crossover", "layer_cost", "seconds_of", "step_speedup"]
 
 
 class LayerCost(NamedTuple):
-    """Seconds of a layer's attention: predicted; by the mean row and by the worst (see above); and
-    of the same layer when all heads are dense."""
+    """The predicted time of a layer's attention.
+
+    Attributes:
+        seconds: predicted.
+        mean: predicted from the mean row of blocks.
+        worst: predicted if all rows took as long as the longest.
+        dense: of the same layer when all heads are dense.
+
+    Example:
+        >>> from visattn.cost import LayerCost
+        >>> LayerCost(seconds=0.5, mean=0.4, worst=0.8, dense=2.0).speedup
+        4.0
+    """
 
     seconds: float
     mean: float
@@ -36,22 +48,37 @@ class LayerCost(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Dense over predicted."""
+        """The dense time divided by the predicted time."""
         return self.dense / self.seconds
 
 
 def layer_cost(
     patterns: Sequence[Pattern], layout: TokenLayout, calibration: Calibration, *, batch: int = 1
 ) -> LayerCost:
-    """Predict a layer's attention.
+    """Predict the attention time of a layer.
 
     Args:
-        patterns: static, one per head; heads with ``Dense()`` run the pipeline's own attention.
+        patterns: static patterns, one per head; heads with ``Dense()`` run the pipeline's dense
+            attention.
         layout: of queries and keys.
         calibration: of the device, dtype and head size.
+        batch: the batch size.
 
     Raises:
-        ValueError: patterns is empty, or has a dynamic one, whose work is known at a call only.
+        ValueError: ``patterns`` is empty or has a dynamic pattern, whose work depends on the call.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.cost import Calibration, layer_cost
+        >>> from visattn.patterns import Dense, Neighborhood
+        >>> calibration = Calibration(
+        ...     device="CPU", backend="blockwise", dtype="float32", head_size=64, block=(128, 128),
+        ...     slots=1, launch=1e-4, row=1e-6, full=4e-5, partial=5e-5, broad=4e-5, moved=1e-9,
+        ...     dense=2e-9,
+        ... )
+        >>> layout = TokenLayout(Grid(4, 32, 32))
+        >>> layer_cost([Dense(), Neighborhood((1, 9, 9))], layout, calibration).speedup > 1
+        True
     """
     if not patterns:
         raise ValueError("patterns=() is empty; a layer has one pattern per head")
@@ -65,7 +92,7 @@ def layer_cost(
     one_head = calibration.dense * layout.length**2 * batch
     dense_heads = counts.pop(Dense(), 0)
     outside = dense_heads * one_head
-    if dense_heads and counts:  # the heads of a layer are taken apart and put together again
+    if dense_heads and counts:  # the heads of the layer are split and concatenated
         outside += calibration.moved * 4 * layout.length * calibration.head_size * len(patterns)
     parts = []
     for pattern, count in counts.items():
@@ -86,14 +113,31 @@ def layer_cost(
 
 
 def seconds_of(parts: Sequence[Work], calibration: Calibration) -> float:
-    """Predicted seconds of a call that does all of some work."""
+    """Return the predicted seconds of a call that does all of ``parts``."""
     rows = _rows(parts, calibration) / calibration.slots
     return _fixed(parts, calibration) + max(rows, _longest(parts, calibration))
 
 
 def crossover(calibration: Calibration, tokens: int) -> float:
-    """The share of full blocks, between 0 and 1, up to which a head in raster order takes no longer
-    than dense attention of as many tokens; a head that executes more had better be dense."""
+    """Return the block density up to which sparse attention is no slower than dense attention.
+
+    Args:
+        calibration: of the device, dtype and head size.
+        tokens: of a head in raster order.
+
+    Returns:
+        The share of full blocks, from 0 to 1.
+
+    Example:
+        >>> from visattn.cost import Calibration, crossover
+        >>> calibration = Calibration(
+        ...     device="CPU", backend="blockwise", dtype="float32", head_size=64, block=(128, 128),
+        ...     slots=1, launch=1e-4, row=1e-6, full=4e-5, partial=5e-5, broad=4e-5, moved=1e-9,
+        ...     dense=2e-9,
+        ... )
+        >>> round(crossover(calibration, tokens=4096), 3)
+        0.818
+    """
     block_q, block_k = calibration.block
     rows = -(-tokens // block_q) * calibration.row / calibration.slots
     blocks = -(-tokens // block_q) * -(-tokens // block_k) * calibration.full / calibration.slots
@@ -101,17 +145,24 @@ def crossover(calibration: Calibration, tokens: int) -> float:
 
 
 def step_speedup(layers: Iterable[LayerCost], share: float) -> float:
-    """How many times as fast a step becomes whose attention layers these are all.
+    """Return the predicted speedup of a denoising step.
 
     Args:
-        share: of attention in the time of a dense step, 0 to 1 (``visattn bench pipeline``).
+        layers: the costs of all attention layers.
+        share: of attention in the time of a dense step, 0 to 1 (``visattn bench pipeline``
+            measures it).
+
+    Example:
+        >>> from visattn.cost import LayerCost, step_speedup
+        >>> step_speedup([LayerCost(0.5, 0.4, 0.8, dense=2.0)], share=0.5)
+        1.6
     """
-    found = list(layers)
-    return end_to_end(sum(x.dense for x in found) / sum(x.seconds for x in found), share)
+    costs = list(layers)
+    return end_to_end(sum(x.dense for x in costs) / sum(x.seconds for x in costs), share)
 
 
 def _longest(parts: Sequence[Work], calibration: Calibration) -> float:
-    """Of the rows, 0 where they are not told apart."""
+    """Return the seconds of the longest row, 0 if the work does not list its rows."""
     shapes = {shape for work in parts for shape in work.shapes}
     times = [calibration.row + f * calibration.full + p * calibration.partial for f, p in shapes]
     return max(times, default=0.0)

@@ -1,4 +1,4 @@
-"""Counts of what a backend does for the heads that share a pattern."""
+"""Counts of the work of a backend for the heads that share a pattern."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from visattn.blocks.block_map import BlockMap
 
 __all__ = ["BROAD", "Work", "work_of"]
 
-BROAD = 192  # queries of a row from which a CPU multiplies them at a rate of its own
+BROAD = 192  # from this many queries of a row, a CPU has another rate
 
 
 class Work(NamedTuple):
-    """What some heads do in a call, all of them together.
+    """The work of some heads in a call, added up.
 
     Attributes:
-        full, partial: blocks without and with a mask; on a CPU logits over the size of a block.
-        broad: as full, in rows of 192 queries and more, which only a CPU tells apart.
-        rows: rows of query blocks; on a CPU, products.
-        shapes: the blocks (full, partial) of a row, each that some row has; on a CPU none, where
-            one row runs at a time.
-        moved: elements that are copied to other places.
+        full: blocks without a mask; on a CPU, logits divided by the size of a block.
+        partial: blocks with a mask, counted in the same way.
+        broad: as full, in rows of 192 and more queries, which have a rate of their own on a CPU.
+        rows: rows of query blocks; on a CPU, matrix products.
+        shapes: the distinct numbers of (full, partial) blocks of a row; empty on a CPU, where one
+            row runs at a time.
+        moved: elements that are copied.
+
+    Example:
+        >>> from visattn.cost import Work
+        >>> Work(full=6.0, partial=2.0, broad=0.0, rows=4, shapes=(), moved=0).rows
+        4
     """
 
     full: float
@@ -35,11 +41,21 @@ class Work(NamedTuple):
 
 
 def work_of(block_map: BlockMap, backend: str, heads: int, dim: int) -> Work:
-    """The work of a map.
+    """Count the work of a block map.
 
     Args:
+        block_map: of the pattern.
         backend: ``"triton"`` or ``"blockwise"``.
-        heads: that have the map, times the batch; dim: head size.
+        heads: number of heads with the map, times the batch size.
+        dim: head size.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.cost import work_of
+        >>> from visattn.patterns import Block
+        >>> block_map = Block((1, 4, 4)).lower(TokenLayout(Grid(1, 8, 8)), 16, 16)
+        >>> work_of(block_map, "triton", heads=2, dim=64).full
+        8.0
     """
     if backend == "triton":
         return _kernels(block_map, heads, dim)
@@ -71,7 +87,7 @@ def work_of(block_map: BlockMap, backend: str, heads: int, dim: int) -> Work:
 
 
 def _kernels(block_map: BlockMap, heads: int, dim: int) -> Work:
-    """The kernels permute keys and values, and read queries by index."""
+    """Count the work of the kernels, which copy keys and values and read queries by index."""
     bounds = block_map.bounds.long()
     full, masked = bounds[:, 2] - bounds[:, 0], bounds[:, 4] - bounds[:, 2]
     shapes = torch.stack([full, masked], 1).unique(dim=0).tolist()
@@ -81,6 +97,6 @@ def _kernels(block_map: BlockMap, heads: int, dim: int) -> Work:
         float(heads * masked.sum()),
         0.0,
         heads * len(bounds),
-        tuple((own, other) for own, other in shapes),
+        tuple((unmasked, partial) for unmasked, partial in shapes),
         heads * dim * ordered,
     )
