@@ -21,13 +21,13 @@ from visattn.cli.generation_options import (
     read_loading,
     read_one_plan,
 )
-from visattn.cli.progress import StepLine
 from visattn.generation import Job, load_pipeline, run_job
 from visattn.generation.job import FPS
 from visattn.generation.silence_logs import quiet
 from visattn.inject import sparse, summary
 from visattn.metrics import Comparison, compare_frames
 from visattn.report import write_page
+from visattn.runtime.progress import StepLine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

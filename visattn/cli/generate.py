@@ -16,12 +16,12 @@ from visattn.cli.generation_options import (
     read_one_plan,
 )
 from visattn.cli.output import Output
-from visattn.cli.progress import StepLine
 from visattn.generation import Item, Job, Outcome, generate_all, read_prompts
 from visattn.generation.batch import seeded
 from visattn.guidance.registry import GUIDANCES
 from visattn.guidance.written_form import listed_guidances, parse_guidances
 from visattn.runtime.processes import ProcessGroup, join
+from visattn.runtime.progress import StepLine
 
 OUTPUT = "visattn.mp4"
 

@@ -17,7 +17,6 @@ from visattn.cli.generation_options import (
     read_loading,
     read_one_plan,
 )
-from visattn.cli.progress import StepLine
 from visattn.cli.show import read_integers, read_query
 from visattn.generation import Job, Loading, Result, load_pipeline, run_job
 from visattn.generation.silence_logs import quiet
@@ -28,6 +27,7 @@ from visattn.inject.attachment import attention_layers
 from visattn.readout import HeadReadout, Sampler
 from visattn.readout.measures import FEW_TILES, WINDOW, check_window
 from visattn.readout.tiles import MOST_TOKENS
+from visattn.runtime.progress import StepLine
 
 PASSES = ("cond", "uncond", "all")
 SPREAD = 4  # steps that are read where none are named
