@@ -25,7 +25,7 @@ def good(capsys, *argv):
     """stdout of a command that succeeds, with nothing but steps on stderr."""
     code, out, err = run(capsys, *argv)
     assert code == 0, err
-    assert all(re.match(r"(line \d+: )?step \d", line) for line in err.splitlines()), err
+    assert all(re.match(r"(line \d+, )?step: \d", line) for line in err.splitlines()), err
     return out
 
 

@@ -23,6 +23,7 @@ from visattn.cli import bench, compare, env, generate, inspect, search, search_h
 from visattn.cli.output import Output, error_line, plain
 from visattn.generation.errors import REFUSALS, sentence
 from visattn.runtime.processes import one_process, processes
+from visattn.runtime.progress import close_bars
 
 __all__ = ["main"]
 
@@ -131,7 +132,10 @@ def _run(argv: Sequence[str] | None) -> int:
         command = COMMANDS[args.command]
         if not command.shared:
             one_process(f"visattn {args.command}")
-        output = command.run(args)
+        try:
+            output = command.run(args)
+        finally:
+            close_bars()  # before an error is written
         text, failures, elsewhere = output if isinstance(output, Output) else Output(output)
         encoding = sys.stdout.encoding or "utf-8"
         if text:  # in one piece, between the lines of other processes

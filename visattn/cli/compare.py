@@ -27,7 +27,7 @@ from visattn.generation.silence_logs import quiet
 from visattn.inject import sparse, summary
 from visattn.metrics import Comparison, compare_frames
 from visattn.report import write_page
-from visattn.runtime.progress import StepLine
+from visattn.runtime.progress import ProgressBar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +137,7 @@ def generate_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor,
     frames, sides = {}, {}
     for side, plan in plans.items():
         with quiet(), nullcontext() if plan is None else sparse(pipe, plan, backend=backend):
-            result = run_job(pipe, job, progress=StepLine(side.upper()))
+            result = run_job(pipe, job, progress=ProgressBar(side.upper(), every=True))
             numbers = None if plan is None else summary(pipe).numbers()
         frames[side] = result.frames
         steps = result.step_seconds

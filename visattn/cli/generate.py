@@ -21,7 +21,7 @@ from visattn.generation.batch import seeded
 from visattn.guidance.registry import GUIDANCES
 from visattn.guidance.written_form import listed_guidances, parse_guidances
 from visattn.runtime.processes import ProcessGroup, join
-from visattn.runtime.progress import StepLine
+from visattn.runtime.progress import ProgressBar
 
 OUTPUT = "visattn.mp4"
 
@@ -93,7 +93,7 @@ def generate_own(args: argparse.Namespace, group: ProcessGroup) -> Output:
         skip_existing=args.skip_existing,
         keep_going=args.prompts is not None,
         new_folders=args.prompts is not None,
-        progress=lambda item: StepLine(item.label),
+        progress=lambda item: ProgressBar(item.label, every=True),
     )
     failures = [f"{own.item.label}: {own.error}" for own in outcomes if own.status == "failed"]
     elsewhere = any(group.gather(bool(failures)))

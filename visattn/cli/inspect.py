@@ -27,7 +27,7 @@ from visattn.inject.attachment import attention_layers
 from visattn.readout import HeadReadout, Sampler
 from visattn.readout.measures import FEW_TILES, WINDOW, check_window
 from visattn.readout.tiles import MOST_TOKENS
-from visattn.runtime.progress import StepLine
+from visattn.runtime.progress import ProgressBar
 
 PASSES = ("cond", "uncond", "all")
 SPREAD = 4  # steps that are read where none are named
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> str:
         nullcontext() if plan is None else sparse(pipe, plan, backend=backend),
         observe(pipe, sampler, {place.path for place in places}),
     ):
-        result = run_job(pipe, job, progress=StepLine(""))
+        result = run_job(pipe, job, progress=ProgressBar(every=True))
     if not sampler.seen():
         raise ValueError(
             f"no attention of these layers was seen in pass {args.pass_} at the steps "

@@ -21,6 +21,7 @@ from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.silence_logs import quiet
 from visattn.runtime.processes import processes
+from visattn.runtime.progress import ProgressBar
 
 KEPT = "kept"  # the folder of what is found, in that of the output
 UNUSED = ("plan", "backend", "compile", "image", "fps")
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> Output:
             settings=Settings(pairs=args.pairs),
             model=loading.model if args.model else "tiny-wan",
             command=f"visattn {shlex.join(sys.argv[1:])}" if sys.argv[1:] else None,
-            progress=Lines(),
+            progress=ProgressBar(),
         )
     if not processes().first:  # the first one writes and tells
         return Output("")
@@ -178,27 +179,3 @@ def text_of(report: dict[str, Any] | Any, page: Path, said: list[str]) -> str:
             lines.append(f"    {claim['cause']}")
     lines += [f"note: {note}" for note in (*report["notes"], *said)]
     return "\n".join([*lines, "", f"wrote {page}"])
-
-
-class Lines:
-    """Stages on stderr: a line that is written over in a terminal, else one for each tenth. Of
-    several processes each names itself."""
-
-    def __init__(self) -> None:
-        self.last = ("", -1)
-        own = processes()
-        self.over = own.world == 1 and sys.stderr.isatty()
-        self.prefix = f"process {own.rank}: " if own.world > 1 else ""
-
-    def __call__(self, stage: str, done: int, total: int, left: float | None) -> None:
-        tenth = (stage, 10 * done // max(1, total))
-        if not self.over and tenth == self.last:
-            return
-        self.last = tenth
-        time = "" if left is None or done == total else f", {left:.0f} s left"
-        line = f"{self.prefix}{stage}: {done}/{total}{time}"
-        if self.over:
-            sys.stderr.write(f"\x1b[K{line}" + ("\n" if done == total else "\r"))
-        else:
-            sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()

@@ -19,7 +19,6 @@ from visattn.cli.generation_options import (
     read_one_plan,
 )
 from visattn.cli.output import Output
-from visattn.cli.search import Lines
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.silence_logs import quiet
@@ -30,6 +29,7 @@ from visattn.guidance.head_set import HeadSet
 from visattn.guidance.parameter_kinds import HEADS
 from visattn.inject import apply_plan
 from visattn.runtime.processes import processes
+from visattn.runtime.progress import ProgressBar
 
 SCORER = "scorer"
 UNUSED = ("seed", "image", "fps")
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> Output:
             call=fields,
             keep=keep,
             resume=log,
-            progress=Lines() if processes().first else None,
+            progress=ProgressBar() if processes().first else None,
         )
     if not processes().first:  # the first one writes and tells
         return Output("")

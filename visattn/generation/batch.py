@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from visattn._atomic import read_text
 from visattn.generation.errors import sentence
-from visattn.generation.job import FPS, Job, Progress, Result, run_job
+from visattn.generation.job import FPS, Job, Result, run_job
 from visattn.generation.loading import Loading, load_pipeline, lora_notes
 from visattn.generation.origin import origin_of
 from visattn.generation.record import (
@@ -31,6 +31,7 @@ from visattn.generation.silence_logs import quiet
 from visattn.inject import apply_plan, summary
 from visattn.plan import Plan
 from visattn.plan.json_format import parse_json, shown
+from visattn.runtime.progress import Progress
 
 __all__ = ["Item", "Outcome", "generate_all", "read_prompts", "seeded"]
 
@@ -198,7 +199,7 @@ def generate_all(
             the same options, and the same files of the model and the adapters.
         keep_going: let the other items go on when one fails; else its error is raised.
         new_folders: make the folders of outputs that are missing.
-        progress: gives for an item what is called after each of its steps.
+        progress: returns for an item the function that is called after each of its steps.
 
     Returns:
         What became of each item.

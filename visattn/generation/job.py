@@ -22,11 +22,9 @@ from visattn.guidance.written_form import guidance_text, parse_guidances
 from visattn.inject.apply import family_of, models_of
 from visattn.inject.hooks.class_swap import kind_of
 from visattn.plan.json_format import shown
+from visattn.runtime.progress import Progress
 
-__all__ = ["FPS", "Job", "Progress", "Result", "run_job"]
-
-# Called after each denoising step: how many are done, of how many, and the seconds since the start.
-Progress = Callable[[int, int, float], None]
+__all__ = ["FPS", "Job", "Result", "run_job"]
 
 COUNTS = ("height", "width", "num_frames", "num_inference_steps")
 # Fields of a job that go into the pipeline's call under their own names, when they are given.
@@ -161,7 +159,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
         started = time.perf_counter()
         ends: list[float] = []
         if "callback_on_step_end" in _parameters(pipe):
-            options["callback_on_step_end"] = _watcher(started, ends, job, progress)
+            options["callback_on_step_end"] = _watcher(ends, job, progress)
         pipe.set_progress_bar_config(disable=True)
         try:
             with guided(pipe, job.guidance):
@@ -250,7 +248,7 @@ def _settings(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watcher(
-    started: float, ends: list[float], job: Job, progress: Progress | None
+    ends: list[float], job: Job, progress: Progress | None
 ) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
     """The callback after a denoising step; it waits for the device, so that times are true."""
 
@@ -261,7 +259,9 @@ def _watcher(
         ends.append(time.perf_counter())
         total = getattr(pipe, "num_timesteps", None) or job.num_inference_steps or step + 1
         if progress is not None:
-            progress(step + 1, total, ends[-1] - started)
+            mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
+            left = None if mean is None else mean * (total - step - 1)
+            progress("step", step + 1, total, left)
         return kwargs
 
     return on_step_end

@@ -10,6 +10,7 @@ from typing import Any
 from visattn._arguments import check_count
 from visattn.patterns import HeadPattern
 from visattn.runtime.processes import join
+from visattn.runtime.progress import Progress
 from visattn.search.arguments import Settings, read_budget, read_goal, split_prompts
 from visattn.search.candidate_choice import CandidateChoice
 from visattn.search.measure.clip_quality import ClipScorer
@@ -17,7 +18,6 @@ from visattn.search.measure.target import SearchTarget
 from visattn.search.request import SearchRequest, runner_of
 from visattn.search.result import SearchResult
 from visattn.search.run import run_search
-from visattn.tasks.runner import Progress
 
 __all__ = ["search"]
 

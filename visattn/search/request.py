@@ -13,12 +13,13 @@ import torch
 
 from visattn._version import versions
 from visattn.runtime.processes import ProcessGroup
+from visattn.runtime.progress import Progress
 from visattn.search.arguments import PromptPair, Settings
 from visattn.search.candidate_choice import CandidateChoice
 from visattn.search.measure.clip_quality import ClipScorer
 from visattn.search.measure.target import SearchTarget
 from visattn.tasks.result_store import ResultStore
-from visattn.tasks.runner import Progress, TaskRunner
+from visattn.tasks.runner import TaskRunner
 
 __all__ = ["SearchRequest", "runner_of"]
 

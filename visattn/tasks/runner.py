@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.runtime.processes import ProcessGroup
+from visattn.runtime.progress import Progress
 from visattn.tasks.result_store import ResultStore, StoredResult, key_of
 
-__all__ = ["Progress", "Task", "TaskResult", "TaskRunner", "Unfinished"]
+__all__ = ["Task", "TaskResult", "TaskRunner", "Unfinished"]
 
-# Called as tasks are done: the stage, how many of how many, seconds left of the stage or None.
-Progress = Callable[[str, int, int, float | None], None]
 TaskResult = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 
 

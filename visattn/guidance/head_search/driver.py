@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,13 +36,11 @@ from visattn.inject.models.fingerprint import fingerprint
 from visattn.inject.models.searchable import check_searchable
 from visattn.plan.json_format import shown
 from visattn.runtime.processes import ProcessGroup, join
+from visattn.runtime.progress import Progress
 
-__all__ = ["Progress", "search_heads"]
+__all__ = ["search_heads"]
 
 logger = logging.getLogger("visattn")
-# Called as candidates are scored: the round, generations that are done, of how many, seconds left
-# of the search or None.
-Progress = Callable[[str, int, int, float | None], None]
 
 
 def search_heads(
@@ -90,7 +88,8 @@ def search_heads(
         resume: a file of scores, which are added to it as they are found; a search with the same
             settings goes on from it, also with more rounds or another ``k``. None: no file. Of the
             processes of ``torchrun``, which share the generations, the first one writes it.
-        progress: is told of what is done.
+        progress: called as ``progress(stage, done, total, seconds_left)`` after each generation;
+            ``visattn.runtime.progress.ProgressBar()`` shows a bar.
 
     Returns:
         The heads. ``provenance`` has the rounds, the mean objective without and with the heads, and
