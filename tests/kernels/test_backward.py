@@ -137,7 +137,7 @@ def test_strides_other_than_contiguous() -> None:
 
 
 def test_gradients_are_the_same_every_time() -> None:
-    layout = LAYOUTS["video_5x5x5"]
+    layout = LAYOUTS["video_5x5x5" if GPU else "video_3x3x3"]  # only a GPU sums in any order
     q, k, v = inputs(layout, 2, 1, 16, torch.float32)
     heads = (draw("neighborhood", layout, 1), Skip())
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.selectors_oracle import LAYOUTS, SCALE, SMALL, lengths, small, tensors
+from support.selectors_oracle import LAYOUTS, LONGER, SCALE, SMALL, lengths, small, tensors
 
 from visattn import Grid, TokenLayout, sparse_attention
 from visattn.geometry.layout import valid_keys
@@ -261,7 +261,7 @@ def test_uneven_runs_cover_the_groups(seed: int) -> None:
 
 
 def test_arranged_blocks_keep_every_token_once() -> None:
-    layout = LAYOUTS["video"]
+    layout = LONGER
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(2, 3, 90, generator=generator).argsort(-1)
     counts = torch.tensor([[40, 0, 50]] * 6).view(2, 3, 3)

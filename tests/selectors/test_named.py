@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.selectors_oracle import (
     LAYOUTS,
+    LONGER,
     SCALE,
     count,
     cut,
@@ -464,7 +465,7 @@ def test_mask_is_that_of_the_definition(selector, mask, layout):  # type: ignore
     ("selector", "mask"), OPTIONS, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(OPTIONS)]
 )
 def test_mask_with_other_options(selector, mask):  # type: ignore[no-untyped-def]
-    layout = LAYOUTS["video"]
+    layout = LONGER
     q, k, v = tensors(layout, batch=1)
     text = lengths(layout, batch=1)
     assert text is not None

@@ -21,11 +21,12 @@ Blocks = list[list[int]]
 Output = Callable[..., torch.Tensor]
 
 LAYOUTS = {
-    "video": TokenLayout(Grid(3, 5, 6), text_after=7),
+    "video": TokenLayout(Grid(3, 4, 5), text_after=7),
     "odd": TokenLayout(Grid(2, 7, 3), text_before=5),
     "image": TokenLayout(Grid(1, 9, 7), text_before=3, text_after=2),
     "line": TokenLayout(Grid(5, 1, 3)),
 }
+LONGER = TokenLayout(Grid(3, 5, 6), text_after=7)
 SCALE = 0.3
 # every selector, small enough for the layouts of the tests
 SMALL = {
