@@ -34,8 +34,6 @@ LONG_FILES = {
     "visattn/guidance/head_search/driver.py",
     "visattn/inject/attachment.py",
     "visattn/inject/layers/layer.py",
-    "visattn/search/api.py",
-    "visattn/search/run.py",
 }
 FULL_FOLDERS: set[str] = set()
 SHARED_NAMES: set[str] = set()
