@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.selectors_oracle import small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visattn import Grid, TokenLayout
 from visattn.bench.measure_selection import smooth_fields
 from visattn.patterns import parse_pattern
-from visattn.selectors import SELECTORS, MoBA, Selector, TopBlocks, VMoBA, selector
+from visattn.selectors import SELECTORS, BlockSelector, MoBA, Selector, TopBlocks, VMoBA, selector
 from visattn.selectors.attend.dynamic_blockwise import attend
 
 DIM = 32
@@ -91,3 +92,34 @@ def test_rows_chosen_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert broken.broken.flatten().tolist() == [True, False]
     assert bool((broken.levels[0, 0] == 1).all())
     assert torch.equal(broken.levels[0, 1], whole[0].levels[0, 1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, kind in SELECTORS.items()
+        if issubclass(kind, BlockSelector) and kind.row_independent
+    ],
+)
+def test_declared_row_independence_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = TokenLayout(Grid(3, 5, 6), text_after=4)
+    q, k, v = smooth_fields(layout, 2, 8)
+    pattern = small(name)
+    whole = pattern.select(q, k, v, layout, 0.3)
+    calls = []
+    scores = type(pattern).scores
+    monkeypatch.setattr(
+        type(pattern), "scores", lambda *args: calls.append(1) or scores(*args)
+    )
+    monkeypatch.setattr(selector, "MOST_SCORES", 40)
+    assert torch.equal(pattern.select(q, k, v, layout, 0.3).levels, whole.levels)
+    assert len(calls) > 1
+
+
+def test_methods_that_see_all_rows_do_not_declare_row_independence() -> None:
+    """Only methods with the stages of the base choose row by row."""
+    stages = ("scores", "adjusted", "finished", "widened")
+    for kind in SELECTORS.values():
+        if issubclass(kind, BlockSelector) and kind.row_independent:
+            assert all(getattr(kind, stage) is getattr(BlockSelector, stage) for stage in stages)

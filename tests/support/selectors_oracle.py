@@ -13,7 +13,7 @@ import torch
 from visattn.geometry.layout import Grid, TokenLayout, valid_keys
 from visattn.geometry.orders import BoxOrder, HilbertOrder, LineOrder, Order, fitted
 from visattn.patterns import parse_pattern
-from visattn.selectors import Selector
+from visattn.selectors import SELECTORS, Selector
 from visattn.selectors.attend.dynamic_blockwise import attend
 from visattn.selectors.attend.dynamic_reference import reference_attend
 
@@ -29,32 +29,7 @@ LAYOUTS = {
 LONGER = TokenLayout(Grid(3, 5, 6), text_after=7)
 SCALE = 0.3
 # every selector, small enough for the layouts of the tests
-SMALL = {
-    "top_blocks": "top_blocks(0.3, block=8, rest='variance')",
-    "jenga": "jenga(0.3, 0.1, 8)",
-    "draft": "draft(0.3, (2, 3))",
-    "dfsattn": "dfsattn(0.3, 8, 3)",
-    "nabla": "nabla(0.6, None, (1, 2, 3))",
-    "vsa": "vsa(0.3, (2, 2, 2))",
-    "pisa": "pisa(0.3, 8)",
-    "asa": "asa(0.6, 8, 3)",
-    "xattention": "xattention(0.6, 3, 8)",
-    "sparge": "sparge(0.6, 0.2, 8, 4)",
-    "rectified": "rectified(0.3, 0.1, 8)",
-    "moba": "moba(0.3, 8)",
-    "vmoba": "vmoba('3d', box=(2, 2, 2), queries=4)",
-    "pyramid": "pyramid(block=8, pooled=True)",
-    "bi_level": "bi_level(0.3, (1, 2, 2))",
-    "proxy_heads": "proxy_heads(0.6, 1, 3, 8)",
-    "hierarchical": "hierarchical(0.2, 0.5, 3, 4)",
-    "core_context": "core_context(1, 8)",
-    "key_order": "key_order(0.6, 9, 8)",
-    "cluster_blocks": "cluster_blocks(0.5, 1, 5, 7, 3, 8)",
-    "online_choice": "online_choice((diagonal(3), stripe()), 9, 8)",
-    "hashing": "hashing(8, 9, 4)",
-    "skip_list": "skip_list(0.01, block=8)",
-    "reuse": "reuse(vsa(0.3, (2, 2, 2)), 3)",
-}
+SMALL = {name: kind.example for name, kind in SELECTORS.items()}
 
 
 def small(name: str) -> Selector:

@@ -27,6 +27,8 @@ from visattn.selectors.stages.selection import PooledRest, SampledRest, Selectio
 
 __all__ = [
     "ORDERS",
+    "SEARCHED_MASSES",
+    "SEARCHED_SHARES",
     "BlockSelector",
     "Selector",
     "Stages",
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 ORDERS = ("raster", "tiles", "hilbert")
+SEARCHED_SHARES = (0.12, 0.25, 0.4)  # budgets that the search tries: shares of blocks
+SEARCHED_MASSES = (0.6, 0.8)  # and shares of the attention mass
 MAX_BLOCK = 1 << 16
 MOST_SCORES = 1 << 22  # of a call that are there at a time, where rows choose for themselves
 
@@ -92,9 +96,33 @@ def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
 
 
 class Selector(HeadPattern):
-    """Base of the dynamic patterns. ``reusable``: whether a selection serves another call too."""
+    """Base of the dynamic patterns; each subclass is a frozen dataclass.
 
+    One file adds a selector: a class that sets ``name`` is registered in ``SELECTORS``, parsed,
+    drawn and tested with the others, and its ``search_budgets`` are tried by the search.
+
+    Attributes:
+        name: the name in plans and on the command line.
+        family: the group of patterns that share a hue in pictures.
+        color: ``"#rrggbb"``, for pictures.
+        example: the written form of a small instance that is legal on every grid, for tests and
+            demonstrations.
+        reusable: whether a selection may serve another call.
+    """
+
+    family: ClassVar[str] = "dynamic"
+    color: ClassVar[str] = "#cc79a7"
+    example: ClassVar[str]
     reusable: ClassVar[bool] = True
+
+    @classmethod
+    def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
+        """Return the instances that the search tries, by the label of their candidates.
+
+        Args:
+            block: tokens of a block.
+        """
+        return {}
 
     @property
     def learns(self) -> bool:

@@ -58,6 +58,8 @@ class Reuse(Selector):
     guard: float | None = None
     rows: int = 64
     name: ClassVar[str] = "reuse"
+    color: ClassVar[str] = "#8fd9c1"
+    example: ClassVar[str] = "reuse(vsa(0.3, (2, 2, 2)), 3)"
 
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector) or isinstance(self.selector, Reuse):

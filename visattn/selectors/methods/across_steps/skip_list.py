@@ -49,6 +49,8 @@ class SkipList(Selector):
     block: int = 64
     order: str = "hilbert"
     name: ClassVar[str] = "skip_list"
+    color: ClassVar[str] = "#b5e4d4"
+    example: ClassVar[str] = "skip_list(0.01, block=8)"
     reusable: ClassVar[bool] = False  # each call adds to the list
 
     def __post_init__(self) -> None:

@@ -47,6 +47,8 @@ class Agent(HeadPattern):
     second: float | None = None
     shortcut: float = 0.075
     name: ClassVar[str] = "agent"
+    color: ClassVar[str] = "#a5678a"
+    example: ClassVar[str] = "agent((1, 3, 3))"
 
     def __post_init__(self) -> None:
         BoxOrder(self.box)

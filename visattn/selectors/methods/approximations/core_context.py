@@ -45,6 +45,8 @@ class CoreContext(BlockSelector):
     block: int = 64
     order: str = "tiles"
     name: ClassVar[str] = "core_context"
+    color: ClassVar[str] = "#6d3a58"
+    example: ClassVar[str] = "core_context(1, 8)"
 
     def __post_init__(self) -> None:
         check_keep("keep", self.keep)

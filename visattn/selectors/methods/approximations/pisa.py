@@ -7,7 +7,13 @@ from typing import ClassVar
 
 from visattn._arguments import check_block, check_flag, check_keep
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.selector import BlockSelector, Stages, rounded_down
+from visattn.patterns.base.head_pattern import HeadPattern
+from visattn.selectors.selector import (
+    SEARCHED_SHARES,
+    BlockSelector,
+    Stages,
+    rounded_down,
+)
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopK
 from visattn.selectors.stages.scores import Pooled
@@ -43,6 +49,8 @@ class PISA(BlockSelector):
     first_order: bool = True
     own: bool = False
     name: ClassVar[str] = "pisa"
+    color: ClassVar[str] = "#e3a8c8"
+    example: ClassVar[str] = "pisa(0.3, 8)"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"own": True}
 
@@ -51,6 +59,10 @@ class PISA(BlockSelector):
         check_block("block", self.block)
         check_flag("first_order", self.first_order)
         check_flag("own", self.own)
+
+    @classmethod
+    def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
+        return {"piecewise sparse": [cls(keep, block) for keep in SEARCHED_SHARES[:2]]}
 
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(

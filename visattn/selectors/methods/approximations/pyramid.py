@@ -73,6 +73,8 @@ class Pyramid(BlockSelector):
     nested: bool = False
     own: bool = False
     name: ClassVar[str] = "pyramid"
+    color: ClassVar[str] = "#a8588a"
+    example: ClassVar[str] = "pyramid(block=8, pooled=True)"
     before: ClassVar[dict[str, object]] = {"nested": True, "own": True}
 
     def __post_init__(self) -> None:

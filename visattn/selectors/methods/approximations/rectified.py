@@ -42,6 +42,8 @@ class Rectified(Jenga):
 
     mass: float = 0.3
     name: ClassVar[str] = "rectified"
+    color: ClassVar[str] = "#d7a3c4"
+    example: ClassVar[str] = "rectified(0.3, 0.1, 8)"
     row_independent: ClassVar[bool] = False  # its correction is of the whole call
     reusable: ClassVar[bool] = False  # the correction holds values of the call
 

@@ -66,6 +66,8 @@ class ClusterBlocks(PerHeadSelector):
     metric: str = "euclid"
     warm: int = 2
     name: ClassVar[str] = "cluster_blocks"
+    color: ClassVar[str] = "#4fb897"
+    example: ClassVar[str] = "cluster_blocks(0.5, 1, 5, 7, 3, 8)"
 
     def __post_init__(self) -> None:
         check_share("mass", self.mass, above=True)

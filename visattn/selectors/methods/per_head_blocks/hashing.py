@@ -49,6 +49,8 @@ class Hashing(PerHeadSelector):
     projections: int = 7
     seed: int = 0
     name: ClassVar[str] = "hashing"
+    color: ClassVar[str] = "#7fcdb4"
+    example: ClassVar[str] = "hashing(8, 9, 4)"
 
     def __post_init__(self) -> None:
         check_block("block", self.block)

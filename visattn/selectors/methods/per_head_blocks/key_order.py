@@ -53,6 +53,8 @@ class KeyOrder(PerHeadSelector):
     block: int = 64
     order: str = "tiles"
     name: ClassVar[str] = "key_order"
+    color: ClassVar[str] = "#2f9e80"
+    example: ClassVar[str] = "key_order(0.6, 9, 8)"
 
     def __post_init__(self) -> None:
         check_share("mass", self.mass, above=True)

@@ -55,6 +55,8 @@ class OnlineChoice(Selector):
     rows: int = 64
     block: int = 64
     name: ClassVar[str] = "online_choice"
+    color: ClassVar[str] = "#00795a"
+    example: ClassVar[str] = "online_choice((diagonal(3), stripe()), 9, 8)"
 
     def __post_init__(self) -> None:
         if not isinstance(self.patterns, tuple) or len(self.patterns) < 2:

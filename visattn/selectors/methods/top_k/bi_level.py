@@ -45,6 +45,8 @@ class BiLevel(BlockSelector):
     region: tuple[int, int, int] = (1, 8, 8)
     own: bool = False
     name: ClassVar[str] = "bi_level"
+    color: ClassVar[str] = "#94507e"
+    example: ClassVar[str] = "bi_level(0.3, (1, 2, 2))"
     before: ClassVar[dict[str, object]] = {"own": True}
 
     def __post_init__(self) -> None:

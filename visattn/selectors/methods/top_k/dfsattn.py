@@ -42,6 +42,8 @@ class DFSAttn(BlockSelector):
     part: int = 16
     own: bool = False
     name: ClassVar[str] = "dfsattn"
+    color: ClassVar[str] = "#f2b5d0"
+    example: ClassVar[str] = "dfsattn(0.3, 8, 3)"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"own": True}
 

@@ -48,6 +48,8 @@ class Draft(BlockSelector):
     tile: tuple[int, int] = (8, 16)
     own: bool = False
     name: ClassVar[str] = "draft"
+    color: ClassVar[str] = "#c45f95"
+    example: ClassVar[str] = "draft(0.3, (2, 3))"
     before: ClassVar[dict[str, object]] = {"own": True}
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ class Hierarchical(BlockSelector):
     neighbours: bool = False
     first_frame: bool = False
     name: ClassVar[str] = "hierarchical"
+    color: ClassVar[str] = "#c88fb0"
+    example: ClassVar[str] = "hierarchical(0.2, 0.5, 3, 4)"
 
     def __post_init__(self) -> None:
         check_keep("keep", self.keep)

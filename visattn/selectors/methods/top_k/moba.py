@@ -42,6 +42,8 @@ class MoBA(BlockSelector):
     queries: int = 1
     order: str = "raster"
     name: ClassVar[str] = "moba"
+    color: ClassVar[str] = "#b9699a"
+    example: ClassVar[str] = "moba(0.3, 8)"
     row_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -7,7 +7,14 @@ from typing import ClassVar
 
 from visattn._arguments import check_block, check_flag, check_keep, check_share, check_word
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.selector import ORDERS, BlockSelector, Stages
+from visattn.patterns.base.head_pattern import HeadPattern
+from visattn.selectors.selector import (
+    ORDERS,
+    SEARCHED_MASSES,
+    SEARCHED_SHARES,
+    BlockSelector,
+    Stages,
+)
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import ChoiceRule, TopK, TopP
 from visattn.selectors.stages.scores import (
@@ -78,6 +85,8 @@ class TopBlocks(BlockSelector):
     neighbours: bool = False
 
     name: ClassVar[str] = "top_blocks"
+    color: ClassVar[str] = "#cc79a7"
+    example: ClassVar[str] = "top_blocks(0.3, block=8, rest='variance')"
     row_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -95,6 +104,19 @@ class TopBlocks(BlockSelector):
     @property
     def learns(self) -> bool:
         return self.score == "exact"
+
+    @classmethod
+    def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
+        return {
+            "pooled top-k": [cls(keep, block=block) for keep in SEARCHED_SHARES],
+            "pooled top-k + means": [
+                cls(keep, rest="pooled", block=block) for keep in SEARCHED_SHARES
+            ],
+            "pooled top-k + first order": [
+                cls(keep, rest="first_order", block=block) for keep in SEARCHED_SHARES
+            ],
+            "pooled top-p": [cls(0.01, mass=mass, block=block) for mass in SEARCHED_MASSES],
+        }
 
     def stages(self, layout: TokenLayout) -> Stages:
         choose: ChoiceRule = TopK(self.keep)

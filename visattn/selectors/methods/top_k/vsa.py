@@ -40,6 +40,8 @@ class VSA(BlockSelector):
     tile: tuple[int, int, int] = (4, 4, 4)
     own: bool = False
     name: ClassVar[str] = "vsa"
+    color: ClassVar[str] = "#e08fc0"
+    example: ClassVar[str] = "vsa(0.3, (2, 2, 2))"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"own": True}
 

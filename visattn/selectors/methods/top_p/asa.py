@@ -45,6 +45,8 @@ class ASA(BlockSelector):
     seed: int = 0
     own: bool = False
     name: ClassVar[str] = "asa"
+    color: ClassVar[str] = "#7a3562"
+    example: ClassVar[str] = "asa(0.6, 8, 3)"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"own": True}
 

@@ -38,6 +38,8 @@ class Jenga(BlockSelector):
     keep: int | float = 0.2
     block: int = 128
     name: ClassVar[str] = "jenga"
+    color: ClassVar[str] = "#d98cb3"
+    example: ClassVar[str] = "jenga(0.3, 0.1, 8)"
     row_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -47,6 +47,8 @@ class NABLA(BlockSelector):
     clamped: bool = False
     own: bool = False
     name: ClassVar[str] = "nabla"
+    color: ClassVar[str] = "#9c4a7c"
+    example: ClassVar[str] = "nabla(0.6, None, (1, 2, 3))"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"clamped": True, "own": True}
 

@@ -49,6 +49,8 @@ class ProxyHeads(BlockSelector):
     order: str = "tiles"
     own: bool = False
     name: ClassVar[str] = "proxy_heads"
+    color: ClassVar[str] = "#e6c1d8"
+    example: ClassVar[str] = "proxy_heads(0.6, 1, 3, 8)"
     before: ClassVar[dict[str, object]] = {"own": True}
 
     def __post_init__(self) -> None:

@@ -9,7 +9,13 @@ import torch
 
 from visattn._arguments import check_block, check_flag, check_share, check_word, is_number
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.selector import ORDERS, BlockSelector, Stages
+from visattn.patterns.base.head_pattern import HeadPattern
+from visattn.selectors.selector import (
+    ORDERS,
+    SEARCHED_MASSES,
+    BlockSelector,
+    Stages,
+)
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopP
 from visattn.selectors.stages.inputs import Inputs
@@ -55,6 +61,8 @@ class Sparge(BlockSelector):
     crossing: bool = False
     own: bool = False
     name: ClassVar[str] = "sparge"
+    color: ClassVar[str] = "#8a3f6f"
+    example: ClassVar[str] = "sparge(0.6, 0.2, 8, 4)"
     before: ClassVar[dict[str, object]] = {"crossing": True, "own": True}
 
     def __post_init__(self) -> None:
@@ -68,6 +76,10 @@ class Sparge(BlockSelector):
         check_word("order", self.order, ORDERS)
         check_flag("crossing", self.crossing)
         check_flag("own", self.own)
+
+    @classmethod
+    def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
+        return {"self-similar": [cls(mass, 0.0, block, block) for mass in SEARCHED_MASSES]}
 
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(

@@ -18,7 +18,13 @@ from visattn._arguments import (
 )
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.geometry.orders import BoxOrder, LineOrder, Order
-from visattn.selectors.selector import BlockSelector, Stages, only_grid
+from visattn.patterns.base.head_pattern import HeadPattern
+from visattn.selectors.selector import (
+    SEARCHED_SHARES,
+    BlockSelector,
+    Stages,
+    only_grid,
+)
 from visattn.selectors.stages.choose import ChoiceRule, TopK, as_scope, of_scope
 from visattn.selectors.stages.prefix import of_total, order_keys, smallest_prefix, top_count
 from visattn.selectors.stages.scores import Pooled
@@ -129,6 +135,8 @@ class VMoBA(BlockSelector):
     queries: int = 64
     more: bool = True
     name: ClassVar[str] = "vmoba"
+    color: ClassVar[str] = "#f0c9de"
+    example: ClassVar[str] = "vmoba('3d', box=(2, 2, 2), queries=4)"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"more": False}
 
@@ -175,6 +183,15 @@ class VMoBA(BlockSelector):
             sides = self.box
         t, h, w = (min(a, b) for a, b in zip(sides, grid.shape, strict=True))
         return BoxOrder((t, h, w)), t * h * w
+
+    @classmethod
+    def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
+        return {
+            "mixture of blocks": [
+                cls("3d", 1, (4, 4), (1, 4, 4), share, 0.01, "head", block)
+                for share in SEARCHED_SHARES[:2]
+            ]
+        }
 
     def stages(self, layout: TokenLayout) -> Stages:
         order, size = self.key_order(only_grid(layout, self))

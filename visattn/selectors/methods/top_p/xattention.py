@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from visattn._arguments import check_block, check_flag, check_share
 from visattn.geometry.layout import TokenLayout
-from visattn.selectors.selector import BlockSelector, Stages
+from visattn.patterns.base.head_pattern import HeadPattern
+from visattn.selectors.selector import SEARCHED_MASSES, BlockSelector, Stages
 from visattn.selectors.stages.always_kept import AlwaysKept
 from visattn.selectors.stages.choose import TopP
 from visattn.selectors.stages.scores import Antidiagonal
@@ -42,6 +43,8 @@ class XAttention(BlockSelector):
     sink: bool = True
     own: bool = False
     name: ClassVar[str] = "xattention"
+    color: ClassVar[str] = "#b0578f"
+    example: ClassVar[str] = "xattention(0.6, 3, 8)"
     row_independent: ClassVar[bool] = True
     before: ClassVar[dict[str, object]] = {"sink": False, "own": True}
 
@@ -51,6 +54,10 @@ class XAttention(BlockSelector):
         check_block("block", self.block)
         check_flag("sink", self.sink)
         check_flag("own", self.own)
+
+    @classmethod
+    def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
+        return {"antidiagonal": [cls(mass, 4, block) for mass in SEARCHED_MASSES]}
 
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(
