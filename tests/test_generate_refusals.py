@@ -189,7 +189,7 @@ BAD = {
     **{
         f"negative prompt of {name} without guidance": (
             model(name, "--negative-prompt", "blue", "--guidance-scale", "1"),
-            "negative_prompt is not looked at by .*Pipeline at guidance_scale=1; .*'nag:",
+            "negative_prompt is not looked at by .*Pipeline at guidance_scale=1; .*NAG",
         )
         for name in ("wan", "wan22", "cogvideox")
     },
@@ -243,7 +243,7 @@ BAD = {
         ["generate", "caf\udce9", "--model", "wan", *SIZE],
         r"prompt='caf\\udce9' holds '\\udce9', which is no character of Unicode",
     ),
-    "guidance no Unicode": (own("--guidance", "nag:negative_prompt=\udce9"), "no character"),
+    "guidance no Unicode": (own("--guidance", "NAG('\udce9')"), "no character"),
     "prompts to nowhere": ([*PLAIN, "--prompts", "fine.jsonl"], "needs --output"),
     "prompts to a file": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "a.mp4"], "must be a folder"),
     "prompts to no folder": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "no/new"], "not there"),

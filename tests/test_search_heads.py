@@ -21,7 +21,7 @@ SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inferenc
 CAPTION = "a red square moves right over the fog"
 PLAIN = ["search-heads", "--model", "wan", *SMALL, "-o", "heads.json"]
 SEARCH = [*PLAIN, CAPTION]
-MINE = ["--objective", "mine:red", "--candidates", "0:1;1:*"]
+MINE = ["--objective", "mine:red", "--candidates", "{0: [1], 1: None}"]
 GUIDED = ["generate", "a red square", "--model", "wan", *SMALL, "-o", "clip"]
 
 SCORES = '''
@@ -66,21 +66,25 @@ def test_search_writes_heads_that_generate_takes(capsys):
     for number, row in enumerate(found.provenance["rounds"], 1):
         layer, head, score = row["added"][0]
         assert lines[number - 1].startswith(f"round {number}: {layer}:{head} ({score:.4f}); mean")
-    assert lines[-2:] == ["wrote heads.json", "use: --guidance softpag:heads=heads.json"]
+    assert lines[-2:] == [
+        "wrote heads.json",
+        "use: --guidance \"SoftPAG(heads='heads.json')\"",
+    ]
     before = Path("heads.jsonl").read_bytes()
     assert before.count(b"\n") == 1 + 2 * (1 + 5 + 4)
     sys.modules["mine"].calls.clear()
     again = searched(capsys, *SEARCH, *MINE, "--rounds", "2", "--seeds", "0,1", "--scale", "5")
     assert (again, sys.modules["mine"].calls) == (out, [])  # all of it is in the log
     assert Path("heads.jsonl").read_bytes() == before
-    code, _, err = run(capsys, *GUIDED, "--guidance", "softpag:heads=heads.json")
+    code, _, err = run(capsys, *GUIDED, "--guidance", "SoftPAG(heads='heads.json')")
     assert code == 0, err
     [text] = read_record("clip")["job"]["guidance"]
-    assert text.startswith("softpag:heads=blocks.") and "scale=5.0" in text
+    assert text.startswith("SoftPAG(heads={'blocks.") and "scale=5.0" in text
 
 
 def test_search_by_the_scorer_as_json(capsys):
-    argv = [*SEARCH, "--candidates", "2:0,1", "--keep", "1:3@0.5", "--json", "--resume", "my.log"]
+    argv = [*SEARCH, "--candidates", "{2: [0, 1]}", "--keep", "{1: {3: 0.5}}"]
+    argv += ["--json", "--resume", "my.log"]
     value = json.loads(searched(capsys, *argv, "--batch", "2", "--plan", "diagonal(4)"))
     assert (value["output"], value["log"]) == ("heads.json", "my.log")
     assert value["heads"] == json.loads(Path("heads.json").read_text())
@@ -128,9 +132,15 @@ WRONG = {
     "scale": ([*SEARCH, "--scale", "0"], "perturbs nothing"),
     "policy": ([*SEARCH, "--policy", "text"], "invalid choice"),
     "policies": ([*SEARCH, "--policy", "ii_renorm", "--target", "uniform"], "targets are value"),
-    "candidates": ([*SEARCH, "--candidates", "3"], "--candidates '3' must be layers with heads"),
-    "candidate": ([*SEARCH, "--candidates", "7:1"], "names the layer 7"),
-    "keep": ([*SEARCH, "--keep", "0:9"], "keep names head 9"),
+    "candidates": ([*SEARCH, "--candidates", "3"], "--candidates: heads '3' must be layers"),
+    "candidate": ([*SEARCH, "--candidates", "{7: [1]}"], "names the layer 7"),
+    "former candidates": (
+        [*SEARCH, "--candidates", "3:2,5;7:*"],
+        r"a form of older versions; write \{3: \[2, 5\], 7: None\}",
+    ),
+    "keep no dict": ([*SEARCH, "--keep", "{3: [1]"], "--keep: heads .* no call with literal"),
+    "keep strength": ([*SEARCH, "--keep", "{3: {1: 2}}"], "strength 2 in layer 3"),
+    "keep": ([*SEARCH, "--keep", "{0: [9]}"], "keep names head 9"),
     "objective": ([*SEARCH, "--objective", "mine"], "must be scorer, or MODULE:FUNCTION"),
     "no objective": ([*SEARCH, "--objective", "mine:blue"], "cannot be imported: AttributeError"),
     "no module": ([*SEARCH, "--objective", "no_such:f"], "cannot be imported: ModuleNotFound"),
@@ -162,12 +172,15 @@ def test_list_names_every_guidance_with_an_example(capsys):
     code, out, err = run(capsys, "generate", "--list-guidance")
     assert (code, err) == (0, "")
     for name, own in GUIDANCES.items():
-        assert f"{name}: {own.summary}\n    --guidance '{own.example}'\n" in out
+        assert f"{name}: {own.summary()}\n    --guidance \"{own.example}\"\n" in out
     code, out, _ = run(capsys, "generate", "--list-guidance", "--json")
     assert [own["name"] for own in json.loads(out)] == list(GUIDANCES)
 
 
-TWO = ("softpag:heads=1:0,2;2:3@0.5,scale=4", "slg-uncond:blocks=1,start=0")
+TWO = (
+    "SoftPAG(heads={1: [0, 2], 2: {3: 0.5}}, scale=4)",
+    "SkipBlock(blocks=[1], passes=['uncond'], start=0)",
+)
 
 
 def test_record_is_enough_to_make_guided_frames_again(capsys):
@@ -177,7 +190,7 @@ def test_record_is_enough_to_make_guided_frames_again(capsys):
     record = read_record("clip")
     job = Job(**record["job"])
     assert job.guidance == (
-        SoftPAG({1: {0: 1.0, 2: 1.0}, 2: {3: 0.5}}, scale=4.0),
+        SoftPAG({1: [0, 2], 2: {3: 0.5}}, scale=4.0),
         SkipBlock(blocks=(1,), passes=("uncond",)),
     )
     assert job.record()["guidance"] == record["job"]["guidance"]
@@ -190,33 +203,43 @@ def test_record_is_enough_to_make_guided_frames_again(capsys):
         assert not torch.equal(to_bytes(run_job(pipe, own).frames), clip)
     kept = [*GUIDED, *argv, "--skip-existing"]
     assert run(capsys, *kept)[1] == "kept clip\n"
-    assert run(capsys, *kept, "--guidance", "seg:layers=0")[1].startswith("wrote clip")
+    former = [  # as older versions wrote it
+        "softpag:heads=1:0,2;2:3@0.5,strength=1.0,policy=all,target=value,scale=4.0,start=0,stop=1.0",
+        "slg-uncond:blocks=1,start=0,stop=1.0",
+    ]
+    written = json.loads(Path("clip.json").read_text())
+    written["job"]["guidance"] = former
+    Path("clip.json").write_text(json.dumps(written))
+    assert Job(**read_record("clip")["job"]).guidance[0] == job.guidance[0]
+    assert run(capsys, *kept)[1] == "kept clip\n"
+    assert run(capsys, *kept, "--guidance", "SEG(layers=[0])")[1].startswith("wrote clip")
 
 
 def test_lines_of_a_file_have_guidance_of_their_own(capsys):
     Path("p.jsonl").write_text(
         '{"prompt": "a", "output": "plain", "guidance": []}\n'
-        '{"prompt": "a", "output": "one", "guidance": "pag:layers=2"}\n'
+        '{"prompt": "a", "output": "one", "guidance": "PAG(layers=[2])"}\n'
         '{"prompt": "a", "output": "usual"}\n'
-        '{"prompt": "a", "output": "bad", "guidance": ["pagg"]}\n'
+        '{"prompt": "a", "output": "bad", "guidance": ["pagg()"]}\n'
     )
     argv = ["generate", "--prompts", "p.jsonl", "--model", "wan", *SMALL, "-o", "all"]
-    code, out, err = run(capsys, *argv, "--guidance", "seg:layers=1")
+    code, out, err = run(capsys, *argv, "--guidance", "SEG(layers=[1])")
     assert code == 1 and out.count("wrote") == 3
-    assert "line 4: guidance 'pagg' has the unknown name" in err.splitlines()[-1]
+    assert "line 4: guidance 'pagg()': unknown guidance 'pagg'" in err.splitlines()[-1]
     texts = [read_record(f"all/{name}")["job"]["guidance"] for name in ("plain", "one", "usual")]
-    assert [[own.split(":")[0] for own in each] for each in texts] == [[], ["pag"], ["seg"]]
+    assert [[own.split("(")[0] for own in each] for each in texts] == [[], ["PAG"], ["SEG"]]
 
 
 BAD_GUIDANCE = {
-    "pagg": "unknown name 'pagg', did you mean 'pag'",
-    "softpag:strength=2": "strength=2.0",
-    "softpag:heads=no.json": "no.json' is no file",
-    "softpag:heads=9:0": "names layer 9; there are 3",
-    "softpag:heads=0:7": "names head 7",
-    "softpag:heads=far.json": "heads are of another model",
-    "slg:blocks=7": "names block 7",
-    "slg:blocks=1,start=5,stop=9": "has changed no attention call",
+    "pagg": "unknown guidance 'pagg', did you mean 'PAG'",
+    "SoftPAG(strength=2)": "strength=2",
+    "softpag:strength=0.5": "older versions; write SoftPAG(strength=0.5)",
+    "SoftPAG(heads='no.json')": "no.json' is no file",
+    "SoftPAG(heads={9: [0]})": "names layer 9; there are 3",
+    "SoftPAG(heads={0: [7]})": "names head 7",
+    "SoftPAG(heads='far.json')": "heads are of another model",
+    "SLG(blocks=[7])": "names block 7",
+    "SLG(blocks=[1], start=5, stop=9)": "has changed no attention call",
 }
 
 

@@ -27,10 +27,6 @@ ROOT_FILES = {
 LONG_FILES = {
     "kernels/hopper.py",
     "visattn/bench/measure_pipeline.py",
-    "visattn/guidance/edits/block_edits.py",
-    "visattn/guidance/guiders/guidance.py",
-    "visattn/guidance/guiders/modular.py",
-    "visattn/guidance/guiders/nag.py",
     "visattn/guidance/head_search/driver.py",
     "visattn/inject/attachment.py",
     "visattn/inject/layers/layer.py",

@@ -26,4 +26,4 @@ def test_no_public_method_is_left_out():
     names = visattn.guidance.__all__
     public = {name for name in names if callable(getattr(visattn.guidance, name))}
     assert public - PARTS - RUNNERS - FORMS == {own.__name__ for own in METHODS + EDITS}
-    assert {own.make for own in GUIDANCES.values()} <= set(METHODS + EDITS)
+    assert set(GUIDANCES.values()) <= set(METHODS + EDITS)

@@ -34,7 +34,7 @@ from visattn.guidance import (
     TemperatureGuidance,
     TokenPerturbation,
 )
-from visattn.guidance.guiders.modular import PerturbedGuidance, SoftPerturbedGuidance
+from visattn.guidance.modular import PerturbedGuidance, SoftPerturbedGuidance
 from visattn.inject import apply_plan, remove_plan, summary
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule
@@ -300,19 +300,29 @@ def test_configuration_of_every_guidance_is_saved_and_read(own, tmp_path):
     assert again.config == guider.config
     assert type(again.guidance) is type(own)
     assert again.guidance == own
-    assert again.config.guidance["name"] == type(own).__name__
+    assert again.config.guidance.startswith(f"{type(own).__name__}(")
     assert guider.new(guidance=SEG(sigma=0.5)).guidance == SEG(sigma=0.5)
+    assert PerturbedGuidance("SEG(sigma=0.5)").guidance == SEG(sigma=0.5)
+
+
+def test_configurations_of_older_versions_are_read():
+    for config, guidance in (
+        ({"name": "SEG", "sigma": 2.0, "layers": [1]}, SEG(sigma=2.0, layers=(1,))),
+        ({"name": "SoftPAG", "heads": {"3": {"0": 0.5}}}, SoftPAG({3: {0: 0.5}})),
+    ):
+        assert PerturbedGuidance(config).guidance == guidance
 
 
 def test_what_is_no_perturbed_guidance_is_refused():
     for given, kind, message in (
         (CFGZeroStar(), TypeError, "give base=ClassifierFreeZeroStarGuidance"),
-        (NAG(negative_prompt="x"), TypeError, "must be one of PAG, SEG, SLG, STG, S2Guidance"),
+        (NAG(negative_prompt="x"), TypeError, "must be one of PAG, S2Guidance, SEG, SLG, Soft"),
         ({"sigma": 1.0}, ValueError, "must have a name"),
-        ({"name": "NAG"}, ValueError, "must have a name, which is one of PAG"),
-        ({"name": "SEG", "sigme": 1.0}, ValueError, "has sigme; SEG has layers, scale, sigma"),
+        ({"name": "NAG", "negative_prompt": "x"}, TypeError, "must be one of PAG"),
+        ({"name": "SEG", "sigme": 1.0}, TypeError, "no parameter 'sigme', did you mean 'sigma'"),
         ({"name": "SEG", "sigma": -1.0}, ValueError, "sigma=-1.0"),
-        (SEG(layers=HeadSet(HEADS)), TypeError, "which a configuration cannot have"),
+        (SEG(layers=HeadSet(HEADS)), TypeError, "cannot be written as a text; give"),
+        ("softpag:strength=0.5", ValueError, "older versions; write SoftPAG"),
     ):
         with pytest.raises(kind, match=message):
             PerturbedGuidance(given)

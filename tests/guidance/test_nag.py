@@ -515,7 +515,7 @@ def test_bad_negative_prompts_are_told():
 def test_what_nag_cannot_guide_is_told():
     pipe = tiny.cogvideox()
     with (
-        pytest.raises(ValueError, match="has nothing that encodes it; give negative_prompt_emb"),
+        pytest.raises(ValueError, match="has no encode_prompt; give negative_prompt_emb"),
         guide(pipe.transformer, NAG("a")),
     ):
         pass
@@ -536,7 +536,7 @@ def test_a_family_that_is_not_known_is_told(monkeypatch):
     other = replace(FAMILIES["WanTransformer3DModel"], name="Other")
     monkeypatch.setitem(FAMILIES, "WanTransformer3DModel", other)
     with (
-        pytest.raises(ValueError, match="knows how Wan makes keys of a text, and not how Other"),
+        pytest.raises(ValueError, match="cannot guide the cross-attention of Other"),
         guide(pipe, NAG("a")),
     ):
         pass
@@ -602,7 +602,7 @@ def test_memory_is_linear():
 
         call = SimpleNamespace(masked=False, role="", layer="", kernel=kernel)
         state = SimpleNamespace(q=q, out=torch.randn_like(q), part=0, call=call)
-        text = SimpleNamespace(pair=lambda *_: (k, k))
+        text = SimpleNamespace(keys_and_values=lambda *_: (k, k))
         return lambda: CrossNAG(nag=own, text=text).apply(state, torch.ones(2))
 
     check_linear(joint, heads=2)

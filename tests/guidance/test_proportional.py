@@ -6,7 +6,7 @@ import pytest
 from support import tiny
 
 from visattn.guidance import Temperature, steer
-from visattn.guidance.edits.proportional import ProportionalAttention
+from visattn.guidance.edits.query_edits import ProportionalAttention
 
 
 @pytest.mark.parametrize(("kind", "keys"), [("wan21", 72), ("cogvideox", 82)])

@@ -18,8 +18,7 @@ from visattn.cli.generation_options import (
 from visattn.cli.output import Output
 from visattn.generation import Item, Job, Outcome, generate_all, read_prompts
 from visattn.generation.batch import seeded
-from visattn.guidance.registry import GUIDANCES
-from visattn.guidance.written_form import listed_guidances, parse_guidances
+from visattn.guidance.registry import GUIDANCES, listed_guidances, parse_guidances
 from visattn.runtime.processes import ProcessGroup, join
 from visattn.runtime.progress import ProgressBar
 
@@ -59,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         action="append",
-        metavar="NAME:PARAMETERS",
-        help=f"guidance by edited attention, as in {GUIDANCES['softpag'].example!r}; heads may be "
+        metavar="NAME(PARAMETERS)",
+        help=f"guidance by edited attention, as in {GUIDANCES['SoftPAG'].example!r}; heads may be "
         "a file of search-heads; repeat it to combine",
     )
     parser.add_argument(
@@ -142,7 +141,7 @@ def guidance_list(as_json: bool) -> str:
     blocks = [
         [
             f"{own['name']}: {own['summary']}",
-            f"    --guidance '{own['example']}'",
+            f'    --guidance "{own["example"]}"',
             f"    parameters: {', '.join(own['parameters'])}",
         ]
         for own in found

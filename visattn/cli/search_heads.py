@@ -22,11 +22,11 @@ from visattn.cli.output import Output
 from visattn.generation import load_pipeline
 from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.silence_logs import quiet
-from visattn.guidance.guiders.guidance import SoftPAG
+from visattn.guidance.guiders.soft_pag import SoftPAG
 from visattn.guidance.head_search.driver import search_heads
 from visattn.guidance.head_search.objectives import Objective, caption_score
 from visattn.guidance.head_set import HeadSet
-from visattn.guidance.parameter_kinds import HEADS
+from visattn.guidance.registry import parse_heads
 from visattn.inject import apply_plan
 from visattn.runtime.processes import processes
 from visattn.runtime.progress import ProgressBar
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what heads are moved towards (default value: the identity)",
     )
     for name, text in (
-        ("candidates", "heads that are tried, as in '3:2,5;7:*', or a file of heads (default all)"),
+        ("candidates", "heads to try, as in '{3: [2], 7: None}', or a file of heads (default all)"),
         ("keep", "heads that are perturbed from the start, in the same form"),
     ):
         parser.add_argument(f"--{name}", metavar="HEADS", help=text)
@@ -178,7 +178,8 @@ def text_of(found: HeadSet, output: Path, notes: list[str]) -> str:
     if after is not None and after <= before:
         lines.append("note: the objective is no better with the heads than without")
     lines += [f"note: {line}" for line in notes]
-    return "\n".join([*lines, f"wrote {output}", f"use: --guidance softpag:heads={output}"])
+    use = f'use: --guidance "SoftPAG(heads={str(output)!r})"'
+    return "\n".join([*lines, f"wrote {output}", use])
 
 
 def read_output(text: str) -> Path:
@@ -228,10 +229,9 @@ def read_heads(name: str, text: str | None) -> Any:
     if text is None:
         return None
     try:
-        return HEADS.read(text)
+        return parse_heads(text)
     except ValueError as error:
-        said = f" ({error})" if str(error) else ""
-        raise ValueError(f"--{name} {text!r} must be {HEADS.allowed}{said}") from None
+        raise ValueError(f"--{name}: {error}") from None
 
 
 def read_objective(text: str) -> Objective:

@@ -17,8 +17,8 @@ from visattn._atomic import sha256_of
 from visattn.generation.cut_texts import cut_texts
 from visattn.generation.errors import REFUSALS, GenerationError, reason, sentence
 from visattn.generation.silence_logs import quiet
-from visattn.guidance.registry import guided
-from visattn.guidance.written_form import guidance_text, parse_guidances
+from visattn.guidance.registry import guided, parse_guidances
+from visattn.guidance.written_form import guidance_text
 from visattn.inject.apply import family_of, models_of
 from visattn.inject.hooks.class_swap import kind_of
 from visattn.plan.json_format import shown
@@ -48,8 +48,8 @@ class Job:
         guidance_scale_2: of the second denoiser, where there are two; None is ``guidance_scale``.
         image: file of the first frame, for image-to-video pipelines.
         fps: frames per second of an mp4, above 0 and at most 1000; None is that of the model.
-        guidance: guidances of ``visattn.guidance.written_form``, one or several, as texts or
-            as what they say.
+        guidance: guidances and edits of ``visattn.guidance``, one or several, as objects or in
+            their text form.
 
     Raises:
         TypeError, ValueError: a field is something else.
@@ -225,7 +225,7 @@ def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
             raise ValueError(
                 f"negative_prompt is not looked at by {kind} at guidance_scale={scale:g}; give a "
                 "guidance_scale above 1, which takes a second pass, or leave negative_prompt out "
-                "and give --guidance 'nag:negative_prompt=TEXT', which takes none"
+                "and give --guidance \"NAG(negative_prompt='TEXT')\", which takes none"
             )
     if job.image is not None:
         options["image"] = read_picture(job.image)

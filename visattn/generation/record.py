@@ -17,6 +17,7 @@ from visattn._version import versions
 from visattn.attention.choice import choose_backend
 from visattn.generation.job import Job, Result
 from visattn.generation.loading import Loading
+from visattn.guidance.registry import present_text
 from visattn.plan import Plan
 
 __all__ = [
@@ -127,6 +128,12 @@ def read_record(output: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         return None
+    job = value.get("job")
+    if isinstance(job, dict) and isinstance(texts := job.get("guidance"), list):
+        try:  # older versions wrote guidances in another form
+            job["guidance"] = [present_text(text) for text in texts]
+        except (AttributeError, ValueError):
+            return value
     return value
 
 

@@ -25,7 +25,7 @@ from visattn.plan.json_format import (
     shown,
 )
 
-__all__ = ["HEADS_FILE", "SCHEMA", "HeadSet", "Heads", "Layers"]
+__all__ = ["HEADS_FILE", "SCHEMA", "HeadSet", "Heads", "Layers", "json_heads", "plain_heads"]
 
 SCHEMA = "visattn.heads/1"
 HEADS_FILE = "visattn_heads.json"
@@ -119,7 +119,7 @@ class HeadSet:
         value: Json = {
             "schema": SCHEMA,
             "visattn": __version__,
-            "layers": {path: _plainest(heads) for path, heads in self.layers.items()},
+            "layers": {path: json_heads(heads) for path, heads in self.layers.items()},
             "strength": self.strength,
             "scale": self.scale,
             "size": None if self.size is None else list(self.size),
@@ -251,11 +251,32 @@ def _is_count(value: object) -> bool:
     return is_integer(value) and 1 <= value <= MAX_PARTS
 
 
-def _plainest(heads: Mapping[int, float]) -> list[int] | dict[str, float]:
-    """The heads of a layer as JSON values."""
+def plain_heads(heads: Any) -> list[int] | dict[int, float] | None:
+    """Return heads of a layer in their shortest form.
+
+    Args:
+        heads: strengths by head, heads, a head, or None for all.
+
+    Returns:
+        None for all; a list where all strengths are 1; else strengths by head.
+    """
+    if heads is None:
+        return None
+    if not isinstance(heads, Mapping):
+        return [heads] if isinstance(heads, int) else list(heads)
     if all(strength == 1 for strength in heads.values()):
         return list(heads)
-    return {str(head): strength for head, strength in heads.items()}
+    return {head: float(strength) for head, strength in heads.items()}
+
+
+def json_heads(heads: Any) -> list[int] | dict[str, float] | None:
+    """Return ``plain_heads`` as JSON values, whose keys are text.
+
+    Args:
+        heads: as of ``plain_heads``.
+    """
+    plain = plain_heads(heads)
+    return {str(head): s for head, s in plain.items()} if isinstance(plain, dict) else plain
 
 
 def _read(value: object, path: str, what: str) -> dict[int, float]:

@@ -14,29 +14,29 @@ from visattn.guidance.composition.prime_composer import (
     region_constrained,
 )
 from visattn.guidance.composition.regional import regional
-from visattn.guidance.edits.block_edits import ShuffleTokens, SkipBlock, SkipRandomBlocks
 from visattn.guidance.edits.enhance_a_video import EnhanceVideo
 from visattn.guidance.edits.key_weights import ScaleHeads, ScaleTokens
 from visattn.guidance.edits.label_bias import LabelBias, RegionMask
 from visattn.guidance.edits.pag import Perturb
 from visattn.guidance.edits.pladis import PLADIS
-from visattn.guidance.edits.proportional import ProportionalAttention
-from visattn.guidance.edits.query_edits import BlurQueries, ReplaceQueries, Temperature
+from visattn.guidance.edits.query_edits import (
+    BlurQueries,
+    ProportionalAttention,
+    ReplaceQueries,
+    Temperature,
+)
 from visattn.guidance.edits.replace_map import ReplaceMap, replace_motion
 from visattn.guidance.edits.share_keys import BorrowKeys, ShareKV
+from visattn.guidance.edits.shuffle_tokens import ShuffleTokens
 from visattn.guidance.edits.sinks import RedistributeSinks
-from visattn.guidance.guiders.guidance import (
-    PAG,
-    SEG,
-    SLG,
-    STG,
-    CFGZeroStar,
-    S2Guidance,
-    SoftPAG,
-    TemperatureGuidance,
-    TokenPerturbation,
-)
+from visattn.guidance.edits.skip_block import SkipBlock, SkipRandomBlocks
+from visattn.guidance.guiders.cfg_zero_star import CFGZeroStar
 from visattn.guidance.guiders.nag import NAG
+from visattn.guidance.guiders.seg import SEG
+from visattn.guidance.guiders.skip_blocks import SLG, STG, S2Guidance
+from visattn.guidance.guiders.soft_pag import PAG, SoftPAG
+from visattn.guidance.guiders.temperature_guidance import TemperatureGuidance
+from visattn.guidance.guiders.token_perturbation import TokenPerturbation
 from visattn.guidance.head_search.driver import search_heads
 from visattn.guidance.token_maps.detector import DetectorGuidance
 from visattn.guidance.token_maps.latent_update import AStar, AttendAndExcite

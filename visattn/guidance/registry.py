@@ -1,184 +1,220 @@
-"""Guidances that have a name on the command line and in records."""
+"""The guidances and edits that have a text form, found by their classes; reading texts, and running
+several guidances on one pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
 from typing import Any
 
-from visattn.guidance.edits.block_edits import BlockEdit, SkipBlock
+from visattn.guidance import edits, guiders
+from visattn.guidance.edits.block_edits import BlockEdit
 from visattn.guidance.edits.edit import Edit
-from visattn.guidance.edits.enhance_a_video import EnhanceVideo
-from visattn.guidance.edits.pladis import PLADIS
 from visattn.guidance.edits.steer import steer
-from visattn.guidance.guiders.guidance import (
-    PAG,
-    SEG,
-    SLG,
-    STG,
-    CFGZeroStar,
-    S2Guidance,
-    SoftPAG,
-    TemperatureGuidance,
-    TokenPerturbation,
-)
+from visattn.guidance.former_form import in_present_form, written_heads
 from visattn.guidance.guiders.guide import guide
-from visattn.guidance.guiders.nag import NAG
-from visattn.guidance.parameter_kinds import (
-    BLOCKS,
-    BOUND,
-    COUNT,
-    HEADS,
-    LAYERS,
-    NUMBER,
-    TEXT,
-    Kind,
-    word,
+from visattn.guidance.guiders.soft_pag import SoftPAG
+from visattn.guidance.head_set import HeadSet
+from visattn.guidance.written_form import Writable, guidance_text
+from visattn.patterns.grammar.call_grammar import CallGrammar
+from visattn.plan.json_format import brief, shown
+
+__all__ = [
+    "GUIDANCES",
+    "guided",
+    "listed_guidances",
+    "parse_guidance",
+    "parse_guidances",
+    "parse_heads",
+    "present_text",
+]
+
+MAX_LENGTH = 1_000_000  # of a text: heads of a large model with strengths are long
+
+
+class _Guidances(Mapping[str, type[Writable]]):
+    """The classes that have a text form, by name. A class is one of them as soon as it is defined;
+    those of visattn lie in ``guidance.edits`` and ``guidance.guiders``, whose files are imported
+    here."""
+
+    def _classes(self) -> dict[str, type[Writable]]:
+        _load()
+        classes, waiting = dict[str, type[Writable]](), [Writable]
+        while waiting:
+            kind = waiting.pop()
+            waiting += kind.__subclasses__()
+            if vars(kind).get("example"):
+                classes[kind.__name__] = kind
+        return {name: classes[name] for name in sorted(classes, key=str.lower)}
+
+    def __getitem__(self, name: str) -> type[Writable]:
+        return self._classes()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes())
+
+    def __len__(self) -> int:
+        return len(self._classes())
+
+
+GUIDANCES = _Guidances()
+GRAMMAR: CallGrammar[Writable] = CallGrammar(
+    noun="guidance",
+    example="SoftPAG(heads={3: [0]}, strength=0.5)",
+    kinds=lambda: GUIDANCES,
+    literals="a finite number, True, False, None, a word in quotes, or a list or dict of these",
+    containers=True,
 )
 
-__all__ = ["GUIDANCES", "Named", "guided"]
 
-WINDOW = {"start": BOUND, "stop": BOUND}
-SCALED = {"scale": NUMBER, **WINDOW}
-POLICY = word("all", "image_rows", "ii_identity", "ii_renorm")
+@functools.cache
+def _load() -> None:
+    """Import every file of edits and guiders."""
+    for package in (edits, guiders):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-@dataclass(frozen=True)
-class Named:
-    """A guidance by name.
+def parse_guidance(text: str) -> Any:
+    """Read a guidance or edit from its text form. Nothing in the text is evaluated.
 
     Args:
-        make: its class, a guidance for ``guide`` or an edit for ``steer``.
-        summary: a line of what it does; example: in written form.
-        parameters: of the class, that can be written, with their kinds.
-        needed: those that must be there.
-        fixed: arguments that the name stands for.
+        text: a call with literal arguments, ``SoftPAG(heads={3: [0]}, strength=0.5)``, or a name
+            alone. Names are those of ``GUIDANCES``, in any case; ``heads`` may be the path or hub
+            id of a head set, in quotes.
+
+    Returns:
+        The guidance, for ``guide``, or the edit, for ``steer``.
+
+    Raises:
+        TypeError: ``text`` is no text.
+        ValueError: there is no such guidance or parameter, or it refuses a value.
+
+    Example:
+        >>> from visattn.guidance import parse_guidance
+        >>> parse_guidance("SEG(layers=[3], sigma=2.0)").sigma
+        2.0
     """
-
-    make: Any
-    summary: str
-    example: str
-    parameters: Mapping[str, Kind]
-    needed: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-    def is_of(self, value: Any) -> bool:
-        """Whether a guidance has this name, and nothing that cannot be written."""
-        if type(value) is not self.make:
-            return False
-        usual = {own.name: own.default for own in fields(self.make)} | dict(self.fixed)
-        others = [name for name in usual if name not in self.parameters]
-        return all(getattr(value, name) == usual[name] for name in others)
+    if not isinstance(text, str):
+        raise TypeError(f"guidance={shown(text)} must be text, as in {GRAMMAR.example!r}")
+    present = in_present_form(text)
+    if present is not None:
+        raise ValueError(f"guidance {shown(text)} is in a form of older versions; write {present}")
+    try:
+        return GRAMMAR.parse(text, MAX_LENGTH)
+    except (TypeError, ValueError, OSError) as error:
+        message = brief(error)
+        raise ValueError(
+            message if shown(text) in message else f"guidance {shown(text)}: {message}"
+        ) from None
 
 
-GUIDANCES: dict[str, Named] = {
-    "softpag": Named(
-        SoftPAG,
-        "heads moved towards the identity in a further pass, as search-heads finds them",
-        "softpag:heads=3:2,5;7:1,strength=0.5,scale=3",
+def present_text(text: str) -> str:
+    """Return a guidance text as this version writes it.
+
+    Args:
+        text: a guidance text of a record, which an older version may have written.
+
+    Raises:
+        ValueError: ``text`` is of the former form, and cannot be read.
+    """
+    present = in_present_form(text)
+    return text if present is None else guidance_text(parse_guidance(present))
+
+
+def parse_heads(text: str) -> HeadSet | dict[Any, Any]:
+    """Read heads by layer, or a head set.
+
+    Args:
+        text: a dict ``{3: [2, 5], 7: {1: 0.5}, 8: None}``, or the file, folder or hub id of a head
+            set.
+
+    Returns:
+        Heads by layer, as of SoftPAG, or the head set.
+
+    Raises:
+        ValueError: the text is neither, or is in a form of older versions.
+    """
+    present = written_heads(text)
+    if present is not None:
+        raise ValueError(f"heads {shown(text)} are in a form of older versions; write {present}")
+    if not text.lstrip().startswith("{"):
+        try:
+            return HeadSet.from_pretrained(text)
+        except OSError as error:
+            raise ValueError(
+                f"heads {shown(text)} must be layers with heads, as in {{3: [2, 5], 7: None}}, or "
+                f"a file, folder or hub id of a head set ({brief(error)})"
+            ) from None
+    try:
+        (heads,) = GRAMMAR.read(f"heads({text})", MAX_LENGTH).args
+        SoftPAG(heads)  # type: ignore[arg-type]  # checks them
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"heads {shown(text)}: {brief(error)}") from None
+    assert isinstance(heads, dict)
+    return heads
+
+
+def parse_guidances(value: str | Iterable[Any] | None) -> tuple[Any, ...]:
+    """Read one or several guidances.
+
+    Args:
+        value: texts or guidances, one or several; None is none.
+
+    Returns:
+        The guidances.
+
+    Raises:
+        TypeError: one has no text form.
+        ValueError: as ``parse_guidance``.
+    """
+    if value is None:
+        return ()
+    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    guidances = tuple(parse_guidance(each) if isinstance(each, str) else each for each in items)
+    for guidance in guidances:
+        guidance_text(guidance)
+    return guidances
+
+
+def listed_guidances() -> list[dict[str, Any]]:
+    """Return names, summaries, examples and parameters of the guidances as JSON values."""
+    return [
         {
-            "heads": HEADS,
-            "strength": NUMBER,
-            "policy": POLICY,
-            "target": word("value", "uniform", "mean_query"),
-            **SCALED,
-        },
-    ),
-    "pag": Named(
-        PAG,
-        "identity attention of whole layers in a further pass",
-        "pag:layers=3,scale=3",
-        {"layers": LAYERS, "policy": POLICY, **SCALED},
-    ),
-    "seg": Named(
-        SEG,
-        "blurred queries in a further pass",
-        "seg:layers=3,sigma=2,scale=3",
-        {"layers": LAYERS, "sigma": NUMBER, **SCALED},
-    ),
-    "slg": Named(
-        SLG,
-        "blocks skipped in a further pass",
-        "slg:blocks=7,8,9,scale=2.8,start=0.01,stop=0.2",
-        {"blocks": BLOCKS, **SCALED},
-    ),
-    "slg-uncond": Named(
-        SkipBlock,
-        "blocks skipped in the unconditional pass, without a further one",
-        "slg-uncond:blocks=10,start=0.2",
-        {"blocks": BLOCKS, **WINDOW},
-        needed=("blocks",),
-        fixed={"passes": ("uncond",), "what": "block"},
-    ),
-    "stg": Named(
-        STG,
-        "blocks, or their attention, skipped in a further pass",
-        "stg:blocks=11,scale=1",
-        {"blocks": BLOCKS, "what": word("attention", "block"), **SCALED},
-    ),
-    "temperature": Named(
-        TemperatureGuidance,
-        "flatter attention in a further pass",
-        "temperature:layers=3,temperature=2,scale=3",
-        {"layers": LAYERS, "temperature": NUMBER, **SCALED},
-    ),
-    "tpg": Named(
-        TokenPerturbation,
-        "tokens in another order in a further pass",
-        "tpg:blocks=0,1,share=0.5,scale=3",
-        {"blocks": BLOCKS, "share": NUMBER, "seed": COUNT, **SCALED},
-    ),
-    "s2": Named(
-        S2Guidance,
-        "random blocks left out in a further pass",
-        "s2:share=0.1,scale=1",
-        {"share": NUMBER, "seed": COUNT, **SCALED},
-    ),
-    "cfg-zero-star": Named(
-        CFGZeroStar,
-        "classifier-free guidance with a scaled unconditional prediction",
-        "cfg-zero-star:zero_init=1",
-        {"zero_init": BOUND},
-    ),
-    "nag": Named(
-        NAG,
-        "attention away from that to a negative text, without a further pass",
-        "nag:negative_prompt=blurry, distorted,scale=11,tau=2.5,alpha=0.25",
-        {
-            "negative_prompt": TEXT,
-            "tau": NUMBER,
-            "alpha": NUMBER,
-            "norm": word("l1", "l2"),
-            "formulation": word("extrapolate", "official"),
-            **SCALED,
-        },
-        needed=("negative_prompt",),
-    ),
-    "enhance-a-video": Named(
-        EnhanceVideo,
-        "attention counts for more where frames attend to each other, without a further pass",
-        "enhance-a-video:weight=4",
-        {"weight": NUMBER, "layers": LAYERS, **WINDOW},
-    ),
-    "pladis": Named(
-        PLADIS,
-        "sparser cross-attention, extrapolated, without a further pass",
-        "pladis:weight=2,rule=entmax15",
-        {"weight": NUMBER, "rule": word("entmax15", "sparsemax"), "layers": LAYERS, **WINDOW},
-    ),
-}
+            "name": name,
+            "summary": kind.summary(),
+            "example": kind.example,
+            "parameters": kind.parameters(),
+        }
+        for name, kind in GUIDANCES.items()
+    ]
 
 
 @contextmanager
 def guided(pipe: Any, guidances: Sequence[Any]) -> Iterator[None]:
-    """A pipeline with several guidances inside a ``with`` block: edits by ``steer``, the others by
-    ``guide``. Errors as theirs."""
-    edits = [own for own in guidances if isinstance(own, (Edit, BlockEdit))]
-    others = [own for own in guidances if not isinstance(own, (Edit, BlockEdit))]
+    """Guide and steer a pipeline inside a ``with`` block.
+
+    Args:
+        pipe: as for ``guide``.
+        guidances: guidances and edits: the edits are given to ``steer``, the others to ``guide``.
+
+    Raises:
+        TypeError, ValueError: as ``guide`` and ``steer``.
+
+    Example:
+        >>> from visattn.guidance import PAG, EnhanceVideo, guided
+        >>> with guided(pipe, [PAG(layers=[1]), EnhanceVideo(weight=4)]):
+        ...     frames = pipe("a cat", height=32, width=32, num_frames=5,
+        ...                   num_inference_steps=1, output_type="latent").frames
+    """
+    steered = [each for each in guidances if isinstance(each, (Edit, BlockEdit))]
+    others = [each for each in guidances if not isinstance(each, (Edit, BlockEdit))]
     with ExitStack() as stack:
-        if edits:
-            stack.enter_context(steer(pipe, edits))
+        if steered:
+            stack.enter_context(steer(pipe, steered))
         if others:
             stack.enter_context(guide(pipe, others))
         yield

@@ -1,125 +1,110 @@
-"""Guidances in written form: a name, a colon and parameters, ``softpag:heads=3:2,5,strength=0.5``.
-
-A comma ends a parameter where a name and ``=`` stand behind it, so that values may have commas.
-"""
+"""The text form of guidances and edits: a call with their parameters, as in
+``SoftPAG(heads={3: [0]}, strength=0.5)``."""
 
 from __future__ import annotations
 
-import difflib
+import inspect
+import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from visattn.guidance.registry import GUIDANCES
-from visattn.plan.json_format import brief, shown
+from visattn._arguments import is_integer
+from visattn.guidance.head_set import HeadSet
 
-__all__ = ["guidance_text", "listed_guidances", "parse_guidance", "parse_guidances"]
+__all__ = ["Writable", "guidance_text"]
 
 
-def parse_guidance(text: str) -> Any:
-    """The guidance that a text says.
+class Writable:
+    """Base class of guidances and edits. A subclass is a dataclass; its fields are the parameters
+    of its text form.
+
+    Attributes:
+        example: its text form with usual values. A class that sets it can be written as a text, is
+            read by ``parse_guidance`` and listed by ``visattn generate --list-guidance``.
+    """
+
+    example: ClassVar[str] = ""
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first sentence of the docstring, without references."""
+        first = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+        first = re.sub(r" \([^()]*arXiv[^()]*\)", "", first)
+        return re.split(r"(?<=\w)\.(?:\s|$)", first)[0].rstrip(".:")
+
+    @classmethod
+    def parameters(cls) -> dict[str, str]:
+        """Return what the docstrings say of each parameter that can be written, by name."""
+        described: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            described |= _described(inspect.cleandoc(base.__doc__ or ""))
+        signature = inspect.signature(cls).parameters
+        written = {n for n, p in signature.items() if "Tensor" not in str(p.annotation)}
+        return {name: described.get(name, "") for name in signature if name in written}
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that make an equal object, without those that are None by
+        default."""
+        out = {}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name)
+            if value is not None or parameter.default is not None:
+                as_float = str(parameter.annotation).startswith("float") and is_integer(value)
+                out[name] = float(value) if as_float else value
+        return out
+
+
+def guidance_text(value: Writable) -> str:
+    """Return the text form of a guidance or edit, with all its parameters. Heads of a head set are
+    written out, so that no file is needed to read the text.
 
     Args:
-        text: as ``guidance_text`` writes it; ``heads`` may be the path or hub id of a head set.
+        value: a guidance or edit.
+
+    Returns:
+        A text that ``parse_guidance`` reads.
 
     Raises:
-        TypeError: it is no text; ValueError: there is no such guidance, or no such parameter, or it
-            has another value than it may have.
+        TypeError: ``value`` has no text form, or a parameter that cannot be written.
+
+    Example:
+        >>> from visattn.guidance import SEG, guidance_text
+        >>> guidance_text(SEG(layers=[3], sigma=2, scale=3))
+        'SEG(start=0, stop=1.0, scale=3.0, layers=[3], sigma=2.0, whole_kernel=False)'
     """
-    if not isinstance(text, str):
-        raise TypeError(f"guidance={shown(text)} must be text, as in {_example()}")
-    name, colon, rest = text.partition(":")
-    own = GUIDANCES.get(name.strip())
-    if own is None:
-        guess = _guess(name, GUIDANCES)
-        raise ValueError(
-            f"guidance {shown(text)} has the unknown name {shown(name)}{guess} names are "
-            f"{', '.join(GUIDANCES)}, as in {_example()}"
+    kind = type(value)
+    if not isinstance(value, Writable) or not vars(kind).get("example"):
+        raise TypeError(
+            f"guidance={value!r} has no text form; those that have one are listed by visattn "
+            "generate --list-guidance"
         )
-    where = f"guidance {shown(text)}"
-    values: dict[str, Any] = {}
-    for item in re.split(r",(?=[A-Za-z_]+=)", rest) if colon else ():
-        key, equals, value = item.partition("=")
-        key = key.strip()
-        if not equals or key not in own.parameters:
-            guess = _guess(key, own.parameters)
-            raise ValueError(
-                f"{where} has the unknown parameter {shown(key)}{guess} those of {name} are "
-                f"{', '.join(own.parameters)}, as in {own.example!r}"
-            )
-        if key in values:
-            raise ValueError(f"{where} has the parameter {key} twice")
-        kind = own.parameters[key]
-        try:
-            values[key] = kind.read(value.strip())
-        except ValueError as error:
-            said = f" ({brief(error)})" if key == "heads" and str(error) else ""
-            raise ValueError(
-                f"{key}={shown(value)} of {where} must be {kind.allowed}{said}"
-            ) from None
-    for key in own.needed:
-        if key not in values:
-            raise ValueError(f"{where} lacks {key}=, as in {own.example!r}")
-    try:
-        return own.make(**values, **own.fixed)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {brief(error)}") from None
+    arguments = value.arguments().items()
+    return f"{kind.__name__}({', '.join(f'{n}={_literal(kind, n, v)}' for n, v in arguments)})"
 
 
-def parse_guidances(value: str | Iterable[Any] | None) -> tuple[Any, ...]:
-    """One or several guidances, as texts or as what they say; None is none.
+def _literal(kind: type, name: str, value: object) -> str:
+    """Return the literal of the value of a parameter."""
+    if isinstance(value, (str, int, type(None))):
+        return repr(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        pairs = (f"{_literal(kind, name, k)}: {_literal(kind, name, v)}" for k, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        items = [_literal(kind, name, item) for item in value]
+        if isinstance(value, tuple):
+            return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+        return f"[{', '.join(items)}]"
+    hint = "; give the heads to SoftPAG" if isinstance(value, HeadSet) else ""
+    raise TypeError(f"{kind.__name__}({name}={value!r}) cannot be written as a text{hint}")
 
-    Raises:
-        TypeError, ValueError: as ``parse_guidance``, or one cannot be written as a text.
-    """
-    if value is None:
-        return ()
-    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
-    found = tuple(parse_guidance(own) if isinstance(own, str) else own for own in items)
-    for own in found:
-        guidance_text(own)
-    return found
 
-
-def guidance_text(value: Any) -> str:
-    """A guidance in written form, with all its parameters; heads are written out, so that no file
-    is needed to read it.
-
-    Raises:
-        TypeError: it is none of those that have a name.
-    """
-    for name, own in GUIDANCES.items():
-        if own.is_of(value):
-            given = {key: getattr(value, key) for key in own.parameters}
-            items = [
-                f"{key}={own.parameters[key].write(part)}"
-                for key, part in given.items()
-                if part is not None
-            ]
-            return f"{name}:{','.join(items)}"
-    raise TypeError(
-        f"guidance={shown(value)} must be a guidance that has a name: {', '.join(GUIDANCES)}, as "
-        f"in {_example()}"
+def _described(doc: str) -> dict[str, str]:
+    """Return the descriptions of the Args section of a docstring by name."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", doc, re.MULTILINE)
+    items = re.findall(
+        r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE
     )
-
-
-def listed_guidances() -> list[dict[str, Any]]:
-    """Names, summaries, examples and parameters of the guidances, as JSON values."""
-    return [
-        {
-            "name": name,
-            "summary": own.summary,
-            "example": own.example,
-            "parameters": {key: kind.allowed for key, kind in own.parameters.items()},
-        }
-        for name, own in GUIDANCES.items()
-    ]
-
-
-def _example() -> str:
-    return repr(GUIDANCES["softpag"].example)
-
-
-def _guess(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.strip()[:60], list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ";"
+    return {name: " ".join(text.split()).rstrip(".") for name, text in items}

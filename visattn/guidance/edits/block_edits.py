@@ -1,30 +1,29 @@
-"""Edits of whole blocks: skipped ones, and shuffled tokens (B1, B2)."""
+"""Edits of whole blocks: their base class, and how their calls are handled."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from visattn._arguments import POSITIVE_SHARE, as_indices, check_number, check_window, in_window
+from visattn._arguments import as_indices, check_window, in_window
+from visattn.guidance.written_form import Writable
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
-from visattn.inject.hooks.class_swap import Next, add_handler, kind_of, remove_handler
+from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
 from visattn.inject.models.wrappers import bare, unwrapped
 from visattn.pipelines.family import Family
 from visattn.plan import PASSES
 
 __all__ = [
+    "BlockCall",
     "BlockEdit",
     "BlockSwitch",
     "EditedBlock",
-    "ShuffleTokens",
-    "SkipBlock",
-    "SkipRandomBlocks",
     "block_numbers",
     "block_paths",
     "edit_blocks",
@@ -32,7 +31,12 @@ __all__ = [
 
 
 def block_paths(model: torch.nn.Module, family: Family) -> tuple[tuple[str, ...], ...]:
-    """The paths of a denoiser's blocks, stack by stack, in the order in which they run."""
+    """Return the paths of a denoiser's blocks, stack by stack, in the order in which they run.
+
+    Args:
+        model: the denoiser.
+        family: its family.
+    """
     paths = list(dict.fromkeys(bare(path) for path, _ in model.named_modules()))
     return tuple(
         tuple(path for path in paths if re.fullmatch(stack, path)) for stack in family.blocks
@@ -40,14 +44,31 @@ def block_paths(model: torch.nn.Module, family: Family) -> tuple[tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockEdit:
-    """A change of whole blocks.
+class BlockEdit(Writable):
+    """Base class of changes of whole blocks. A subclass defines ``run``; to have a text form it
+    sets ``example``.
 
     Args:
         blocks: numbers of blocks over all stacks, in the order in which they run; one or several;
             None: all.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; default: all.
-        start, stop: the steps, as of an Edit.
+        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
+        start: the first step, as an int, or as a share of the steps.
+        stop: the end of the steps, likewise.
+
+    Raises:
+        TypeError: ``blocks`` has another form.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from visattn.guidance import BlockEdit, steer
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class RunTwice(BlockEdit):
+        ...     def run(self, block, inner, call):
+        ...         inner(*call.args, **call.kwargs)
+        ...         return inner(*call.args, **call.kwargs)
+        >>> with steer(pipe, RunTwice(blocks=[0])):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
     """
 
     blocks: int | Sequence[int] | None
@@ -68,17 +89,40 @@ class BlockEdit:
         object.__setattr__(self, "passes", None if passes is None else tuple(passes))
 
     def check(self, model: Any, family: Family) -> None:
-        """Raise ValueError where the edit can change nothing in a denoiser."""
+        """Raise ValueError where the edit can change nothing in a denoiser.
+
+        Args:
+            model: the denoiser.
+            family: its family.
+        """
 
     def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
-        """What a block gives in the passes that the edit is for."""
+        """Run a block with the change.
+
+        Args:
+            block: the module.
+            inner: computes its unchanged outputs from its arguments.
+            call: the arguments, and the rows of the batch that change.
+
+        Returns:
+            What the block returns: image tokens ``[B, L, C]``, or a tuple of image and text tokens.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """A call of a block: its path among those that the edit is for, its arguments, the rows of the
-    batch that are edited, and the step."""
+    """A call of a block that an edit changes.
+
+    Attributes:
+        path: of the block.
+        paths: of all blocks that the edit is for.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        rows: which rows of the batch are edited, bool ``[B]``.
+        step: index of the denoising step; 0 where it is not known.
+        attachment: of the denoiser.
+    """
 
     path: str
     paths: tuple[str, ...]
@@ -90,227 +134,30 @@ class BlockCall:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The image tokens that go in, ``[B, L, C]``."""
-        found = self.args[0] if self.args else self.kwargs["hidden_states"]
-        assert isinstance(found, torch.Tensor)
-        return found
+        """The image tokens of the input, ``[B, L, C]``."""
+        hidden = self.args[0] if self.args else self.kwargs["hidden_states"]
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
 
     @property
     def text(self) -> torch.Tensor | None:
-        """The text tokens that go in."""
-        found = self.args[1] if len(self.args) > 1 else self.kwargs.get("encoder_hidden_states")
-        return found if isinstance(found, torch.Tensor) else None
+        """The text tokens of the input, ``[B, L, C]``; None where the block has none."""
+        text = self.args[1] if len(self.args) > 1 else self.kwargs.get("encoder_hidden_states")
+        return text if isinstance(text, torch.Tensor) else None
 
     @property
     def image_output(self) -> int:
-        """Which output of the block are the image tokens, where it gives text as well."""
+        """Index of the image tokens among the outputs, where the block returns text as well."""
         return self.attachment.family.image_output
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkipBlock(BlockEdit):
-    """Blocks, or their attention or feed-forward alone, are skipped: only the residual goes on
-    (skip layer guidance of SD3.5; spatiotemporal skip guidance, Hyung et al. 2024, arXiv
-    2411.18664).
-
-    Args:
-        what: ``block``, ``attention`` (self-attention or joint attention) or ``feedforward``.
-
-    Source:
-        Hyung et al. (2024), "Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling",
-        arXiv 2411.18664. Code: github.com/junhahyung/STGuidance (commit f2b7482).
-    Default:
-        code. The released pipelines skip whole blocks.
-    Differences:
-        none
-    """
-
-    what: Literal["block", "attention", "feedforward"] = "block"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.what not in ("block", "attention", "feedforward"):
-            raise ValueError(
-                f"SkipBlock(what={self.what!r}) must be block, attention or feedforward"
-            )
-
-    def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
-        if self.what == "block":
-            return skipped(inner(*call.args, **call.kwargs), call)
-        names = ("attn1", "attn") if self.what == "attention" else ("ffn", "ff", "ff_context")
-        parts = [part for name in names if (part := getattr(block, name, None)) is not None]
-        if self.what == "attention":
-            parts = parts[:1]
-        if not parts:
-            raise ValueError(
-                f"SkipBlock(what={self.what!r}): {call.path} has no such part; skip the block"
-            )
-
-        def zero(_: Any, own: Next, args: Any, kwargs: Any) -> Any:
-            return _without(own(*args, **kwargs), call.rows)
-
-        with ExitStack() as stack:
-            stack.enter_context(_as_written(block))
-            for part in parts:
-                add_handler(part, zero)
-                stack.callback(remove_handler, part, zero)
-            return inner(*call.args, **call.kwargs)
-
-
-@contextmanager
-def _as_written(block: Any) -> Iterator[None]:
-    """Inside, a block that is compiled runs as it is written: compiled code goes by the handlers of
-    its parts."""
-    own = vars(block).get("_compiled_call_impl")
-    if own is not None:
-        block._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        if own is not None:
-            block._compiled_call_impl = own
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkipRandomBlocks(SkipBlock):
-    """Blocks that are drawn anew at every step are skipped (S2-Guidance, Chen et al. 2025, arXiv
-    2508.12880).
-
-    Args:
-        share: of the blocks, at least one; seed: of the draws.
-
-    Source:
-        Chen et al. (2025), "S2-Guidance", arXiv 2508.12880.
-    Default:
-        paper. No code was released.
-    Differences:
-        - At least one block is skipped.
-    """
-
-    blocks: int | Sequence[int] | None = None
-    share: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("SkipRandomBlocks", "share", self.share, *POSITIVE_SHARE)
-
-    def drawn(self, paths: Sequence[str], step: int) -> set[str]:
-        """The blocks that are skipped at a step."""
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        order = torch.randperm(len(paths), generator=random).tolist()
-        return {paths[n] for n in order[: max(1, round(self.share * len(paths)))]}
-
-    def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
-        if call.path in self.drawn(call.paths, call.step):
-            return super().run(block, inner, call)
-        return inner(*call.args, **call.kwargs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShuffleTokens(BlockEdit):
-    """Blocks get their image tokens in another order, and give them back in theirs (token
-    perturbation guidance, Rajabi et al. 2025, arXiv 2506.10036). A new order for every step and
-    block. For denoisers whose blocks depend on the order: Wan, HunyuanVideo, Flux, and CogVideoX
-    with a rotary embedding.
-
-    Args:
-        share: of the tokens that change places.
-        seed: of the orders.
-
-    Source:
-        Rajabi et al. (2025), "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036.
-    Default:
-        paper. Its code was not compared with.
-    Differences:
-        - Tokens get back their places after each block, as blocks of transformers have positions.
-    """
-
-    share: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("ShuffleTokens", "share", self.share, *POSITIVE_SHARE)
-
-    def order(self, length: int, path: str, step: int) -> torch.Tensor:
-        """The order of the tokens in a block at a step, int64 ``[length]``."""
-        number = sum(ord(letter) * 131**n for n, letter in enumerate(path))
-        seed = (self.seed * 1_000_003 + step) * 1_000_003 + number
-        random = torch.Generator().manual_seed(seed % 2**62)
-        moved = torch.randperm(length, generator=random)[: max(2, round(self.share * length))]
-        out = torch.arange(length)
-        out[moved.sort().values] = moved
-        return out
-
-    def check(self, model: Any, family: Family) -> None:
-        if not family.has_rope(model.config):
-            raise ValueError(_unordered(model))
-
-    def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
-        # a denoiser that has no embedding of its own may be called without one
-        if call.kwargs.get("image_rotary_emb", ...) is None:
-            raise ValueError(_unordered(call.attachment.model))
-        hidden = call.hidden
-        order = self.order(hidden.shape[1], call.path, call.step).to(hidden.device)
-        new = hidden.clone()
-        new[call.rows] = hidden[call.rows][:, order]
-        args, kwargs = call.args, dict(call.kwargs)
-        if args:
-            args = (new, *args[1:])
-        else:
-            kwargs["hidden_states"] = new
-        out = inner(*args, **kwargs)
-        return _back(out, call, order)
-
-
-def _unordered(model: Any) -> str:
-    return (
-        f"ShuffleTokens (token perturbation) is refused for {kind_of(model).__name__}: without a "
-        "rotary embedding its blocks do not depend on the order of tokens, so that shuffling them "
-        "changes nothing in dense attention; take another guidance, such as SLG or PAG"
-    )
-
-
-def _back(out: Any, call: BlockCall, order: torch.Tensor) -> Any:
-    """The outputs of a block with the image tokens in their places again."""
-    if isinstance(out, tuple):
-        image = call.image_output
-        return tuple(_back(x, call, order) if n == image else x for n, x in enumerate(out))
-    new = out.clone()
-    new[call.rows] = out[call.rows][:, order.argsort()]
-    return new
-
-
-def skipped(out: Any, call: BlockCall) -> Any:
-    """The outputs of a block, those of the edited rows being its inputs."""
-    if not isinstance(out, tuple):
-        return _put(out, call.hidden, call.rows)
-    return tuple(
-        x if x is None else _put(x, call.hidden if n == call.image_output else call.text, call.rows)
-        for n, x in enumerate(out)
-    )
-
-
-def _put(out: torch.Tensor, new: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    assert new is not None
-    out = out.clone()
-    out[rows] = new[rows].to(out.dtype)
-    return out
-
-
-def _without(out: Any, rows: torch.Tensor) -> Any:
-    if isinstance(out, tuple):
-        return tuple(_without(x, rows) for x in out)
-    if out is None:
-        return None
-    out = out.clone()
-    out[rows] = 0
-    return out
-
-
 def block_numbers(edit: BlockEdit, count: int, role: str) -> tuple[int, ...]:
-    """The numbers of the blocks that an edit is for.
+    """Return the numbers of the blocks that an edit is for.
+
+    Args:
+        edit: the edit.
+        count: how many blocks the denoiser has.
+        role: of the denoiser, for the error.
 
     Raises:
         ValueError: there is no such block.
@@ -328,6 +175,14 @@ def block_numbers(edit: BlockEdit, count: int, role: str) -> tuple[int, ...]:
 def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list[BlockSwitch]:
     """Put block edits on a pipeline until the stack is closed.
 
+    Args:
+        stack: closing it leaves the pipeline as it was.
+        pipe: a pipeline or a denoiser.
+        edits: the edits.
+
+    Returns:
+        A switch for each edit.
+
     Raises:
         ValueError: there is no such block, the edit can change nothing in this denoiser, or the
             denoiser is compiled as a whole.
@@ -340,11 +195,11 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
             edit.check(model, family)
             if _compiled(pipe if isinstance(pipe, torch.nn.Module) else getattr(pipe, role)):
                 raise ValueError(
-                    f"{type(edit).__name__} is of blocks, and the {role} is compiled as a whole, "
-                    "which goes by them; compile its blocks (compile_repeated_blocks)"
+                    f"{type(edit).__name__} edits blocks, and the {role} is compiled as a whole, "
+                    "which bypasses them; compile its blocks (compile_repeated_blocks)"
                 )
-            every = [path for own in block_paths(model, family) for path in own]
-            paths = tuple(every[n] for n in block_numbers(edit, len(every), role))
+            blocks = [path for stack_paths in block_paths(model, family) for path in stack_paths]
+            paths = tuple(blocks[n] for n in block_numbers(edit, len(blocks), role))
             for path in paths:
                 block = model.get_submodule(path)
                 handler = EditedBlock(edit, model, path, paths, switch)
@@ -354,15 +209,15 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
 
 
 def _compiled(model: Any) -> bool:
-    """Whether torch.compile has a model as a whole."""
+    """Return whether a model is compiled as a whole."""
     return any(
-        hasattr(own, "_orig_mod") or vars(own).get("_compiled_call_impl") is not None
-        for own in unwrapped(model)
+        hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
+        for module in unwrapped(model)
     )
 
 
 class BlockSwitch:
-    """Whether a block edit is made now, and how many calls it has changed."""
+    """Whether a block edit is made now, ``on``, and how many calls it has changed, ``touched``."""
 
     def __init__(self) -> None:
         self.on, self.touched = True, 0

@@ -11,6 +11,7 @@ import torch
 from visattn._arguments import as_indices, check_window, is_integer, is_number
 from visattn.guidance.edits.state import State, Stream
 from visattn.guidance.head_set import Heads, HeadSet, Layers
+from visattn.guidance.written_form import Writable
 from visattn.plan import PASSES, ROLES
 
 __all__ = ["STAGES", "Edit", "Where"]
@@ -20,31 +21,50 @@ STAGES = ("query", "keys", "bias", "kernel", "columns", "lerp", "output", "read"
 
 @dataclass(frozen=True)
 class Where:
-    """The calls of a denoiser that an edit is placed on: the strength of each head, float32
-    ``[H]``, by the path of the layer."""
+    """The calls of a denoiser that an edit is placed on.
+
+    Attributes:
+        strengths: of the heads, float32 ``[H]``, by the path of the layer.
+    """
 
     strengths: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
-    """A change of attention calls.
+class Edit(Writable):
+    """Base class of changes of attention calls. A subclass sets ``stage`` and defines ``apply``; to
+    have a text form it sets ``example``.
 
     Args:
         layers: numbers among the denoiser's attention layers of the kind (negative ones from the
-            end), or their module paths; a HeadSet names layers and heads with strengths. Default:
-            all.
-        heads: numbers of heads, or strengths in [0, 1] by number, or a strength of all heads as a
-            float. Default: all, at strength 1.
-        attention: ``self`` (self-attention, joint attention where text is part of it) or ``cross``
-            (to text, where a model has it apart).
-        stream: whose rows change: ``all``, ``image`` (or video; of several grids the first, which
-            is the one that is generated) or ``text`` queries.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; default: all.
-        samples: numbers of the samples of a pass in its batch; default: all.
-        start, stop: the steps, from ``start`` on and up to before ``stop``: an int is a step, a
-            float a share of the steps.
-        role: which denoiser of a pipeline that has two; ``any``.
+            end), or their module paths; a HeadSet names layers and heads with strengths; None: all.
+        heads: numbers of heads, strengths from 0 to 1 by number, or one strength of all heads as a
+            float; None: all, at strength 1.
+        attention: ``self`` (self-attention, or joint attention, where text is part of the sequence)
+            or ``cross`` (cross-attention to text).
+        stream: the query rows that change: ``all``, ``image`` (of the image or video; of several
+            grids the first, which is generated) or ``text``.
+        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
+        samples: indices of the samples of a pass; None: all.
+        start: the first step, as an int, or as a share of the steps.
+        stop: the end of the steps, likewise.
+        role: which denoiser of a pipeline with two: ``transformer``, ``transformer_2`` or ``any``.
+
+    Raises:
+        TypeError: an argument has another form.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from visattn.guidance import Edit, steer
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Dampen(Edit):
+        ...     factor: float = 0.5
+        ...     stage = "output"
+        ...     def apply(self, state, strength):
+        ...         self.change(state, "out", state.out * self.factor, strength)
+        >>> with steer(pipe, Dampen(layers=[1], heads=[0])):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
     """
 
     layers: Layers | HeadSet = None
@@ -57,10 +77,10 @@ class Edit:
     stop: int | float = 1.0
     role: str = "any"
 
-    stage: ClassVar[str]
-    streams: ClassVar[tuple[Stream, ...]] = ("all", "image", "text")  # that it can be limited to
+    stage: ClassVar[str]  # of STAGES
+    streams: ClassVar[tuple[Stream, ...]] = ("all", "image", "text")  # those that are possible
     partial: ClassVar[bool] = True  # whether heads may have strengths between 0 and 1
-    needs_lse: ClassVar[bool] = False
+    needs_lse: ClassVar[bool] = False  # whether ``apply`` reads ``state.lse``
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -85,42 +105,47 @@ class Edit:
             raise ValueError(f"{name}(role={self.role!r}) must be one of {', '.join(ROLES)}, any")
 
     def place(self, paths: Sequence[str], heads: int) -> Where:
-        """The layers and heads that are meant, among those of a denoiser.
+        """Return the layers and heads of a denoiser that the edit is for.
+
+        Args:
+            paths: of its attention layers of the kind.
+            heads: how many a layer has.
 
         Raises:
             ValueError: there is no such layer or head, or it cannot have its strength.
         """
-        found = self._place(paths, heads)
-        every = () if self.partial else found.strengths.values()
-        if any(bool(((own > 0) & (own < 1)).any()) for own in every):
+        where = self._place(paths, heads)
+        if not self.partial and any(
+            bool(((strength > 0) & (strength < 1)).any()) for strength in where.strengths.values()
+        ):
             raise ValueError(
                 f"{type(self).__name__} is for whole heads; give heads strengths of 0 or 1"
             )
-        return found
+        return where
 
     def _place(self, paths: Sequence[str], heads: int) -> Where:
         name = type(self).__name__
         if isinstance(self.layers, HeadSet):
             if self.heads is not None:
                 raise ValueError(f"{name} has heads and a HeadSet; the set has the heads")
-            named = {
-                _path(name, path, paths): _strengths(name, own, heads) * self.layers.strength
-                for path, own in self.layers.layers.items()
+            by_path = {
+                _path(name, path, paths): _strengths(name, strengths, heads) * self.layers.strength
+                for path, strengths in self.layers.layers.items()
             }
-            return Where(named)
-        own = self.layers
-        if own is None:
+            return Where(by_path)
+        layers = self.layers
+        if layers is None:
             chosen = list(paths)
-        elif isinstance(own, (int, str)):
-            chosen = [_path(name, own, paths)]
-        elif isinstance(own, Sequence):
-            chosen = [_path(name, item, paths) for item in own]
+        elif isinstance(layers, (int, str)):
+            chosen = [_path(name, layers, paths)]
+        elif isinstance(layers, Sequence):
+            chosen = [_path(name, layer, paths) for layer in layers]
         else:
             raise TypeError(
-                f"{name}(layers={own!r}) must be numbers or paths of layers, a HeadSet, or None"
+                f"{name}(layers={layers!r}) must be numbers or paths of layers, a HeadSet, or None"
             )
         if not chosen:
-            raise ValueError(f"{name}(layers={own!r}) names no layer; None is all of them")
+            raise ValueError(f"{name}(layers={layers!r}) names no layer; None is all of them")
         strengths = _strengths(name, self.heads, heads)
         return Where(dict.fromkeys(chosen, strengths))
 

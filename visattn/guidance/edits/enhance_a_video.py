@@ -43,6 +43,7 @@ class EnhanceVideo(Edit):
 
     weight: float = 4.0
     stream: Stream = "image"
+    example: ClassVar[str] = "EnhanceVideo(weight=4.0)"
     stage: ClassVar[str] = "output"
 
     def __post_init__(self) -> None:

@@ -118,6 +118,9 @@ class ScaleTokens(Edit):
     add: float = 0.0
     renormalise: bool = False
     both_ways: bool = False
+    example: ClassVar[str] = (
+        "ScaleTokens(tokens=[2, 3], scale=1.5, attention='cross', passes=['cond'])"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,6 +219,7 @@ class ScaleHeads(Edit):
     """
 
     scale: float
+    example: ClassVar[str] = "ScaleHeads(scale=1.2, layers=[3], heads=[0])"
     stage: ClassVar[str] = "output"
 
     def __post_init__(self) -> None:

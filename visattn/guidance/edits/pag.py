@@ -48,6 +48,7 @@ class Perturb(Edit):
     """
 
     target: Target = "value"
+    example: ClassVar[str] = "Perturb(layers=[3], passes=['uncond'])"
     stage: ClassVar[str] = "lerp"
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ class PLADIS(Edit):
     weight: float = 2.0
     rule: Rule = "entmax15"
     attention: Literal["self", "cross"] = "cross"
+    example: ClassVar[str] = "PLADIS(weight=2.0, rule='entmax15')"
     stage: ClassVar[str] = "lerp"
 
     def __post_init__(self) -> None:

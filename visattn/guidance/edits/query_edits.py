@@ -1,4 +1,4 @@
-"""Queries that are changed before attention: blurred, replaced; and temperatures (P2)."""
+"""Edits of the queries before attention: blurred, replaced, or scaled by a temperature."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from visattn._arguments import as_indices, check_number
+from visattn._arguments import as_indices, check_count, check_number
 from visattn.geometry.layout import on_cpu
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State, Stream
 
-__all__ = ["BlurQueries", "ReplaceQueries", "Temperature"]
+__all__ = ["BlurQueries", "ProportionalAttention", "ReplaceQueries", "Temperature"]
 
 INFINITE = 9999.0
 
@@ -44,6 +44,7 @@ class BlurQueries(Edit):
     """
 
     sigma: float
+    example: ClassVar[str] = "BlurQueries(sigma=2.0, layers=[3], passes=['uncond'])"
     axes: str = "thw"
     whole_kernel: bool = False
     stage: ClassVar[str] = "query"
@@ -122,6 +123,7 @@ class Temperature(Edit):
 
     temperature: float
     keys: Literal["all", "text", "image"] = "all"
+    example: ClassVar[str] = "Temperature(temperature=0.9, layers=[3])"
     stage: ClassVar[str] = "query"
 
     def __post_init__(self) -> None:
@@ -189,3 +191,36 @@ class ReplaceQueries(Edit):
         self.check_source(state, source)
         new = state.q[source : source + 1].expand_as(state.q)
         self.change(state, "q", new, strength)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProportionalAttention(Edit):
+    """Logits are multiplied by the root of ``log N / log N0`` for ``N`` keys, as the entropy of
+    attention grows with their number (Jin et al. 2023, arXiv 2306.08645; Lumina-T2X, Gao et al.
+    2024, arXiv 2405.05945).
+
+    Args:
+        trained: ``N0``, the keys that there were in training; as many change nothing.
+
+    Source:
+        Jin et al. (2023), "Training-free Diffusion Model Adaptation for Variable-Sized
+        Text-to-Image Synthesis", arXiv 2306.08645.
+    Default:
+        paper.
+    Differences:
+        none
+    """
+
+    trained: int
+    example: ClassVar[str] = "ProportionalAttention(trained=1024)"
+    stage: ClassVar[str] = "query"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("ProportionalAttention(trained=...)", self.trained, 2)
+
+    def apply(self, state: State, strength: torch.Tensor) -> None:
+        keys = state.k.shape[2]
+        if keys not in (1, self.trained):
+            factor = math.sqrt(math.log(keys) / math.log(self.trained))
+            self.change(state, "q", state.q * factor, strength)

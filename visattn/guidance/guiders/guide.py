@@ -21,8 +21,9 @@ from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.steer import Steering, check_switches, check_touched, enter, place
 from visattn.guidance.guiders.block_cache import Prefix
 from visattn.guidance.guiders.cfg_slope import call_arguments, not_linear, slope
+from visattn.guidance.guiders.cfg_zero_star import CFGZeroStar
 from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
-from visattn.guidance.guiders.guidance import CFGZeroStar, Guidance, InPass
+from visattn.guidance.guiders.guidance import Guidance, InPass
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached, describe
 from visattn.inject.hooks.call_state import caller

@@ -1,10 +1,9 @@
-"""Normalized attention guidance: attention is moved away from that to a negative text."""
+"""Normalized attention guidance: attention is moved away from the attention to a negative text."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -15,53 +14,63 @@ from visattn._arguments import check_number, check_window
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State
 from visattn.guidance.edits.steer import Steering, check_touched, enter, place
-from visattn.guidance.guiders.cfg_slope import call_arguments
 from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
 from visattn.guidance.guiders.guidance import InPass, Window
+from visattn.guidance.guiders.negative_text import NegativeText, for_samples
 from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import Attachment, attached, cross_layers
+from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
 from visattn.inject.hooks.run_state import Context
 
 __all__ = ["NAG", "CrossNAG", "JointNAG"]
 
-CHUNK = 1 << 24  # numbers of a tensor that are there at a time
+CHUNK = 1 << 24  # elements that are computed at a time, to limit memory
 LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "scale": ("a finite number", math.isfinite),
     "tau": ("a number above 0", lambda tau: 0 < tau < math.inf),
     "alpha": ("a number from 0 to 1", lambda alpha: 0 <= alpha <= 1),
 }
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NAG(Window, InPass):
-    """``(1 - alpha) z+ + alpha c z~`` with ``z~ = s z+ - (s - 1) z-`` in place of ``z+`` in every
-    attention to text: ``z+`` and ``z-`` are the attention of a token to the prompt and to a
-    negative text, and ``c`` keeps the norm of ``z~``, over the heads and their dimensions, at no
-    more than ``tau`` times that of ``z+`` (normalized attention guidance, Chen et al. 2025, arXiv
-    2505.21179). It works without classifier-free guidance too, and so with models of few steps.
+    """Normalized attention guidance: every attention to text is moved away from the attention to a
+    negative text (Chen et al. 2025, arXiv 2505.21179). It needs no classifier-free guidance, so it
+    also works with distilled models of few steps.
 
-    Where a model has cross-attention to text, there is one more of these, and no further pass; that
-    to an image, which Wan 2.1 has beside it, is left. Where text is part of the sequence, the
-    negative text goes through the blocks beside the prompt, which doubles the guided pass: image
-    tokens are the same for both texts, and the text tokens of each are its own. Pooled text
-    embeddings are those of the prompt.
+    With ``z+`` and ``z-`` the attention of a token to the prompt and to the negative text, ``z+``
+    becomes ``(1 - alpha) z+ + alpha c z~`` with ``z~ = s z+ - (s - 1) z-``. ``c`` limits the norm
+    of ``z~``, over all heads and their channels, to ``tau`` times that of ``z+``.
+
+    A model with cross-attention to text gets one more cross-attention, and no further pass; the
+    cross-attention to an image in Wan 2.1 stays. Where text is part of the sequence, the negative
+    text is run through the blocks together with the prompt, which doubles the guided pass: both
+    texts share the image tokens, and each has its own text tokens. Pooled text embeddings are those
+    of the prompt.
 
     Args:
-        negative_prompt: one, or one for each prompt; the pipeline encodes it when it is called.
-        negative_prompt_embeds: ``[1 or prompts, tokens, C]`` in place of it.
-        scale: ``s``.
-        tau: of the norm, above 0.
+        negative_prompt: one text, or one for each prompt; encoded when the pipeline is called.
+        negative_prompt_embeds: embeddings ``[1 or prompts, tokens, C]`` instead of a text.
+        scale: ``s``. The authors' scale, tau and alpha: 4, 2.5, 0.25 for Flux; 4, 2.5, 0.125 for
+            SD3.5; 11, 2.5, 0.25 for Wan.
+        tau: the limit of the norm, above 0.
         alpha: from 0, which changes nothing and costs nothing, to 1.
-        norm: ``l2`` (the authors' code for Flux) or ``l1`` (the paper's).
+        norm: ``l2`` (the authors' code for Flux) or ``l1`` (the paper).
         formulation: ``official`` (the authors' code), or ``extrapolate`` for ``z~ = z+ + s (z+ -
-            z-)``, whose scale is smaller by 1. The authors' scale, tau and alpha: 4, 2.5, 0.25 for
-            Flux; 4, 2.5, 0.125 for SD3.5; 11, 2.5, 0.25 for Wan.
-        passes: of ``cond`` and ``uncond``. The perturbed pass of another guidance is guided as the
-            conditional one is; what is perturbed is so before, unless NAG was there first.
-        start, stop: the steps, from ``start`` on and up to before ``stop``: an int is a step, a
-            float a share of the steps.
+            z-)``, whose scale is smaller by 1.
+        passes: of ``cond`` and ``uncond``. The perturbed pass of another guidance is guided like
+            the conditional one. Other edits are made before, unless NAG was added first.
+        start: the first step, as an int, or as a share of the steps.
+        stop: the end of the steps, likewise.
+
+    Raises:
+        TypeError: ``negative_prompt`` is no text.
+        ValueError: an argument is out of range, or there is no negative text, or two.
+
+    Example:
+        >>> from visattn.guidance import NAG, guide
+        >>> with guide(pipe, NAG("blurry, distorted", scale=11.0)):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         Chen et al. (2025), "Normalized Attention Guidance", arXiv 2505.21179. Code:
@@ -80,6 +89,9 @@ class NAG(Window, InPass):
     norm: Literal["l1", "l2"] = "l2"
     formulation: Literal["extrapolate", "official"] = "official"
     passes: tuple[str, ...] = ("cond",)
+    example: ClassVar[str] = (
+        "NAG(negative_prompt='blurry, distorted', scale=11.0, tau=2.5, alpha=0.25)"
+    )
 
     def __post_init__(self) -> None:
         if (self.negative_prompt is None) == (self.negative_prompt_embeds is None):
@@ -88,9 +100,9 @@ class NAG(Window, InPass):
             )
         embeds = self.negative_prompt_embeds
         if embeds is not None and (not isinstance(embeds, torch.Tensor) or embeds.ndim != 3):
-            found = list(embeds.shape) if isinstance(embeds, torch.Tensor) else embeds
+            given = list(embeds.shape) if isinstance(embeds, torch.Tensor) else embeds
             raise ValueError(
-                f"NAG(negative_prompt_embeds=...) is {found!r}; it must be a tensor [1 or prompts, "
+                f"NAG(negative_prompt_embeds=...) is {given!r}; it must be a tensor [1 or prompts, "
                 "tokens, channels]"
             )
         prompt = self.negative_prompt
@@ -124,20 +136,26 @@ class NAG(Window, InPass):
         return (*self.passes, "perturbed") if "cond" in self.passes else self.passes
 
     def away(self, plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
-        """Attention away from that to the negative text, ``[b, H, L, D]`` like both."""
+        """Return attention that is moved away from the attention to the negative text.
+
+        Args:
+            plus: attention to the prompt, ``[b, H, L, D]``.
+            minus: attention to the negative text, ``[b, H, L, D]``.
+        """
         out = torch.empty_like(plus)
-        wide = torch.promote_types(plus.dtype, torch.float32)
+        acc_dtype = torch.promote_types(plus.dtype, torch.float32)
         order = 1 if self.norm == "l1" else 2
         step = max(1, CHUNK // (plus.shape[0] * plus.shape[1] * plus.shape[3]))
         for first in range(0, plus.shape[2], step):
             rows = slice(first, first + step)
-            own, other = plus[:, :, rows].to(wide), minus[:, :, rows].to(wide)
-            moved = own + self.gain * (own - other)
+            positive, negative = plus[:, :, rows].to(acc_dtype), minus[:, :, rows].to(acc_dtype)
+            moved = positive + self.gain * (positive - negative)
             length, usual = (
-                torch.linalg.vector_norm(x, order, dim=(1, 3), keepdim=True) for x in (moved, own)
+                torch.linalg.vector_norm(x, order, dim=(1, 3), keepdim=True)
+                for x in (moved, positive)
             )
             clipped = torch.where(length > self.tau * usual, self.tau * usual / length, 1.0)
-            out[:, :, rows] = torch.lerp(own, clipped * moved, self.alpha).to(out.dtype)
+            out[:, :, rows] = torch.lerp(positive, clipped * moved, self.alpha).to(out.dtype)
         return out
 
     def put(self, stack: ExitStack, pipe: Any) -> Callable[[], None]:
@@ -148,20 +166,20 @@ class NAG(Window, InPass):
         for _, family in known.values():
             if family.masks_text_padding:
                 raise ValueError(
-                    f"NAG doubles a call for a second text, and those of {family.name} have "
-                    "lengths of their own, which it does not give; take negative_prompt with "
+                    f"NAG is not possible for {family.name}: it doubles a call for a second text, "
+                    "whose length this family needs as well; use negative_prompt with "
                     "true_cfg_scale above 1"
                 )
         crossed = all(family.cross for _, family in known.values())
         models = {role: model for role, (model, _) in known.items()}
-        text = _Text(self, pipe, models)
+        text = NegativeText(pipe, models, self.negative_prompt, self.negative_prompt_embeds)
         window: dict[str, Any] = {}
         if crossed:
             for _, family in known.values():
                 if family.name != "Wan":
                     raise ValueError(
-                        f"NAG knows how Wan makes keys of a text, and not how {family.name} does; "
-                        "it cannot guide its cross-attention"
+                        f"NAG cannot guide the cross-attention of {family.name}: of the families "
+                        "with cross-attention it supports Wan"
                     )
             window = {"start": self.start, "stop": self.stop}
             window["passes"] = None if alone and "cond" in self.passes else self.guided
@@ -179,116 +197,15 @@ class NAG(Window, InPass):
 
 
 def _nothing() -> None:
-    """Of a guidance that changes nothing."""
-
-
-class _Text:
-    """The negative text of a pipeline that is called: what it is to the denoisers, and to their
-    cross-attention, which is worked out once for a call of the pipeline."""
-
-    def __init__(self, nag: NAG, pipe: Any, models: Mapping[str, torch.nn.Module]) -> None:
-        self.nag, self.pipe, self.models = nag, pipe, models
-        # kept, as caches may put other blocks in the place of those of a model that runs
-        self.modules = {
-            (role, path): module
-            for role, (model, family) in known_denoisers(pipe).items()
-            for path, module in cross_layers(model, family).items()
-        }
-        self.embeds = nag.negative_prompt_embeds
-        self.hidden: dict[str, torch.Tensor] = {}
-        self.kept: dict[tuple[str, str], Pair] = {}
-        if nag.negative_prompt is not None and not hasattr(pipe, "encode_prompt"):
-            raise ValueError(
-                f"NAG(negative_prompt=...): {type(pipe).__name__} has nothing that encodes it; "
-                "give negative_prompt_embeds"
-            )
-
-    def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.nag.negative_prompt is not None:
-            given = call_arguments(self.pipe, args, kwargs)
-            self.embeds = _encoded(self.pipe, self.nag.negative_prompt, given)
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            self.hidden.clear()
-            self.kept.clear()
-
-    def of(self, role: str, like: torch.Tensor) -> torch.Tensor:
-        """The embeddings ``[1 or prompts, tokens, C]`` on the device of a tensor, in the dtype of a
-        denoiser."""
-        if self.embeds is None:
-            raise ValueError(
-                "NAG(negative_prompt=...) is encoded when the pipeline is called, and here its "
-                f"{role} is; call the pipeline, or give negative_prompt_embeds"
-            )
-        dtype = getattr(self.models[role], "dtype", like.dtype)
-        return self.embeds.to(device=like.device, dtype=dtype)
-
-    def pair(self, role: str, path: str, q: torch.Tensor) -> Pair:
-        """Its keys and values in a cross-attention, ``[b, H, tokens, D]`` for ``b`` queries."""
-        if (role, path) not in self.kept:
-            model = self.models[role]
-            if role not in self.hidden:
-                self.hidden[role] = _hidden(model, self.of(role, q))
-            self.kept[role, path] = _keys_and_values(self.modules[role, path], self.hidden[role])
-        k, v = self.kept[role, path]
-        return for_samples(k, q.shape[0]).to(q), for_samples(v, q.shape[0]).to(q)
-
-
-def _encoded(pipe: Any, text: object, given: Mapping[str, Any]) -> torch.Tensor:
-    """A text as a pipeline encodes it: ``[texts, tokens, C]``."""
-    known = inspect.signature(pipe.encode_prompt).parameters
-    options = {"prompt": text, "prompt_2": None, "prompt_3": None}
-    options |= {"do_classifier_free_guidance": False}
-    if given.get("max_sequence_length") is not None:
-        options["max_sequence_length"] = given["max_sequence_length"]
-    with torch.no_grad():
-        found = pipe.encode_prompt(**{name: x for name, x in options.items() if name in known})
-    out = found[0] if isinstance(found, tuple) else found
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-def for_samples(x: torch.Tensor, samples: int) -> torch.Tensor:
-    """What there is for each prompt, for each sample: a pipeline puts those of a prompt side by
-    side.
-
-    Raises:
-        ValueError: there is not one for each prompt.
-    """
-    if x.shape[0] == 1:
-        return x.expand(samples, *x.shape[1:])
-    if samples % x.shape[0]:
-        raise ValueError(
-            f"NAG has {x.shape[0]} negative texts, and a pass has {samples} samples; give one, or "
-            "one for each prompt"
-        )
-    return x.repeat_interleave(samples // x.shape[0], 0)
-
-
-def _hidden(model: Any, embeds: torch.Tensor) -> torch.Tensor:
-    """A text as the blocks of Wan are given it, which does not depend on the step."""
-    out = model.condition_embedder.text_embedder(embeds)
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-def _keys_and_values(module: Any, hidden: torch.Tensor) -> Pair:
-    """Keys and values of a cross-attention of Wan, ``[b, H, tokens, D]``."""
-    if getattr(module, "fused_projections", False):
-        k, v = module.to_kv(hidden).chunk(2, -1)
-    else:
-        k, v = module.to_k(hidden), module.to_v(hidden)
-    k, v = (x.unflatten(2, (module.heads, -1)).transpose(1, 2) for x in (module.norm_k(k), v))
-    return k, v
+    """Check nothing, for a guidance that changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CrossNAG(Edit):
-    """NAG at a cross-attention, which is asked for once more, with the negative text."""
+    """NAG at a cross-attention, which is computed once more with the negative text."""
 
     nag: NAG
-    text: _Text
+    text: NegativeText
     attention: Literal["self", "cross"] = "cross"
     stage: ClassVar[str] = "lerp"
 
@@ -296,20 +213,20 @@ class CrossNAG(Edit):
         call = state.call
         if call.masked:
             raise ValueError(
-                f"NAG does not know the attention mask of its own text that {call.layer} would need"
+                f"NAG cannot make the attention mask of the negative text that {call.layer} needs"
             )
-        k, v = self.text.pair(call.role, call.layer, state.q)
+        k, v = self.text.keys_and_values(call.role, call.layer, state.q)
         minus, _ = call.kernel(state.part, state.q, k, v)
         state.out = self.nag.away(state.out, minus)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JointNAG(Edit):
-    """NAG at a joint attention, whose samples are there twice: with the prompt, and with the
-    negative text. Rows of grids are guided, and the same for both."""
+    """NAG at a joint attention whose batch is doubled: with the prompt, and with the negative text.
+    Rows of grids are guided, and equal in both halves."""
 
     nag: NAG
-    text: _Text
+    text: NegativeText
     stage: ClassVar[str] = "lerp"
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
@@ -322,56 +239,56 @@ class JointNAG(Edit):
 
 
 class _Doubled:
-    """Calls of a denoiser, the guided passes of which are run with both texts."""
+    """Handles the calls of a denoiser: guided passes are run with both texts."""
 
     def __init__(
-        self, nag: NAG, text: _Text, model: torch.nn.Module, steering: Steering, alone: bool
+        self, nag: NAG, text: NegativeText, model: torch.nn.Module, steering: Steering, alone: bool
     ) -> None:
         self.nag, self.text, self.model = nag, text, model
         self.steering, self.alone = steering, alone
         before = [entry.edit for entry in steering.entries if entry.steering is not steering]
         if any(isinstance(edit, JointNAG) for edit in before):
-            raise ValueError("NAG is on this pipeline already, and goes there once")
+            raise ValueError("NAG is on this pipeline already; it can be added once")
 
     def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = attached(self.model)
-        assert own is not None
-        with own.turn.taken():
-            return self._call(own, inner, args, kwargs)
+        attachment = attached(self.model)
+        assert attachment is not None
+        with attachment.turn.taken():
+            return self._call(attachment, inner, args, kwargs)
 
     def _call(
-        self, own: Attachment, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, attachment: Attachment, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        arguments = {**dict(zip(own.names, args, strict=False)), **kwargs}
-        own.note(arguments)
+        arguments = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
+        attachment.note(arguments)
         batch = arguments["hidden_states"].shape[0]
-        passes = own.passes(batch) or (("cond",) if self.alone else None)
+        passes = attachment.passes(batch) or (("cond",) if self.alone else None)
         if passes is None:
             raise ValueError(
                 "NAG cannot guide, as "
-                + own.unknown("pass", "another pipeline of the family", "guide")
+                + attachment.unknown("pass", "another pipeline of the family", "guide")
             )
         guided = [pass_ for pass_ in passes if pass_ in self.nag.guided]
-        step, steps = own.step()
+        step, steps = attachment.step()
         if not guided or not self.nag.active(step, steps):
             return inner(*args, **kwargs)
         each, out = batch // len(passes), None
-        found = {}
+        predictions = {}
         # the conditional pass first, as others may be scaled by it
         for pass_ in sorted(passes, key=lambda name: name != "cond"):
-            at = passes.index(pass_) * each
-            rows = [*range(at, at + each)] * (2 if pass_ in guided else 1)
+            first = passes.index(pass_) * each
+            rows = [*range(first, first + each)] * (2 if pass_ in guided else 1)
             mine = {name: part_of(name, x, batch, rows) for name, x in arguments.items()}
             with ExitStack() as stack:
-                stack.enter_context(_within(own, pass_, step, steps, pass_ in guided))
+                stack.enter_context(_within(attachment, pass_, step, steps, pass_ in guided))
                 if pass_ in guided:
                     stack.enter_context(self._on())
-                    text = for_samples(self.text.of(own.role, arguments["hidden_states"]), each)
-                    _put_text(mine, text)
+                    embeddings = self.text.embeddings(attachment.role, arguments["hidden_states"])
+                    _put_text(mine, for_samples(embeddings, each))
                 out = inner(**mine)
-            found[pass_] = sample_of(out)[:each]
-        own.note(arguments)  # as after a call that was made whole
-        return with_sample(out, torch.cat([found[pass_] for pass_ in passes]))
+            predictions[pass_] = sample_of(out)[:each]
+        attachment.note(arguments)  # as after a call with all passes
+        return with_sample(out, torch.cat([predictions[pass_] for pass_ in passes]))
 
     @contextmanager
     def _on(self) -> Iterator[None]:
@@ -384,26 +301,27 @@ class _Doubled:
 
 @contextmanager
 def _within(
-    own: Attachment, pass_: str, step: int | None, steps: int | None, doubled: bool
+    attachment: Attachment, pass_: str, step: int | None, steps: int | None, doubled: bool
 ) -> Iterator[None]:
-    """Inside, a denoiser runs a pass alone. Caches of steps keep it apart from whole batches."""
-    before = own.context
+    """Inside, a denoiser runs one pass alone, with a cache of steps separate from that of whole
+    batches."""
+    before = attachment.context
     with ExitStack() as stack:
-        kind: Any = type(own.model)
+        kind: Any = type(attachment.model)
         if hasattr(kind, "cache_context"):
             name = f"{pass_} {'doubled' if doubled else 'alone'}"
-            stack.enter_context(kind.cache_context(own.model, name))
-        stack.callback(setattr, own, "context", before)
-        own.context = Context(pass_, step, steps)
+            stack.enter_context(kind.cache_context(attachment.model, name))
+        stack.callback(setattr, attachment, "context", before)
+        attachment.context = Context(pass_, step, steps)
         yield
 
 
 def _put_text(arguments: dict[str, Any], text: torch.Tensor) -> None:
-    """Give the second half of a doubled batch a text of its own."""
-    own = arguments["encoder_hidden_states"]
-    if own.shape[1:] != text.shape[1:]:
+    """Give the second half of a doubled batch another text."""
+    prompt = arguments["encoder_hidden_states"]
+    if prompt.shape[1:] != text.shape[1:]:
         raise ValueError(
             f"the negative text of NAG has the shape {list(text.shape[1:])}, and the prompt "
-            f"{list(own.shape[1:])}; encode both with the same max_sequence_length"
+            f"{list(prompt.shape[1:])}; encode both with the same max_sequence_length"
         )
-    arguments["encoder_hidden_states"] = torch.cat([own[: len(text)], text.to(own.dtype)])
+    arguments["encoder_hidden_states"] = torch.cat([prompt[: len(text)], text.to(prompt.dtype)])

@@ -11,8 +11,9 @@ import torch
 from visattn.guidance.edits.block_edits import BlockEdit
 from visattn.guidance.edits.edit import Edit, Where
 from visattn.guidance.edits.pag import Perturb
-from visattn.guidance.guiders.guidance import Guidance, towards
+from visattn.guidance.guiders.guidance import Guidance
 from visattn.guidance.guiders.guide import guide
+from visattn.guidance.guiders.soft_pag import target_and_stream
 
 __all__ = ["Generating", "PerturbEach", "Sets", "SoftPAGEach"]
 
@@ -46,7 +47,7 @@ class SoftPAGEach(Guidance):
     target: str = "value"
 
     def edits(self) -> list[Edit | BlockEdit]:
-        target, stream = towards(self.policy, self.target)
+        target, stream = target_and_stream(self.policy, self.target)
         return [PerturbEach(strengths=self.strengths, target=target, stream=stream)]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from visattn._arguments import check_count
 from visattn._version import __version__, versions
-from visattn.guidance.guiders.guidance import Policy, SoftPAG
+from visattn.guidance.guiders.soft_pag import Policy, SoftPAG
 from visattn.guidance.head_search.batched_trials import Generating
 from visattn.guidance.head_search.head_candidates import (
     Candidate,

@@ -28,6 +28,7 @@ MAX_NESTED = 2 * MAX_DEPTH
 SIGNS = re.compile(r"(?:-\s*){9}")
 OPERATORS = re.compile(r"[^\w\s(),=.'\"-]|\b(?:not|lambda|await|if)\b")
 BRACKETS = re.compile(r"[\[\]{}:]")  # of lists and dicts, where the grammar has them
+QUOTED = re.compile(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"")  # words in quotes
 CONSTANTS = {"true": True, "false": False, "none": None}
 
 T = TypeVar("T")
@@ -159,9 +160,11 @@ class CallGrammar(Generic[T]):
         if kind is not None:
             return kind
         kinds = self.kinds()
-        close = difflib.get_close_matches(name.lower(), kinds, n=1)
+        by_lower = {known.lower(): known for known in kinds}
+        close = difflib.get_close_matches(name.lower(), by_lower, n=1)
         if close:
-            raise ValueError(f"unknown {self.noun} {quoted(name)}, did you mean {close[0]!r}?")
+            guess = by_lower[close[0]]
+            raise ValueError(f"unknown {self.noun} {quoted(name)}, did you mean {guess!r}?")
         raise ValueError(
             f"unknown {self.noun} {quoted(name)}; choices are {', '.join(sorted(kinds))}"
         )
@@ -186,6 +189,8 @@ class CallGrammar(Generic[T]):
 
     def _check_nesting(self, text: str) -> None:
         """Raise ValueError for more brackets, signs or operators than any valid text has."""
+        if "'''" not in text and '"""' not in text:
+            text = QUOTED.sub("''", text)  # what is in quotes is not nested
         depth = 0
         for bracket in re.findall(r"[()\[\]{}]", text):
             depth += 1 if bracket in "([{" else -1

@@ -4,27 +4,25 @@ imports diffusers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
 
-from visattn.guidance.guiders.guidance import (
-    PAG,
-    SEG,
-    SLG,
-    STG,
-    Guidance,
-    S2Guidance,
-    SoftPAG,
-    TemperatureGuidance,
-    TokenPerturbation,
+from visattn.guidance.guider_config import (
+    read_base,
+    read_guidance,
+    read_heads,
+    written_base,
+    written_heads,
 )
+from visattn.guidance.guiders.guidance import Guidance
 from visattn.guidance.guiders.guide import Perturbation
+from visattn.guidance.guiders.soft_pag import SoftPAG
 from visattn.guidance.head_set import HeadSet
+from visattn.guidance.written_form import guidance_text
 from visattn.inject.apply import denoisers, models_of
 from visattn.inject.attachment import attached
 from visattn.inject.hooks.call_state import caller
@@ -35,20 +33,6 @@ from visattn.inject.hooks.turn import Turn
 __all__ = ["PerturbedGuidance", "SoftPerturbedGuidance"]
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
-BASES = (
-    "AdaptiveProjectedGuidance",
-    "AdaptiveProjectedMixGuidance",
-    "ClassifierFreeGuidance",
-    "ClassifierFreeZeroStarGuidance",
-    "FrequencyDecoupledGuidance",
-    "TangentialClassifierFreeGuidance",
-)
-KINDS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (PAG, SEG, SLG, STG, S2Guidance, SoftPAG, TemperatureGuidance, TokenPerturbation)
-}
-
-
 class _Passes:
     """The calls of a denoiser during a step of a guider."""
 
@@ -83,9 +67,9 @@ class PerturbedGuidance(BaseGuidance):
     the guider, which a modular pipeline does not save with its models.
 
     Args:
-        guidance: PAG, SEG, SLG, STG, S2Guidance, SoftPAG, TemperatureGuidance or TokenPerturbation,
-            with its scale ``w`` and its window; or one as the configuration has it, ``{"name":
-            "SEG", "sigma": 2.0}``, with numbers of heads as text, as JSON has them.
+        guidance: a guidance by a perturbed pass, such as PAG, SEG, SLG or SoftPAG, with its scale
+            ``w`` and its window; or its text form, ``"SEG(sigma=2.0)"``, as the configuration has
+            it. Configurations of older versions, ``{"name": "SEG", "sigma": 2.0}``, are read.
         guidance_scale: ``g``; 1 is no classifier-free guidance (0 in the original formulation).
         start, stop: shares of the steps in which there is classifier-free guidance, as of every
             guider.
@@ -108,7 +92,7 @@ class PerturbedGuidance(BaseGuidance):
 
     def __init__(
         self,
-        guidance: Guidance | Mapping[str, object],
+        guidance: Guidance | str | Mapping[str, object],
         guidance_scale: float = 3.0,
         start: float = 0.0,
         stop: float = 1.0,
@@ -117,8 +101,8 @@ class PerturbedGuidance(BaseGuidance):
         enabled: bool = True,
         base: BaseGuidance | Mapping[str, object] | None = None,
     ) -> None:
-        own = _read_guidance(guidance)
-        written = _written_guidance(own)
+        own = read_guidance(guidance)
+        text = guidance_text(own)
         given = (guidance_scale, start, stop, guidance_rescale, use_original_formulation)
         if base is not None and given != (3.0, 0.0, 1.0, 0.0, False):
             raise ValueError(
@@ -128,16 +112,16 @@ class PerturbedGuidance(BaseGuidance):
         self._begin(own, guidance_scale, guidance_rescale, use_original_formulation)
         super().__init__(start, stop, enabled)
         self.register_to_config(  # type: ignore[no-untyped-call]
-            guidance=written,
+            guidance=text,
             guidance_scale=guidance_scale,
             start=start,
             stop=stop,
             guidance_rescale=guidance_rescale,
             use_original_formulation=use_original_formulation,
             enabled=enabled,
-            base=None if base is None else _written_base(base),
+            base=None if base is None else written_base(base),
         )
-        self.base = None if base is None else _read_base(base)
+        self.base = None if base is None else read_base(base)
 
     def _begin(self, guidance: Guidance, scale: float, rescale: float, original: bool) -> None:
         self.guidance = guidance
@@ -353,7 +337,7 @@ class SoftPerturbedGuidance(PerturbedGuidance):
         enabled: bool = True,
     ) -> None:
         softpag = SoftPAG(
-            heads if isinstance(heads, HeadSet) else _read(heads),
+            heads if isinstance(heads, HeadSet) else read_heads(heads),
             strength,
             perturbed_scale,
             policy=cast("Any", policy),
@@ -366,7 +350,7 @@ class SoftPerturbedGuidance(PerturbedGuidance):
         self.register_to_config(  # type: ignore[no-untyped-call]
             guidance_scale=guidance_scale,
             perturbed_scale=softpag.scale,
-            heads=_written(softpag.heads),
+            heads=written_heads(softpag.heads),
             strength=softpag.strength,
             policy=softpag.policy,
             target=softpag.target,
@@ -378,108 +362,3 @@ class SoftPerturbedGuidance(PerturbedGuidance):
             use_original_formulation=use_original_formulation,
             enabled=enabled,
         )
-
-
-def _written_base(base: object) -> dict[str, Any]:
-    """A guider's name and parameters, or those of a configuration."""
-    if isinstance(base, BaseGuidance):
-        own = {key: value for key, value in base.config.items() if not key.startswith("_")}
-        found: dict[str, Any] = {"name": type(base).__name__, **own}
-    elif isinstance(base, Mapping):
-        found = dict(base)
-    else:
-        raise TypeError(f"base={base!r} must be a guider of diffusers, or its configuration")
-    if found.get("name") not in BASES:
-        raise ValueError(f"base is {found.get('name')}; it must be one of {', '.join(BASES)}")
-    return found
-
-
-def _read_base(base: BaseGuidance | Mapping[str, object]) -> BaseGuidance:
-    """The guider itself."""
-    if isinstance(base, BaseGuidance):
-        return base
-    import diffusers.guiders
-
-    own = _written_base(base)
-    return cast("BaseGuidance", getattr(diffusers.guiders, own.pop("name"))(**own))
-
-
-def _read(
-    heads: Mapping[int | str, object] | None,
-) -> Mapping[int | str, object] | None:
-    """Heads by layer, whose numbers may be text."""
-    if heads is None:
-        return None
-    if not isinstance(heads, Mapping):
-        raise TypeError(
-            f"heads={heads!r} must be a HeadSet, or heads by layer, as in {{3: {{0: 1.0}}}}"
-        )
-    return {
-        _number(layer): {_number(head): u for head, u in own.items()}
-        if isinstance(own, Mapping)
-        else own
-        for layer, own in heads.items()
-    }
-
-
-def _number(key: object) -> Any:
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
-
-
-def _written(heads: HeadSet | Mapping[int | str, object] | None) -> dict[str, Any] | None:
-    """The same as JSON has it."""
-    if heads is None:
-        return None
-    layers = heads.layers if isinstance(heads, HeadSet) else heads
-    out: dict[str, Any] = {}
-    for layer, own in cast("Mapping[int | str, object]", layers).items():
-        if isinstance(own, Mapping):
-            out[str(layer)] = {str(head): float(u) for head, u in own.items()}
-        else:
-            out[str(layer)] = own if own is None or isinstance(own, int) else list(cast("Any", own))
-    return out
-
-
-def _read_guidance(given: object) -> Guidance:
-    """A guidance, which may be as the configuration has it."""
-    if type(given) in KINDS.values():
-        return cast("Guidance", given)
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"guidance={given!r} must be one of {', '.join(KINDS)}, or the configuration of one; "
-            "for CFG-Zero* give base=ClassifierFreeZeroStarGuidance() of diffusers"
-        )
-    own = dict(given)
-    kind = KINDS.get(own.pop("name", None))
-    if kind is None:
-        raise ValueError(f"guidance={given!r} must have a name, which is one of {', '.join(KINDS)}")
-    allowed = {field.name for field in fields(kind)}
-    if not own.keys() <= allowed:
-        raise ValueError(
-            f"guidance={given!r} has {', '.join(sorted(own.keys() - allowed))}; {kind.__name__} "
-            f"has {', '.join(sorted(allowed))}"
-        )
-    if "heads" in own:
-        own["heads"] = _read(own["heads"])
-    for name, value in own.items():
-        own[name] = tuple(value) if isinstance(value, list) else value
-    return cast("Guidance", kind(**own))
-
-
-def _written_guidance(guidance: Guidance) -> dict[str, Any]:
-    """The same as JSON has it."""
-    name = type(guidance).__name__
-    out: dict[str, Any] = {"name": name}
-    for field in fields(guidance):
-        value = getattr(guidance, field.name)
-        if field.name == "heads":
-            value = _written(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            value = list(value)
-        elif not isinstance(value, (int, float, str, type(None))):
-            raise TypeError(
-                f"guidance has {field.name}={value!r}, which a configuration cannot have; give "
-                f"numbers or paths (heads of a HeadSet are for SoftPAG, not {name})"
-            )
-        out[field.name] = value
-    return out
