@@ -1,6 +1,8 @@
 """The shape of the tree: sizes of files and folders, unique module names, the root's files."""
 
+import ast
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -98,3 +100,17 @@ def test_faults_are_found():
     assert full_folders(0) == {folder for folder, files in FOLDERS.items() if files}
     modules = [Path("a/x.py"), Path("b/x.py"), Path("a/__init__.py"), Path("b/__init__.py")]
     assert shared_names(modules) == {"x"}
+
+
+def test_every_test_file_says_what_it_tests():
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "__pycache__" not in path.parts]
+    missing = [path for path in files if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    assert missing == []
+
+
+def test_support_lists_its_modules():
+    folder = ROOT / "tests" / "support"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)(?:\.txt)?` \| .+ \|$", text, re.MULTILINE)
+    files = [path.stem for path in folder.iterdir() if path.suffix in (".py", ".txt")]
+    assert listed == sorted(files)
