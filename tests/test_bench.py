@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from support.cli import good, refused, run
 
 from visattn import Grid, TokenLayout
-from visattn.bench import Scattered, Shape, WrongResult, time_attention
+from visattn.bench import Scattered, Shape, WrongResult, time_attention, timing
 from visattn.bench import measure_attention as attention
 from visattn.bench.measure_attention import check
 from visattn.bench.measure_selection import smooth_fields, time_selection
 from visattn.bench.timing import take_turns
+from visattn.cost import clock
 from visattn.patterns import Diagonal
 from visattn.selectors import TopBlocks
 
@@ -185,3 +189,35 @@ def test_attention_refusals(
     arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(capsys, "bench", "attention", *arguments)[-1]
+
+
+def test_short_calls_of_a_gpu_are_timed_by_do_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cold L2 cache and device time; long calls, and whole steps, are timed by the wall clock."""
+    asked: list[dict[str, object]] = []
+
+    def do_bench(function: Callable[[], object], **options: object) -> list[float]:
+        function()
+        asked.append(options)
+        return [1.0, 3.0]
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    seconds = itertools.count()
+    gpu, calls = torch.device("cuda"), []
+    short = clock.stopwatch(lambda: calls.append("a"), gpu, lambda _: next(seconds) * 1e-3)
+    assert short() == pytest.approx(2e-3) and len(calls) == 3
+    assert asked == [{"warmup": 1, "rep": 20.0, "return_mode": "all"}]
+    long = clock.stopwatch(lambda: calls.append("a"), gpu, lambda _: float(next(seconds)))
+    assert long() == 1.0 and len(calls) == 6 and len(asked) == 1
+    monkeypatch.setattr(timing, "wall", lambda _: float(next(seconds)))
+    assert take_turns([lambda: None], 2, gpu, whole=True)[0].samples == (1.0, 1.0)
+    assert len(asked) == 1
+
+
+@pytest.mark.gpu
+def test_do_bench_measures_seconds() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    x = torch.ones(4096, 4096, device="cuda")
+    times = take_turns([lambda: x @ x, lambda: torch.cuda._sleep(0)], 3, x.device)
+    assert 1e-5 < times[0].median < 0.1 and times[1].median < times[0].median

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from visattn.attention import choose_backend
 from visattn.bench.architectures import Architecture, layers_of, step_inputs
 from visattn.bench.measure_attention import WrongResult, check
 from visattn.bench.timing import Time, take_turns
+from visattn.cost.clock import wall
 from visattn.generation import Job, run_job
 from visattn.geometry.layout import TokenLayout
 from visattn.inject import Observation, observe, sparse
@@ -148,7 +148,7 @@ def time_step(
             planned_clock.run, denoising, watch(denoising, own, planned_clock.around)
         ),
     )
-    dense, clocked, planned = take_turns(runs, repeats, device)
+    dense, clocked, planned = take_turns(runs, repeats, device, whole=True)
     dense_attention, planned_attention = (
         Time.of(clock.sums[-repeats:]) for clock in (dense_clock, planned_clock)
     )
@@ -199,7 +199,7 @@ def time_generation(
             run_job(pipe, job)
 
     runs = (functools.partial(run_job, pipe, job), planned)
-    dense, other = take_turns(runs, repeats, torch.device(pipe.device))
+    dense, other = take_turns(runs, repeats, torch.device(pipe.device), whole=True)
     return GenerationTime(dense, other, _ratios(dense, other))
 
 
@@ -294,7 +294,7 @@ class Clock:
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return wall(self.device)
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event

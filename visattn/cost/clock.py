@@ -1,13 +1,17 @@
 """Timing of functions that is robust against other load on the machine.
 
 On a CPU the clock is the CPU time of the calling thread: the thread takes part in every parallel
-region, and time in which other processes use its core does not count. On a GPU the clock is wall
-time after synchronisation. Functions are called in alternating slices of about equal length, so
-that a disturbance affects all of them alike.
+region, and time in which other processes use its core does not count. On a GPU short calls are
+timed by ``triton.testing.do_bench``: device time, with the L2 cache flushed before each call. Calls
+of a slice or longer, for which neither the cache nor the launch counts, are timed by the wall clock
+after synchronisation. Functions are called in alternating slices of about equal length, so that a
+disturbance affects all of them alike.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Timing", "interleaved", "now"]
+__all__ = ["Timing", "interleaved", "now", "seconds_of", "stopwatch", "wall"]
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 SLICE = 0.02  # seconds of a slice, or one call if that takes longer
@@ -63,6 +67,62 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def wall(device: torch.device) -> float:
+    """Return the seconds on the wall clock, on a GPU after all of its work is completed."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(
+    function: Callable[[], object],
+    device: torch.device,
+    count: int = 1,
+    clock: Callable[[torch.device], float] = wall,
+) -> float:
+    """Return the mean seconds of ``count`` calls in a row.
+
+    Args:
+        function: what is timed.
+        device: the device that it runs on.
+        count: number of calls.
+        clock: returns the seconds of a device.
+    """
+    begin = clock(device)
+    for _ in range(count):
+        function()
+    return (clock(device) - begin) / count
+
+
+def stopwatch(
+    function: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[torch.device], float] = now,
+) -> Callable[[], float]:
+    """Call a function twice, and return what measures the mean seconds of a call over a slice.
+
+    Args:
+        function: what is timed.
+        device: the device that it runs on.
+        clock: returns the seconds of a device; for short calls on a GPU ``do_bench`` has its own.
+    """
+    function()  # compiles and fills caches
+    once = max(seconds_of(function, device, clock=clock), 1e-7)
+    if device.type == "cuda" and once < SLICE and importlib.util.find_spec("triton") is not None:
+        return functools.partial(_device_seconds, function, device)
+    return functools.partial(seconds_of, function, device, max(1, round(SLICE / once)), clock)
+
+
+def _device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        milliseconds: list[float] = do_bench(
+            function, warmup=1, rep=SLICE * 1e3, return_mode="all"
+        )
+    return statistics.fmean(milliseconds) / 1e3
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -88,21 +148,12 @@ def interleaved(
         >>> timings["sum"].seconds < 1
         True
     """
-    counts = {}
-    for name, function in functions.items():
-        function()  # compiles and fills caches
-        begin = clock(device)
-        function()
-        once = max(clock(device) - begin, 1e-7)
-        counts[name] = max(1, round(SLICE / once))
+    watches = {name: stopwatch(function, device, clock) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     for number in range(MOST_ROUNDS):
         if number >= LEAST_ROUNDS and time.perf_counter() >= end:
             break
-        for name, function in functions.items():
-            begin = clock(device)
-            for _ in range(counts[name]):
-                function()
-            samples[name].append((clock(device) - begin) / counts[name])
+        for name, watch in watches.items():
+            samples[name].append(watch())
     return {name: Timing.of(seconds) for name, seconds in samples.items()}
