@@ -16,7 +16,8 @@ from visattn import Grid, TokenLayout
 from visattn.bench import SHAPES, WrongResult
 from visattn.bench import measure_pipeline as pipeline
 from visattn.bench.architectures import ARCHITECTURES, Architecture, build, skeleton, step_inputs
-from visattn.bench.measure_pipeline import Clock, Denoising, StepTime, time_step, watch
+from visattn.bench.denoising_step import AttentionClock, Denoising, watch
+from visattn.bench.measure_pipeline import StepTime, time_step
 from visattn.cli import bench_pipeline
 from visattn.generation import default_model, shape_of
 from visattn.inject.layers import layer
@@ -179,7 +180,7 @@ def test_density_of_dynamic_patterns() -> None:
 def test_the_clock_counts_every_attention_call_once() -> None:
     denoising = Denoising(WAN, build(WAN))
     for plan in (None, Plan((Rule(LOCAL),), dense_layers=(0,))):
-        clock = Clock(denoising.device)
+        clock = AttentionClock(denoising.device)
         clock._now = iter(range(100)).__next__  # type: ignore[method-assign]
         with torch.no_grad():
             clock.run(denoising, watch(denoising, plan, clock.around))

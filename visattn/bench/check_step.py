@@ -1,0 +1,126 @@
+"""Checks of a denoising step before it is timed."""
+
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn.bench.denoising_step import Attend, Denoising, watch
+from visattn.bench.measure_attention import WrongResult, check
+from visattn.geometry.layout import TokenLayout
+from visattn.inject.layers.compiled_layer import Call
+from visattn.inject.layers.head_groups import is_dense
+from visattn.inject.layers.layer import Layer
+from visattn.inject.layers.measured import executed
+from visattn.patterns import HeadPattern, Pattern, Skip
+from visattn.plan import ANY, Plan
+
+__all__ = ["Checked", "check_step"]
+
+
+class Checked(NamedTuple):
+    """What a step that was checked has shown: as ``StepTime`` names it."""
+
+    layout: TokenLayout
+    density: float | None
+    notes: tuple[str, ...]
+
+
+def check_step(denoising: Denoising, plan: Plan) -> Checked:
+    """The checks of ``time_step``.
+
+    Raises:
+        WrongResult: one failed.
+    """
+    dense = denoising.step()
+    noise = float((denoising.step() - dense).abs().max())
+    watched = denoising.watched(watch(denoising, None, _pass_on))
+    error = float((watched - dense).abs().max())
+    if not error <= noise:
+        raise WrongResult(
+            f"a step without a plan is off by {error:.2e} when it is watched, where {noise:.2e} is "
+            "allowed; it is not timed"
+        )
+    witness = Witness()
+    attachment = watch(denoising, plan, witness.around)
+    denoising.watched(attachment)
+    reasons = Counter(layer.reason for layer in attachment.layers if layer.reason is not None)
+    return Checked(
+        layout=TokenLayout.from_tokens(attachment.latest),
+        density=mean(witness.densities),
+        notes=tuple(f"{count} layers: {reason}" for reason, count in reasons.items()),
+    )
+
+
+def _pass_on(layer: Layer, attend: Attend, *arguments: Any) -> torch.Tensor:
+    return attend(*arguments)
+
+
+class Witness:
+    """Sees what the heads of a step run, and holds each static pattern to exact attention once."""
+
+    def __init__(self) -> None:
+        self.densities: list[float | None] = []  # of each call and part of its batch
+        self._known: dict[Pattern, float] = {}  # that were held to it, with their densities
+
+    def around(
+        self,
+        layer: Layer,
+        attend: Attend,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        *rest: Any,
+    ) -> torch.Tensor:
+        """A call of attention, checked."""
+        before = layer.sparse_calls
+        out = attend(query, key, value, call, *rest)
+        if layer.sparse_calls == before:
+            self.densities.append(1.0)
+            return out
+        tensors = [query, key, value, out]
+        if not call.heads_first:
+            tensors = [x.transpose(1, 2) for x in tensors]
+        moments = layer.attachment.moments(len(query))
+        lengths = layer.lengths(query, call)
+        for number, (phase, pass_) in enumerate(moments):
+            heads = layer.table.get((phase, pass_)) or layer.table.get((phase, ANY), ())
+            sample = number * len(query) // len(moments)
+            own = slice(sample, sample + 1)
+            texts = None if lengths is None else lengths[own]
+            kept = [
+                self._held(layer, pattern, [x[own, head : head + 1] for x in tensors], texts)
+                for head, pattern in enumerate(heads)
+            ]
+            self.densities.append(mean(kept) if kept else 1.0)
+        return out
+
+    def _held(
+        self,
+        layer: Layer,
+        pattern: HeadPattern,
+        tensors: list[torch.Tensor],
+        text_lengths: torch.Tensor | None,
+    ) -> float | None:
+        """The density of a pattern, whose result on one head is checked if it is new; ``tensors``
+        are queries, keys, values and output ``[1, 1, L, D]``; text_lengths: ``[1, texts]``."""
+        if not isinstance(pattern, Pattern):
+            return executed(layer, pattern)
+        if pattern not in self._known:
+            layout = layer.attachment.layout
+            self._known[pattern] = pattern.density(layout)
+            if not isinstance(pattern, Skip) and not is_dense(pattern, layout):
+                q, k, v, out = tensors
+                check(out, q, k, v, pattern, layout, text_lengths)
+        return self._known[pattern]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
