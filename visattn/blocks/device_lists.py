@@ -15,7 +15,7 @@ import torch
 from visattn.blocks.bank import MapBank
 from visattn.blocks.bit_masks import packed_words
 from visattn.blocks.block_map import BlockMap
-from visattn.blocks.predicates import Axis, Band, Label, Predicate, Radial
+from visattn.blocks.predicates import Axis, Band, Label, Predicate, RadialBand
 from visattn.blocks.transpose import grid_numbers, key_lists
 from visattn.geometry.layout import on_cpu
 from visattn.geometry.orders import SequenceBlocks, Triple
@@ -114,7 +114,7 @@ def _slot(predicate: Predicate, axes: Triple, tables: _Tables) -> list[int]:
         values[0:3] = [predicate.weights[axis] for axis in axes]
         values[3] = max(predicate.low, -LIMIT)
         values[4] = min(predicate.high, LIMIT)
-    elif isinstance(predicate, Radial):
+    elif isinstance(predicate, RadialBand):
         frame, weights = predicate.forms()
         values[0:3] = [weights[axis] for axis in axes]
         values[3:6] = [int(axis == frame) for axis in axes]

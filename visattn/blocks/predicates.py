@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 
 from visattn.geometry.layout import Grid
-from visattn.geometry.orders import AXES, GridBlocks, LineOrder, Triple, axis_permutation
+from visattn.geometry.orders import AXES, LineOrder, OrderedBlocks, Triple, axis_permutation
 
 __all__ = [
     "Axis",
@@ -26,7 +26,7 @@ __all__ = [
     "Label",
     "Places",
     "Predicate",
-    "Radial",
+    "RadialBand",
     "Status",
     "form_range",
     "linear_form",
@@ -49,7 +49,7 @@ class Predicate(Protocol):
 
     def allows(self, q: Places, k: Places) -> torch.Tensor: ...
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status: ...
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status: ...
 
     def permuted(self, axes: Triple) -> Predicate:
         """The predicate of a permuted grid (axis ``i`` is axis ``axes[i]``) on the grid itself."""
@@ -75,7 +75,7 @@ def linear_form(weights: Triple, places: Places) -> torch.Tensor:
     return weights[0] * places[0] + weights[1] * places[1] + weights[2] * places[2]
 
 
-def form_range(weights: Triple, blocks: GridBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+def form_range(weights: Triple, blocks: OrderedBlocks) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest value of a linear form in each block, ``[N]``; exact in the form's own
     order."""
     order = blocks.order
@@ -105,7 +105,7 @@ class Band:
         difference = linear_form(self.weights, k) - linear_form(self.weights, q)
         return (difference >= self.low) & (difference <= self.high)
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         (q_low, q_high), (k_low, k_high) = form_range(self.weights, q), form_range(self.weights, k)
         smallest, largest = k_low - q_high[:, None], k_high - q_low[:, None]
         return (
@@ -180,7 +180,7 @@ class Axis:
         kept = [rule.allows(a, b) for rule, a, b in zip(self.rules, q, k, strict=True)]
         return kept[0] & kept[1] & kept[2]
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         some: torch.Tensor | None = None
         every: torch.Tensor | None = None
         for axis, rule in enumerate(self.rules):
@@ -238,7 +238,7 @@ class _RangeExtremes:
 
 
 @dataclass(frozen=True, eq=False)
-class Radial:
+class RadialBand:
     """``|r_q - r_k| <= widths[|t_q - t_k|]``: ``t`` the coordinate of the slowest axis, ``r`` the
     raster index in the plane of the other two. ``widths`` int64 ``[T]``, -1 for no pair.
     """
@@ -261,7 +261,7 @@ class Radial:
             (q[axis] - k[axis]).abs()
         ]
 
-    def _pieces(self, blocks: GridBlocks) -> torch.Tensor:
+    def _pieces(self, blocks: OrderedBlocks) -> torch.Tensor:
         """Blocks as int64 ``[P, 5]``: block, first and last t, first and last r; split at planes
         where the order is the predicate's own, so that each piece is a product of two ranges."""
         axis, weights = self.forms()
@@ -282,7 +282,7 @@ class Radial:
         pieces = torch.cat([head, middle[t1 - t0 > 1], tail[t1 > t0]])
         return pieces[pieces[:, 0].argsort(stable=True)]
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         q_pieces, k_pieces = self._pieces(q), self._pieces(k)
         extremes = _RangeExtremes(self.widths)
         _, k_t0, k_t1, k_r0, k_r1 = k_pieces.unbind(1)
@@ -299,12 +299,12 @@ class Radial:
             _fold(every, (narrowest >= reach), owner, k_pieces[:, 0], "amin")
         return some.bool(), every.bool()
 
-    def permuted(self, axes: Triple) -> Radial:
+    def permuted(self, axes: Triple) -> RadialBand:
         inner = axis_permutation(self.axes)
         shape = [0, 0, 0]
         for size, axis in zip(self.grid.shape, axes, strict=True):
             shape[axis] = size
-        return Radial(Grid(*shape), self.widths, "".join(AXES[axes[axis]] for axis in inner))
+        return RadialBand(Grid(*shape), self.widths, "".join(AXES[axes[axis]] for axis in inner))
 
 
 def _fold(
@@ -334,7 +334,7 @@ class Label:
 
     @staticmethod
     def _union_and_common(
-        bits: torch.Tensor, blocks: GridBlocks
+        bits: torch.Tensor, blocks: OrderedBlocks
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Bits set in some, and in every, token of each block, ``[N]``."""
         owner = torch.repeat_interleave(torch.arange(len(blocks.start)), blocks.length)
@@ -348,7 +348,7 @@ class Label:
                 common |= torch.ones_like(union).scatter_reduce(0, owner, plane, "amin") << bit
         return union, common
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         k_union, k_common = self._union_and_common(self.k_bits, k)
         if self.q_bits is None:
             rows = torch.ones(len(q.start), 1, dtype=torch.bool)

@@ -16,7 +16,7 @@ from visattn.blocks.predicates import (
     permute_weights,
     row_chunks,
 )
-from visattn.geometry.orders import GridBlocks, Triple
+from visattn.geometry.orders import OrderedBlocks, Triple
 
 __all__ = ["CoarseTable", "TileOffsets"]
 
@@ -39,7 +39,7 @@ class CoarseTable:
         kept = self.table[q_form // self.unit, k_form // self.unit]
         return kept & (k_form <= q_form) if self.causal else kept
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         (q_low, q_high), (k_low, k_high) = form_range(self.weights, q), form_range(self.weights, k)
         q0, q1, k0, k1 = (x // self.unit for x in (q_low, q_high, k_low, k_high))
         table = torch.zeros([n + 1 for n in self.table.shape], dtype=torch.int32)
@@ -77,7 +77,7 @@ class TileOffsets:
         ]
         return self.table[shift[0], shift[1], shift[2]]
 
-    def classify(self, q: GridBlocks, k: GridBlocks) -> Status:
+    def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         tile = torch.tensor(self.tile)
         q0, q1, k0, k1 = (x // tile for x in (q.low, q.high, k.low, k.high))
         center = torch.tensor(self.table.shape) // 2

@@ -22,10 +22,10 @@ __all__ = [
     "AXES",
     "BoxOrder",
     "ExplicitOrder",
-    "GridBlocks",
     "HilbertOrder",
     "LineOrder",
     "Order",
+    "OrderedBlocks",
     "SequenceBlocks",
     "axis_cells",
     "axis_permutation",
@@ -46,7 +46,7 @@ def axis_permutation(axes: str) -> Triple:
 
 
 @dataclass(frozen=True, eq=False)
-class GridBlocks:
+class OrderedBlocks:
     """The blocks of one ordered grid. ``N`` blocks; all tensors int64 on the CPU.
 
     Attributes:
@@ -71,7 +71,7 @@ class Order(Protocol):
 
     def index(self, grid: Grid) -> torch.Tensor: ...
 
-    def blocks(self, grid: Grid, size: int) -> GridBlocks: ...
+    def blocks(self, grid: Grid, size: int) -> OrderedBlocks: ...
 
     def permuted(self, axes: Triple, grid: Grid) -> Order:
         """An order of ``grid`` with the blocks that this one has on ``grid.permuted(axes)``."""
@@ -110,7 +110,7 @@ class LineOrder:
             .reshape(-1)
         )
 
-    def blocks(self, grid: Grid, size: int) -> GridBlocks:
+    def blocks(self, grid: Grid, size: int) -> OrderedBlocks:
         permutation = axis_permutation(self.axes)
         inner = grid.permuted(permutation)
         start = torch.arange(0, grid.numel, size)
@@ -128,7 +128,7 @@ class LineOrder:
             ],
             1,
         )
-        return GridBlocks(
+        return OrderedBlocks(
             self, grid, start, length, _unpermute(low, permutation), _unpermute(high, permutation)
         )
 
@@ -199,7 +199,7 @@ class BoxOrder:
             box = box * len(cells) + owner.view(shape)
         return torch.argsort(box.reshape(-1), stable=True)
 
-    def blocks(self, grid: Grid, size: int) -> GridBlocks:
+    def blocks(self, grid: Grid, size: int) -> OrderedBlocks:
         cells = self.cells(grid)
         counts = [len(c) for c in cells]
         number = torch.arange(counts[0] * counts[1] * counts[2])
@@ -213,7 +213,9 @@ class BoxOrder:
                 f"tile={self.tile} holds {largest} tokens, more than a block of {size}; use a "
                 "smaller tile"
             )
-        return GridBlocks(self, grid, length.cumsum(0) - length, length, low, high, self.dilation)
+        return OrderedBlocks(
+            self, grid, length.cumsum(0) - length, length, low, high, self.dilation
+        )
 
     def permuted(self, axes: Triple, grid: Grid) -> BoxOrder:
         fields = (self.tile, self.unit, self.offset, self.dilation)
@@ -237,7 +239,7 @@ def fitted(tile: Triple, grid: Grid, most: int) -> Triple:
     return t, h, w
 
 
-def _cut(order: Order, grid: Grid, size: int) -> GridBlocks:
+def _cut(order: Order, grid: Grid, size: int) -> OrderedBlocks:
     """Blocks of ``size`` ordered tokens, with the boxes that bound them."""
     start = torch.arange(0, grid.numel, size)
     length = (grid.numel - start).clamp(max=size)
@@ -249,7 +251,7 @@ def _cut(order: Order, grid: Grid, size: int) -> GridBlocks:
     high = torch.empty(len(start), 3, dtype=torch.int64).scatter_reduce(
         0, owner, places, "amax", include_self=False
     )
-    return GridBlocks(order, grid, start, length, low, high)
+    return OrderedBlocks(order, grid, start, length, low, high)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class HilbertOrder:
         places = torch.stack(grid.coordinates(torch.arange(grid.numel)))
         return torch.argsort(_hilbert_rank(places[[n > 1 for n in grid.shape]], max(grid.shape)))
 
-    def blocks(self, grid: Grid, size: int) -> GridBlocks:
+    def blocks(self, grid: Grid, size: int) -> OrderedBlocks:
         return _cut(self, grid, size)
 
     def permuted(self, axes: Triple, grid: Grid) -> Order:
@@ -313,7 +315,7 @@ class ExplicitOrder:
             )
         return index
 
-    def blocks(self, grid: Grid, size: int) -> GridBlocks:
+    def blocks(self, grid: Grid, size: int) -> OrderedBlocks:
         return _cut(self, grid, size)
 
     def permuted(self, axes: Triple, grid: Grid) -> ExplicitOrder:
@@ -340,7 +342,7 @@ class SequenceBlocks:
     start: torch.Tensor
     length: torch.Tensor
     segment: torch.Tensor
-    grids: tuple[GridBlocks, ...]
+    grids: tuple[OrderedBlocks, ...]
     first: tuple[int, ...]
 
     def __len__(self) -> int:

@@ -11,8 +11,14 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from visattn._arguments import check_count, check_flag, is_number
-from visattn.blocks.predicates import Axis, AxisRule, Places, Predicate, linear_form
-from visattn.blocks.predicates import Radial as RadialPredicate
+from visattn.blocks.predicates import (
+    Axis,
+    AxisRule,
+    Places,
+    Predicate,
+    RadialBand,
+    linear_form,
+)
 from visattn.blocks.table_predicates import CoarseTable
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
@@ -128,7 +134,7 @@ class Radial(Pattern):
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         if self.by_block(grid):
             return (CoarseTable(grid.strides, self.block, _block_table(self, grid)),)
-        band = RadialPredicate(grid, self.widths(grid))
+        band = RadialBand(grid, self.widths(grid))
         if not self.sink:
             return (band,)
         first = AxisRule(

@@ -12,7 +12,7 @@ from visattn._arguments import check_count
 from visattn.blocks.block_map import BlockMap, PartialPolicy, build_map
 from visattn.blocks.predicates import Places, Predicate
 from visattn.geometry.layout import Grid, TokenLayout, on_cpu
-from visattn.geometry.orders import GridBlocks, LineOrder, Order, sequence_blocks
+from visattn.geometry.orders import LineOrder, Order, OrderedBlocks, sequence_blocks
 from visattn.patterns.base.head_pattern import HeadPattern
 
 MAX_BLOCK = 4096
@@ -194,7 +194,7 @@ class Pattern(HeadPattern):
         )
 
 
-def visited_blocks(predicates: tuple[Predicate, ...], q: GridBlocks, k: GridBlocks) -> int:
+def visited_blocks(predicates: tuple[Predicate, ...], q: OrderedBlocks, k: OrderedBlocks) -> int:
     """Block pairs that some predicate keeps a pair of."""
     some = torch.zeros(len(q.start), len(k.start), dtype=torch.bool)
     for predicate in predicates:
