@@ -44,8 +44,8 @@ def tile_bounds(pattern: AxisPattern, grid: Grid, q_tile: Triple, k_tile: Triple
         ValueError: the pattern is dilated, so its keys on an axis are not contiguous.
     """
     mean = worst = 1.0
-    for axis, (length, q_side, k_side) in enumerate(zip(grid.shape, q_tile, k_tile, strict=True)):
-        rule = pattern.axis_rule(axis, grid)
+    parts = zip(pattern.rules_on(grid), grid.shape, q_tile, k_tile, strict=True)
+    for axis, (rule, length, q_side, k_side) in enumerate(parts):
         if rule.modulus > 1:
             raise ValueError(
                 f"pattern={pattern} is dilated along axis {axis}, so its keys are no contiguous "

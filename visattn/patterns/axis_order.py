@@ -53,12 +53,12 @@ class AxisOrder(Pattern):
         return self.pattern.keeps((q[a], q[b], q[c]), (k[a], k[b], k[c]), grid.permuted((a, b, c)))
 
     def pairs(self, grid: Grid) -> int:
-        return self.pattern.pairs(grid.permuted(axis_permutation(self.order)))
+        return self.pattern.on(grid.permuted(axis_permutation(self.order))).pairs
 
     def covered(self, grid: Grid) -> torch.Tensor | bool:
         axes = axis_permutation(self.order)
         inner = grid.permuted(axes)
-        covered = self.pattern.covered(inner)
+        covered = self.pattern.on(inner).covered
         if isinstance(covered, bool):
             return covered
         back = [axes.index(axis) for axis in range(3)]
@@ -66,11 +66,10 @@ class AxisOrder(Pattern):
 
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         axes = axis_permutation(self.order)
-        return tuple(
-            predicate.permuted(axes) for predicate in self.pattern.predicates(grid.permuted(axes))
-        )
+        inner = self.pattern.on(grid.permuted(axes))
+        return tuple(predicate.permuted(axes) for predicate in inner.predicates)
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
         axes = axis_permutation(self.order)
-        q_order, k_order = self.pattern.orders(grid.permuted(axes), block_q, block_k)
+        q_order, k_order = self.pattern.on(grid.permuted(axes)).orders(block_q, block_k)
         return q_order.permuted(axes, grid), k_order.permuted(axes, grid)

@@ -3,6 +3,7 @@ themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,24 +44,24 @@ class Block(AxisPattern):
     def __post_init__(self) -> None:
         check_sizes("size", self.size)
 
-    def places(self, grid: Grid) -> tuple[Triple, Triple]:
+    def boxes(self, grid: Grid) -> tuple[Triple, Triple]:
         """Sides of a box, and where the first one ends (0: after a whole side), in tokens."""
         return sizes_of("size", self.size, grid), NO_UNIT
 
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
         kept = torch.ones((), dtype=torch.bool, device=q[0].device)
-        for axis, (side, shift) in enumerate(zip(*self.places(grid), strict=True)):
+        for axis, (side, shift) in enumerate(zip(*self.boxes(grid), strict=True)):
             kept = kept & ((q[axis] - shift) // side == (k[axis] - shift) // side)
         return kept
 
-    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
-        side, shift = (values[axis] for values in self.places(grid))
-        place = torch.arange(grid.shape[axis])
-        begin = (place - shift).div(side, rounding_mode="floor") * side + shift
-        return AxisRule(begin.clamp(min=0), (begin + side - 1).clamp(max=grid.shape[axis] - 1))
+    def axis_rules(self, grid: Grid) -> Iterator[AxisRule]:
+        for length, side, shift in zip(grid.shape, *self.boxes(grid), strict=True):
+            coordinate = torch.arange(length)
+            begin = (coordinate - shift).div(side, rounding_mode="floor") * side + shift
+            yield AxisRule(begin.clamp(min=0), (begin + side - 1).clamp(max=length - 1))
 
     def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
-        size, shift = self.places(grid)
+        size, shift = self.boxes(grid)
         return size, shift, (1, 1, 1)
 
 
@@ -94,7 +95,7 @@ class ShiftedBlock(Block):
         if self.shift is not None:
             check_sizes("shift", self.shift, minimum=0)
 
-    def places(self, grid: Grid) -> tuple[Triple, Triple]:
+    def boxes(self, grid: Grid) -> tuple[Triple, Triple]:
         size = sizes_of("size", self.size, grid)
         shift = [side // 2 for side in size]
         if self.shift is not None:

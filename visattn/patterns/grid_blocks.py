@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,10 +55,10 @@ class GridBlocks(AxisPattern):
             kept = kept & (q[axis] % step == k[axis] % step)
         return kept
 
-    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
-        step, length = self.steps(grid)[axis], grid.shape[axis]
-        residue = torch.arange(length) % step
-        return AxisRule(residue, residue + (length - 1 - residue) // step * step, step)
+    def axis_rules(self, grid: Grid) -> Iterator[AxisRule]:
+        for length, step in zip(grid.shape, self.steps(grid), strict=True):
+            residue = torch.arange(length) % step
+            yield AxisRule(residue, residue + (length - 1 - residue) // step * step, step)
 
     def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
         return NO_UNIT, NO_UNIT, self.steps(grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,12 +61,11 @@ class Halo(AxisPattern):
             kept = kept & (k[axis] >= begin - halo) & (k[axis] < begin + block + halo)
         return kept
 
-    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
-        block, halo = (values[axis] for values in self.sides(grid))
-        begin = torch.arange(grid.shape[axis]) // block * block
-        return AxisRule(
-            (begin - halo).clamp(min=0), (begin + block + halo - 1).clamp(max=grid.shape[axis] - 1)
-        )
+    def axis_rules(self, grid: Grid) -> Iterator[AxisRule]:
+        for length, block, halo in zip(grid.shape, *self.sides(grid), strict=True):
+            begin = torch.arange(length) // block * block
+            end = begin + block + halo
+            yield AxisRule((begin - halo).clamp(min=0), (end - 1).clamp(max=length - 1))
 
     def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
         return self.sides(grid)[0], NO_UNIT, (1, 1, 1)

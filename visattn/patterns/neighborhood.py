@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -131,8 +132,8 @@ class Neighborhood(AxisPattern):
         kept = [w.allows(a, b) for w, a, b in zip(self.windows(grid), q, k, strict=True)]
         return kept[0] & kept[1] & kept[2]
 
-    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
-        return _bounds(self.windows(grid)[axis])
+    def axis_rules(self, grid: Grid) -> Iterator[AxisRule]:
+        return map(_bounds, self.windows(grid))
 
     def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
         t, h, w = (window.dilation for window in self.windows(grid))

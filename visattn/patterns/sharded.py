@@ -4,7 +4,6 @@ head."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -81,22 +80,19 @@ class Sharded(Pattern):
         return ((small[:, None] - small).abs_() < min(self.local, len(run))).logical_or_(kept)
 
     def pairs(self, grid: Grid) -> int:
-        return _count(self, grid)
+        (predicate,) = self.on(grid).predicates
+        assert isinstance(predicate, CoarseTable)
+        table = predicate.table
+        length = torch.full((len(table),), self.block)
+        length[-1] = grid.numel - self.block * (len(table) - 1)
+        areas = length[:, None] * length
+        if self.causal:  # below the diagonal runs are whole, on it they are triangles
+            diagonal = length * (length + 1) // 2
+            return int((areas * table.tril(-1)).sum() + (diagonal * table.diagonal()).sum())
+        return int((areas * table).sum())
 
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         return (CoarseTable(grid.strides, self.block, self.table(grid), self.causal),)
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
         return LineOrder(), LineOrder()
-
-
-@lru_cache(maxsize=64)
-def _count(pattern: Sharded, grid: Grid) -> int:
-    table = pattern.table(grid)
-    length = torch.full((len(table),), pattern.block)
-    length[-1] = grid.numel - pattern.block * (len(table) - 1)
-    areas = length[:, None] * length
-    if pattern.causal:  # below the diagonal runs are whole, on it triangles
-        diagonal = length * (length + 1) // 2
-        return int((areas * table.tril(-1)).sum() + (diagonal * table.diagonal()).sum())
-    return int((areas * table).sum())

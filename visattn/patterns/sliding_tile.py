@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,14 +70,14 @@ class SlidingTile(AxisPattern):
             kept = kept & ((k[axis] // tile - center).abs() <= window // 2)
         return kept
 
-    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
-        tile, count, window = (values[axis] for values in self.tiles(grid))
-        low, high = [], []
-        for x in range(grid.shape[axis]):
-            center = min(max(x // tile, window // 2), count - 1 - window // 2)
-            low.append(max(0, center - window // 2) * tile)
-            high.append(min((center + window // 2 + 1) * tile, grid.shape[axis]) - 1)
-        return AxisRule(torch.tensor(low), torch.tensor(high))
+    def axis_rules(self, grid: Grid) -> Iterator[AxisRule]:
+        for length, tile, count, window in zip(grid.shape, *self.tiles(grid), strict=True):
+            low, high = [], []
+            for coordinate in range(length):
+                center = min(max(coordinate // tile, window // 2), count - 1 - window // 2)
+                low.append(max(0, center - window // 2) * tile)
+                high.append(min((center + window // 2 + 1) * tile, length) - 1)
+            yield AxisRule(torch.tensor(low), torch.tensor(high))
 
     def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
         return self.tiles(grid)[0], NO_UNIT, (1, 1, 1)

@@ -4,7 +4,6 @@ per head."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -99,15 +98,27 @@ class Stencil(Pattern):
         return table
 
     def pairs(self, grid: Grid) -> int:
-        return _count(self, grid)
+        tile, count = self.tiles(grid)
+        sides = [
+            (torch.arange(n) * side).add(side).clamp(max=length) - torch.arange(n) * side
+            for n, side, length in zip(count.shape, tile, grid.shape, strict=True)
+        ]
+        volume = sides[0][:, None, None] * sides[1][:, None] * sides[2]
+        fixed = torch.zeros(count.numel, dtype=torch.bool)
+        fixed[list(self.columns)] = True
+        free = volume * ~fixed.view(count.shape)  # keys that not all queries see already
+        total = grid.numel * int(volume.view(-1)[fixed].sum())
+        for q_tiles, k_tiles in overlaps(self.offsets, count):
+            total += int((volume[q_tiles] * free[k_tiles]).sum())
+        return total
 
     def covered(self, grid: Grid) -> torch.Tensor | bool:
         tile, count = self.tiles(grid)
         if self.columns or (0, 0, 0) in self.offsets:
             return True
         seen = torch.zeros(count.shape, dtype=torch.bool)
-        for own, _ in overlaps(self.offsets, count):
-            seen[own] = True
+        for q_tiles, _ in overlaps(self.offsets, count):
+            seen[q_tiles] = True
         places = grid.coordinates(torch.arange(grid.numel))
         t, h, w = (place // side for place, side in zip(places, tile, strict=True))
         return seen[t, h, w]
@@ -142,33 +153,16 @@ class Stencil(Pattern):
 def overlaps(
     offsets: tuple[Triple, ...], count: Grid
 ) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """For each distinct offset that stays in the grid for some tile: those query tiles, and
-    their key tiles."""
+    """Return the query tiles and the key tiles of each distinct offset that stays in the grid for
+    some tile."""
     out = []
     for offset in dict.fromkeys(offsets):
         if all(abs(d) < n for d, n in zip(offset, count.shape, strict=True)):
-            own = tuple(
+            q_tiles = tuple(
                 slice(max(0, -d), n - max(0, d)) for d, n in zip(offset, count.shape, strict=True)
             )
-            other = tuple(
+            k_tiles = tuple(
                 slice(max(0, d), n - max(0, -d)) for d, n in zip(offset, count.shape, strict=True)
             )
-            out.append((own, other))
+            out.append((q_tiles, k_tiles))
     return out
-
-
-@lru_cache(maxsize=64)
-def _count(pattern: Stencil, grid: Grid) -> int:
-    tile, count = pattern.tiles(grid)
-    sides = [
-        (torch.arange(n) * side).add(side).clamp(max=length) - torch.arange(n) * side
-        for n, side, length in zip(count.shape, tile, grid.shape, strict=True)
-    ]
-    volume = sides[0][:, None, None] * sides[1][:, None] * sides[2]
-    fixed = torch.zeros(count.numel, dtype=torch.bool)
-    fixed[list(pattern.columns)] = True
-    free = volume * ~fixed.view(count.shape)  # keys not already seen by all
-    kept = grid.numel * int(volume.view(-1)[fixed].sum())
-    return kept + sum(
-        int((volume[own] * free[other]).sum()) for own, other in overlaps(pattern.offsets, count)
-    )

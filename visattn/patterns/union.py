@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -60,34 +59,31 @@ class Union(Pattern):
         return kept
 
     def pairs(self, grid: Grid) -> int:
-        return _count(self, grid)
+        # whole blocks count by their area, partial ones pair by pair
+        block = min(128, grid.numel)
+        return self.lower(TokenLayout(grid), block, block).pairs()
 
     def covered(self, grid: Grid) -> torch.Tensor | bool:
-        found = torch.zeros(grid.numel, dtype=torch.bool)
+        covered = torch.zeros(grid.numel, dtype=torch.bool)
         for pattern in self.patterns:
             if pattern.outside:
-                found |= pattern.covered(grid)
-        return found
+                covered |= pattern.on(grid).covered
+        return covered
 
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
         return tuple(
-            predicate for pattern in self.patterns for predicate in pattern.predicates(grid)
+            predicate for pattern in self.patterns for predicate in pattern.on(grid).predicates
         )
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
         """Of the members' own orders, the one in which the union visits the fewest blocks."""
-        predicates = self.predicates(grid)
-        choices = dict.fromkeys(pattern.orders(grid, block_q, block_k) for pattern in self.patterns)
+        predicates = self.on(grid).predicates
+        choices = dict.fromkeys(
+            pattern.on(grid).orders(block_q, block_k) for pattern in self.patterns
+        )
 
         def visited(orders: tuple[Order, Order]) -> int:
             q, k = orders[0].blocks(grid, block_q), orders[1].blocks(grid, block_k)
             return visited_blocks(predicates, q, k)
 
         return min(choices, key=visited) if len(choices) > 1 else next(iter(choices))
-
-
-@lru_cache(maxsize=64)
-def _count(union: Union, grid: Grid) -> int:
-    """Counted from the block form: whole blocks by their area, partial ones pair by pair."""
-    block = min(128, grid.numel)
-    return union.lower(TokenLayout(grid), block, block).pairs()

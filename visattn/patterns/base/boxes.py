@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -19,24 +20,31 @@ class AxisPattern(Pattern):
     """A pattern that keeps a pair when it is kept on every axis: counts and visits multiply."""
 
     @abstractmethod
-    def axis_rule(self, axis: int, grid: Grid) -> AxisRule:
-        """The bounds of the kept keys over the query's coordinate, on one axis."""
+    def axis_rules(self, grid: Grid) -> Iterable[AxisRule]:
+        """Return for each of the three axes the bounds of the kept keys over the query's
+        coordinate."""
 
     def cuts(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
-        """Unit, offset and dilation at which boxes fit the pattern, per axis."""
+        """Return the unit, offset and dilation at which boxes fit the pattern, per axis."""
         return NO_UNIT, NO_UNIT, (1, 1, 1)
 
     def pairs(self, grid: Grid) -> int:
-        count = 1
-        for axis in range(3):
-            count *= self.axis_rule(axis, grid).pairs()
-        return count
+        t, h, w = self.rules_on(grid)
+        return t.pairs() * h.pairs() * w.pairs()
 
     def predicates(self, grid: Grid) -> tuple[Axis]:
-        return (Axis((self.axis_rule(0, grid), self.axis_rule(1, grid), self.axis_rule(2, grid))),)
+        t, h, w = self.axis_rules(grid)
+        return (Axis((t, h, w)),)
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
-        return best_boxes(self.predicates(grid)[0], grid, block_q, block_k, *self.cuts(grid))
+        rules = self.rules_on(grid)
+        return best_boxes(rules, grid, block_q, block_k, *self.cuts(grid))
+
+    def rules_on(self, grid: Grid) -> tuple[AxisRule, AxisRule, AxisRule]:
+        """Return ``axis_rules(grid)``, computed once for a grid."""
+        (predicate,) = self.on(grid).predicates
+        assert isinstance(predicate, Axis)
+        return predicate.rules
 
 
 def side_choices(length: int, unit: int, size: int) -> tuple[int, ...]:
@@ -85,7 +93,7 @@ def coarser(grid: Grid, dilation: Triple, size: int) -> list[Triple]:
 
 
 def best_boxes(
-    axis: Axis,
+    rules: Sequence[AxisRule],
     grid: Grid,
     block_q: int,
     block_k: int,
@@ -104,7 +112,7 @@ def best_boxes(
         def cells(side: int, step: int) -> torch.Tensor:
             return axis_cells(grid.shape[number], side, unit[number], offset[number], step)
 
-        rule = axis.rules[number]
+        rule = rules[number]
         some, every = rule.classify(cells(q_side, q_step), q_step, cells(k_side, k_step), k_step)
         return int(some.sum()), int(every.sum())
 
@@ -130,8 +138,8 @@ def best_boxes(
         return boxes or [BoxOrder(box_candidates(grid, unit, size)[0], unit, offset, dilation)]
 
     if block_k == block_q:
-        own = min(candidates(block_q), key=lambda q: (*cost(q, q), q.tile, q.dilation))
-        return own, own
+        best = min(candidates(block_q), key=lambda q: (*cost(q, q), q.tile, q.dilation))
+        return best, best
     q_boxes, k_boxes = candidates(block_q), candidates(block_k)
     pairs = [(q, k) for q in q_boxes for k in k_boxes]
     return min(pairs, key=lambda p: (*cost(*p), p[0].tile, p[1].tile, p[0].dilation, p[1].dilation))

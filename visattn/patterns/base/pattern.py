@@ -4,6 +4,8 @@ blocks."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import torch
@@ -21,64 +23,80 @@ MAX_BLOCK = 4096
 class Pattern(HeadPattern):
     """Base of the static patterns; each is for one head.
 
-    A pattern speaks of the pairs inside a grid. Everything else is kept: text and prefix keys for
-    every query, text queries in full, and pairs of two different grids. With a separate key layout
-    the pattern holds between the grids of the same number, which must be equal.
+    A pattern is a rule about the pairs inside a grid. All other pairs are kept: text and prefix
+    keys for every query, all keys for text queries, and pairs of two different grids. With a
+    separate key layout, the rule holds between the grids with the same number, which must be equal.
+
+    A subclass defines ``keeps``, ``pairs``, ``predicates`` and ``orders``, and ``covered`` where a
+    query can be left without a key. Callers ask ``on(grid)``, which keeps the answers.
+
+    Attributes:
+        outside: whether pairs that are not inside one grid are kept.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Diagonal, Pattern
+        >>> pattern = Diagonal(64)
+        >>> isinstance(pattern, Pattern)
+        True
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.307
     """
 
-    outside: ClassVar[bool] = True  # whether pairs that are not inside one grid are kept
+    outside: ClassVar[bool] = True
 
     @abstractmethod
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
-        """The definition: which pairs of one grid are kept, by coordinates ``(t, h, w)``, bool,
-        broadcast."""
+        """Return which pairs of one grid are kept: the definition of the pattern.
+
+        Args:
+            q: coordinates ``(t, h, w)`` of queries, int64, that broadcast with those of ``k``.
+            k: coordinates ``(t, h, w)`` of keys.
+            grid: the grid.
+
+        Returns:
+            bool, of the broadcast shape.
+        """
 
     @abstractmethod
     def pairs(self, grid: Grid) -> int:
-        """Exact number of kept pairs inside one grid."""
+        """Return the exact number of kept pairs inside one grid."""
 
     @abstractmethod
     def predicates(self, grid: Grid) -> tuple[Predicate, ...]:
-        """The same rule as a union of predicates, for the block form."""
+        """Return the same rule as a union of predicates, for the block form."""
 
     @abstractmethod
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
-        """The orders of queries and keys in which the pattern visits few blocks."""
+        """Return the orders of queries and keys in which the pattern visits few blocks.
+
+        Args:
+            grid: the grid.
+            block_q: most tokens in a block of queries.
+            block_k: most tokens in a block of keys.
+        """
 
     def covered(self, grid: Grid) -> torch.Tensor | bool:
-        """Which queries of a grid see some key of it: one answer for all, or bool ``[n]``."""
+        """Return which queries of a grid see a key of it: one answer for all, or bool ``[n]``."""
         return True
 
-    @on_cpu
+    def on(self, grid: Grid) -> PatternOnGrid:
+        """Return the pattern on one grid, which computes each of its forms once.
+
+        Args:
+            grid: the grid.
+
+        Example:
+            >>> from visattn import Grid
+            >>> from visattn.patterns import Diagonal
+            >>> Diagonal(1).on(Grid(2, 2, 2)).pairs
+            22
+        """
+        return _on_grid(type(self), self, grid)
+
     def check(self, grid: Grid) -> None:
         """Raise ValueError when a size does not fit the grid, or a query would see no key of it."""
-        self.predicates(grid)
-        covered = self.covered(grid)
-        if self.outside and isinstance(covered, torch.Tensor) and not bool(covered.all()):
-            raise ValueError(
-                f"{self} leaves {int((~covered).sum())} of the {grid.numel} queries of grid {grid} "
-                "without any key; add the offset (0, 0, 0), a column, or Diagonal(0)"
-            )
-
-    def _best(
-        self, grid: Grid, block_q: int, block_k: int, others: tuple[int, int]
-    ) -> tuple[Order, Order]:
-        """The pattern's own orders, or raster order where that visits fewer blocks: small boxes are
-        many, and with other queries and keys (``others`` tokens) each meets all of those."""
-        own, raster = self.orders(grid, block_q, block_k), (LineOrder(), LineOrder())
-        if own == raster:
-            return own
-        predicates = self.predicates(grid)
-
-        def visited(orders: tuple[Order, Order]) -> int:
-            q, k = orders[0].blocks(grid, block_q), orders[1].blocks(grid, block_k)
-            count = visited_blocks(predicates, q, k)
-            if self.outside:
-                count += len(q.start) * -(-others[1] // block_k)
-                count += len(k.start) * -(-others[0] // block_q)
-            return count
-
-        return min(own, raster, key=visited)
+        self.on(grid).check()
 
     @on_cpu
     def allows(
@@ -88,22 +106,23 @@ class Pattern(HeadPattern):
         layout: TokenLayout,
         kv_layout: TokenLayout | None = None,
     ) -> torch.Tensor:
-        """Which (query, key) pairs the pattern keeps.
+        """Return which (query, key) pairs the pattern keeps.
 
         Args:
-            q, k: token indices, int64, shapes that broadcast (``[Lq, 1]`` and ``[Lk]`` give the
-                mask).
-            layout: what the queries are; kv_layout: what the keys are, if not the same.
+            q: token indices of queries, int64. ``[Lq, 1]`` with ``k`` of ``[Lk]`` gives the mask.
+            k: token indices of keys, int64, of a shape that broadcasts with that of ``q``.
+            layout: the layout of the queries.
+            kv_layout: the layout of the keys; default: ``layout``.
 
         Returns:
-            bool of the broadcast shape. Text lengths are a run-time matter and play no part.
+            bool of the broadcast shape. Valid text lengths belong to a call and are not considered.
 
         Raises:
             ValueError: a size does not fit a grid, or the grids of the two layouts differ.
         """
         kv_layout = paired_layouts(layout, kv_layout)
         shape = torch.broadcast_shapes(q.shape, k.shape)
-        kept = torch.full(shape, self.outside, dtype=torch.bool, device=q.device)
+        allowed = torch.full(shape, self.outside, dtype=torch.bool, device=q.device)
         for (q_start, grid), (k_start, _) in zip(layout.grids, kv_layout.grids, strict=False):
             inside = ((q >= q_start) & (q < q_start + grid.numel)) & (
                 (k >= k_start) & (k < k_start + grid.numel)
@@ -114,26 +133,31 @@ class Pattern(HeadPattern):
             )
             self.check(grid)
             rule = self.keeps(grid.coordinates(q_index), grid.coordinates(k_index), grid)
-            kept = torch.where(inside, rule, kept)
-        return kept
+            allowed = torch.where(inside, rule, allowed)
+        return allowed
 
     @on_cpu
     def density(self, layout: TokenLayout, kv_layout: TokenLayout | None = None) -> float:
-        """Kept share of all (query, key) pairs of the sequence, text at its capacity, by exact
-        count.
+        """Return the kept share of all (query, key) pairs of the sequence, by exact count.
+
+        Args:
+            layout: the layout of the queries; text counts with its capacity.
+            kv_layout: the layout of the keys; default: ``layout``.
 
         Raises:
             ValueError: as ``allows``.
         """
         kv_layout = paired_layouts(layout, kv_layout)
         total = layout.length * kv_layout.length
-        paired = [grid for (_, grid), _ in zip(layout.grids, kv_layout.grids, strict=False)]
-        for grid in paired:
-            self.check(grid)
-        kept = sum(self.pairs(grid) for grid in paired)
+        paired = [
+            self.on(grid) for (_, grid), _ in zip(layout.grids, kv_layout.grids, strict=False)
+        ]
+        for on_grid in paired:
+            on_grid.check()
+        count = sum(on_grid.pairs for on_grid in paired)
         if self.outside:
-            kept += total - sum(grid.numel**2 for grid in paired)
-        return kept / total
+            count += total - sum(on_grid.grid.numel**2 for on_grid in paired)
+        return count / total
 
     @on_cpu
     def lower(
@@ -146,13 +170,15 @@ class Pattern(HeadPattern):
         kv_layout: TokenLayout | None = None,
         order: Order | tuple[Order, Order] | None = None,
     ) -> BlockMap:
-        """The block form of the pattern.
+        """Return the block form of the pattern.
 
         Args:
-            layout, kv_layout: what queries and keys are.
-            block_q, block_k: most tokens in a block, 1 to 4096.
-            partial: what becomes of partly kept blocks: ``exact`` masks them, ``promote`` keeps
-                them whole (superset of the rule), ``drop`` leaves them out (subset).
+            layout: the layout of the queries.
+            block_q: most tokens in a block of queries, 1 to 4096.
+            block_k: most tokens in a block of keys, 1 to 4096.
+            partial: how partly kept blocks are treated: ``exact`` masks them, ``promote`` keeps
+                them whole (a superset of the rule), ``drop`` leaves them out (a subset).
+            kv_layout: the layout of the keys; default: ``layout``.
             order: token order of every grid, or a pair for queries and keys; default: the
                 pattern's own.
 
@@ -161,27 +187,29 @@ class Pattern(HeadPattern):
         """
         kv_layout = paired_layouts(layout, kv_layout)
         for name, size in (("block_q", block_q), ("block_k", block_k)):
-            check_count(name, size, 1, MAX_BLOCK)
+            if check_count(name, size, 1) > MAX_BLOCK:
+                raise ValueError(f"{name}={size} must be at most {MAX_BLOCK}")
         q_orders: list[Order] = []
         k_orders: list[Order] = []
         unions: list[tuple[Predicate, ...] | None] = []
         for ordinal in range(max(len(layout.grids), len(kv_layout.grids))):
             both = ordinal < min(len(layout.grids), len(kv_layout.grids))
             grid = (layout if ordinal < len(layout.grids) else kv_layout).grids[ordinal][1]
+            on_grid = self.on(grid)
             q_order: Order
             k_order: Order
             if order is not None:
                 q_order, k_order = order if isinstance(order, tuple) else (order, order)
             elif both:
                 others = layout.length - grid.numel, kv_layout.length - grid.numel
-                q_order, k_order = self._best(grid, block_q, block_k, others)
+                q_order, k_order = on_grid.best_orders(block_q, block_k, others)
             else:  # a grid without a partner is kept whole
                 q_order = k_order = LineOrder()
             if both:
-                self.check(grid)
+                on_grid.check()
             if ordinal < len(layout.grids):
                 q_orders.append(q_order)
-                unions.append(self.predicates(grid) if both else None)
+                unions.append(on_grid.predicates if both else None)
             if ordinal < len(kv_layout.grids):
                 k_orders.append(k_order)
         return build_map(
@@ -194,8 +222,107 @@ class Pattern(HeadPattern):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class PatternOnGrid:
+    """A pattern on one grid; each form is computed when first asked for, and kept.
+
+    Tensors lie on the CPU and must not be written to.
+
+    Args:
+        pattern: the pattern.
+        grid: the grid.
+
+    Raises:
+        ValueError: on access of a form, when a size does not fit the grid.
+    """
+
+    pattern: Pattern
+    grid: Grid
+    _orders: dict[tuple[int, int], tuple[Order, Order]] = field(
+        init=False, repr=False, default_factory=dict
+    )
+
+    @cached_property
+    @on_cpu
+    def predicates(self) -> tuple[Predicate, ...]:
+        """The rule as a union of predicates."""
+        return self.pattern.predicates(self.grid)
+
+    @cached_property
+    @on_cpu
+    def pairs(self) -> int:
+        """The number of kept pairs."""
+        return self.pattern.pairs(self.grid)
+
+    @cached_property
+    @on_cpu
+    def covered(self) -> torch.Tensor | bool:
+        """Which queries see some key of the grid: one answer for all, or bool ``[n]``."""
+        return self.pattern.covered(self.grid)
+
+    @on_cpu
+    def orders(self, block_q: int, block_k: int) -> tuple[Order, Order]:
+        """Return the pattern's own orders of queries and keys, for blocks of these sizes."""
+        if (block_q, block_k) not in self._orders:
+            orders = self.pattern.orders(self.grid, block_q, block_k)
+            self._orders[block_q, block_k] = orders
+        return self._orders[block_q, block_k]
+
+    @cached_property
+    @on_cpu
+    def _num_without_key(self) -> int:
+        covered = self.covered
+        if self.pattern.outside and isinstance(covered, torch.Tensor):
+            return int((~covered).sum())
+        return 0
+
+    def check(self) -> None:
+        """Raise ValueError when a size does not fit the grid, or a query would see no key of it."""
+        _ = self.predicates  # checks the sizes
+        if self._num_without_key:
+            raise ValueError(
+                f"{self.pattern} leaves {self._num_without_key} of the {self.grid.numel} queries "
+                f"of grid {self.grid} without any key; add the offset (0, 0, 0), a column, or "
+                "Diagonal(0)"
+            )
+
+    @on_cpu
+    def best_orders(
+        self, block_q: int, block_k: int, others: tuple[int, int]
+    ) -> tuple[Order, Order]:
+        """Return the pattern's own orders, or raster order where that visits fewer blocks.
+
+        Small boxes are many, and each meets all tokens outside the grid.
+
+        Args:
+            block_q: most tokens in a block of queries.
+            block_k: most tokens in a block of keys.
+            others: numbers of queries and of keys outside the grid.
+        """
+        preferred = self.orders(block_q, block_k)
+        raster: tuple[Order, Order] = (LineOrder(), LineOrder())
+        if preferred == raster:
+            return preferred
+
+        def visited(orders: tuple[Order, Order]) -> int:
+            q, k = orders[0].blocks(self.grid, block_q), orders[1].blocks(self.grid, block_k)
+            count = visited_blocks(self.predicates, q, k)
+            if self.pattern.outside:
+                count += len(q.start) * -(-others[1] // block_k)
+                count += len(k.start) * -(-others[0] // block_q)
+            return count
+
+        return min(preferred, raster, key=visited)
+
+
+@lru_cache(maxsize=32)
+def _on_grid(kind: type[Pattern], pattern: Pattern, grid: Grid) -> PatternOnGrid:
+    """``kind`` tells apart two classes that are written alike, as when a notebook redefines one."""
+    return PatternOnGrid(pattern, grid)
+
+
 def visited_blocks(predicates: tuple[Predicate, ...], q: OrderedBlocks, k: OrderedBlocks) -> int:
-    """Block pairs that some predicate keeps a pair of."""
+    """Return the number of block pairs of which some predicate keeps a pair of tokens."""
     some = torch.zeros(len(q.start), len(k.start), dtype=torch.bool)
     for predicate in predicates:
         some |= predicate.classify(q, k)[0]
@@ -212,12 +339,12 @@ def paired_layouts(layout: TokenLayout, kv_layout: TokenLayout | None) -> TokenL
         return layout
     if not isinstance(kv_layout, TokenLayout):
         raise TypeError(f"kv_layout={kv_layout!r} must be a TokenLayout or None")
-    for number, ((_, own), (_, other)) in enumerate(
+    for number, ((_, q_grid), (_, k_grid)) in enumerate(
         zip(layout.grids, kv_layout.grids, strict=False)
     ):
-        if own != other:
+        if q_grid != k_grid:
             raise ValueError(
-                f"kv_layout has grid {other} where layout has {own} (grid {number}); a pattern "
+                f"kv_layout has grid {k_grid} where layout has {q_grid} (grid {number}); a pattern "
                 "relates equal grids, so put keys of another shape into a further grid, which is "
                 "kept whole"
             )

@@ -120,7 +120,7 @@ class OnlineChoice(Selector):
 def _line_orders(pattern: Pattern, layout: TokenLayout, block: int) -> tuple[Order, Order]:
     """The pattern's own orders where these are raster orders, in which blocks are even runs; raster
     order else."""
-    own = pattern.orders(layout.grids[0][1], block, block)
+    own = pattern.on(layout.grids[0][1]).orders(block, block)
     plain = all(isinstance(order, LineOrder) for order in own)
     return own if plain else (LineOrder(), LineOrder())
 
