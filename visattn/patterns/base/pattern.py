@@ -40,7 +40,7 @@ class Pattern(HeadPattern):
         >>> isinstance(pattern, Pattern)
         True
         >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
-        0.307
+        0.308
     """
 
     outside: ClassVar[bool] = True
