@@ -97,16 +97,16 @@ def test_search_by_the_scorer_as_json(capsys):
 
 @pytest.mark.usefixtures("scores")
 def test_candidates_that_fail_are_told_and_the_rest_is_written(capsys, monkeypatch):
-    from visattn.guidance.head_search.batched_trials import Generating
+    from visattn.guidance.head_search.batched_trials import BatchedTrials
 
-    frames = Generating.frames
+    frames = BatchedTrials.frames
 
     def limited(self, sets, prompt, seed):
         if any(own.get("blocks.1.attn1", {}).get(2) for own in sets):
             raise torch.OutOfMemoryError("out of memory")
         return frames(self, sets, prompt, seed)
 
-    monkeypatch.setattr(Generating, "frames", limited)
+    monkeypatch.setattr(BatchedTrials, "frames", limited)
     code, out, err = run(capsys, *SEARCH, *MINE)
     assert code == 1
     assert "wrote heads.json" in out
@@ -122,7 +122,7 @@ WRONG = {
     "output over a file": ([*SEARCH, "-o", "other.json"], "is there and is no head set"),
     "no prompts": (PLAIN, "has no prompts of its own"),
     "prompts twice": ([*SEARCH, "--prompts", "p.txt"], "not both"),
-    "no caption": ([*PLAIN, "hello"], "fails with none of the candidates.*caption='hello'"),
+    "no caption": ([*PLAIN, "hello"], "fails without any candidate.*caption='hello'"),
     "seed": ([*SEARCH, "--seed", "3"], "take --seeds"),
     "seeds": ([*SEARCH, "--seeds", "3-1"], "--seeds '3-1'"),
     "seeds text": ([*SEARCH, "--seeds", "a"], "--seeds 'a'"),
@@ -148,7 +148,7 @@ WRONG = {
     "objective no function": ([*SEARCH, "--objective", "mine:number"], "is no function"),
     "objective fails": ([*SEARCH, "--objective", "mine:wrong"], "KeyError: 'nothing seen'"),
     "log of another": ([*SEARCH, "--resume", "other.json"], "is no log of a search"),
-    "log nowhere": ([*SEARCH, "--resume", "no/log"], "not there"),
+    "log nowhere": ([*SEARCH, "--resume", "no/log"], "does not exist"),
     "image": ([*SEARCH, "--image", "a.png"], "--image is not for a search of heads"),
     "model": ([*SEARCH, "--model", "no-such"], "is no folder"),
     "odd height": ([*SEARCH, "--height", "33"], "divisible"),

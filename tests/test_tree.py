@@ -28,7 +28,6 @@ ROOT_FILES = {
 # fails the tests.
 LONG_FILES = {
     "kernels/hopper.py",
-    "visattn/guidance/head_search/driver.py",
     "visattn/inject/attachment.py",
     "visattn/inject/layers/layer.py",
 }

@@ -12,7 +12,7 @@ from support import tiny
 from visattn.generation.silence_logs import quiet
 from visattn.guidance import HeadSet, SoftPAG, guide
 from visattn.guidance.head_search import driver as module
-from visattn.guidance.head_search.batched_trials import Generating
+from visattn.guidance.head_search.batched_trials import BatchedTrials
 from visattn.guidance.head_search.driver import search_heads
 from visattn.guidance.head_search.head_log import HeadLog, Place
 
@@ -166,7 +166,7 @@ def test_sets_in_a_batch_are_what_each_is_alone(kind, target):
     with quiet():
         own = tiny.PIPELINES[kind]().to(torch.float64)
     call = {**CALL, "num_frames": 9, "num_inference_steps": 2}
-    made = Generating(
+    made = BatchedTrials(
         own,
         call,
         dict.fromkeys(made_layers(own), tiny.HEADS),
@@ -203,7 +203,7 @@ def test_batch_changes_nothing_and_neither_does_another_run(pipe, batch):
 
 
 def test_batch_that_is_too_large_for_memory_is_halved(pipe, monkeypatch):
-    frames, sizes = Generating.frames, []
+    frames, sizes = BatchedTrials.frames, []
 
     def limited(self, sets, prompt, seed):
         sizes.append(len(sets))
@@ -211,7 +211,7 @@ def test_batch_that_is_too_large_for_memory_is_halved(pipe, monkeypatch):
             raise torch.OutOfMemoryError("out of memory: tried to allocate")
         return frames(self, sets, prompt, seed)
 
-    monkeypatch.setattr(Generating, "frames", limited)
+    monkeypatch.setattr(BatchedTrials, "frames", limited)
     own = search(pipe, mean_red, PROMPTS[:1], candidates={0: None}, batch=4)
     assert sizes == [1, 4, 2, 2]
     assert own.provenance["failures"] == []
@@ -292,19 +292,19 @@ def test_log_of_other_settings_is_refused(pipe, tmp_path, monkeypatch):
     search(pipe, mean_red, PROMPTS[:1], **given)
     data = log.read_bytes()
     for changed, word in [
-        ({"scale": 5.0}, "scale is 3.0 there and 5.0 here"),
-        ({"strength": 0.5}, "strength is 1.0 there"),
-        ({"policy": "image_rows"}, "policy is 'all' there"),
+        ({"scale": 5.0}, "scale is 3.0 in the file and 5.0 in this search"),
+        ({"strength": 0.5}, "strength is 1.0 in the file"),
+        ({"policy": "image_rows"}, "policy is 'all' in the file"),
         ({"seeds": (1,)}, "pairs is"),
     ]:
         with pytest.raises(ValueError, match=word):
             search(pipe, mean_red, PROMPTS[:1], **given, **changed)
-    with pytest.raises(ValueError, match=r"objective is .*mean_red.* there"):
+    with pytest.raises(ValueError, match=r"objective is .*mean_red.* in the file"):
         search(pipe, lambda frames, prompt: 0.0, PROMPTS[:1], **given)
-    with quiet(), pytest.raises(ValueError, match=r"whole pipeline is .* there"):
+    with quiet(), pytest.raises(ValueError, match=r"whole pipeline is .* in the file"):
         search(tiny.wan21(seed=4), mean_red, PROMPTS[:1], **given)
     monkeypatch.setattr(module, "versions", lambda names: dict.fromkeys(names, "9"))
-    with pytest.raises(ValueError, match=r"versions is .* there"):
+    with pytest.raises(ValueError, match=r"versions is .* in the file"):
         search(pipe, mean_red, PROMPTS[:1], **given)
     assert log.read_bytes() == data
 
@@ -402,14 +402,14 @@ def planted_name(planted, objective):
 
 
 def test_memory_that_runs_out_for_one_alone_is_a_failure(pipe, monkeypatch):
-    frames = Generating.frames
+    frames = BatchedTrials.frames
 
     def limited(self, sets, prompt, seed):
         if any(own.get(LAYERS[0], {}).get(1) for own in sets):
             raise MemoryError
         return frames(self, sets, prompt, seed)
 
-    monkeypatch.setattr(Generating, "frames", limited)
+    monkeypatch.setattr(BatchedTrials, "frames", limited)
     found = search(pipe, mean_red, PROMPTS[:1], candidates={0: None}, batch=2)
     assert found.provenance["failures"] == [
         {"item": f"{LAYERS[0]}:1", "round": 1, "error": "out of memory: MemoryError"}
@@ -425,14 +425,14 @@ def test_when_all_fail_it_says_so(pipe):
     def never(frames, prompt):
         raise KeyError("face")
 
-    with pytest.raises(ValueError, match=r"fails with none of the candidates perturbed.*KeyError"):
+    with pytest.raises(ValueError, match=r"fails without any candidate.*KeyError"):
         search(pipe, never)
     plain = frames_of(pipe, [], PROMPTS[0])
 
     def only_plain(frames, prompt):
         return {True: 1.0}[torch.equal(frames, plain)]
 
-    with pytest.raises(ValueError, match=r"all of the 2 candidates failed; the last one: KeyError"):
+    with pytest.raises(ValueError, match=r"all 2 candidates failed; the last error: KeyError"):
         search(pipe, only_plain, PROMPTS[:1], candidates={0: [0, 1]})
     fine = [plain, frames_of(pipe, [(LAYERS[0], 1)], PROMPTS[0])]
 
@@ -461,7 +461,7 @@ def test_progress_tells_what_is_left(pipe):
 
 WRONG = {
     "objective": ({"objective": "scorer"}, TypeError, "objective='scorer' must be a function"),
-    "no prompt": ({"prompts": []}, ValueError, r"prompts=\[\] must hold one"),
+    "no prompt": ({"prompts": []}, ValueError, r"prompts=\[\] must hold at least one value"),
     "text": ({"prompts": "a red square"}, TypeError, "must be a list of texts"),
     "prompt twice": ({"prompts": ["a", "a"]}, ValueError, "none twice"),
     "seed": ({"seeds": (-1,)}, ValueError, "seeds has -1"),
@@ -473,14 +473,14 @@ WRONG = {
     "strength above": ({"strength": 2.0}, ValueError, "strength=2.0"),
     "scale": ({"scale": 0.0}, ValueError, "perturbs nothing"),
     "policy": ({"policy": "text"}, ValueError, "policy='text'"),
-    "layer": ({"candidates": {7: None}}, ValueError, "names the layer 7; there are 3"),
+    "layer": ({"candidates": {7: None}}, ValueError, "names the layer 7; there are 3 layers"),
     "path": ({"candidates": {"blocks.9": [0]}}, ValueError, "names the layer 'blocks.9'"),
     "head": ({"candidates": {0: [4]}}, ValueError, "names head 4 of blocks.0.attn1"),
     "list": ({"candidates": [3]}, TypeError, "candidates="),
     "kept": ({"keep": HeadSet.of([("blocks.0.attn1", 9)])}, ValueError, "keep names head 9"),
-    "call": ({"call": {"step": 3}}, ValueError, "call has the key 'step'; WanPipeline takes here"),
+    "call": ({"call": {"step": 3}}, ValueError, "call has the key 'step'; for WanPipeline it may"),
     "own": ({"call": {"generator": None}}, ValueError, "call has the key 'generator'"),
-    "folder": ({"resume": "no/log"}, OSError, "lies in a folder that is not there"),
+    "folder": ({"resume": "no/log"}, OSError, "is in a folder that does not exist"),
 }
 
 
@@ -490,5 +490,5 @@ def test_wrong_arguments_are_named(pipe, given, kind, words):
     with pytest.raises(kind, match=words) as error:
         search_heads(pipe, own.pop("objective"), own.pop("prompts"), **own)
     assert "\n" not in str(error.value)
-    with pytest.raises(TypeError, match="is a denoiser alone"):
+    with pytest.raises(TypeError, match="is only a denoiser"):
         search_heads(pipe.transformer, mean_red, PROMPTS)

@@ -1,1 +1,1 @@
-"""The search for the heads that a guidance should change."""
+"""The search for the heads that a guidance perturbs."""

@@ -1,4 +1,4 @@
-"""Generations with several sets of heads as the samples of one call of a pipeline."""
+"""Generations with several sets of heads, as samples of one call of a pipeline."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from visattn.guidance.guiders.guidance import Guidance
 from visattn.guidance.guiders.guide import guide
 from visattn.guidance.guiders.soft_pag import target_and_stream
 
-__all__ = ["Generating", "PerturbEach", "Sets", "SoftPAGEach"]
+__all__ = ["BatchedTrials", "HeadStrengths", "PerturbEach", "SoftPAGEach"]
 
-Sets = Sequence[Mapping[str, Mapping[int, float]]]  # strength by head, by layer
+HeadStrengths = Mapping[str, Mapping[int, float]]  # strength by head, by path of the layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbEach(Perturb):
-    """``Perturb`` with strengths of each sample of a pass.
+    """``Perturb`` with the strengths of each sample of a pass.
 
     Args:
         strengths: ``[samples, H]`` by the path of the layer.
@@ -31,15 +31,17 @@ class PerturbEach(Perturb):
     strengths: Mapping[str, torch.Tensor]
 
     def place(self, paths: Sequence[str], heads: int) -> Where:
-        return Where({path: own for path, own in self.strengths.items() if path in paths})
+        return Where({path: each for path, each in self.strengths.items() if path in paths})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPAGEach(Guidance):
-    """``SoftPAG`` with heads of each sample of a batch.
+    """``SoftPAG`` with the heads of each sample of a batch.
 
     Args:
-        strengths: as of PerturbEach; policy, target: as of SoftPAG.
+        strengths: as of PerturbEach.
+        policy: as of SoftPAG.
+        target: as of SoftPAG.
     """
 
     strengths: Mapping[str, torch.Tensor]
@@ -52,26 +54,41 @@ class SoftPAGEach(Guidance):
 
 
 @dataclass(frozen=True)
-class Generating:
-    """A pipeline and how it is guided.
+class BatchedTrials:
+    """Generates with several sets of heads in one call of a pipeline.
 
     Args:
-        pipe: a diffusers pipeline; call: arguments of its call besides prompt and noise.
-        heads: how many a layer has, by its path.
-        strength, scale, policy, target: of SoftPAG.
+        pipe: a diffusers pipeline.
+        call: arguments of its call, without prompt and noise.
+        num_heads: heads of each layer, by path.
+        strength: of SoftPAG.
+        scale: of SoftPAG.
+        policy: of SoftPAG.
+        target: of SoftPAG.
     """
 
     pipe: Any
     call: Mapping[str, Any]
-    heads: Mapping[str, int]
+    num_heads: Mapping[str, int]
     strength: float
     scale: float
     policy: str
     target: str
 
-    def frames(self, sets: Sets, prompt: str, seed: int) -> list[torch.Tensor]:
-        """Frames of a prompt with each of some sets of heads perturbed, all from the noise of one
-        seed: float32 ``[T, H, W, 3]`` in [0, 1] on the CPU."""
+    def frames(self, sets: Sequence[HeadStrengths], prompt: str, seed: int) -> list[torch.Tensor]:
+        """Generate a prompt with each set of heads perturbed.
+
+        Args:
+            sets: sets of heads.
+            prompt: a text.
+            seed: of the noise, which is the same for all sets.
+
+        Returns:
+            The frames of each set, float32 ``[T, H, W, 3]`` in [0, 1] on the CPU.
+
+        Raises:
+            ValueError: the pipeline does not return one sample for each set.
+        """
         count = len(sets)
         noise = [torch.Generator("cpu").manual_seed(seed) for _ in sets]
         options = {**self.call, "prompt": [prompt] * count, "generator": noise}
@@ -81,19 +98,19 @@ class Generating:
             output = self._call(sets, {**options, "output_type": "pt"})
         finally:
             self.pipe._progress_bar_config = bars if bars is not None else {}
-        found = getattr(output, "frames", None)
-        if found is None:
-            found = getattr(output, "images", None)
-        if not isinstance(found, torch.Tensor) or len(found) != count:
+        samples = getattr(output, "frames", None)
+        if samples is None:
+            samples = getattr(output, "images", None)
+        if not isinstance(samples, torch.Tensor) or len(samples) != count:
             raise ValueError(
-                f"{type(self.pipe).__name__} made no {count} samples of frames or images of a call "
-                f"with {count} prompts; take batch=1"
+                f"{type(self.pipe).__name__} did not return {count} samples of frames or images "
+                f"for {count} prompts; use batch=1"
             )
-        each = found if found.ndim == 5 else found[:, None]  # [samples, T, C, H, W]
-        return list(each.permute(0, 1, 3, 4, 2).float().cpu().clamp(0, 1).contiguous())
+        videos = samples if samples.ndim == 5 else samples[:, None]  # [samples, T, C, H, W]
+        return list(videos.permute(0, 1, 3, 4, 2).float().cpu().clamp(0, 1).contiguous())
 
-    def _call(self, sets: Sets, options: Mapping[str, Any]) -> Any:
-        if not any(heads for own in sets for heads in own.values()):
+    def _call(self, sets: Sequence[HeadStrengths], options: Mapping[str, Any]) -> Any:
+        if not any(heads for heads_by_path in sets for heads in heads_by_path.values()):
             return self.pipe(**options)
         guidance = SoftPAGEach(
             strengths=self._strengths(sets),
@@ -104,14 +121,14 @@ class Generating:
         with guide(self.pipe, guidance):
             return self.pipe(**options)
 
-    def _strengths(self, sets: Sets) -> dict[str, torch.Tensor]:
-        """``[samples, H]`` by the layers that have a perturbed head in some sample."""
-        out: dict[str, torch.Tensor] = {}
-        for number, own in enumerate(sets):
-            for path, heads in own.items():
+    def _strengths(self, sets: Sequence[HeadStrengths]) -> dict[str, torch.Tensor]:
+        """Return strengths ``[samples, H]`` of the layers with a perturbed head in some sample."""
+        strengths: dict[str, torch.Tensor] = {}
+        for sample, heads_by_path in enumerate(sets):
+            for path, heads in heads_by_path.items():
                 if not heads:
                     continue
-                rows = out.setdefault(path, torch.zeros(len(sets), self.heads[path]))
+                rows = strengths.setdefault(path, torch.zeros(len(sets), self.num_heads[path]))
                 for head, strength in heads.items():
-                    rows[number, head] = self.strength * strength
-        return out
+                    rows[sample, head] = self.strength * strength
+        return strengths

@@ -1,4 +1,4 @@
-"""What heads are searched for: a number that is larger for better frames."""
+"""Objectives of the search for heads: numbers that are larger for better frames."""
 
 from __future__ import annotations
 
@@ -16,21 +16,35 @@ Objective = Callable[[torch.Tensor, str], float]
 
 
 def caption_score(frames: torch.Tensor, prompt: str) -> float:
-    """The share of a caption's words that a video of the small model shows, over colour, object,
-    direction and background (``metrics.prompt``).
+    """Return which share of a caption a video of the small model shows: the mean of the scores of
+    colour, object, direction and background (``visattn.metrics.prompt``).
 
     Args:
         frames: ``[T, H, W, 3]`` in [0, 1].
         prompt: as in ``a red square moves left over the fog``.
 
+    Returns:
+        A number from 0 to 1.
+
     Raises:
         ValueError: the prompt is no such caption.
+
+    Example:
+        >>> import torch
+        >>> from visattn.guidance import caption_score
+        >>> frames = torch.zeros(5, 64, 64, 3)
+        >>> 0 <= caption_score(frames, "a red square moves left over the fog") <= 1
+        True
     """
     return score_prompt(frames.permute(0, 3, 1, 2), prompt).mean
 
 
 def name_of(objective: Any) -> str:
-    """Where an objective is defined, as ``module:function``; that of its class where it is an
-    object."""
-    own = objective if hasattr(objective, "__qualname__") else type(objective)
-    return f"{own.__module__}:{own.__qualname__}"
+    """Return where an objective is defined, as ``module:function``; for an object, where its class
+    is defined.
+
+    Args:
+        objective: a function, or an object that can be called.
+    """
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{named.__module__}:{named.__qualname__}"
