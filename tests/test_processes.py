@@ -13,7 +13,7 @@ from support.cli import ROOT, SIZE, refused, run
 
 from visattn.generation.loading import Loading, load_pipeline, pick_device
 from visattn.runtime import processes as module
-from visattn.runtime.processes import Processes, join, own_device, processes
+from visattn.runtime.processes import Processes, device_of_process, join, processes
 
 NAMES = {name for names in module.STARTERS.values() for name in names} | {"MASTER_ADDR"}
 
@@ -83,7 +83,7 @@ def test_processes_that_cannot_meet(started):
     with needs, join("a search"):
         pass
     with join() as group:
-        assert group.own == Processes(1, 2, 0, "mpirun of MPICH")
+        assert group.process == Processes(1, 2, 0, "mpirun of MPICH")
         assert group.gather("x") == ["x"]
 
 
@@ -95,7 +95,7 @@ def test_a_device_each(started, monkeypatch):
     started(RANK="6", WORLD_SIZE="8", LOCAL_RANK="2")
     assert pick_device(None) == pick_device("cuda") == torch.device("cuda", 2)
     assert pick_device("cuda:1") == torch.device("cuda", 1)  # as it is said
-    assert pick_device("cpu") == own_device(torch.device("cpu")) == torch.device("cpu")
+    assert pick_device("cpu") == device_of_process(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # the others are hidden
     assert pick_device(None) == torch.device("cuda", 0)
     with pytest.raises(ValueError, match="balanced over all devices runs in one process"):
@@ -116,7 +116,8 @@ def test_other_commands_are_refused(capsys, alone, started, argv):
     """Or each process would write the same file."""
     started(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     (line,) = refused(capsys, *argv)
-    assert f"visattn {argv[0]} runs in one process, and this is number 1 of 2 of torchrun" in line
+    assert f"visattn {argv[0]} runs in one process only, but this is process 1 of 2" in line
+    assert "started by torchrun" in line
     assert run(capsys, "env")[0] == 0
 
 

@@ -119,7 +119,7 @@ BAD_TARGETS = {
     "in a file": ("file/a.mp4", "Not a directory"),
     "over a file": ("file", "is a file"),
     "over a folder": ("dir.mp4", "is a folder"),
-    "over other files": ("full", r"holds 'notes\.txt'"),
+    "over other files": ("full", r"contains 'notes\.txt'"),
     "null byte": ("a\0.mp4", "null"),
     "long name": ("a" * 300 + ".mp4", "too long"),
 }

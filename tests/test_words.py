@@ -34,7 +34,9 @@ PATTERN = re.compile("|".join(CONSTRUCTIONS), re.IGNORECASE)
 # Parts whose words are still to be mended.
 WAITING = set(map(part_of, MODULES)) - {
     "cost",
+    "media",
     "plan",
+    "runtime",
 }
 PARTS = sorted(set(map(part_of, MODULES)))
 

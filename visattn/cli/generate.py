@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> str | Output:
 def generate_own(args: argparse.Namespace, group: ProcessGroup) -> Output:
     """Every process makes the items that are its own, and waits for the others, as what started
     them may end all when one of them ends with an error."""
-    items = read_items(args)[group.own.rank :: group.own.world]
+    items = read_items(args)[group.process.rank :: group.process.world]
     loading = read_loading(args)
     backend = args.backend or "auto"
     plan = read_one_plan(args.plan, loading, backend)

@@ -17,7 +17,7 @@ from visattn.generation.checksums import check_checksums
 from visattn.generation.errors import reason
 from visattn.generation.silence_logs import quiet
 from visattn.plan import ROLES
-from visattn.runtime.processes import one_process, own_device, processes
+from visattn.runtime.processes import device_of_process, one_process, processes
 
 __all__ = [
     "DTYPES",
@@ -179,7 +179,7 @@ def pick_device(name: str | None) -> torch.device:
     """
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
-        return torch.device("cpu") if here is None else own_device(here)
+        return torch.device("cpu") if here is None else device_of_process(here)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -194,7 +194,7 @@ def pick_device(name: str | None) -> torch.device:
     count = torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
         raise ValueError(f"device={name!r} is not there: torch sees {count} of that kind")
-    return own_device(device)
+    return device_of_process(device)
 
 
 def load_pipeline(loading: Loading) -> Any:

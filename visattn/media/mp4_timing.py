@@ -1,4 +1,4 @@
-"""How many frames an mp4 holds, how fast and how large: read from its boxes, without decoding."""
+"""Frame rate, number and size of the frames of an mp4, read from its boxes without decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Timing", "timing_of"]
 
 
 class Timing(NamedTuple):
-    """Of the video track of a file."""
+    """Frames per second, number of frames, and width and height in pixels of a video track."""
 
     fps: float
     frames: int
@@ -37,7 +37,7 @@ def _inside(data: bytes, path: str, start: int, end: int) -> Iterator[tuple[int,
 
 
 def timing_of(data: bytes) -> Timing | None:
-    """Frames per second, their number and their size; ``None`` where the boxes do not say."""
+    """Return the timing of the bytes of an mp4, or None if the boxes do not contain it."""
     try:
         for low, high in _inside(data, "moov/trak", 0, len(data)):
             ((handler, _),) = _inside(data, "mdia/hdlr", low, high)

@@ -1,7 +1,7 @@
 """Frames on disk: an mp4 file, a folder of numbered PNG files, or one PNG file.
 
-Frames in memory are ``[T, H, W, 3]``, RGB in [0, 1]. Both PNG forms keep their 8 bits without loss;
-an mp4 does not. Everything is written whole or not at all.
+Frames in memory are ``[T, H, W, 3]``, RGB in [0, 1]. Both PNG forms store 8 bits a channel without
+loss; an mp4 does not. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ __all__ = [
 Kind = Literal["mp4", "png", "folder"]
 
 FRAME_NAME = re.compile(r"\d{4,}\.png")
-# H.264 at a constant quality that is hard to tell from the frames (0 is lossless, 51 the worst).
+# H.264 at a constant quality that looks almost like the frames (0 is lossless, 51 the worst).
 CRF = 16
 PROBE = 1 << 20  # bytes
-# What imageio raises on files that are not its own or are cut short.
+# Errors that imageio raises on files of other formats or truncated files.
 UNREADABLE = (OSError, ValueError, RuntimeError, IndexError, KeyError, SyntaxError)
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """What a name stands for: ``.mp4``, ``.png``, or a folder when it has no suffix, ends in a
-    slash or is one.
+    """Return the form that a name asks for: ``.mp4``, ``.png``, or a folder if it has no suffix,
+    ends in a slash or is an existing folder.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the name has another suffix.
     """
     text = os.fspath(path)
     suffix = Path(text).suffix.lower()
@@ -69,11 +69,12 @@ def check_target(path: str | os.PathLike[str], *, new_folders: bool = False) -> 
     """Refuse a target that ``write_video`` could not write, before the frames are made.
 
     Args:
-        path: of the target; new_folders: whether missing folders around it will be made.
+        path: the target.
+        new_folders: whether the caller will make missing parent folders.
 
     Raises:
-        ValueError: a suffix that is not written, or a folder that holds other files than frames.
-        OSError: the folder around it is missing or cannot be written, or there is no ffmpeg.
+        ValueError: the suffix is unknown, or the folder contains other files than frames.
+        OSError: the parent folder is missing or cannot be written, or there is no ffmpeg.
     """
     kind, target = kind_of(path), Path(path)
     if kind == "folder":
@@ -82,8 +83,8 @@ def check_target(path: str | os.PathLike[str], *, new_folders: bool = False) -> 
         others = [] if not target.exists() else _not_frames(target)
         if others:
             raise ValueError(
-                f"folder {str(path)!r} holds {others[0]!r}, which is no frame and would be lost; "
-                f"name a new folder"
+                f"folder {str(path)!r} contains {others[0]!r}, which is no frame and would be "
+                "lost; name a new folder"
             )
     elif target.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; name a file")
@@ -96,15 +97,20 @@ def check_target(path: str | os.PathLike[str], *, new_folders: bool = False) -> 
 
 
 def write_video(frames: torch.Tensor, path: str | os.PathLike[str], *, fps: float = 16.0) -> None:
-    """Write ``[T, H, W, 3]`` in [0, 1] in the form that the name asks for (``kind_of``).
+    """Write frames in the form that the name of the file asks for (``kind_of``).
 
-    A folder holds ``0000.png``, ``0001.png`` and so on; one that is there is replaced when it holds
-    frames alone. ``fps`` in frames per second is for mp4 only.
+    A folder contains ``0000.png``, ``0001.png`` and so on. An existing folder is replaced if it
+    contains nothing but frames.
+
+    Args:
+        frames: ``[T, H, W, 3]`` in [0, 1].
+        path: the file or folder to write.
+        fps: frames per second; for mp4 only.
 
     Raises:
-        ValueError: an unknown suffix, several frames for one PNG, an odd height or width for mp4,
-            or a folder that holds other files.
-        OSError: it cannot be written.
+        ValueError: the suffix is unknown, there are several frames for one PNG, an mp4 has an odd
+            height or width, or the folder contains other files.
+        OSError: the file cannot be written.
     """
     if not 0 < fps < math.inf:
         raise ValueError(f"fps={fps!r} must be a positive number of frames per second")
@@ -126,7 +132,7 @@ def write_video(frames: torch.Tensor, path: str | os.PathLike[str], *, fps: floa
 
 
 def encode_video(frames: torch.Tensor, *, fps: float = 16.0) -> bytes:
-    """The mp4 that ``write_video`` would write.
+    """Return the bytes of the mp4 file that ``write_video`` would write.
 
     Raises:
         TypeError, ValueError, OSError: as ``write_video``.
@@ -138,13 +144,15 @@ def encode_video(frames: torch.Tensor, *, fps: float = 16.0) -> bytes:
 
 
 def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
-    """Frames float32 ``[T, H, W, 3]`` in [0, 1] of an mp4, a PNG, or a folder of PNG files in the
-    order of the numbers in their names.
+    """Read an mp4, a PNG file, or a folder of PNG files in the order of the numbers in their names.
+
+    Returns:
+        Frames, float32 ``[T, H, W, 3]`` in [0, 1].
 
     Raises:
-        ValueError: an unknown suffix, an empty folder, frames of several sizes, or a file that does
-            not decode.
-        OSError: it is missing or cannot be read.
+        ValueError: the suffix is unknown, the folder is empty, the frames have several sizes, or a
+            file cannot be decoded.
+        OSError: the file is missing or cannot be read.
     """
     kind, source = kind_of(path), Path(path)
     if kind == "mp4":
@@ -154,15 +162,15 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     pictures = [file for file in source.iterdir() if file.suffix.lower() == ".png"]
     files = sorted(pictures, key=_natural)
     if not files:
-        raise ValueError(f"folder {str(path)!r} holds no PNG file")
+        raise ValueError(f"folder {str(path)!r} contains no PNG file")
     return _stack([read_picture(file) for file in files], source)
 
 
 def read_rate(path: str | os.PathLike[str]) -> float | None:
-    """Frames per second of an mp4; None of what says none.
+    """Return the frames per second of an mp4; None for PNG files and if the rate is not known.
 
     Raises:
-        OSError: it is missing or cannot be read.
+        OSError: the file is missing or cannot be read.
     """
     if kind_of(path) != "mp4":
         return None
@@ -172,13 +180,15 @@ def read_rate(path: str | os.PathLike[str]) -> float | None:
 
 
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file as RGB, turned as its EXIF says, as ``diffusers.utils.load_image`` reads it.
+    """Read an image file as RGB and apply its EXIF orientation, as ``diffusers.utils.load_image``
+    does.
 
-    Pictures of 16 bits are scaled to 8, which Pillow and diffusers do not: there they are white.
+    Images with 16 bits a channel are scaled to 8 bits. Pillow and diffusers clip them instead,
+    which makes them white.
 
     Raises:
-        ValueError: it is no image, or is cut short.
-        OSError: it is missing or cannot be read.
+        ValueError: the file is no image, or is truncated.
+        OSError: the file is missing or cannot be read.
     """
     with open(path, "rb") as file:
         try:
@@ -188,12 +198,12 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
                 return _rgb(ImageOps.exif_transpose(picture), picture.format)
         except UnidentifiedImageError:
             raise ValueError(f"{os.fspath(path)!r} is no image") from None
-        except Exception as error:  # readers of damaged files raise all kinds
+        except Exception as error:  # decoders raise errors of many types on damaged files
             raise ValueError(f"{os.fspath(path)!r} is no image that can be read: {error}") from None
 
 
 def _rgb(picture: Image.Image, form: str | None) -> Image.Image:
-    """A picture of any mode as RGB; ``form`` is that of its file."""
+    """Convert a picture of any mode to RGB; ``form`` is the format of its file."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         extrema: Any = picture.getextrema()  # a pair, as there is one channel
         low, high = extrema
@@ -201,19 +211,20 @@ def _rgb(picture: Image.Image, form: str | None) -> Image.Image:
             picture = picture.convert("I").point(lambda value: value * (255 / 65535) + 0.5)
         elif not 0 <= low <= high <= 255:
             raise ValueError(
-                f"it holds {picture.mode} values from {low} to {high}, not 0 to 255; save it with "
-                "8 bits a channel"
+                f"it contains {picture.mode} values from {low} to {high}, not 0 to 255; save it "
+                "with 8 bits a channel"
             )
         picture = picture.convert("L")
     return picture.convert("RGB")
 
 
 def to_bytes(frames: torch.Tensor) -> torch.Tensor:
-    """Frames as they are stored: uint8 on the CPU, each value the nearest of 0..255.
+    """Convert frames ``[T, H, W, 3]`` in [0, 1] to uint8 on the CPU, rounded to the nearest value.
 
     Raises:
-        TypeError: no floating-point values.
-        ValueError: not ``[T, H, W, 3]``, empty, or values outside [0, 1].
+        TypeError: the frames are no floating-point tensor.
+        ValueError: the shape is not ``[T, H, W, 3]``, the tensor is empty, or values are outside
+            [0, 1].
     """
     if not frames.is_floating_point():
         raise TypeError(f"frames of {frames.dtype} must be floating-point with values in [0, 1]")
@@ -221,7 +232,7 @@ def to_bytes(frames: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"frames of shape {list(frames.shape)} must be [T, H, W, 3], none empty")
     low, high = (float(value) for value in frames.aminmax())
     if not 0 <= low <= high <= 1:  # false for NaN as well
-        raise ValueError(f"frames hold values from {low:g} to {high:g}; they must be in [0, 1]")
+        raise ValueError(f"frames contain values from {low:g} to {high:g}; they must be in [0, 1]")
     return torch.stack([(frame.float() * 255).round().to(torch.uint8).cpu() for frame in frames])
 
 
@@ -230,7 +241,7 @@ def _not_frames(folder: Path) -> list[str]:
 
 
 def _natural(file: Path) -> tuple[list[int], str]:
-    """Sorts 2.png before 10.png."""
+    """Return the key that sorts 2.png before 10.png."""
     return [int(digits) for digits in re.findall(r"\d+", file.name)], file.name
 
 
@@ -238,7 +249,7 @@ def _stack(pictures: list[Image.Image], source: Path) -> torch.Tensor:
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) > 1:
         words = " and ".join(f"{height}x{width}" for width, height in sizes[:2])
-        raise ValueError(f"{str(source)!r} holds frames of several sizes, {words}")
+        raise ValueError(f"{str(source)!r} contains frames of several sizes, {words}")
     width, height = sizes[0]
     frames = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures]
     return torch.stack(frames).view(-1, height, width, 3).float() / 255
@@ -246,8 +257,9 @@ def _stack(pictures: list[Image.Image], source: Path) -> torch.Tensor:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside ``target``, with its suffix, where the block makes a file or a folder; it
-    becomes ``target`` when the block ends and is removed when the block raises, by Ctrl-C too."""
+    """Yield a temporary path next to ``target``, where the ``with`` block makes a file or a folder.
+    It is renamed to ``target`` when the block ends, and removed if the block raises, also on
+    Ctrl-C."""
     part = part_of(target)
     try:
         yield part
@@ -256,7 +268,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         else:
             part.replace(target)
     except OSError as error:
-        if error.errno is None:  # a sentence of ours
+        if error.errno is None:  # raised by this package
             raise
         raise OSError(error.errno, error.strerror, str(target)) from None
     finally:
@@ -278,7 +290,11 @@ def _replace_folder(part: Path, target: Path) -> None:
 
 
 def _ffmpeg() -> Any:
-    """imageio, which runs ffmpeg, when there is one."""
+    """Return imageio, which runs ffmpeg.
+
+    Raises:
+        OSError: ffmpeg is missing.
+    """
     imageio: Any = importlib.import_module("imageio")
     try:
         imageio.plugins.ffmpeg.get_exe()
@@ -297,16 +313,16 @@ def _ffmpeg_errors(target: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _room_told(part: Path) -> Iterator[None]:
-    """ffmpeg does not say why it ends: when it fails, the file is made longer, which raises the
-    error of a full disk where that is the cause."""
+def _disk_full_reported(part: Path) -> Iterator[None]:
+    """Raise the error of a full disk if that made ffmpeg fail: ffmpeg does not report its cause, so
+    a failure is followed by an attempt to write more bytes to the file."""
     try:
         yield
     except OSError:
         with open(part, "ab", buffering=0) as file:
-            left = PROBE
-            while left:
-                left -= file.write(bytes(left))
+            remaining = PROBE
+            while remaining:
+                remaining -= file.write(bytes(remaining))
             os.fsync(file.fileno())
         raise
 
@@ -316,10 +332,14 @@ def _write_mp4(data: torch.Tensor, target: Path, fps: float) -> None:
     count, height, width, _ = data.shape
     if height % 2 or width % 2:
         raise ValueError(
-            f"an mp4 holds frames of even height and width, not {height}x{width}; name a folder of "
+            f"an mp4 needs frames of even height and width, not {height}x{width}; name a folder of "
             f"PNG files"
         )
-    with _replacing(target) as part, _room_told(part), _ffmpeg_errors(target, "written by ffmpeg"):
+    with (
+        _replacing(target) as part,
+        _disk_full_reported(part),
+        _ffmpeg_errors(target, "written by ffmpeg"),
+    ):
         writer = ffmpeg.get_writer(
             part,
             format="FFMPEG",
@@ -335,7 +355,7 @@ def _write_mp4(data: torch.Tensor, target: Path, fps: float) -> None:
         with writer:
             for frame in data:
                 writer.append_data(frame.numpy())
-        # imageio does not look at ffmpeg's exit code: a full disk would leave a shorter file
+        # imageio ignores the exit code of ffmpeg: a full disk would leave a shorter file
         with ffmpeg.get_reader(part, format="FFMPEG", mode="I") as reader:
             written = reader.count_frames()
         if written != count:
@@ -343,7 +363,7 @@ def _write_mp4(data: torch.Tensor, target: Path, fps: float) -> None:
 
 
 def _read_mp4(source: Path) -> torch.Tensor:
-    with open(source, "rb"):  # a missing file is no matter of ffmpeg
+    with open(source, "rb"):  # raises the usual error for a missing file
         pass
     ffmpeg = _ffmpeg()
     with _ffmpeg_errors(source, "read as a video"):
@@ -351,7 +371,7 @@ def _read_mp4(source: Path) -> torch.Tensor:
             source,
             format="FFMPEG",
             mode="I",
-            input_params=["-xerror", "-err_detect", "explode"],  # stop at damage, conceal nothing
+            input_params=["-xerror", "-err_detect", "explode"],  # stop at damaged data
         )
         with reader:
             frames = [torch.from_numpy(frame.copy()) for frame in reader]

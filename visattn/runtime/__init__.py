@@ -1,1 +1,1 @@
-"""The process and its settings: torch's modes, several processes, temporary files."""
+"""Settings of the process: modes of torch, several processes, temporary files, progress."""

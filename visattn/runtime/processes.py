@@ -1,4 +1,4 @@
-"""Which of several processes this one is, by what started them, and what they tell each other."""
+"""The processes of a run: their ranks, as the launcher sets them, and exchange between them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-__all__ = ["ProcessGroup", "Processes", "join", "one_process", "own_device", "processes"]
+__all__ = ["ProcessGroup", "Processes", "device_of_process", "join", "one_process", "processes"]
 
-# Variables of rank, number of processes and rank on the machine, by what starts the processes.
-# A batch script of SLURM has SLURM_PROCID too; only in a step of srun are there several processes.
+# By launcher, the environment variables of the rank, the number of processes and the rank on the
+# machine. A batch script of SLURM has SLURM_PROCID too, but only a step of srun runs several
+# processes.
 STARTERS = {
     "torchrun or accelerate": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "mpirun of Open MPI": (
@@ -26,16 +27,18 @@ STARTERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
-MEETING = timedelta(minutes=10)  # in which all processes have to start
-LONGEST = timedelta(days=7)  # that one waits for another at its work
+MEETING = timedelta(minutes=10)  # time limit for all processes to start
+LONGEST = timedelta(days=7)  # time limit of a process that waits for the others
 
 
 class Processes(NamedTuple):
     """One of several processes that were started together.
 
     Attributes:
-        rank: its number; world: how many there are; local: its number on its machine.
-        starter: what started them, in words.
+        rank: the number of this process.
+        world: the number of processes.
+        local: the number of this process on its machine.
+        starter: name of the launcher.
     """
 
     rank: int = 0
@@ -45,15 +48,15 @@ class Processes(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is the process that writes files and prints for all."""
         return self.rank == 0
 
 
 def processes() -> Processes:
-    """This process: by torch.distributed where that is initialized, else by the environment.
+    """Return this process, from torch.distributed if it is initialized, else from the environment.
 
     Raises:
-        ValueError: the variables of the environment are no such numbers.
+        ValueError: the environment variables hold no valid ranks.
     """
     if dist.is_available() and dist.is_initialized():
         local = os.environ.get("LOCAL_RANK", "")
@@ -65,118 +68,132 @@ def processes() -> Processes:
         if given[0] is None or given[1] is None:
             continue
         try:
-            own = Processes(int(given[0]), int(given[1]), int(given[2] or 0), starter)
+            process = Processes(int(given[0]), int(given[1]), int(given[2] or 0), starter)
         except ValueError:
-            own = Processes(-1)
-        if not (0 <= own.rank < own.world and own.local >= 0):
-            said = ", ".join(f"{name}={os.environ.get(name)!r}" for name in names)
-            raise ValueError(f"the environment has {said}, which number no process; unset them")
-        return own
+            process = Processes(-1)
+        if not (0 <= process.rank < process.world and process.local >= 0):
+            variables = ", ".join(f"{name}={os.environ.get(name)!r}" for name in names)
+            raise ValueError(
+                f"the environment has {variables}, which are no valid ranks; unset them"
+            )
+        return process
     return Processes()
 
 
-def own_device(device: torch.device) -> torch.device:
-    """A device by its kind alone, such as ``cuda``, as that of this process: one each, by the rank
-    on the machine. With one process, with an index, or on a CPU it stays what it is."""
-    own = processes()
-    if own.world == 1 or device.index is not None or device.type in ("cpu", "mps"):
+def device_of_process(device: torch.device) -> torch.device:
+    """Return the device of this process, by its rank on the machine, for a device without an index
+    such as ``cuda``. A device with an index, a CPU, and the device of a single process are returned
+    unchanged."""
+    process = processes()
+    if process.world == 1 or device.index is not None or device.type in ("cpu", "mps"):
         return device
-    count = max(1, torch.accelerator.device_count())  # 1 where each process sees its own alone
-    return torch.device(device.type, own.local % count)
+    count = max(1, torch.accelerator.device_count())  # 1 if each process sees one device only
+    return torch.device(device.type, process.local % count)
 
 
 def one_process(what: str) -> None:
-    """Refuse to do a thing in several processes.
+    """Refuse to run in several processes.
+
+    Args:
+        what: what cannot run in several processes, for the error message.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several processes.
     """
-    own = processes()
-    if own.world > 1:
+    process = processes()
+    if process.world > 1:
         raise ValueError(
-            f"{what} runs in one process, and this is number {own.rank} of {own.world} of "
-            f"{own.starter}; start it alone"
+            f"{what} runs in one process only, but this is process {process.rank} of "
+            f"{process.world}, started by {process.starter}; start a single process"
         )
 
 
 class ProcessGroup:
-    """What the processes tell each other. All of them make the same calls, in the same order.
+    """Exchange of values between processes. All of them must make the same calls in the same order.
 
     Attributes:
-        own: this process; with one alone every call returns at once.
+        process: this process. If it is the only one, every call returns at once.
     """
 
-    def __init__(self, own: Processes | None = None, handle: Any = None) -> None:
-        self.own = own or Processes()
+    def __init__(self, process: Processes | None = None, handle: Any = None) -> None:
+        self.process = process or Processes()
         self._handle = handle
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes in the order of their ranks, when all have come here.
+        """Wait for all processes and return their values in the order of the ranks.
 
         Raises:
-            ConnectionError: one of them ended before.
+            ConnectionError: another process has ended.
         """
         if self._handle is None:
             return [value]
-        found: list[Any] = [None] * self.own.world
+        values: list[Any] = [None] * self.process.world
         try:
-            dist.all_gather_object(found, value, group=self._handle)
+            dist.all_gather_object(values, value, group=self._handle)
         except RuntimeError as error:
             raise ConnectionError(
-                f"process {self.own.rank} of {self.own.world} waits for another, which ended with "
-                f"an error of its own ({' '.join(str(error).split())[:100]})"
+                f"process {self.process.rank} of {self.process.world} waited for another process, "
+                f"which has ended; see the error of that process "
+                f"({' '.join(str(error).split())[:100]})"
             ) from None
-        return found
+        return values
 
     def of_first(self, value: Any) -> Any:
-        """The value of the first process."""
+        """Return the value of the first process."""
         return self.gather(value)[0]
 
     def check_same(self, value: Any, what: str) -> None:
-        """Refuse processes that are about different things.
+        """Check that all processes have the same value.
+
+        Args:
+            value: the value of this process.
+            what: the name of the value, for the error message.
 
         Raises:
             ValueError: a process has another value than the first one.
         """
-        found = self.gather(value)
-        for rank, own in enumerate(found):
-            if own != found[0]:
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
                 raise ValueError(
                     f"process {rank} has another {what} than process 0; start all with the same"
                 )
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have made this call."""
         self.gather(None)
 
 
 @contextmanager
 def join(what: str | None = None) -> Iterator[ProcessGroup]:
-    """The group of all processes inside a ``with`` block. It talks over the network (gloo), beside
-    a group of torch.distributed that there may be.
+    """Connect all processes inside a ``with`` block, by gloo over the network. A process group of
+    torch.distributed that exists already is left as it is.
 
     Args:
-        what: needs the group, for the error; None: where the processes cannot meet, each is alone
-            in a group, and only its number says that there are others.
+        what: what needs the group, for the error message. With None, processes that cannot be
+            connected get a group of one process each.
 
     Raises:
-        ValueError: they cannot meet.
+        ValueError: the processes cannot be connected.
     """
-    own = processes()
+    process = processes()
     there = dist.is_available() and dist.is_initialized()
     meet = there or all(name in os.environ for name in RENDEZVOUS)
-    if own.world > 1 and not meet and what is not None:
+    if process.world > 1 and not meet and what is not None:
         raise ValueError(
-            f"{what} in {own.world} processes needs {' and '.join(RENDEZVOUS)} in the environment, "
-            f"which {own.starter} does not set; start it by torchrun --nproc_per_node N"
+            f"{what} in {process.world} processes needs {' and '.join(RENDEZVOUS)} in the "
+            f"environment, which {process.starter} does not set; start it by torchrun "
+            "--nproc_per_node N"
         )
-    if own.world == 1 or not meet:
-        yield ProcessGroup(own)
+    if process.world == 1 or not meet:
+        yield ProcessGroup(process)
         return
     if not there:
-        dist.init_process_group("gloo", rank=own.rank, world_size=own.world, timeout=MEETING)
+        dist.init_process_group(
+            "gloo", rank=process.rank, world_size=process.world, timeout=MEETING
+        )
     handle = dist.new_group(backend="gloo", timeout=LONGEST)
     try:
-        yield ProcessGroup(own, handle)
+        yield ProcessGroup(process, handle)
     finally:
         dist.destroy_process_group(handle if there else None)

@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: a bar in a terminal or a notebook, else plain lines."""
+"""Progress of long work on stderr: a bar in a terminal or a notebook, else plain lines."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from visattn.runtime.processes import processes
 
 __all__ = ["Progress", "ProgressBar", "close_bars"]
 
-# Called as work proceeds: the stage, how many of its parts are done, of how many, and the seconds
-# that the rest will take, or None where they are not known.
+# Called as work proceeds, with the name of the stage, the number of finished parts, the number of
+# all parts, and the estimated seconds that are left (None: not known).
 Progress = Callable[[str, int, int, float | None], None]
 
 _BARS: WeakSet[Any] = WeakSet()
 
 
 class ProgressBar:
-    """Shows the stages of some work. It is a ``Progress``.
+    """Shows the progress of work in stages. Its instances are ``Progress`` functions.
 
-    In a terminal and in a notebook each stage has a bar of tqdm. Elsewhere, and where several
-    processes run, each stage writes at most ten lines.
+    In a terminal and in a notebook each stage has a tqdm bar. Elsewhere, and if several processes
+    run, each stage writes about ten lines.
 
     Args:
-        label: what the work belongs to, as in ``line 3``. Several processes are numbered where
-            there is none.
+        label: the name of the work, such as ``line 3``. Without a label, the output of several
+            processes begins with the number of the process.
         every: write a line for each call.
     """
 
@@ -72,13 +72,13 @@ class ProgressBar:
 
 
 def close_bars() -> None:
-    """End the line of each bar whose work was interrupted, so that what follows has its own."""
+    """Close the bars of interrupted work, so that later output starts on a new line."""
     for bar in list(_BARS):
         bar.close()
 
 
 def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this process, as ``tqdm.auto`` finds it."""
+    """Return whether a Jupyter kernel runs this process, by the same test as ``tqdm.auto``."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in shell.config

@@ -1,8 +1,9 @@
-"""Names of what is not whole yet, and the removal of what killed processes left under such names.
+"""Temporary names for unfinished files, and the removal of those that killed processes left.
 
-A name holds the process and the machine that write it. A process removes what it no longer needs;
-what a kill keeps it from removing goes when the next one writes to the same folder. Nothing of a
-process that lives, or of another machine that sees the same folder, is touched.
+A temporary name contains the number of the process and an identifier of the machine that write the
+file. A process removes its temporary files when it ends. If it is killed, the next process that
+writes to the same folder removes them. Files of a running process, or of another machine that
+shares the folder, are never touched.
 """
 
 from __future__ import annotations
@@ -27,27 +28,30 @@ TEMPORARY = re.compile(rf"visattn-{TAG}-\w+")
 
 
 def part_of(target: Path) -> Path:
-    """Beside a file or folder, where it is written until it is whole; with the same suffix."""
+    """Return the name, in the same folder and with the same suffix, under which a file or folder is
+    written until it is complete."""
     return target.with_name(f".{target.stem}.{_tag()}.part{target.suffix}")
 
 
 def old_of(target: Path) -> Path:
-    """Beside a folder, where the one that it replaces is until the new one has its name."""
+    """Return the name, in the same parent folder, that an existing folder has while a new one takes
+    its place."""
     return target.with_name(f".{target.name}.{_tag()}.old")
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for files that are needed in a ``with`` block alone."""
+    """Make a folder that exists during a ``with`` block only."""
     clear_leftovers(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=f"visattn-{_tag()}-") as name:
         yield Path(name)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that have ended left in a folder; a folder of frames
-    that was being replaced gets its name back. Each process looks at a folder once."""
-    if os.name == "posix":  # elsewhere it cannot be asked whether a process lives
+    """Remove the temporary files that ended processes of this machine left in a folder. A folder of
+    frames whose replacement was interrupted gets its name back. Each process checks a folder
+    once."""
+    if os.name == "posix":  # other systems cannot check whether a process is running
         _clear(Path(os.path.abspath(folder)))
 
 
@@ -56,8 +60,8 @@ def _clear(folder: Path) -> None:
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
             old = OLD.fullmatch(entry.name)
-            found = old or PART.fullmatch(entry.name) or TEMPORARY.fullmatch(entry.name)
-            if found is None or found["place"] != _place() or _lives(int(found["pid"])):
+            match = old or PART.fullmatch(entry.name) or TEMPORARY.fullmatch(entry.name)
+            if match is None or match["place"] != _place() or _is_running(int(match["pid"])):
                 continue
             if entry.stat(follow_symlinks=False).st_uid != os.getuid():
                 continue
@@ -68,7 +72,7 @@ def _clear(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, where it is there."""
+    """Remove a file, a link or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -81,14 +85,14 @@ def _tag() -> str:
 
 @lru_cache(maxsize=1)
 def _place() -> str:
-    """Of the machine or container, within which the number of a process means one process."""
+    """Return an identifier of the machine or container, within which process numbers are unique."""
     space = ""
     with suppress(OSError):
         space = os.readlink("/proc/self/ns/pid")
     return f"{zlib.crc32(f'{socket.gethostname()} {space}'.encode()):08x}"
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

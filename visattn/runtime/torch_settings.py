@@ -1,5 +1,5 @@
-"""What a caller has set for all of torch, and how our own computation is kept apart from it:
-autocast, inference mode, the default device."""
+"""Global settings of torch that a caller may have changed (autocast, inference mode, the default
+device), and how the package computes independently of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ def _autocast_on() -> list[str]:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Inside, and in a function that is decorated with ``plain_torch()``, torch computes in the
-    dtypes that the code names, and tensors for which it names no device are on the CPU, whatever
-    ``torch.autocast`` and ``torch.set_default_device`` say outside. Not for generators."""
+    """Switch off ``torch.autocast`` and set the default device to the CPU, in a ``with`` block or,
+    as the decorator ``plain_torch()``, in a function. Not for generator functions."""
     with ExitStack() as stack:
         for kind in _autocast_on():
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -37,8 +36,8 @@ def plain_torch() -> Iterator[None]:
 
 
 def callers_autocast() -> Callable[[], AbstractContextManager[None]]:
-    """What brings back the autocast that is on now, for what is the caller's own inside
-    ``plain_torch``."""
+    """Return a context manager that restores the present autocast, for code of the caller that runs
+    inside ``plain_torch``."""
     states = [(kind, torch.get_autocast_dtype(kind)) for kind in _autocast_on()]
 
     @contextmanager
@@ -52,8 +51,8 @@ def callers_autocast() -> Callable[[], AbstractContextManager[None]]:
 
 
 def cast_for_attention(*tensors: Cast) -> tuple[Cast, ...]:
-    """Tensors of an attention call in the dtype of autocast, where that is on, as torch's own
-    attention takes them: floating-point ones, but for float64."""
+    """Cast the tensors of an attention call to the dtype of autocast if it is on, as torch's
+    ``scaled_dot_product_attention`` does: all floating-point dtypes except float64."""
     return tuple(_cast(x) for x in tensors)
 
 
@@ -67,8 +66,9 @@ def _cast(x: Cast) -> Cast:
 
 
 def lasting(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function make tensors that are kept for later calls: tensors that are made in
-    ``torch.inference_mode`` could not be used with gradients, or written to, outside of it."""
+    """Run a function outside of ``torch.inference_mode``, so that the tensors that it makes can be
+    kept for later calls. Tensors made in inference mode cannot be used with gradients or written
+    to outside of it."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -57,7 +57,7 @@ class TaskRunner:
     ) -> None:
         self.store, self.about, self.progress = store, about, progress
         self.group = group or ProcessGroup()
-        self.world = self.group.own.world
+        self.world = self.group.process.world
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         if self.world > 1 and store.folder is None:
@@ -71,7 +71,7 @@ class TaskRunner:
     @property
     def first(self) -> bool:
         """Whether this process speaks for all."""
-        return self.group.own.first
+        return self.group.process.first
 
     def do(
         self,
@@ -96,7 +96,7 @@ class TaskRunner:
         begin = time.perf_counter()
         of_time = [self.threads] if alone or timed else []
         keys = [key_of(stage, [self.about, task.question, *of_time]) for task in tasks]
-        own = 0 if alone else self.group.own.rank
+        own = 0 if alone else self.group.process.rank
         many = 1 if alone else self.world
         mine = [n for n in range(len(tasks)) if n % many == own]
         mine = mine if not alone or self.first else []

@@ -164,9 +164,9 @@ def search_heads(
     }
     with join("a search for heads") as group:
         group.check_same(settings, "model, call or other setting")
-        with closing(HeadLog(resume if group.own.first else None, settings)) as log:
+        with closing(HeadLog(resume if group.process.first else None, settings)) as log:
             log.scores = group.of_first(log.scores)
-            counter = SearchProgress(progress, group.own.world)
+            counter = SearchProgress(progress, group.process.world)
             search = GreedyRounds(SetScores(trials, objective, pairs, batch, log, group, counter))
             heads = search.run(kept, to_try, k, rounds)
     if search.failures:

@@ -61,7 +61,7 @@ class SetScores:
 
     @property
     def num_processes(self) -> int:
-        return self.group.own.world
+        return self.group.process.world
 
     def compute(self, trials: Sequence[Trial], round_number: int) -> dict[Place, float | str]:
         """Add the missing scores of some trials to the log.
@@ -78,7 +78,7 @@ class SetScores:
             The scores and errors that were missing, of all processes.
         """
         computed: dict[Place, float | str] = {}
-        for trial in trials[self.group.own.rank :][:1]:
+        for trial in trials[self.group.process.rank :][:1]:
             if all(self.log.get(place) is not None for place in trial.places):
                 continue
             self.progress.start_timing()
