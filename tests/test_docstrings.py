@@ -33,6 +33,8 @@ WAITING = set(PACKAGES) - {
     "visattn.cost",
     "visattn.plan",
 }
+# Packages inside waiting ones whose docstrings are written already.
+WRITTEN = ("visattn.guidance.edits.",)
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 
@@ -69,9 +71,12 @@ def wrong(value: Any) -> list[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_form(package):
-    faults = {name: wrong(value) for name, value in public(package).items()}
-    if package not in WAITING:
-        assert {name: fault for name, fault in faults.items() if fault} == {}
+    faults = {
+        name: wrong(value)
+        for name, value in public(package).items()
+        if package not in WAITING or value.__module__.startswith(WRITTEN)
+    }
+    assert {name: fault for name, fault in faults.items() if fault} == {}
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,21 @@ WAITING = set(map(part_of, MODULES)) - {
     "plan",
     "runtime",
 }
+# Packages of waiting parts whose words are mended already.
+MENDED = ("visattn.guidance.edits",)
+MENDED_PREFIXES = tuple(f"{package}." for package in MENDED)
 PARTS = sorted(set(map(part_of, MODULES)))
 
 
 def files_of(part: str) -> list[Path]:
     return sorted(path for module, path in MODULES.items() if part_of(module) == part)
+
+
+def mended_files_of(part: str) -> list[Path]:
+    if part not in WAITING:
+        return files_of(part)
+    mended = {path for module, path in MODULES.items() if f"{module}.".startswith(MENDED_PREFIXES)}
+    return [path for path in files_of(part) if path in mended]
 
 
 def empty_names(source: str) -> list[str]:
@@ -76,12 +86,11 @@ def constructions(source: str) -> list[str]:
 def test_words(part):
     lines = [
         f"{path.name}:{line}"
-        for path in files_of(part)
+        for path in mended_files_of(part)
         for source in [path.read_text(encoding="utf-8")]
         for line in (*empty_names(source), *constructions(source))
     ]
-    if part not in WAITING:
-        assert lines == []
+    assert lines == []
 
 
 def test_what_is_to_be_found_is_found():

@@ -247,7 +247,7 @@ def test_a_skipped_part_is_as_if_it_gave_zero_in_the_rows_of_the_pass(place, wha
 def test_a_part_that_a_block_does_not_have_is_refused():
     pipe = tiny_images.flux()
     edit = SkipBlock(blocks=2, what="feedforward")
-    with pytest.raises(ValueError, match="no such part"), visattn.steer(pipe, edit):
+    with pytest.raises(ValueError, match="no such module"), visattn.steer(pipe, edit):
         generate(pipe)
 
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="take attention='self'"):
         ComposeObject(source=1, mask=mask, attention="cross")
     for edit, message in (
-        (ComposeObject(source=2, mask=mask), "has 2, from 0 on"),
+        (ComposeObject(source=2, mask=mask), "has 2 samples, from 0 on"),
         (ComposeObject(source=1, mask=mask[:2]), "mask of 48 tokens"),
         (region_constrained((1,), mask[:2]), "mask of 48 tokens"),
     ):

@@ -88,7 +88,7 @@ def test_labels_that_are_none():
     q, k, v = tensors(VIDEO)
     table = torch.zeros(1, 1)
     for wrong, error, words in (
-        (None, TypeError, "must be a tensor of whole numbers"),
+        (None, TypeError, "must be a tensor of integers"),
         (torch.tensor(0), ValueError, "has the shape"),
         (torch.zeros(1, 1, VIDEO.length), ValueError, "has the shape"),
     ):
@@ -121,7 +121,7 @@ def test_other_images_are_not_the_image_stream():
     layout = TokenLayout.from_tokens((("text", 3), ("grid", 1, 2, 3), ("grid", 1, 2, 3)))
     q, k, v = tensors(layout)
     for keys in ("text", "image"):
-        with pytest.raises(ValueError, match="neither the text nor the first image"):
+        with pytest.raises(ValueError, match="belong neither to the text nor to the first image"):
             edited(Temperature(temperature=0.5, keys=keys, stream="image"), q, k, v, layout)
     plain, found = edited([], q, k, v, layout), edited(
         Temperature(temperature=0.5, keys="text"), q, k, v, layout
@@ -133,7 +133,7 @@ def test_other_images_are_not_the_image_stream():
 
 
 def test_keys_of_text_are_not_borrowed():
-    with pytest.raises(ValueError, match="it takes tokens of the image"):
+    with pytest.raises(ValueError, match="it borrows image tokens"):
         BorrowKeys(sources=(1,), attention="cross")
     q, k, v = tensors(FIRST)
     wrong = torch.full((2, len(image_of(FIRST))), 2)

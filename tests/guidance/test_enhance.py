@@ -140,7 +140,7 @@ def test_with_a_plan_and_after_an_error():
     [
         ({"weight": float("inf")}, r"weight=inf\) must be a finite number"),
         ({"attention": "cross"}, "keys of cross-attention are not frames"),
-        ({"stream": "text"}, "it is of the video's rows alone"),
+        ({"stream": "text"}, "it changes the video rows only"),
     ],
 )
 def test_bad_arguments_are_told(options, message):

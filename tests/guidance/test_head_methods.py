@@ -250,7 +250,7 @@ def test_what_redistributes_nothing_changes_no_bit(layout, name):
 REFUSED = {
     "numbers": (torch.ones(FIRST.length), r"dtype torch.float32; it must be bool"),
     "length": (torch.ones(3, dtype=torch.bool), r"the shape \[3\] .* has 29 keys in 2 samples"),
-    "all": (torch.ones(2, FIRST.length, dtype=torch.bool), "has all of the image of"),
+    "all": (torch.ones(2, FIRST.length, dtype=torch.bool), "names all image tokens of"),
 }
 
 
@@ -264,15 +264,15 @@ def test_sinks_that_cannot_be_are_refused(sinks, message):
 def test_redistribution_that_cannot_be_is_refused():
     sinks = marked(FIRST)[1]
     for wrong in ((0,), 3, "first"):
-        with pytest.raises(TypeError, match="must be a bool tensor that says of each key"):
+        with pytest.raises(TypeError, match="must be a bool tensor with a value for each key"):
             RedistributeSinks(sinks=wrong, scale=0.5)
     with pytest.raises(TypeError, match=r"sinks=None\) must be a bool tensor"):
         edited(RedistributeSinks(sinks=lambda _: None, scale=0.5), *tensors(FIRST), FIRST)
     for scale in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="must be from 0 to 1; 1 is no change"):
+        with pytest.raises(ValueError, match="must be from 0 to 1; 1 changes nothing"):
             RedistributeSinks(sinks=sinks, scale=scale)
     with pytest.raises(ValueError, match="the keys of cross-attention are text"):
         RedistributeSinks(sinks=sinks, scale=0.5, attention="cross")
     edits = [BorrowKeys(sources=(0,), samples=(1,)), RedistributeSinks(sinks=sinks, scale=0.5)]
-    with pytest.raises(ValueError, match="borrowed keys, which are neither its text nor its image"):
+    with pytest.raises(ValueError, match="cannot be combined with BorrowKeys"):
         edited(edits, *tensors(FIRST), FIRST)

@@ -175,19 +175,19 @@ def test_memory_is_linear(edit):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, None, "1", True])
 def test_sums_that_are_none_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"add=.* must be finite; 0 is no change"):
+    with pytest.raises(ValueError, match=r"add=.* must be finite; 0 changes nothing"):
         ScaleTokens(tokens=(1,), add=wrong)
 
 
 def test_what_cannot_be_is_refused():
     for kind in ({"renormalise": True}, {"both_ways": True}):
-        with pytest.raises(ValueError, match="leave renormalise and both_ways out"):
+        with pytest.raises(ValueError, match="cannot be combined with renormalise or both_ways"):
             ScaleTokens(tokens=(1,), add=0.5, **kind)
     q, k, v = tensors(FIRST)
     for edits, message in (
         (ReplaceMap(source=2, samples=(1,)), "takes from sample 2"),
         (ReplaceMap(source=0, samples=(1,), tokens=(5,)), "has 5 text tokens"),
-        ([BorrowKeys(sources=(0,)), ReplaceMap(source=0)], "does not go with BorrowKeys"),
+        ([BorrowKeys(sources=(0,)), ReplaceMap(source=0)], "cannot be combined with BorrowKeys"),
     ):
         with pytest.raises(ValueError, match=message):
             edited(edits, q, k, v, FIRST)

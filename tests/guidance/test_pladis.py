@@ -122,7 +122,7 @@ def test_weight_zero_changes_nothing_and_other_heads_stay():
     [
         ({"weight": float("nan")}, r"weight=nan\) must be a finite number"),
         ({"rule": "softmax"}, r"rule='softmax'\) must be entmax15 or sparsemax"),
-        ({"attention": "self"}, "it sorts the keys of every row"),
+        ({"attention": "self"}, "it sorts the logits of every row"),
     ],
 )
 def test_bad_arguments_are_told(options, message):

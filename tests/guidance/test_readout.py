@@ -290,10 +290,10 @@ def test_memory_is_linear():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": ()}, "must be numbers of text tokens"),
-        ({"tokens": (1, ())}, "group without tokens"),
+        ({"tokens": ()}, "must be indices of text tokens"),
+        ({"tokens": (1, ())}, "an empty group"),
         ({"real": ()}, "names no token"),
-        ({"stream": "text"}, "reads the rows of the image"),
+        ({"stream": "text"}, "reads the image rows only"),
     ],
 )
 def test_what_is_not_to_be_read_is_refused(options, message):
@@ -305,7 +305,7 @@ def test_refusals_say_what_is_missing():
     pipe = pipeline("wan21")
     sink = TokenReadout()
     with (
-        pytest.raises(ValueError, match="give attention='cross'"),
+        pytest.raises(ValueError, match="use attention='cross'"),
         visattn.steer(pipe, ReadTokens(tokens=(1,), sink=sink)),
     ):
         tiny.generate(pipe, steps=1)

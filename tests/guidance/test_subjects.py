@@ -393,7 +393,7 @@ def test_places_are_those_of_the_model(kind):
 def test_models_without_known_positions_and_empty_masks_are_refused():
     full = torch.ones(1, GRID.numel)
     for pipe in (tiny.cogvideox(), tiny_images.sd3().transformer):
-        with pytest.raises(ValueError, match="has no rotary positions that are known"):
+        with pytest.raises(ValueError, match="has no rotary position embedding that visattn knows"):
             ir_diffusion(full, full, (1,), reposition=pipe)
     for masks in ((full, full * 0), (full * 0, full)):
         with pytest.raises(ValueError, match="a subject without a token"):

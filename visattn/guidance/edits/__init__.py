@@ -1,1 +1,1 @@
-"""Edits of attention: one file for each kind."""
+"""Edits of attention calls and blocks, one file for each kind."""

@@ -1,6 +1,6 @@
-"""Biases of the logits by labels of queries and keys, written as further dimensions of queries and
-keys: the query gets its row of the table, the key its label one-hot. So every attention kernel,
-dense or sparse, computes them, and no attention map is stored.
+"""Biases of the logits by labels of queries and keys, written as extra dimensions of queries and
+keys: a query gets its row of the table, a key its one-hot label. Every attention kernel, dense or
+sparse, then computes the biases, and no attention map is stored.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["FORBIDDEN", "Bias", "biased", "rowless"]
+__all__ = ["FORBIDDEN", "Bias", "biased", "keyless_rows"]
 
-FORBIDDEN = 2e4  # subtracted from the logit of a forbidden pair: its weight is exactly 0
-ALIGNED = 8  # head sizes are padded to a multiple of it
+FORBIDDEN = 2e4  # subtracted from the logit of a forbidden pair, so that its weight is exactly 0
+ALIGNED = 8  # head sizes are padded to a multiple of this
 
 
 @dataclass(frozen=True)
 class Bias:
-    """``S[i, j] += table[q_labels[i], k_labels[j]]``.
+    """A bias of the logits: ``S[i, j] += table[q_labels[i], k_labels[j]]``.
 
     Args:
-        table: float32 ``[labels of queries, labels of keys]``; minus infinity forbids the pair.
+        table: float32 ``[labels of queries, labels of keys]``. Minus infinity forbids the pair.
         q_labels: labels of the queries, int64 ``[b or 1, Lq]``.
         k_labels: labels of the keys, int64 ``[b or 1, Lk]``.
-        heads: which heads have the bias, bool ``[H]``.
+        heads: whether a head has the bias, bool ``[H]``.
     """
 
     table: torch.Tensor
@@ -33,7 +33,7 @@ class Bias:
     heads: torch.Tensor
 
     def rows(self, rows: slice | torch.Tensor) -> Bias:
-        """Return the bias of some queries."""
+        """Return the bias of some query rows."""
         return replace(self, q_labels=self.q_labels[:, rows])
 
 
@@ -44,18 +44,18 @@ def biased(
     biases: list[Bias],
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tensors of a larger head size whose logits include the biases.
+    """Return queries, keys and values of a larger head size whose logits include the biases.
 
     Args:
         q: queries ``[b, H, Lq, D]``.
         k: keys ``[b, H, Lk, D]``.
         v: values ``[b, H, Lk, D]``.
         biases: the biases.
-        factor: of the logits.
+        factor: scale of the logits.
 
     Returns:
         Queries, keys and values ``[b, H, L, D']``. The products of queries and keys times
-        ``factor`` are the biased logits; the further dimensions of the values are 0.
+        ``factor`` are the biased logits. The extra dimensions of the values are 0.
     """
     more_q, more_k = [], []
     for bias in biases:
@@ -76,32 +76,33 @@ def biased(
 def _tables(
     table: torch.Tensor, factor: float, dtype: torch.dtype
 ) -> list[tuple[torch.Tensor, float]]:
-    """Return tables, each with a unit, that are exact in a dtype and whose sum, times units and
-    factor, is a table of biases."""
+    """Split a table of biases into tables that a dtype represents exactly, each with a unit. The
+    sum of table times unit, times ``factor``, is the given table."""
     out = []
     allowed = table > -torch.inf
     if not bool(allowed.all()):
         unit = (FORBIDDEN / factor) ** 0.5
         out.append((torch.where(allowed, 0.0, -unit), unit))
-    left = torch.where(allowed, table, 0.0) / factor
-    for _ in range(2 if dtype.itemsize < 4 else 1):  # half precision needs a second, finer table
-        most = float(left.abs().max())
-        if most:
-            unit = 2.0 ** max(0, math.ceil(math.log2(2 * most / torch.finfo(dtype).max)))
-            rounded = (left / unit).to(dtype).to(left.dtype)
+    remainder = torch.where(allowed, table, 0.0) / factor
+    # half precision needs a second table for the rounding error of the first
+    for _ in range(2 if dtype.itemsize < 4 else 1):
+        largest = float(remainder.abs().max())
+        if largest:
+            unit = 2.0 ** max(0, math.ceil(math.log2(2 * largest / torch.finfo(dtype).max)))
+            rounded = (remainder / unit).to(dtype).to(remainder.dtype)
             out.append((rounded, unit))
-            left = left - rounded * unit
+            remainder = remainder - rounded * unit
     return out or [(torch.zeros_like(table), 1.0)]
 
 
-def rowless(biases: list[Bias], q: torch.Tensor) -> torch.Tensor:
-    """Return which queries may see no key at all, bool ``[b, H, Lq]``.
+def keyless_rows(biases: list[Bias], q: torch.Tensor) -> torch.Tensor:
+    """Return whether the biases forbid a query all keys, bool ``[b, H, Lq]``.
 
-    The labels of keys are few, so the combinations that occur are tried one by one.
+    Keys have few labels, so the function tries each combination of labels that occurs.
 
     Args:
         biases: the biases of a call.
-        q: its queries ``[b, H, Lq, D]``.
+        q: queries of the call, ``[b, H, Lq, D]``.
     """
     batch, heads, length, _ = q.shape
     labels = torch.stack(

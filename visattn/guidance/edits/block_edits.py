@@ -1,4 +1,4 @@
-"""Edits of whole blocks: their base class, and how their calls are handled."""
+"""Edits of whole blocks: the base class, and the handler of block calls that applies them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def block_paths(model: torch.nn.Module, family: Family) -> tuple[tuple[str, ...]
 
     Args:
         model: the denoiser.
-        family: its family.
+        family: the model family of the denoiser.
     """
     paths = list(dict.fromkeys(bare(path) for path, _ in model.named_modules()))
     return tuple(
@@ -45,18 +45,18 @@ def block_paths(model: torch.nn.Module, family: Family) -> tuple[tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEdit(Writable):
-    """Base class of changes of whole blocks. A subclass defines ``run``; to have a text form it
-    sets ``example``.
+    """Base class of edits of whole blocks. A subclass defines ``run``. It also sets ``example`` if
+    it has a text form.
 
     Args:
-        blocks: numbers of blocks over all stacks, in the order in which they run; one or several;
-            None: all.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
-        start: the first step, as an int, or as a share of the steps.
-        stop: the end of the steps, likewise.
+        blocks: one or several indices of blocks over all stacks, in the order in which they run.
+            None means all blocks.
+        passes: some of ``cond``, ``uncond`` and ``perturbed``. None means all passes.
+        start: the first step, as an int, or as a float share of the steps.
+        stop: the step after the last one, as an int, or as a float share of the steps.
 
     Raises:
-        TypeError: ``blocks`` has another form.
+        TypeError: ``blocks`` has the wrong type.
         ValueError: an argument is out of range.
 
     Example:
@@ -81,7 +81,7 @@ class BlockEdit(Writable):
         if self.blocks is not None:
             object.__setattr__(self, "blocks", as_indices(f"{name}(blocks=...)", self.blocks))
             if not self.blocks:
-                raise ValueError(f"{name} names no block; None is all of them")
+                raise ValueError(f"{name} names no block; None means all")
         check_window(name, self.start, self.stop)
         passes = (self.passes,) if isinstance(self.passes, str) else self.passes
         if passes is not None and not set(passes) <= set(PASSES):
@@ -89,23 +89,27 @@ class BlockEdit(Writable):
         object.__setattr__(self, "passes", None if passes is None else tuple(passes))
 
     def check(self, model: Any, family: Family) -> None:
-        """Raise ValueError where the edit can change nothing in a denoiser.
+        """Check that the edit can change the outputs of a denoiser. The base class accepts all.
 
         Args:
             model: the denoiser.
-            family: its family.
+            family: the model family of the denoiser.
+
+        Raises:
+            ValueError: the edit can change nothing in this denoiser.
         """
 
     def run(self, block: Any, inner: Next, call: BlockCall) -> Any:
-        """Run a block with the change.
+        """Run a block with the edit.
 
         Args:
             block: the module.
-            inner: computes its unchanged outputs from its arguments.
-            call: the arguments, and the rows of the batch that change.
+            inner: the unedited call of the block; takes the arguments of the block.
+            call: the arguments, and the rows of the batch to change.
 
         Returns:
-            What the block returns: image tokens ``[B, L, C]``, or a tuple of image and text tokens.
+            The outputs of the block: image tokens ``[B, L, C]``, or a tuple of image and text
+            tokens.
         """
         raise NotImplementedError
 
@@ -115,13 +119,13 @@ class BlockCall:
     """A call of a block that an edit changes.
 
     Attributes:
-        path: of the block.
-        paths: of all blocks that the edit is for.
+        path: path of the block.
+        paths: paths of all blocks that the edit applies to.
         args: the positional arguments.
         kwargs: the keyword arguments.
-        rows: which rows of the batch are edited, bool ``[B]``.
-        step: index of the denoising step; 0 where it is not known.
-        attachment: of the denoiser.
+        rows: whether a row of the batch is edited, bool ``[B]``.
+        step: index of the denoising step. 0 if it is not known.
+        attachment: attachment of the denoiser.
     """
 
     path: str
@@ -134,40 +138,40 @@ class BlockCall:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The image tokens of the input, ``[B, L, C]``."""
+        """The image tokens among the arguments, ``[B, L, C]``."""
         hidden = self.args[0] if self.args else self.kwargs["hidden_states"]
         assert isinstance(hidden, torch.Tensor)
         return hidden
 
     @property
     def text(self) -> torch.Tensor | None:
-        """The text tokens of the input, ``[B, L, C]``; None where the block has none."""
+        """The text tokens among the arguments, ``[B, L, C]``. None if the block has none."""
         text = self.args[1] if len(self.args) > 1 else self.kwargs.get("encoder_hidden_states")
         return text if isinstance(text, torch.Tensor) else None
 
     @property
     def image_output(self) -> int:
-        """Index of the image tokens among the outputs, where the block returns text as well."""
+        """Index of the image tokens among the outputs of a block that also returns text."""
         return self.attachment.family.image_output
 
 
 def block_numbers(edit: BlockEdit, count: int, role: str) -> tuple[int, ...]:
-    """Return the numbers of the blocks that an edit is for.
+    """Return the indices of the blocks that an edit applies to.
 
     Args:
         edit: the edit.
-        count: how many blocks the denoiser has.
-        role: of the denoiser, for the error.
+        count: number of blocks of the denoiser.
+        role: role of the denoiser, for the error message.
 
     Raises:
-        ValueError: there is no such block.
+        ValueError: the denoiser has no such block.
     """
     numbers = range(count) if edit.blocks is None else edit.blocks
     assert not isinstance(numbers, int)
     for number in numbers:
         if number >= count:
             raise ValueError(
-                f"{type(edit).__name__} names block {number}; the {role} has {count}, from 0 on"
+                f"{type(edit).__name__} names block {number}; {role} has {count} blocks, from 0 on"
             )
     return tuple(numbers)
 
@@ -176,7 +180,7 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
     """Put block edits on a pipeline until the stack is closed.
 
     Args:
-        stack: closing it leaves the pipeline as it was.
+        stack: closing it takes the edits off the pipeline.
         pipe: a pipeline or a denoiser.
         edits: the edits.
 
@@ -184,8 +188,8 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
         A switch for each edit.
 
     Raises:
-        ValueError: there is no such block, the edit can change nothing in this denoiser, or the
-            denoiser is compiled as a whole.
+        ValueError: the denoiser has no such block, the edit can change nothing in it, or it is
+            compiled as a whole.
     """
     switches = []
     for edit in edits:
@@ -195,8 +199,8 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
             edit.check(model, family)
             if _compiled(pipe if isinstance(pipe, torch.nn.Module) else getattr(pipe, role)):
                 raise ValueError(
-                    f"{type(edit).__name__} edits blocks, and the {role} is compiled as a whole, "
-                    "which bypasses them; compile its blocks (compile_repeated_blocks)"
+                    f"{type(edit).__name__} edits blocks, and {role} is compiled as a whole, which "
+                    "bypasses the edits; compile its blocks instead (compile_repeated_blocks)"
                 )
             blocks = [path for stack_paths in block_paths(model, family) for path in stack_paths]
             paths = tuple(blocks[n] for n in block_numbers(edit, len(blocks), role))
@@ -217,21 +221,26 @@ def _compiled(model: Any) -> bool:
 
 
 class BlockSwitch:
-    """Whether a block edit is made now, ``on``, and how many calls it has changed, ``touched``."""
+    """The state of a block edit on a pipeline.
+
+    Attributes:
+        on: whether the edit is applied now.
+        touched: number of block calls that it has changed.
+    """
 
     def __init__(self) -> None:
         self.on, self.touched = True, 0
 
 
 class EditedBlock:
-    """Handles the calls of a block that an edit is for.
+    """Handler of the calls of one block, which applies an edit to them.
 
     Args:
         edit: the edit.
         model: the denoiser.
-        path: of the block.
-        paths: of all blocks that the edit is for.
-        switch: whether the edit is made now.
+        path: path of the block.
+        paths: paths of all blocks that the edit applies to.
+        switch: whether the edit is applied now.
     """
 
     def __init__(
@@ -258,7 +267,7 @@ class EditedBlock:
         windowed = edit.start != 0 or edit.stop != 1.0
         if windowed and (step is None or steps is None):
             raise ValueError(
-                f"{type(edit).__name__} is for some steps, and "
+                f"{type(edit).__name__} is limited to some steps, and "
                 + attachment.unknown("step", "start=0 and stop=1.0", "steer")
             )
         if windowed and not in_window(edit.start, edit.stop, step or 0, steps or 1):
@@ -268,7 +277,8 @@ class EditedBlock:
             passes = attachment.passes(batch)
             if passes is None:
                 raise ValueError(
-                    f"{type(edit).__name__} is for the {' and '.join(edit.passes)} pass, and "
+                    f"{type(edit).__name__} is limited to the {' and '.join(edit.passes)} pass, "
+                    "and "
                     + attachment.unknown("pass", "passes=None", "steer")
                 )
             edited = torch.tensor([pass_ in edit.passes for pass_ in passes])

@@ -1,4 +1,4 @@
-"""What an edit of attention is: a change at one stage of a call, and where it applies."""
+"""The base class of edits: a change at one stage of an attention call, and where it applies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STAGES = ("query", "keys", "bias", "kernel", "columns", "lerp", "output", "read"
 
 @dataclass(frozen=True)
 class Where:
-    """The calls of a denoiser that an edit is placed on.
+    """The layers and heads of a denoiser that an edit applies to.
 
     Attributes:
-        strengths: of the heads, float32 ``[H]``, by the path of the layer.
+        strengths: strengths of the heads, float32 ``[H]``, by the path of the layer.
     """
 
     strengths: Mapping[str, torch.Tensor]
@@ -32,26 +32,27 @@ class Where:
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Writable):
-    """Base class of changes of attention calls. A subclass sets ``stage`` and defines ``apply``; to
-    have a text form it sets ``example``.
+    """Base class of edits of attention calls. A subclass sets ``stage`` and defines ``apply``. It
+    also sets ``example`` if it has a text form.
 
     Args:
-        layers: numbers among the denoiser's attention layers of the kind (negative ones from the
-            end), or their module paths; a HeadSet names layers and heads with strengths; None: all.
-        heads: numbers of heads, strengths from 0 to 1 by number, or one strength of all heads as a
-            float; None: all, at strength 1.
+        layers: indices into the denoiser's layers of the kind ``attention`` (negative indices count
+            from the end), their module paths, or a HeadSet, which gives layers and heads with
+            strengths. None means all layers.
+        heads: indices of heads, strengths from 0 to 1 by index, or one strength of all heads as a
+            float. None means all heads at strength 1.
         attention: ``self`` (self-attention, or joint attention, where text is part of the sequence)
             or ``cross`` (cross-attention to text).
-        stream: the query rows that change: ``all``, ``image`` (of the image or video; of several
-            grids the first, which is generated) or ``text``.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
-        samples: indices of the samples of a pass; None: all.
-        start: the first step, as an int, or as a share of the steps.
-        stop: the end of the steps, likewise.
-        role: which denoiser of a pipeline with two: ``transformer``, ``transformer_2`` or ``any``.
+        stream: the query rows that change: ``all``, ``image`` (the image or video; with several
+            grids the first one, which is generated) or ``text``.
+        passes: some of ``cond``, ``uncond`` and ``perturbed``. None means all passes.
+        samples: indices of the samples of a pass. None means all samples.
+        start: the first step, as an int, or as a float share of the steps.
+        stop: the step after the last one, as an int, or as a float share of the steps.
+        role: the denoiser of a pipeline with two: ``transformer``, ``transformer_2`` or ``any``.
 
     Raises:
-        TypeError: an argument has another form.
+        TypeError: an argument has the wrong type.
         ValueError: an argument is out of range.
 
     Example:
@@ -78,8 +79,8 @@ class Edit(Writable):
     role: str = "any"
 
     stage: ClassVar[str]  # of STAGES
-    streams: ClassVar[tuple[Stream, ...]] = ("all", "image", "text")  # those that are possible
-    partial: ClassVar[bool] = True  # whether heads may have strengths between 0 and 1
+    streams: ClassVar[tuple[Stream, ...]] = ("all", "image", "text")  # allowed values of stream
+    partial: ClassVar[bool] = True  # whether strengths of heads may lie between 0 and 1
     needs_lse: ClassVar[bool] = False  # whether ``apply`` reads ``state.lse``
 
     def __post_init__(self) -> None:
@@ -92,34 +93,35 @@ class Edit(Writable):
             passes = (self.passes,) if isinstance(self.passes, str) else tuple(self.passes)
             if not passes or not set(passes) <= set(PASSES):
                 raise ValueError(
-                    f"{name}(passes={self.passes!r}) must be of {', '.join(PASSES)}; None is all"
+                    f"{name}(passes={self.passes!r}) must be of {', '.join(PASSES)}; None means all"
                 )
             object.__setattr__(self, "passes", passes)
         if self.samples is not None:
             samples = as_indices(f"{name}(samples=...)", self.samples)
             if not samples:
-                raise ValueError(f"{name}(samples=()) names no sample; None is all of them")
+                raise ValueError(f"{name}(samples=()) names no sample; None means all")
             object.__setattr__(self, "samples", samples)
         check_window(name, self.start, self.stop)
         if self.role not in (*ROLES, "any"):
             raise ValueError(f"{name}(role={self.role!r}) must be one of {', '.join(ROLES)}, any")
 
     def place(self, paths: Sequence[str], heads: int) -> Where:
-        """Return the layers and heads of a denoiser that the edit is for.
+        """Return the layers and heads of a denoiser that the edit applies to.
 
         Args:
-            paths: of its attention layers of the kind.
-            heads: how many a layer has.
+            paths: paths of the denoiser's attention layers of the kind ``attention``.
+            heads: number of heads in a layer.
 
         Raises:
-            ValueError: there is no such layer or head, or it cannot have its strength.
+            ValueError: the denoiser has no such layer or head, or the edit does not allow the
+                strength of a head.
         """
         where = self._place(paths, heads)
         if not self.partial and any(
             bool(((strength > 0) & (strength < 1)).any()) for strength in where.strengths.values()
         ):
             raise ValueError(
-                f"{type(self).__name__} is for whole heads; give heads strengths of 0 or 1"
+                f"{type(self).__name__} edits whole heads; give heads strengths of 0 or 1"
             )
         return where
 
@@ -127,7 +129,7 @@ class Edit(Writable):
         name = type(self).__name__
         if isinstance(self.layers, HeadSet):
             if self.heads is not None:
-                raise ValueError(f"{name} has heads and a HeadSet; the set has the heads")
+                raise ValueError(f"{name} has heads and a HeadSet, so leave heads out")
             by_path = {
                 _path(name, path, paths): _strengths(name, strengths, heads) * self.layers.strength
                 for path, strengths in self.layers.layers.items()
@@ -145,24 +147,24 @@ class Edit(Writable):
                 f"{name}(layers={layers!r}) must be numbers or paths of layers, a HeadSet, or None"
             )
         if not chosen:
-            raise ValueError(f"{name}(layers={layers!r}) names no layer; None is all of them")
+            raise ValueError(f"{name}(layers={layers!r}) names no layer; None means all")
         strengths = _strengths(name, self.heads, heads)
         return Where(dict.fromkeys(chosen, strengths))
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        """Make the change at its stage of a call.
+        """Change an attention call at the stage of the edit.
 
         Args:
-            state: the call so far, of one pass.
-            strength: of its heads, ``[H]``.
+            state: one pass of the call, as the earlier stages left it.
+            strength: strengths of the heads, ``[H]``.
         """
         raise NotImplementedError
 
     def samples_in(self, state: State) -> list[int]:
-        """Return the samples of a pass that the edit is for.
+        """Return the indices of the samples that the edit applies to.
 
         Args:
-            state: the call of the pass.
+            state: one pass of an attention call.
 
         Raises:
             ValueError: the pass has no such sample.
@@ -173,38 +175,41 @@ class Edit(Writable):
         for sample in self.samples:
             if sample not in batch:
                 raise ValueError(
-                    f"{type(self).__name__} is for sample {sample}, and a pass of this call has "
-                    f"{len(batch)}, from 0 on; give as many prompts"
+                    f"{type(self).__name__} edits sample {sample}, and a pass of this call has "
+                    f"{len(batch)} samples, from 0 on; give more prompts"
                 )
         return list(self.samples)
 
     def check_source(self, state: State, sample: int) -> None:
-        """Raise ValueError unless a pass has the sample that the edit takes something from.
+        """Check that a pass has the source sample of the edit.
 
         Args:
-            state: the call of the pass.
-            sample: index of the sample.
+            state: one pass of an attention call.
+            sample: index of the source sample.
+
+        Raises:
+            ValueError: the pass has no such sample.
         """
         if not 0 <= sample < state.q.shape[0]:
             raise ValueError(
                 f"{type(self).__name__} takes from sample {sample}, and a pass of "
-                f"{state.call.layer} has {state.q.shape[0]}, from 0 on; give as many prompts"
+                f"{state.call.layer} has {state.q.shape[0]} samples, from 0 on; give more prompts"
             )
 
     def change(self, state: State, name: str, new: torch.Tensor, strength: torch.Tensor) -> None:
-        """Move a tensor of a call towards another one by the strength of each head, in the samples
-        and rows of the edit. At strength 1 the result is exactly the other tensor.
+        """Interpolate a tensor of a call towards another one by the strength of each head, in the
+        samples and rows of the edit. At strength 1 the result is exactly the other tensor.
 
         Args:
-            state: the call; its tensor ``name`` is replaced.
+            state: the call. Its tensor ``name`` is replaced.
             name: ``q`` or ``out``, each ``[b, H, Lq, D]``.
-            new: what it is moved towards, of a shape that broadcasts to it.
-            strength: of the heads, ``[H]`` or ``[b, H]``.
+            new: the tensor at strength 1, of a shape that broadcasts to the old one.
+            strength: strengths of the heads, ``[H]`` or ``[b, H]``.
         """
         old = getattr(state, name)
         weight = strength.expand(len(old), -1)
         samples = torch.tensor(self.samples_in(state))[:, None]
-        heads = weight.any(0).nonzero()[None, :, 0]  # the other heads are not computed
+        heads = weight.any(0).nonzero()[None, :, 0]  # heads of strength 0 are skipped
         if not samples.numel() or not heads.numel():
             return
         share = weight[samples, heads].to(device=old.device, dtype=old.dtype)[..., None, None]
@@ -241,8 +246,8 @@ def _strengths(name: str, heads: Heads, count: int) -> torch.Tensor:
         if not is_integer(head) or not 0 <= head < count:
             raise ValueError(f"{name} names head {head!r}; a layer has {count} heads, from 0 on")
         if not is_number(strength):
-            raise TypeError(f"{name} has the strength {strength!r}; it is a number from 0 to 1")
+            raise TypeError(f"{name} has the strength {strength!r}; it must be a number, 0 to 1")
         if not 0 <= strength <= 1:
-            raise ValueError(f"{name} has the strength {strength!r}; it is from 0 to 1")
+            raise ValueError(f"{name} has the strength {strength!r}; it must be from 0 to 1")
         out[head] = float(strength)
     return out

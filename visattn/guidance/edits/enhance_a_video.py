@@ -1,4 +1,4 @@
-"""Enhance-A-Video: attention counts for more where frames attend to each other."""
+"""Enhance-A-Video: amplify the attention of videos whose frames attend to each other."""
 
 from __future__ import annotations
 
@@ -13,22 +13,36 @@ from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["EnhanceVideo", "cross_frame_intensity"]
 
-CHUNK = 1 << 22  # numbers of a tensor that are there at a time
+CHUNK = 1 << 22  # elements of the largest intermediate tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnhanceVideo(Edit):
-    """The attention of the video's rows is multiplied by ``max(1, CFI (T + weight))``, ``CFI``
-    being how much frames attend to each other (Enhance-A-Video, Luo et al. 2025, arXiv
-    2502.07508). Text rows stay, and so does an image, whose ``T`` is 1. No further pass.
+    """Multiply the attention output of the video rows by ``max(1, CFI (T + weight))``, where ``T``
+    is the number of frames and ``CFI``, the cross-frame intensity, measures how much frames attend
+    to each other (Enhance-A-Video, Luo et al. 2025, arXiv 2502.07508). Text rows stay, and so do
+    images, which have one frame. No additional denoiser pass is needed.
 
-    The gain is one number for each sample and call, over all heads and sites, as in the authors'
-    code, which takes one for a whole batch and puts it behind the output projection, so that it
-    scales the bias of that too.
+    The gain is one number for each sample and attention call, over all heads and grid positions.
+    The authors' code computes one for a whole batch and applies it after the output projection, so
+    that it also scales the bias of that projection.
 
     Args:
-        weight: the authors' for CogVideoX is 3.4, for HunyuanVideo 4, for Wan 4; from ``-T`` on the
-            gain is 1.
+        weight: the weight of the paper. The authors use 3.4 for CogVideoX, and 4 for HunyuanVideo
+            and Wan. At ``-T`` and below the gain is 1.
+        attention: ``self``, the only allowed value.
+        stream: ``image``, the only allowed value.
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import EnhanceVideo, steer
+        >>> with steer(pipe, EnhanceVideo(weight=4.0)):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         Luo et al. (2025), "Enhance-A-Video", arXiv 2502.07508. Code:
@@ -53,12 +67,12 @@ class EnhanceVideo(Edit):
         if self.attention != "self":
             raise ValueError(
                 "EnhanceVideo(attention='cross') is not possible: the keys of cross-attention are "
-                "not frames; take attention='self'"
+                "not frames; use attention='self'"
             )
         if self.stream != "image":
             raise ValueError(
-                f"EnhanceVideo(stream={self.stream!r}) is not possible: it is of the video's rows "
-                "alone; leave stream out"
+                f"EnhanceVideo(stream={self.stream!r}) is not possible: it changes the video rows "
+                "only; leave stream out"
             )
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
@@ -73,23 +87,26 @@ class EnhanceVideo(Edit):
 
 
 def cross_frame_intensity(q: torch.Tensor, k: torch.Tensor, factor: float) -> torch.Tensor:
-    """The mean weight that a frame gives to another one, attention being among the frames of one
-    site.
+    """Return the cross-frame intensity: the mean weight that a frame gives to another one, in an
+    attention among the frames of one grid position.
 
     Args:
-        q, k: ``[b, H, T, sites, D]``, at least two frames.
-        factor: of the logits.
+        q: queries ``[b, H, T, positions, D]``, with at least two frames.
+        k: keys ``[b, H, T, positions, D]``.
+        factor: scale of the logits.
 
     Returns:
-        ``[b]``, float32 (float64 for float64), over all heads and sites.
+        The mean over all heads and grid positions, ``[b]``, float32 (float64 for float64).
     """
-    batch, heads, frames, sites, dim = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    total = torch.zeros(batch, dtype=wide, device=q.device)
-    own = torch.eye(frames, dtype=torch.bool, device=q.device)
+    batch, heads, frames, positions, dim = q.shape
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    total = torch.zeros(batch, dtype=acc_dtype, device=q.device)
+    same_frame = torch.eye(frames, dtype=torch.bool, device=q.device)
     step = max(1, CHUNK // (batch * heads * frames * max(frames, dim)))
-    for first in range(0, sites, step):
-        mine, other = (x[:, :, :, first : first + step].transpose(2, 3).to(wide) for x in (q, k))
-        weights = (mine @ other.mT * factor).softmax(-1)
-        total += weights.masked_fill(own, 0).sum((1, 2, 3, 4))
-    return total / (heads * sites * frames * (frames - 1))
+    for first in range(0, positions, step):
+        queries, keys = (
+            x[:, :, :, first : first + step].transpose(2, 3).to(acc_dtype) for x in (q, k)
+        )
+        weights = (queries @ keys.mT * factor).softmax(-1)
+        total += weights.masked_fill(same_frame, 0).sum((1, 2, 3, 4))
+    return total / (heads * positions * frames * (frames - 1))

@@ -7,7 +7,7 @@ import torch
 
 from visattn.attention import merge_attention
 from visattn.attention.dense_attention import dense_with_lse
-from visattn.guidance.edits.bias import biased, rowless
+from visattn.guidance.edits.bias import biased, keyless_rows
 from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["attend", "logit_tensors"]
@@ -20,15 +20,17 @@ def attend(
 
     Args:
         state: the call.
-        needs_lse: whether the log-sum-exp is needed.
-        again: whether this is a further computation besides that of the call itself.
+        needs_lse: whether to return the log-sum-exp.
+        again: whether this is an additional computation for the same call. Dynamic patterns then
+            choose for it alone and remember nothing.
 
     Returns:
         The output ``[b, H, Lq, D]``, and the log-sum-exp ``[b, H, Lq]`` or None.
     """
     needs = needs_lse or bool(state.borrowed)
-    needs = needs or (state.call.sparse and not _same_gains(state))  # marks skipped heads
-    out, lse = _to_own_keys(state, needs, again)
+    # the log-sum-exp of heads that a plan skips is -inf, which marks them
+    needs = needs or (state.call.sparse and not _same_gains(state))
+    out, lse = _without_borrowed(state, needs, again)
     if state.call.kind != "cross":
         _text_rows(state, out, lse)
     for borrowed in state.borrowed:
@@ -49,12 +51,12 @@ def attend(
 def logit_tensors(
     state: State, rows: slice | torch.Tensor, stream: Stream
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return queries and keys whose products are the logits of some rows, with all biases.
+    """Return queries and keys whose products are the logits of some rows, biases included.
 
     Args:
         state: the call.
         rows: the query rows.
-        stream: the stream whose gains the rows have.
+        stream: the stream whose gains apply to the rows.
 
     Returns:
         Queries of the rows and all keys, ``[b, H, L, D']``; their products times
@@ -67,10 +69,10 @@ def logit_tensors(
     return q, k
 
 
-def _to_own_keys(
+def _without_borrowed(
     state: State, needs_lse: bool, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the attention to the keys of the call itself."""
+    """Return the attention to the keys of the call itself, without borrowed keys."""
     call, keys = state.call, _gained_keys(state, "image")
     if not state.biases:
         return call.kernel(state.part, state.q, keys, state.v, None, needs_lse, again)
@@ -79,14 +81,14 @@ def _to_own_keys(
     out = out[..., : state.v.shape[3]]
     if call.sparse:
         assert lse is not None
-        keyless = (lse < -1e4) & (lse > -torch.inf)  # rows without any key of the plan stay 0
+        keyless = (lse < -1e4) & (lse > -torch.inf)  # -inf: the plan keeps no key, the row stays 0
     else:
-        keyless = rowless(state.biases, state.q)
-    return _rescued(state, out, lse, keyless)
+        keyless = keyless_rows(state.biases, state.q)
+    return _with_own_token(state, out, lse, keyless)
 
 
 def _gained_keys(state: State, stream: Stream) -> torch.Tensor:
-    """Return the keys with the gains of a stream's rows."""
+    """Return the keys multiplied by the gains that apply to the rows of a stream."""
     gains = [gain for gain in state.gains if gain[0] in ("all", stream)]
     if not gains:
         return state.k
@@ -102,7 +104,8 @@ def _same_gains(state: State) -> bool:
 
 
 def _text_rows(state: State, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Compute text rows again, densely, where their gains differ from those of the image's rows."""
+    """Recompute the text rows densely if their gains differ from those of the image rows. Writes
+    to ``out`` and ``lse``."""
     if _same_gains(state):
         return
     keys = _gained_keys(state, "text")
@@ -111,7 +114,7 @@ def _text_rows(state: State, out: torch.Tensor, lse: torch.Tensor | None) -> Non
         keyless = torch.zeros(q.shape[:3], dtype=torch.bool, device=q.device)
         if state.biases:
             biases = [bias.rows(rows) for bias in state.biases]
-            keyless = rowless(biases, q)  # already replaced by _rescued
+            keyless = keyless_rows(biases, q)  # already replaced by _with_own_token
             q, k, v = biased(q, k, v, biases, state.call.factor)
         if lse is not None:
             keyless = keyless | (lse[:, :, rows] == -torch.inf)
@@ -122,19 +125,20 @@ def _text_rows(state: State, out: torch.Tensor, lse: torch.Tensor | None) -> Non
             lse[:, :, rows] = torch.where(keyless, lse[:, :, rows], text_lse)
 
 
-def _rescued(
+def _with_own_token(
     state: State, out: torch.Tensor, lse: torch.Tensor | None, keyless: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Let rows without any key see their own token and the text keys that they are allowed.
+    """Recompute rows without any key, so that they see their own token and the text keys that the
+    biases allow.
 
     Args:
         state: the call.
         out: the output ``[b, H, Lq, D]``.
         lse: the log-sum-exp ``[b, H, Lq]``, or None.
-        keyless: which rows see no key, bool ``[b, H, Lq]``.
+        keyless: whether a row sees no key, bool ``[b, H, Lq]``.
 
     Returns:
-        ``out`` and ``lse`` with these rows computed anew.
+        Copies of ``out`` and ``lse`` with the recomputed rows.
     """
     if not bool(keyless.any()):
         return out, lse

@@ -1,4 +1,4 @@
-"""What keys weigh after the softmax, and gains of the output (P5, P6)."""
+"""Edits of the attention weights of text tokens after the softmax, and of the output of heads."""
 
 from __future__ import annotations
 
@@ -18,39 +18,52 @@ from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["ScaleHeads", "ScaleTokens", "text_keys", "token_weights", "weighed_values"]
 
-CHUNK = 1 << 22
+CHUNK = 1 << 22  # logits that are computed at a time
 
 
 def text_keys(state: State, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Positions among the keys of text tokens, which count from 0 over the text of a call.
+    """Return the positions of text tokens among the keys, int64.
+
+    Args:
+        state: the call.
+        tokens: indices of the text tokens, counted from 0 over all text segments of the call.
 
     Raises:
-        ValueError: there is no such token.
+        ValueError: the call has no such text token.
     """
-    every = [place for first, end in state.texts for place in range(first, end)]
+    positions = [position for first, end in state.texts for position in range(first, end)]
     for token in tokens:
-        if token >= len(every):
+        if token >= len(positions):
             where = "" if state.pass_ is None else f" in the {state.pass_} pass"
             raise ValueError(
-                f"tokens has {token}, and {state.call.layer} has {len(every)} text tokens{where}; "
+                f"tokens has {token}, and {state.call.layer} has {len(positions)} text tokens"
+                f"{where}; "
                 + (
-                    "give passes=('cond',) for tokens that the prompt alone has"
-                    if every
-                    else "for a model with cross-attention give attention='cross'"
+                    "use passes=('cond',) for tokens that only the prompt has"
+                    if positions
+                    else "for a model with cross-attention use attention='cross'"
                 )
             )
-    return torch.tensor([every[token] for token in tokens], device=state.q.device)
+    return torch.tensor([positions[token] for token in tokens], device=state.q.device)
 
 
 def token_weights(
     state: State, keys: torch.Tensor, rows: slice, stream: Stream
 ) -> torch.Tensor:
-    """``P[i, j]`` for some rows of a stream and keys: float32 ``[b, H, rows, keys]`` (float64 for
-    float64)."""
+    """Return the attention weights ``P[i, j]`` of some rows and keys.
+
+    Args:
+        state: the call, after the kernel stage.
+        keys: positions of the keys, int64 ``[n]``.
+        rows: the query rows.
+        stream: the stream whose gains apply to the rows.
+
+    Returns:
+        The weights ``[b, H, rows, n]``, float32 (float64 for float64).
+    """
     lse = state.normaliser(rows)
-    wide = lse.dtype
     q, k = logit_tensors(state, rows, stream)
-    logits = q.to(wide) @ k[:, :, keys].to(wide).mT * state.call.factor
+    logits = q.to(lse.dtype) @ k[:, :, keys].to(lse.dtype).mT * state.call.factor
     return (logits - lse[..., None]).exp()
 
 
@@ -60,47 +73,66 @@ def weighed_values(
     stream: Stream,
     weights: Callable[[slice, Stream], torch.Tensor],
 ) -> torch.Tensor:
-    """``sum_j W_ij v_j`` over some keys, ``[b, H, Lq, D]``, in chunks of the rows of a stream;
-    other rows are 0.
+    """Return ``sum_j W_ij v_j`` over some keys, computed in chunks of the rows of a stream.
 
     Args:
-        weights: ``[b, H, rows, keys]`` of some rows and the stream whose gains they have.
+        state: the call, after the kernel stage.
+        keys: positions of the keys, int64 ``[n]``.
+        stream: the rows to compute.
+        weights: a function of a chunk of rows, and of the stream whose gains apply to them, that
+            returns ``W``, ``[b, H, rows, n]``.
+
+    Returns:
+        The sums ``[b, H, Lq, D]``, of the dtype of the output. Rows outside the stream are 0.
     """
     out = torch.zeros_like(state.out)
     v = state.v[:, :, keys]
     step = max(1, CHUNK // max(1, out.shape[0] * out.shape[1] * len(keys)))
-    for own, rows in _streams(state, stream):
+    for gain_stream, rows in _streams(state, stream):
         for first in range(rows.start, rows.stop, step):
-            part = slice(first, min(first + step, rows.stop))
-            found = weights(part, own)
-            out[:, :, part] = (found @ v.to(found)).to(out.dtype)
+            chunk = slice(first, min(first + step, rows.stop))
+            chunk_weights = weights(chunk, gain_stream)
+            out[:, :, chunk] = (chunk_weights @ v.to(chunk_weights)).to(out.dtype)
     return out
 
 
 def _streams(state: State, stream: Stream) -> list[tuple[Stream, slice]]:
-    """The rows that change, with the stream whose gains they have; later ones replace earlier
-    ones."""
+    """Return the rows of a stream, each with the stream whose gains apply. Later rows overwrite
+    earlier ones."""
     if stream != "all":
         return [(stream, rows) for rows in state.rows(stream)]
-    every: list[tuple[Stream, slice]] = [("image", rows) for rows in state.rows("all")]
-    return every + [("text", rows) for rows in state.rows("text")]
+    all_rows: list[tuple[Stream, slice]] = [("image", rows) for rows in state.rows("all")]
+    return all_rows + [("text", rows) for rows in state.rows("text")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleTokens(Edit):
-    """Text tokens weigh more or less: ``O_i += sum_j ((s - 1) P_ij + w) v_j`` over the tokens,
-    whose columns are ``s P_ij + w`` after the softmax (scaling: prompt-to-prompt, Hertz et al.
-    2022, arXiv 2208.01626; DiTCtrl, Cai et al. 2024, arXiv 2412.18597; both, as erasing and
-    emphasis: MotionCLR, Chen et al. 2024, arXiv 2410.18977).
+    """Scale the attention weights of text tokens: their columns of the attention map become ``s
+    P_ij + w``, so ``O_i += sum_j ((s - 1) P_ij + w) v_j`` over the tokens (scaling:
+    prompt-to-prompt, Hertz et al. 2022, arXiv 2208.01626; DiTCtrl, Cai et al. 2024, arXiv
+    2412.18597; both, for erasing and emphasis: MotionCLR, Chen et al. 2024, arXiv 2410.18977).
 
     Args:
-        tokens: numbers of the text tokens.
-        scale: ``s``; 1 changes nothing, 0 erases.
-        add: ``w``, the same for every row, also where a mask forbids the token: above 0 emphasis,
-            below 0 the opposite; 0 changes nothing.
-        renormalise: rows then sum to 1 again: ``log s`` is added to the logits.
-        both_ways: in joint attention the rows of these tokens also see the image by ``s`` times its
-            weight (DiTCtrl).
+        tokens: indices of the text tokens, from 0 on.
+        scale: ``s``. 1 changes nothing, 0 erases the tokens.
+        add: ``w``, the same for every row, also if a mask forbids the token. Positive values
+            emphasise the tokens, negative ones weaken them, 0 changes nothing.
+        renormalise: whether rows sum to 1 again. The edit then adds ``log s`` to the logits.
+        both_ways: whether the rows of these tokens also see the image with ``s`` times its weight,
+            in joint attention (DiTCtrl).
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; or, at an attention call, the prompt has no such
+            token.
+
+    Example:
+        >>> from visattn.guidance import ScaleTokens, steer
+        >>> emphasis = ScaleTokens(tokens=[1], scale=1.5, attention="cross", passes=["cond"])
+        >>> with steer(pipe, emphasis):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         Hertz et al. (2022), "Prompt-to-Prompt Image Editing with Cross-Attention Control", arXiv
@@ -127,22 +159,23 @@ class ScaleTokens(Edit):
         tokens = as_indices("ScaleTokens(tokens=...)", self.tokens)
         object.__setattr__(self, "tokens", tuple(dict.fromkeys(tokens)))
         if not self.tokens:
-            raise ValueError("ScaleTokens has no tokens; give numbers of text tokens, from 0 on")
-        check_number("ScaleTokens", "scale", self.scale, "finite; 1 is no change")
-        check_number("ScaleTokens", "add", self.add, "finite; 0 is no change")
+            raise ValueError("ScaleTokens has no tokens; give indices of text tokens, from 0 on")
+        check_number("ScaleTokens", "scale", self.scale, "finite; 1 changes nothing")
+        check_number("ScaleTokens", "add", self.add, "finite; 0 changes nothing")
         if self.add and (self.renormalise or self.both_ways):
             raise ValueError(
-                f"ScaleTokens(add={self.add!r}) is of columns as they are; leave renormalise and "
-                "both_ways out, or give scale"
+                f"ScaleTokens(add={self.add!r}) cannot be combined with renormalise or both_ways; "
+                "leave these out, or use scale instead of add"
             )
         if self.renormalise and self.scale < 0:
             raise ValueError(
-                f"ScaleTokens(scale={self.scale!r}, renormalise=True) must be from 0 on; 1 is no "
-                "change"
+                f"ScaleTokens(scale={self.scale!r}, renormalise=True) must be from 0 on; 1 "
+                "changes nothing"
             )
         if self.both_ways and (self.renormalise or self.attention == "cross"):
             raise ValueError(
-                "ScaleTokens(both_ways=True) is for joint attention and has no renormalised form"
+                "ScaleTokens(both_ways=True) needs joint attention and has no renormalised form; "
+                "use attention='self' and renormalise=False"
             )
 
     @property
@@ -166,16 +199,18 @@ class ScaleTokens(Edit):
 
         if self.scale == 1:
             v = state.v[:, :, keys]
-            wide = torch.promote_types(v.dtype, torch.float32)
-            new = self.add * v.to(wide).sum(2, keepdim=True).to(v.dtype)
+            acc_dtype = torch.promote_types(v.dtype, torch.float32)
+            new = self.add * v.to(acc_dtype).sum(2, keepdim=True).to(v.dtype)
         else:
             new = weighed_values(state, keys, self.stream, weights)
         if self.both_ways:
-            self._rows(state, keys, new)
-        edit = self if not self.both_ways else _everywhere(self)
+            self._add_token_rows(state, keys, new)
+        # the edit of all rows, since rows of tokens change too
+        edit = self if not self.both_ways else Edit(samples=self.samples)
         edit.change(state, "out", state.out + new, strength)
 
     def _bias(self, state: State, keys: torch.Tensor, strength: torch.Tensor) -> None:
+        """Add the biases of the renormalised form to a call."""
         k_labels = torch.zeros(1, state.k.shape[2], dtype=torch.int64)
         k_labels[0, keys.cpu()] = 1
         q_labels = torch.zeros(state.q.shape[0], state.q.shape[2], dtype=torch.int64)
@@ -189,25 +224,32 @@ class ScaleTokens(Edit):
                 table = torch.tensor([[0.0, 0.0], [0.0, bias]])
                 state.biases.append(Bias(table, q_labels, k_labels, strength == value))
 
-    def _rows(self, state: State, tokens: torch.Tensor, add: torch.Tensor) -> None:
-        """The rows of the tokens over the image's keys."""
+    def _add_token_rows(self, state: State, tokens: torch.Tensor, change: torch.Tensor) -> None:
+        """Add to ``change`` how the rows of the tokens change by their image keys."""
         image = state.image
         q, k = logit_tensors(state, tokens, "text")
-        own, lse = dense_with_lse(q, k[:, :, image], state.v[:, :, image], state.call.factor)
+        out, lse = dense_with_lse(q, k[:, :, image], state.v[:, :, image], state.call.factor)
         share = (lse - state.normaliser(tokens)).exp()[..., None]
-        add[:, :, tokens] += ((self.scale - 1) * share * own.to(share)).to(add.dtype)
-
-
-def _everywhere(edit: ScaleTokens) -> Edit:
-    return Edit(samples=edit.samples)
+        change[:, :, tokens] += ((self.scale - 1) * share * out.to(share)).to(change.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleHeads(Edit):
-    """``O_h <- a O_h``: the output of heads is scaled.
+    """Scale the output of heads: ``O_h <- a O_h``.
 
     Args:
-        scale: 1 changes nothing.
+        scale: ``a``. 1 changes nothing, 0 removes the heads.
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import ScaleHeads, steer
+        >>> with steer(pipe, ScaleHeads(scale=1.2, layers=[1], heads=[0])):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         This project; the scaling of head outputs by "VHR" for language models is the same
@@ -224,7 +266,7 @@ class ScaleHeads(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("ScaleHeads", "scale", self.scale, "finite; 1 is no change")
+        check_number("ScaleHeads", "scale", self.scale, "finite; 1 changes nothing")
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
         if self.scale != 1:

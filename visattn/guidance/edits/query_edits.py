@@ -1,4 +1,4 @@
-"""Edits of the queries before attention: blurred, replaced, or scaled by a temperature."""
+"""Edits of the queries before attention: blur, replacement, and scaling by a temperature."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ from visattn.guidance.edits.state import State, Stream
 
 __all__ = ["BlurQueries", "ProportionalAttention", "ReplaceQueries", "Temperature"]
 
-INFINITE = 9999.0
+INFINITE = 9999.0  # a larger sigma means the mean over the axis
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlurQueries(Edit):
-    """Queries of the grid are blurred by a Gaussian, after their norm and rotary embedding
-    (smoothed energy guidance, Hong 2024, arXiv 2408.00760). Text rows stay.
+    """Blur the image queries with a Gaussian over the token grid, after their norm and rotary
+    embedding (smoothed energy guidance, Hong 2024, arXiv 2408.00760). Text queries stay.
 
     Args:
-        sigma: standard deviation in tokens; 0 changes nothing; above 9999 every query is the mean
-            of all of its grid. The kernel has ``ceil(6 sigma)`` taps, made odd, and reflects at the
-            borders, as often as it has to.
-        axes: the axes that are blurred, of ``thw``.
-        whole_kernel: whether the kernel keeps all of its taps on an axis that is shorter. By
-            default it has at most as many as the axis has tokens, or one more where that is even.
+        sigma: standard deviation in tokens. 0 changes nothing; above 9999 every query becomes the
+            mean of its grid. The kernel has ``ceil(6 sigma)`` taps, plus one if that is even, and
+            reflects at the borders, several times if necessary.
+        axes: the axes to blur, some of ``thw``.
+        whole_kernel: whether the kernel keeps all its taps on an axis with fewer tokens. By default
+            it has at most as many taps as the axis has tokens, plus one if that is even.
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import BlurQueries, steer
+        >>> with steer(pipe, BlurQueries(sigma=2.0, layers=[1], passes=["uncond"])):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         Hong (2024), "Smoothed Energy Guidance", arXiv 2408.00760. Code:
@@ -53,7 +64,7 @@ class BlurQueries(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         allowed = "a number of tokens from 0 on"
-        check_number("BlurQueries", "sigma", self.sigma, allowed, lambda own: own >= 0)
+        check_number("BlurQueries", "sigma", self.sigma, allowed, lambda sigma: sigma >= 0)
         if not self.axes or not set(self.axes) <= set("thw"):
             raise ValueError(f"BlurQueries(axes={self.axes!r}) must be some of t, h and w")
 
@@ -61,16 +72,16 @@ class BlurQueries(Edit):
         if self.sigma == 0:
             return
         rows, (_, grid) = state.image, state.call.layout.grids[0]
-        own = state.q[:, :, rows]
+        queries = state.q[:, :, rows]
         if self.sigma > INFINITE and set(self.axes) == set("thw"):
-            blurred = own.mean(2, keepdim=True).expand_as(own)
+            blurred = queries.mean(2, keepdim=True).expand_as(queries)
         else:
-            blurred = own.unflatten(2, grid.shape)
+            blurred = queries.unflatten(2, grid.shape)
             for axis, size in zip("thw", grid.shape, strict=True):
                 if axis in self.axes:
-                    matrix = blur_matrix(size, self.sigma, self.whole_kernel).to(own)
-                    at = 2 + "thw".index(axis)
-                    blurred = (blurred.movedim(at, -1) @ matrix.mT).movedim(-1, at)
+                    matrix = blur_matrix(size, self.sigma, self.whole_kernel).to(queries)
+                    dim = 2 + "thw".index(axis)
+                    blurred = (blurred.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
             blurred = blurred.flatten(2, 4)
         new = state.q.clone()
         new[:, :, rows] = blurred
@@ -78,38 +89,61 @@ class BlurQueries(Edit):
 
 
 def _odd(count: int) -> int:
+    """Return the count, plus one if it is even."""
     return count + (count % 2 == 0)
 
 
 @lru_cache(maxsize=256)
 @on_cpu
 def blur_matrix(size: int, sigma: float, whole_kernel: bool) -> torch.Tensor:
-    """A Gaussian blur of a line with reflected borders as a matrix, float64 ``[size, size]``."""
+    """Return the matrix of a Gaussian blur along an axis with reflected borders.
+
+    Args:
+        size: number of tokens of the axis.
+        sigma: standard deviation in tokens.
+        whole_kernel: whether the kernel may have more taps than the axis has tokens.
+
+    Returns:
+        The matrix, float64 ``[size, size]``. Its rows sum to 1.
+    """
     if sigma > INFINITE:
         return torch.full((size, size), 1 / size, dtype=torch.float64)
     taps = _odd(math.ceil(6 * sigma))
     half = (taps if whole_kernel else min(taps, _odd(size))) // 2
-    at = torch.arange(-half, half + 1)
-    weights = (-0.5 * (at.double() / sigma) ** 2).exp()
+    offsets = torch.arange(-half, half + 1)
+    weights = (-0.5 * (offsets.double() / sigma) ** 2).exp()
     weights = weights / weights.sum()
     period = max(1, 2 * (size - 1))
-    place = (torch.arange(size)[:, None] + at) % period
-    place = torch.where(place >= size, period - place, place)
+    positions = (torch.arange(size)[:, None] + offsets) % period
+    positions = torch.where(positions >= size, period - positions, positions)
     return torch.zeros(size, size, dtype=torch.float64).scatter_add_(
-        1, place, weights.expand(size, -1)
+        1, positions, weights.expand(size, -1)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Temperature(Edit):
-    """Logits are divided by a temperature: below 1 attention is sharper, above 1 flatter (entropy
-    rectifying guidance, Berrada Ifriqi et al. 2025, arXiv 2504.13987; TACA, Lv et al. 2025, arXiv
-    2506.07986, which multiplies the logits of the image's attention to text by more than 1).
+    """Divide the logits by a temperature: below 1 attention becomes sharper, above 1 flatter
+    (entropy rectifying guidance, Berrada Ifriqi et al. 2025, arXiv 2504.13987; TACA, Lv et al.
+    2025, arXiv 2506.07986, which multiplies the logits of the image's attention to text by more
+    than 1).
 
     Args:
-        temperature: above 0; 1 changes nothing.
-        keys: of which keys: ``all``, ``text`` or ``image``. With ``stream`` this limits it to one
-            kind of pair, as image rows to text keys.
+        temperature: the divisor, above 0. 1 changes nothing.
+        keys: the keys whose logits change: ``all``, ``text`` or ``image``. Together with ``stream``
+            this selects one kind of pair, such as image queries and text keys.
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; or, at an attention call, the layer has no such
+            keys or rows.
+
+    Example:
+        >>> from visattn.guidance import Temperature, steer
+        >>> with steer(pipe, Temperature(temperature=0.9, layers=[1])):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         Berrada Ifriqi et al. (2025), "Entropy Rectifying Guidance", arXiv 2504.13987; Lv et al.
@@ -128,8 +162,8 @@ class Temperature(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed, own = "above 0; 1 is no change", self.temperature
-        check_number("Temperature", "temperature", own, allowed, lambda t: 0 < t < math.inf)
+        value, allowed = self.temperature, "above 0; 1 changes nothing"
+        check_number("Temperature", "temperature", value, allowed, lambda t: 0 < t < math.inf)
         if self.keys not in ("all", "text", "image"):
             raise ValueError(f"Temperature(keys={self.keys!r}) must be all, text or image")
         if self.attention == "cross" and self.keys == "image":
@@ -147,15 +181,15 @@ class Temperature(Edit):
             segments = ((start, start + grid.numel),)
         if not segments:
             raise ValueError(
-                f"Temperature(keys='text') has no text keys at {state.call.layer}; for a model "
-                "with cross-attention give attention='cross'"
+                f"Temperature(keys='text'): {state.call.layer} has no text keys; for a model with "
+                "cross-attention use attention='cross'"
             )
         counted = sum(rows.stop - rows.start for rows in [state.image, *state.rows("text")])
         if self.stream != "all" and counted != state.q.shape[2]:
             raise ValueError(
                 f"Temperature(keys={self.keys!r}, stream={self.stream!r}): {state.call.layer} has "
-                "tokens that are neither the text nor the first image, whose rows it cannot leave "
-                "as they are; take stream='all' or keys='all'"
+                "tokens that belong neither to the text nor to the first image, whose rows would "
+                "change too; use stream='all' or keys='all'"
             )
         factor = torch.ones(state.q.shape[0], state.q.shape[1], dtype=torch.float64)
         factor[self.samples_in(state)] = 1 + strength.double() * (1 / self.temperature - 1)
@@ -165,11 +199,24 @@ class Temperature(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaceQueries(Edit):
-    """Queries of samples are those of another sample of the batch (motion style, Chen et al. 2024,
-    MotionCLR, arXiv 2410.18977; with ``stream`` a part of the rows).
+    """Replace the queries of samples by those of another sample of their pass (motion style, Chen
+    et al. 2024, MotionCLR, arXiv 2410.18977). ``stream`` limits it to a part of the rows.
 
     Args:
-        source: the sample whose queries ``samples`` get.
+        source: index of the sample whose queries the ``samples`` get.
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; or, at an attention call, a pass has no such
+            sample.
+
+    Example:
+        >>> from visattn.guidance import ReplaceQueries, steer
+        >>> with steer(pipe, ReplaceQueries(source=0, samples=[1])):
+        ...     videos = pipe(["a red cat", "a blue cat"], height=16, width=16, num_frames=5,
+        ...                   num_inference_steps=1)
 
     Source:
         Chen et al. (2024), "MotionCLR", arXiv 2410.18977.
@@ -195,12 +242,23 @@ class ReplaceQueries(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class ProportionalAttention(Edit):
-    """Logits are multiplied by the root of ``log N / log N0`` for ``N`` keys, as the entropy of
-    attention grows with their number (Jin et al. 2023, arXiv 2306.08645; Lumina-T2X, Gao et al.
-    2024, arXiv 2405.05945).
+    """Multiply the logits by ``sqrt(log N / log N0)`` for ``N`` keys, to keep the entropy of
+    attention when the number of keys changes (Jin et al. 2023, arXiv 2306.08645; Lumina-T2X, Gao et
+    al. 2024, arXiv 2405.05945).
 
     Args:
-        trained: ``N0``, the keys that there were in training; as many change nothing.
+        trained: ``N0``, the number of keys in training. A call with as many keys does not change.
+
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import ProportionalAttention, steer
+        >>> with steer(pipe, ProportionalAttention(trained=1024)):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
 
     Source:
         Jin et al. (2023), "Training-free Diffusion Model Adaptation for Variable-Sized

@@ -1,4 +1,4 @@
-"""Keys and values of other samples of the batch, or kept from elsewhere (P3)."""
+"""Let samples attend to the keys and values of other samples of the batch."""
 
 from __future__ import annotations
 
@@ -17,82 +17,99 @@ __all__ = ["BorrowKeys", "Rotary", "ShareKV", "rotary_of"]
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a denoiser rotates queries and keys by their place in the grid: of the ``n`` channels of
-    an axis, the pair ``(2 i, 2 i + 1)`` by ``place * theta^(-2 i / n)`` (RoPE, Su et al. 2021,
-    arXiv 2104.09864).
+    """The rotary position embedding of a denoiser. Of the ``n`` channels of an axis of the grid,
+    the pair ``(2 i, 2 i + 1)`` of queries and keys is rotated by ``position * theta^(-2 i / n)``
+    (RoPE, Su et al. 2021, arXiv 2104.09864).
 
     Args:
-        channels: of a head for the frames, the height and the width, one after the other.
-        theta: the base of the frequencies.
+        channels: number of channels of a head for the frames, the height and the width. The
+            channels follow each other in this order.
+        theta: base of the frequencies.
     """
 
     channels: tuple[int, int, int]
     theta: float = 10000.0
 
     def moved(self, keys: torch.Tensor, shifts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Keys of a grid as they are at other places, ``[..., T H W, D]``: rotated on by the
-        difference.
+        """Return the keys of a grid as they would be at other positions.
 
         Args:
-            keys: rotated ones, ``[..., T H W, D]``.
-            shifts: of the frames ``[T]``, rows ``[H]`` and columns ``[W]`` in tokens, fractions
-                too; 0 changes no bit.
+            keys: keys with rotary positions, ``[..., T H W, D]``.
+            shifts: shifts of the frames ``[T]``, rows ``[H]`` and columns ``[W]``, in tokens. They
+                may be fractions. A shift of 0 leaves a key exactly as it is.
+
+        Returns:
+            The shifted keys, of the shape and dtype of ``keys``.
 
         Raises:
-            ValueError: the heads are of another size.
+            ValueError: the keys have another head size.
         """
         if keys.shape[-1] != sum(self.channels):
             raise ValueError(
                 f"keys have {keys.shape[-1]} channels and {self} has {sum(self.channels)}; give "
-                "the denoiser whose keys they are"
+                "the denoiser that computes these keys"
             )
-        sizes = [len(own) for own in shifts]
+        sizes = [len(shift) for shift in shifts]
         dtype = torch.promote_types(keys.dtype, torch.float32)
         tables: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for axis, (n, own) in enumerate(zip(self.channels, shifts, strict=True)):
+        for axis, (n, shift) in enumerate(zip(self.channels, shifts, strict=True)):
             rates = self.theta ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
-            angle = own.cpu().double()[:, None] * rates
+            angle = shift.cpu().double()[:, None] * rates
             shape = [1, 1, 1, -1]
             shape[axis] = sizes[axis]
             for table, value in zip(tables, (angle.cos(), angle.sin()), strict=True):
-                wide = value.to(device=keys.device, dtype=dtype).reshape(shape)
-                table.append(wide.expand(*sizes, -1))
+                by_axis = value.to(device=keys.device, dtype=dtype).reshape(shape)
+                table.append(by_axis.expand(*sizes, -1))
         cos, sin = (torch.cat(table, -1).flatten(0, 2) for table in tables)
         x, y = keys.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2).to(keys.dtype)
 
 
 def rotary_of(pipe: Any) -> Rotary:
-    """The rotary positions of a denoiser, or of that of a pipeline.
+    """Return the rotary position embedding of a denoiser, or of the denoiser of a pipeline.
+
+    Args:
+        pipe: a pipeline or a denoiser.
 
     Raises:
-        ValueError: it has none, or others than those of Wan and Flux.
+        ValueError: the denoiser has no rotary position embedding of Wan or Flux.
     """
     denoiser = getattr(pipe, "transformer", pipe)
-    own: Any
-    for own in (getattr(denoiser, "rope", None), getattr(denoiser, "pos_embed", None)):
-        if type(own).__name__ == "WanRotaryPosEmbed":
-            each = 2 * (own.attention_head_dim // 6)
-            return Rotary((own.attention_head_dim - 2 * each, each, each))
-        if type(own).__name__ == "FluxPosEmbed":
-            frames, height, width = own.axes_dim
-            return Rotary((frames, height, width), float(own.theta))
+    module: Any
+    for module in (getattr(denoiser, "rope", None), getattr(denoiser, "pos_embed", None)):
+        if type(module).__name__ == "WanRotaryPosEmbed":
+            per_side = 2 * (module.attention_head_dim // 6)
+            return Rotary((module.attention_head_dim - 2 * per_side, per_side, per_side))
+        if type(module).__name__ == "FluxPosEmbed":
+            frames, height, width = module.axes_dim
+            return Rotary((frames, height, width), float(module.theta))
     raise ValueError(
-        f"{type(denoiser).__name__} has no rotary positions that are known; keys are moved with "
-        "those of Wan and Flux"
+        f"{type(denoiser).__name__} has no rotary position embedding that visattn knows; keys can "
+        "be moved for Wan and Flux"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareKV(Edit):
-    """Samples attend to the keys and values of another sample of their pass (DiTCtrl, Cai et al.
-    2024, arXiv 2412.18597).
+    """Let samples attend to the keys and values of another sample of their pass (DiTCtrl, Cai et
+    al. 2024, arXiv 2412.18597). They take all tokens of the source, text tokens included.
 
     Args:
-        source: whose; samples: who do.
-        what: ``both``, ``keys`` (values stay their own) or ``values``.
+        source: index of the sample whose keys and values are used.
+        what: ``both``, ``keys`` (the values stay the sample's own) or ``values``.
 
-    All of the source's tokens are taken, its text too.
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; or, at an attention call, a pass has no such
+            sample.
+
+    Example:
+        >>> from visattn.guidance import ShareKV, steer
+        >>> with steer(pipe, ShareKV(source=0, samples=[1], layers=[2])):
+        ...     videos = pipe(["a red cat", "a blue cat"], height=16, width=16, num_frames=5,
+        ...                   num_inference_steps=1)
 
     Source:
         Cai et al. (2024), "DiTCtrl", arXiv 2412.18597. Code: github.com/TencentARC/DiTCtrl (commit
@@ -122,30 +139,45 @@ class ShareKV(Edit):
         heads = (strength > 0).to(state.k.device)[None, :, None, None]
         for name in ("k", "v"):
             if self.what in ("both", "keys" if name == "k" else "values"):
-                own = getattr(state, name)
-                new = own.clone()
-                new[chosen] = torch.where(heads, own[source : source + 1], own[chosen])
+                old = getattr(state, name)
+                new = old.clone()
+                new[chosen] = torch.where(heads, old[source : source + 1], old[chosen])
                 setattr(state, name, new)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BorrowKeys(Edit):
-    """Samples attend to tokens of other samples beside their own: the keys are put together, and
-    the softmax is over all of them (ConsiStory, Tewel et al. 2024, arXiv 2402.03286;
-    StoryDiffusion, Zhou et al. 2024, arXiv 2405.01434; DreamStory, He et al. 2024, arXiv
-    2407.12899). Keys carry the rotary positions that they have in their own sample, unless others
-    are given.
+    """Let samples attend to tokens of other samples in addition to their own: one softmax runs over
+    the keys of all (ConsiStory, Tewel et al. 2024, arXiv 2402.03286; StoryDiffusion, Zhou et al.
+    2024, arXiv 2405.01434; DreamStory, He et al. 2024, arXiv 2407.12899). Borrowed keys keep the
+    rotary positions of their own sample, unless ``keys`` gives others.
+
+    The strength of a head multiplies the weight of a borrowed key relative to the sample's own
+    keys.
 
     Args:
-        sources: the samples that tokens are taken from; a sample takes none from itself.
-        tokens: which image tokens of each source are taken, bool ``[b, tokens of the image]``, or a
-            function of the call that gives them; None: all of them.
-        share: of the tokens that are there, this share is drawn, by ``seed`` and step (random
+        sources: indices of the samples whose tokens are borrowed. A sample borrows none from
+            itself.
+        tokens: the image tokens of each source to borrow, bool ``[b, image tokens]``, or a function
+            of a call's State that returns them. None means all image tokens.
+        share: share of these tokens that is borrowed. They are drawn by ``seed`` and step (random
             sampling of StoryDiffusion, mask dropout of ConsiStory).
-        keys: a function of the call that gives the keys ``[b, H, L, D]`` which are borrowed in
-            place of its own, as at other positions (``Rotary``).
+        seed: seed of the draw.
+        keys: a function of a call's State that returns the keys ``[b, H, L, D]`` to borrow instead
+            of the call's own, for example keys at other positions. None means the call's own.
 
-    The strength of a head is what a borrowed key weighs beside one of its own.
+    The other arguments are those of ``Edit``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; or, at an attention call, a pass has no such sample
+            or ``tokens`` has another shape.
+
+    Example:
+        >>> from visattn.guidance import BorrowKeys, steer
+        >>> with steer(pipe, BorrowKeys(sources=[0], samples=[1], share=0.5)):
+        ...     videos = pipe(["a red cat", "a blue cat"], height=16, width=16, num_frames=5,
+        ...                   num_inference_steps=1)
 
     Source:
         Tewel et al. (2024), "Training-Free Consistent Text-to-Image Generation", arXiv 2402.03286;
@@ -171,8 +203,8 @@ class BorrowKeys(Edit):
         super().__post_init__()
         if self.attention != "self":
             raise ValueError(
-                "BorrowKeys(attention='cross') is not possible: it takes tokens of the image, and "
-                "the keys of cross-attention are text; take attention='self'"
+                "BorrowKeys(attention='cross') is not possible: it borrows image tokens, and the "
+                "keys of cross-attention are text; use attention='self'"
             )
         object.__setattr__(self, "sources", as_indices("BorrowKeys(sources=...)", self.sources))
         check_number("BorrowKeys", "share", self.share, *POSITIVE_SHARE)
@@ -197,24 +229,24 @@ class BorrowKeys(Edit):
         for source in self.sources:
             self.check_source(state, source)
         drawn = self._drawn(state, count)
-        given = state.k if self.keys is None else self.keys(state)
+        source_keys = state.k if self.keys is None else self.keys(state)
         for sample in self.samples_in(state):
             keys, values = [], []
             for source in self.sources:
                 if source == sample:
                     continue
-                at = (tokens[source].cpu() & drawn[source]).nonzero()[:, 0] + image.start
-                at = at.to(state.k.device)
-                keys.append(given[source : source + 1, :, at])
-                values.append(state.v[source : source + 1, :, at])
+                borrowed = (tokens[source].cpu() & drawn[source]).nonzero()[:, 0] + image.start
+                borrowed = borrowed.to(state.k.device)
+                keys.append(source_keys[source : source + 1, :, borrowed])
+                values.append(state.v[source : source + 1, :, borrowed])
             if keys:
-                mine = torch.tensor([sample], device=state.k.device)
+                receiver = torch.tensor([sample], device=state.k.device)
                 k, v = torch.cat(keys, 2), torch.cat(values, 2)
-                state.borrowed.append(Borrowed(mine, k, v, strength))
+                state.borrowed.append(Borrowed(receiver, k, v, strength))
 
     def _drawn(self, state: State, count: int) -> torch.Tensor:
-        """Which tokens of each sample are drawn, bool ``[b, tokens]``: the same in all layers of a
-        step."""
+        """Return whether a token of a sample is drawn, bool ``[b, image tokens]``. The draw is the
+        same in all layers of a step."""
         if self.share == 1:
             return torch.ones(state.q.shape[0], count, dtype=torch.bool)
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + (state.call.step or 0))

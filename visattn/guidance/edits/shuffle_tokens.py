@@ -1,4 +1,4 @@
-"""Blocks get their image tokens in another order."""
+"""Give blocks their image tokens in a random order."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ __all__ = ["ShuffleTokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleTokens(BlockEdit):
-    """Give blocks their image tokens in another order, and restore the order of their outputs
+    """Give blocks their image tokens in a random order, and restore the order of their outputs
     (token perturbation guidance, Rajabi et al. 2025, arXiv 2506.10036).
 
-    Every step and block has a new order. It is for denoisers whose blocks depend on the order: Wan,
-    HunyuanVideo, Flux, and CogVideoX with a rotary embedding.
+    Every step and block has a new order. The edit needs a denoiser whose blocks depend on the order
+    of the tokens: Wan, HunyuanVideo, Flux, or CogVideoX with a rotary embedding.
 
     Args:
-        blocks: numbers of blocks over all stacks, in the order in which they run; None: all.
-        share: which share of the tokens changes places.
-        seed: of the orders.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
-        start: the first step, as an int, or as a share of the steps.
-        stop: the end of the steps, likewise.
+        blocks: indices of blocks over all stacks, in the order in which they run. None means all
+            blocks.
+        share: share of the tokens that change places.
+        seed: seed of the orders.
+        passes: some of ``cond``, ``uncond`` and ``perturbed``. None means all passes.
+        start: the first step, as an int, or as a float share of the steps.
+        stop: the step after the last one, as an int, or as a float share of the steps.
 
     Raises:
-        TypeError: ``blocks`` has another form.
+        TypeError: ``blocks`` has the wrong type.
         ValueError: an argument is out of range.
 
     Example:
@@ -43,9 +44,9 @@ class ShuffleTokens(BlockEdit):
     Source:
         Rajabi et al. (2025), "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036.
     Default:
-        paper. Its code was not compared with.
+        paper. The authors' code was not compared.
     Differences:
-        - Tokens get back their places after each block, as blocks of transformers have positions.
+        - Tokens return to their places after each block, as blocks of transformers have positions.
     """
 
     share: float = 1.0
@@ -61,11 +62,11 @@ class ShuffleTokens(BlockEdit):
 
         Args:
             length: number of tokens.
-            path: of the block.
+            path: path of the block.
             step: index of the step.
         """
-        number = sum(ord(letter) * 131**n for n, letter in enumerate(path))
-        seed = (self.seed * 1_000_003 + step) * 1_000_003 + number
+        path_hash = sum(ord(letter) * 131**n for n, letter in enumerate(path))
+        seed = (self.seed * 1_000_003 + step) * 1_000_003 + path_hash
         random = torch.Generator().manual_seed(seed % 2**62)
         moved = torch.randperm(length, generator=random)[: max(2, round(self.share * length))]
         out = torch.arange(length)
@@ -96,12 +97,12 @@ def _without_positions(model: Any) -> str:
     return (
         f"ShuffleTokens (token perturbation) is refused for {kind_of(model).__name__}: without a "
         "rotary embedding its blocks do not depend on the order of tokens, so that shuffling them "
-        "changes nothing in dense attention; take another guidance, such as SLG or PAG"
+        "changes nothing in dense attention; use another guidance, such as SLG or PAG"
     )
 
 
 def _restored(out: Any, call: BlockCall, order: torch.Tensor) -> Any:
-    """Return the outputs of a block with the image tokens in their places again."""
+    """Return the outputs of a block, with the image tokens in their original order."""
     if isinstance(out, tuple):
         image = call.image_output
         return tuple(_restored(x, call, order) if n == image else x for n, x in enumerate(out))

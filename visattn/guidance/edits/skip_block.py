@@ -1,4 +1,4 @@
-"""Blocks, or their attention or feed-forward alone, are skipped."""
+"""Skip blocks, or only their attention or feed-forward."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ __all__ = ["SkipBlock", "SkipRandomBlocks"]
 
 @dataclass(frozen=True, kw_only=True)
 class SkipBlock(BlockEdit):
-    """Skip blocks, or their attention or feed-forward alone: only the residual is passed on (skip
+    """Skip blocks, or only their attention or feed-forward: the residual alone is passed on (skip
     layer guidance of SD3.5; spatiotemporal skip guidance, Hyung et al. 2024, arXiv 2411.18664).
 
     Args:
-        blocks: numbers of blocks over all stacks, in the order in which they run; None: all.
+        blocks: indices of blocks over all stacks, in the order in which they run. None means all
+            blocks.
         what: ``block``, ``attention`` (self-attention or joint attention) or ``feedforward``.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
-        start: the first step, as an int, or as a share of the steps.
-        stop: the end of the steps, likewise.
+        passes: some of ``cond``, ``uncond`` and ``perturbed``. None means all passes.
+        start: the first step, as an int, or as a float share of the steps.
+        stop: the step after the last one, as an int, or as a float share of the steps.
 
     Raises:
-        TypeError: ``blocks`` has another form.
+        TypeError: ``blocks`` has the wrong type.
         ValueError: an argument is out of range.
 
     Example:
@@ -81,8 +82,8 @@ class SkipBlock(BlockEdit):
 
 @contextmanager
 def _uncompiled(block: Any) -> Iterator[None]:
-    """Inside, a compiled block runs as eager code, since compiled code ignores the handlers of its
-    submodules."""
+    """Inside the ``with`` block, a compiled block runs eagerly, since compiled code ignores the
+    handlers of its submodules."""
     compiled = vars(block).get("_compiled_call_impl")
     if compiled is not None:
         block._compiled_call_impl = None
@@ -95,20 +96,20 @@ def _uncompiled(block: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class SkipRandomBlocks(SkipBlock):
-    """Skip random blocks, drawn anew at every step (S2-Guidance, Chen et al. 2025, arXiv
+    """Skip random blocks, drawn again at every step (S2-Guidance, Chen et al. 2025, arXiv
     2508.12880).
 
     Args:
-        share: which share of the blocks is skipped; at least one is.
-        seed: of the draws.
-        blocks: numbers of the blocks to draw from; None: all.
-        what: as of SkipBlock.
-        passes: of ``cond``, ``uncond`` and ``perturbed``; None: all.
-        start: the first step, as an int, or as a share of the steps.
-        stop: the end of the steps, likewise.
+        share: share of the blocks to skip. At least one block is skipped.
+        seed: seed of the draws.
+        blocks: indices of the blocks to draw from. None means all blocks.
+        what: ``block``, ``attention`` or ``feedforward``, as in ``SkipBlock``.
+        passes: some of ``cond``, ``uncond`` and ``perturbed``. None means all passes.
+        start: the first step, as an int, or as a float share of the steps.
+        stop: the step after the last one, as an int, or as a float share of the steps.
 
     Raises:
-        TypeError: ``blocks`` has another form.
+        TypeError: ``blocks`` has the wrong type.
         ValueError: an argument is out of range.
 
     Example:
@@ -134,10 +135,10 @@ class SkipRandomBlocks(SkipBlock):
         check_number("SkipRandomBlocks", "share", self.share, *POSITIVE_SHARE)
 
     def drawn(self, paths: Sequence[str], step: int) -> set[str]:
-        """Return the blocks that are skipped at a step.
+        """Return the paths of the blocks to skip at a step.
 
         Args:
-            paths: of the blocks to draw from.
+            paths: paths of the blocks to draw from.
             step: index of the step.
         """
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -151,7 +152,7 @@ class SkipRandomBlocks(SkipBlock):
 
 
 def _with_inputs(out: Any, call: BlockCall) -> Any:
-    """Return the outputs of a block with its inputs in the edited rows."""
+    """Return the outputs of a block, with the inputs of the block in the edited rows."""
     if not isinstance(out, tuple):
         return _with_rows(out, call.hidden, call.rows)
     inputs = [call.hidden if n == call.image_output else call.text for n in range(len(out))]
@@ -169,7 +170,7 @@ def _with_rows(out: torch.Tensor, new: torch.Tensor | None, rows: torch.Tensor) 
 
 
 def _zeroed(out: Any, rows: torch.Tensor) -> Any:
-    """Return the outputs of a module with zeros in the edited rows."""
+    """Return the outputs of a module, with zeros in the edited rows."""
     if isinstance(out, tuple):
         return tuple(_zeroed(x, rows) for x in out)
     if out is None:

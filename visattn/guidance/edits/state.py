@@ -1,4 +1,4 @@
-"""An attention call of one pass while edits change it: its tensors and what later stages add."""
+"""One pass of an attention call while edits change it: the tensors, biases and borrowed keys."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ Stream = Literal["all", "image", "text"]
 
 
 class Borrowed(NamedTuple):
-    """Keys that some samples see in addition to their own.
+    """Keys that the queries of some samples see in addition to their own keys.
 
     Attributes:
-        samples: int64 ``[n]``, the samples whose queries see them.
+        samples: the samples whose queries see them, int64 ``[n]``.
         k: keys ``[n, H, Lk, D]``.
         v: values ``[n, H, Lk, D]``.
-        strength: of the heads, ``[H]``; the bias ``log strength`` is added to their logits.
+        strength: strengths of the heads, ``[H]``. ``log strength`` is added to the logits of the
+            borrowed keys.
     """
 
     samples: torch.Tensor
@@ -38,16 +39,17 @@ class State:
     Attributes:
         call: the intercepted call.
         part: index of the pass among the equal parts of the call's batch.
-        pass_: name of the pass; None where it is not known.
-        q: queries ``[b, H, Lq, D]``; the stages before the kernel may replace them.
-        k: keys ``[b, H, Lk, D]``, likewise.
-        v: values ``[b, H, Lk, D]``, likewise.
-        biases: biases of the logits for the kernel.
-        borrowed: keys of other samples for the kernel.
+        pass_: name of the pass. None if it is not known.
+        q: queries ``[b, H, Lq, D]``. The stages before the kernel may replace them.
+        k: keys ``[b, H, Lk, D]``. The stages before the kernel may replace them.
+        v: values ``[b, H, Lk, D]``. The stages before the kernel may replace them.
+        biases: biases that the kernel stage adds to the logits.
+        borrowed: keys of other samples that the kernel stage adds.
         gains: factors of the logits of some keys for the rows of a stream, ``(stream, first key,
             end, factor [b or 1, H])``.
-        out: attention output ``[b, H, Lq, D]``; set by the kernel stage.
-        lse: log-sum-exp of the logits ``[b, H, Lq]``; set where an edit needs it.
+        out: attention output ``[b, H, Lq, D]``. The kernel stage sets it.
+        lse: log-sum-exp of the logits ``[b, H, Lq]``. The kernel stage sets it if an edit needs
+            it.
 
     Example:
         >>> from dataclasses import dataclass
@@ -76,7 +78,7 @@ class State:
 
     @property
     def image(self) -> slice:
-        """The query rows of the image or video: of the first grid of the call."""
+        """The query rows of the image or video, which is the first grid of the call."""
         start, grid = self.call.layout.grids[0]
         return slice(start, start + grid.numel)
 
@@ -86,8 +88,8 @@ class State:
         return tuple((start, start + n) for start, n in self.call.kv_layout.texts)
 
     def normaliser(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Return ``lse`` of some rows, so that ``exp(logit - lse)`` is a weight. Rows without any
-        key, such as those of heads that a plan skips, get +inf, so that their weights are 0."""
+        """Return ``lse`` of some rows, for weights ``exp(logit - lse)``. Rows without any key, such
+        as those of heads that a plan skips, get +inf, so that their weights are 0."""
         assert self.lse is not None
         lse = self.lse[:, :, rows]
         return lse.masked_fill(lse == -torch.inf, torch.inf)

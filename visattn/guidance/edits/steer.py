@@ -1,4 +1,4 @@
-"""``steer``: edits on the attention of a denoiser or pipeline."""
+"""``steer``: apply edits to the attention calls and blocks of a pipeline or denoiser."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-# an edit with the strengths of its heads, [H] or [samples, H], by the path of the layer
+# an edit, and the strengths of its heads, [H] or [samples, H], by the path of the layer
 Placed = tuple[Edit, dict[str, torch.Tensor]]
 
 
@@ -43,10 +43,10 @@ class Entry(NamedTuple):
     """An edit of a steering.
 
     Attributes:
-        steering: whose edit it is.
-        number: its index among the edits of the steering.
+        steering: the steering that the edit belongs to.
+        number: index of the edit in the steering.
         edit: the edit.
-        strengths: of its heads, by the path of the layer.
+        strengths: strengths of the heads, by the path of the layer.
     """
 
     steering: Steering
@@ -57,18 +57,20 @@ class Entry(NamedTuple):
 
 @dataclass
 class Steering:
-    """The edits of one denoiser. Called with an attention call, it computes the edited attention.
+    """The edits of one denoiser, as the editor of its attention calls: called with one, it computes
+    the edited attention.
 
     Args:
-        edits: each with the strengths of its heads by layer.
-        before: the editor of the denoiser so far; edits of another steering are made first.
-        on: whether its edits are made now.
+        edits: each edit with the strengths of its heads by layer.
+        before: the previous editor of the denoiser. If it is a steering, its edits are applied
+            first.
+        on: whether the edits are applied now.
     """
 
     edits: list[Placed]
     before: Editor | None = None
     on: bool = True
-    touched: Counter[int] = field(default_factory=Counter)  # calls changed, by index of the edit
+    touched: Counter[int] = field(default_factory=Counter)  # changed calls, by index of the edit
 
     def __post_init__(self) -> None:
         earlier = self.before.entries if isinstance(self.before, Steering) else []
@@ -78,10 +80,11 @@ class Steering:
 
     @contextmanager
     def reading_only(self, steering: Steering) -> Iterator[None]:
-        """Inside, of the edits that read attention only those of one steering are made.
+        """Inside the ``with`` block, only one steering reads attention: edits of the stage ``read``
+        of other steerings are left out.
 
         Args:
-            steering: this one, or one whose edits come before.
+            steering: this one, or one whose edits are applied before.
         """
         entries = self.entries
         self.entries = [e for e in entries if e.steering is steering or e.edit.stage != "read"]
@@ -91,27 +94,28 @@ class Steering:
             self.entries = entries
 
     def wants(self, call: Observation) -> bool:
-        """Return whether an edit applies to a call."""
+        """Return whether any edit applies to a call."""
         return any(self._active(call))
 
     def _active(self, call: Observation) -> list[list[Entry]]:
-        """Return the edits of each equal part of the batch.
+        """Return the edits of each pass of the batch.
 
         Args:
             call: the attention call.
 
         Raises:
-            ValueError: an edit is for some passes or steps, and that of the call is not known.
+            ValueError: an edit is limited to some passes or steps, and the pass or step of the call
+                is not known.
         """
-        here = [e for e in self.entries if e.steering.on and call.layer in e.strengths]
-        now = [entry for entry in here if _in_time(entry.edit, call)]
+        of_layer = [e for e in self.entries if e.steering.on and call.layer in e.strengths]
+        now = [entry for entry in of_layer if _in_time(entry.edit, call)]
         passes: tuple[str | None, ...] = call.passes or (None,)
         if call.passes is None and any(entry.edit.passes for entry in now):
             wanted = sorted({name for entry in now for name in entry.edit.passes or ()})
             raise ValueError(
-                f"an edit is for the {' and '.join(wanted)} pass, and the pass of this call of "
-                f"{call.role} is not known; steer the pipeline that runs, if it is one that names "
-                "its passes"
+                f"an edit is limited to the {' and '.join(wanted)} pass, and the pass of this call "
+                f"of {call.role} is not known; steer the pipeline that runs, if visattn knows its "
+                "passes"
             )
         return [[e for e in now if not e.edit.passes or pass_ in e.edit.passes] for pass_ in passes]
 
@@ -139,7 +143,7 @@ def apply_edits(state: State, active: Sequence[tuple[Edit, torch.Tensor]]) -> to
     """Compute the edited attention of one pass.
 
     Args:
-        state: the call of the pass.
+        state: one pass of an attention call.
         active: the edits, each with the strengths of its heads, ``[H]`` or ``[b, H]``.
 
     Returns:
@@ -158,7 +162,7 @@ def _check_streams(edits: Sequence[Edit], state: State) -> None:
     for edit in edits:
         if edit.stream == "text" and not state.rows("text"):
             raise ValueError(
-                f"{type(edit).__name__}(stream='text'): {state.call.layer} has no queries of text; "
+                f"{type(edit).__name__}(stream='text'): {state.call.layer} has no text queries; "
                 "leave stream out"
             )
 
@@ -168,14 +172,14 @@ def _in_time(edit: Edit, call: Observation) -> bool:
         return True
     if call.step is None or call.steps is None:
         raise ValueError(
-            f"{type(edit).__name__} is for some steps, and the step of this call of {call.role} is "
-            "not known; steer the pipeline that runs"
+            f"{type(edit).__name__} is limited to some steps, and the step of this call of "
+            f"{call.role} is not known; steer the pipeline that runs"
         )
     return in_window(edit.start, edit.stop, call.step, call.steps)
 
 
 def place(pipe: Any, edits: Sequence[Edit]) -> dict[str, list[Placed]]:
-    """Find the layers and heads that edits are for.
+    """Find the layers and heads that edits apply to.
 
     Args:
         pipe: a pipeline or a denoiser.
@@ -185,15 +189,15 @@ def place(pipe: Any, edits: Sequence[Edit]) -> dict[str, list[Placed]]:
         The edits with the strengths of their heads, by the role of the denoiser.
 
     Raises:
-        ValueError: there is no such role, layer or head, a model has no such attention, or heads
-            are of another model.
+        ValueError: the pipeline has no such role, layer, head or kind of attention, or a HeadSet
+            was made for another model.
     """
     known = known_denoisers(pipe)
     out: dict[str, list[Placed]] = {role: [] for role in known}
     for edit in edits:
         if edit.role != "any" and edit.role not in known:
             raise ValueError(
-                f"{type(edit).__name__} is for {edit.role}, and {type(pipe).__name__} has "
+                f"{type(edit).__name__}(role={edit.role!r}): {type(pipe).__name__} has "
                 f"{', '.join(known)}"
             )
         for role, (model, family) in known.items():
@@ -206,7 +210,7 @@ def place(pipe: Any, edits: Sequence[Edit]) -> dict[str, list[Placed]]:
             if not layers:
                 raise ValueError(
                     f"{type(edit).__name__}(attention='cross'): {family.name} has no "
-                    "cross-attention; its text is part of the sequence, so take attention='self'"
+                    "cross-attention; its text is part of the sequence, so use attention='self'"
                 )
             heads = next(iter(layers.values())).heads
             out[role].append((edit, dict(edit.place(tuple(layers), heads).strengths)))
@@ -215,36 +219,46 @@ def place(pipe: Any, edits: Sequence[Edit]) -> dict[str, list[Placed]]:
 
 @contextmanager
 def steer(pipe: Any, edits: Sequence[Edit | BlockEdit] | Edit | BlockEdit) -> Iterator[None]:
-    """Edit the attention of a pipeline inside a ``with`` block; after it the pipeline computes what
-    it did before, also when there was an error. One thread or asyncio task at a time runs the
-    denoiser meanwhile; another is refused.
+    """Edit the attention of a pipeline inside a ``with`` block. After the block, also after an
+    error, the pipeline computes what it did before. Inside the block only one thread or asyncio
+    task at a time may run the denoiser; a second one raises an error.
 
     Args:
-        pipe: a diffusers pipeline, or a denoiser of one; compiled or not, with a plan or without.
-            Edits work with the plan's patterns: what a pattern leaves out stays out.
-        edits: of ``visattn.guidance``; several at one stage are made in their order, and those of
-            an outer ``steer`` before them.
+        pipe: a diffusers pipeline or one of its denoisers, compiled or not, with a plan or without.
+            Edits keep the patterns of the plan: pairs that a pattern drops stay dropped.
+        edits: one or several edits of ``visattn.guidance``. Edits of the same stage are applied in
+            the given order, after those of an outer ``steer``.
+
+    Returns:
+        A context manager, which yields None.
 
     Raises:
-        ValueError: an edit names what there is not; on leaving, an edit that the pipeline ran past
-            without ever making it.
+        TypeError: ``edits`` has something else than an edit.
+        ValueError: an edit names a layer, head, block or role that the pipeline does not have; or,
+            at the end of the block, an edit was never applied.
+
+    Example:
+        >>> from visattn import steer
+        >>> from visattn.guidance import Perturb, ScaleHeads
+        >>> with steer(pipe, [ScaleHeads(scale=1.2, layers=[0]), Perturb(layers=[-1])]):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
     """
     listed = list(edits) if isinstance(edits, Sequence) else [edits]
     for edit in listed:
         if not isinstance(edit, (Edit, BlockEdit)):
             raise TypeError(
-                f"edits has {edit!r}; it must be edits of visattn.guidance, such as "
-                "Perturb(layers=[3]) (guidances such as SoftPAG go to visattn.guide)"
+                f"edits has {edit!r}; it must have edits of visattn.guidance, such as "
+                "Perturb(layers=[3]) (give guidances such as SoftPAG to visattn.guide)"
             )
-    mine = [edit for edit in listed if isinstance(edit, Edit)]
-    of_blocks = [edit for edit in listed if isinstance(edit, BlockEdit)]
-    placed = place(pipe, mine)
+    attention_edits = [edit for edit in listed if isinstance(edit, Edit)]
+    block_edits = [edit for edit in listed if isinstance(edit, BlockEdit)]
+    placed = place(pipe, attention_edits)
     with ExitStack() as stack:
         steerings = enter(stack, pipe, placed)
-        switches = edit_blocks(stack, pipe, of_blocks)
+        switches = edit_blocks(stack, pipe, block_edits)
         yield
-        check_touched(mine, steerings.values())
-        check_switches(of_blocks, switches)
+        check_touched(attention_edits, steerings.values())
+        check_switches(block_edits, switches)
 
 
 def enter(
@@ -253,14 +267,14 @@ def enter(
     placed: Mapping[str, list[Placed]],
     on: bool = True,
 ) -> dict[str, Steering]:
-    """Put edits on a pipeline until the stack is closed. Meanwhile one thread or asyncio task at a
-    time may run the pipeline.
+    """Put edits on a pipeline until the stack is closed. Until then only one thread or asyncio task
+    at a time may run the pipeline.
 
     Args:
-        stack: closing it leaves the pipeline as it was.
+        stack: closing it takes the edits off the pipeline.
         pipe: a pipeline or a denoiser.
         placed: the edits by the role of the denoiser.
-        on: whether the edits are made at once.
+        on: whether the edits are applied from the start.
 
     Returns:
         The steering of each denoiser by its role.
@@ -283,29 +297,35 @@ def enter(
 
 
 def check_touched(edits: Sequence[Edit], steerings: Any) -> None:
-    """Raise ValueError for an edit that changed no call.
+    """Check that each edit was applied.
 
     Args:
-        edits: that were placed.
-        steerings: that made them.
+        edits: the edits that were placed.
+        steerings: the steerings that applied them.
+
+    Raises:
+        ValueError: an edit changed no call.
     """
-    made = {
+    applied = {
         id(edit)
         for steering in steerings
         for n, (edit, _) in enumerate(steering.edits)
         if steering.touched[n]
     }
     for edit in edits:
-        if id(edit) not in made:
+        if id(edit) not in applied:
             raise ValueError(_untouched(edit))
 
 
 def check_switches(edits: Sequence[BlockEdit], switches: Sequence[BlockSwitch]) -> None:
-    """Raise ValueError for an edit of blocks that changed no call.
+    """Check that each block edit was applied.
 
     Args:
-        edits: that were placed.
-        switches: one for each.
+        edits: the edits that were placed.
+        switches: one switch for each edit.
+
+    Raises:
+        ValueError: an edit changed no call.
     """
     for edit, switch in zip(edits, switches, strict=True):
         if not switch.touched:
