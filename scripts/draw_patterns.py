@@ -17,8 +17,7 @@ from visattn import Grid, TokenLayout
 from visattn.draw.canvas import GREY, PAPER, font, save_png, wrapped, write
 from visattn.draw.pattern_picture import frames_picture, mask_picture
 from visattn.draw.pattern_view import PatternView, view_pattern
-from visattn.patterns import PATTERNS, Pattern, Union
-from visattn.patterns.examples import EXAMPLES
+from visattn.patterns import PATTERNS, Pattern, Union, parse_pattern
 
 GALLERY = Path(__file__).resolve().parents[1] / "assets" / "patterns" / "gallery.png"
 LAYOUT = TokenLayout(Grid(6, 8, 8))
@@ -29,15 +28,18 @@ HEAD = 98  # name, parameters, density
 
 
 def examples() -> dict[str, Pattern]:
-    """One instance of every pattern.
+    """Return the example of every pattern.
 
     Raises:
-        ValueError: a pattern has no example, or an example no pattern.
+        ValueError: a class has no example, or one that is written as another pattern.
     """
-    if set(EXAMPLES) != set(PATTERNS):
-        different = ", ".join(sorted(set(EXAMPLES) ^ set(PATTERNS)))
-        raise ValueError(f"EXAMPLES and PATTERNS must have the same names, but for {different}")
-    return {name: EXAMPLES[name] for name in PATTERNS}
+    patterns = {}
+    for name, kind in PATTERNS.items():
+        pattern = parse_pattern(kind.example) if hasattr(kind, "example") else None
+        if not isinstance(pattern, kind):
+            raise ValueError(f"example of {name!r} must be the written form of a {kind.__name__}")
+        patterns[name] = pattern
+    return patterns
 
 
 def written(pattern: Pattern) -> str:

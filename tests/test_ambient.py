@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 from support.caches import clear_caches, live_tensors
+from support.cases import EXAMPLES
 from support.selectors_oracle import SMALL
 
 from visattn import Grid, TokenLayout, sparse_attention
@@ -15,7 +16,6 @@ from visattn.attention import AttentionSpec, attention_by
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.guidance.edits.map_columns import token_columns
 from visattn.patterns import HeadPattern, Pattern, parse_pattern
-from visattn.patterns.examples import EXAMPLES
 from visattn.readout import Measures, attention_rows, default_tilings, draw_rows
 from visattn.selectors import Memory
 from visattn.selectors.audit import audit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.cases import EXAMPLES
 from torch.nn.functional import scaled_dot_product_attention
 
 from visattn import Grid, Segment, TokenLayout, sparse_attention
@@ -28,7 +29,6 @@ from visattn.patterns import (
     Stripe,
     Union,
 )
-from visattn.patterns.examples import EXAMPLES
 from visattn.selectors import TopBlocks
 
 LAYOUT = TokenLayout(Grid(3, 5, 6), text_after=11)

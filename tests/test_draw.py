@@ -24,7 +24,7 @@ from visattn.draw.pattern_picture import (
 )
 from visattn.draw.pattern_view import axis_samples, order_name, view_pattern, view_text
 from visattn.geometry.orders import HilbertOrder
-from visattn.patterns import Block, Diagonal, Neighborhood, Radial, Skip, Stripe, Union
+from visattn.patterns import Block, Diagonal, Halo, Neighborhood, Radial, Skip, Stripe, Union
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = TokenLayout(Grid(4, 5, 6), text_before=3, text_after=9)
@@ -243,6 +243,9 @@ def test_gallery_is_drawn_small_and_the_same_again(tmp_path):
 
 def test_gallery_wants_an_example_of_every_pattern(monkeypatch):
     script = gallery_script()
-    monkeypatch.delitem(script.EXAMPLES, "halo")
+    monkeypatch.delattr(Halo, "example")
+    with pytest.raises(ValueError, match="halo"):
+        script.gallery()
+    monkeypatch.setattr(Halo, "example", "block(3)", raising=False)
     with pytest.raises(ValueError, match="halo"):
         script.gallery()

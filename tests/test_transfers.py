@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from support.cases import EXAMPLES
 from support.selectors_oracle import small
 
 from visattn import Grid, TokenLayout
@@ -31,7 +32,6 @@ from visattn.attention.spec import AttentionSpec, Choice
 from visattn.inject.layers.compiled_layer import begin_op, layer_op
 from visattn.kernels.targets import backward_settings, launch_settings
 from visattn.patterns import HeadPattern, Neighborhood, Skip
-from visattn.patterns.examples import EXAMPLES
 from visattn.selectors import SELECTORS, Agent
 from visattn.selectors.attend import dynamic_triton as device
 from visattn.selectors.attend import gradients

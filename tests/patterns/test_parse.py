@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from support.cases import EXAMPLES
 
 from visattn import Grid, TokenLayout
 from visattn.patterns import (
@@ -18,7 +19,6 @@ from visattn.patterns import (
     Union,
     parse_pattern,
 )
-from visattn.patterns.examples import EXAMPLES
 from visattn.patterns.grammar.call_grammar import signature_of
 
 

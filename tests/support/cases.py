@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -27,6 +28,7 @@ from visattn.patterns import (
     Stencil,
     Stripe,
     Union,
+    parse_pattern,
 )
 
 TEXT, PREFIX = Segment("text", 9), Segment("prefix", 5)
@@ -194,12 +196,36 @@ DRAWS: dict[str, Callable[[random.Random, Grid], Pattern]] = {
     "axis_order": _permuted,
     "union": _union,
 }
-assert set(DRAWS) == set(PATTERNS), "every pattern needs a way to draw its parameters"
+# one typical instance of each pattern, legal on a grid of 6 x 8 x 8 tokens and on larger ones
+EXAMPLES: dict[str, Pattern] = {}
+for _name, _kind in PATTERNS.items():
+    _example = parse_pattern(_kind.example)
+    assert isinstance(_example, Pattern) and type(_example) is _kind
+    EXAMPLES[_name] = _example
+assert set(DRAWS) == set(PATTERNS), "a pattern of the package needs a draw of all its parameters"
+
+
+def draw_named(name: str, rng: random.Random, grid: Grid) -> Pattern:
+    """One of the instances that the class itself names, its example or a member of the search,
+    that is legal on the grid. This walks classes that have no entry in ``DRAWS``."""
+    kind = PATTERNS[name]
+    choices = [parse_pattern(kind.example)]
+    for family in kind.search_members(grid, 32).values():
+        choices += [family(rng.random()) for _ in range(4)] if callable(family) else family
+    rng.shuffle(choices)
+    for pattern in choices:
+        assert isinstance(pattern, Pattern)
+        with suppress(ValueError):
+            pattern.check(grid)
+            return pattern
+    raise ValueError(f"{name} names no instance that is legal on grid {grid}")
 
 
 def draw(name: str, layout: TokenLayout, seed: int) -> Pattern:
     """A pattern with parameters that are legal on every grid of the layout."""
     rng = random.Random(f"{name} {layout} {seed}")
+    if name not in DRAWS:
+        return draw_named(name, rng, least_grid(layout))
     return DRAWS[name](rng, least_grid(layout))
 
 

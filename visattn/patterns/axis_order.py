@@ -12,6 +12,8 @@ from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Order, axis_permutation
 from visattn.patterns.base.pattern import Pattern
 
+ORDERS = ("thw", "twh", "htw", "hwt", "wth", "wht")
+
 
 @dataclass(frozen=True, eq=False)
 class AxisOrder(Pattern):
@@ -38,6 +40,9 @@ class AxisOrder(Pattern):
     pattern: Pattern
     order: str = "hwt"
     name: ClassVar[str] = "axis_order"
+    family: ClassVar[str] = "composed"
+    color: ClassVar[str] = "#57c4a2"
+    example: ClassVar[str] = "axis_order(diagonal(40), 'twh')"
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Pattern):
@@ -73,3 +78,15 @@ class AxisOrder(Pattern):
         axes = axis_permutation(self.order)
         q_order, k_order = self.pattern.on(grid.permuted(axes)).orders(block_q, block_k)
         return q_order.permuted(axes, grid), k_order.permuted(axes, grid)
+
+
+def distinct_orders(grid: Grid) -> list[str]:
+    """Return the orders of the axes that arrange the tokens of a grid differently.
+
+    Axes of one token do not count: ``["thw", "twh"]`` for a grid of one frame.
+    """
+    shape = dict(zip("thw", grid.shape, strict=True))
+    orders: dict[str, str] = {}
+    for order in ORDERS:
+        orders.setdefault("".join(axis for axis in order if shape[axis] > 1), order)
+    return list(orders.values())

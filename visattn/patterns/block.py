@@ -13,7 +13,8 @@ from visattn._arguments import check_count, check_sizes
 from visattn.blocks.predicates import AxisRule, Places
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
-from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.base.boxes import NO_UNIT, AxisPattern, searched_sides, searched_sizes
+from visattn.patterns.base.pattern import SearchMembers
 from visattn.patterns.base.sizes import Sizes, per_axis, sizes_of, to_tokens
 
 
@@ -40,9 +41,23 @@ class Block(AxisPattern):
 
     size: Sizes
     name: ClassVar[str] = "block"
+    family: ClassVar[str] = "boxes"
+    color: ClassVar[str] = "#8ccdf3"
+    example: ClassVar[str] = "block((3, 4, 4))"
 
     def __post_init__(self) -> None:
         check_sizes("size", self.size)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        frames, height, width = grid.shape
+        sizes = searched_sizes(grid)
+        return {
+            "windows in the frame": [Block(size) for size in sizes if size[0] == 1],
+            "windows along time": [Block(size) for size in sizes if size[0] == frames],
+            "windows of frames": [Block((t, height, width)) for t in searched_sides(frames)],
+            "windows": [Block(size) for size in sizes],
+        }
 
     def boxes(self, grid: Grid) -> tuple[Triple, Triple]:
         """Sides of a box, and where the first one ends (0: after a whole side), in tokens."""
@@ -89,11 +104,19 @@ class ShiftedBlock(Block):
 
     shift: Sizes | None = None
     name: ClassVar[str] = "shifted_block"
+    family: ClassVar[str] = "boxes"
+    color: ClassVar[str] = "#2b7fb3"
+    example: ClassVar[str] = "shifted_block((3, 4, 4))"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift is not None:
             check_sizes("shift", self.shift, minimum=0)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        sizes = [size for size in searched_sizes(grid) if size != grid.shape]
+        return {"windows, shifted": [ShiftedBlock(size) for size in sizes]}
 
     def boxes(self, grid: Grid) -> tuple[Triple, Triple]:
         size = sizes_of("size", self.size, grid)

@@ -26,6 +26,9 @@ class Dense(Pattern):
     """
 
     name: ClassVar[str] = "dense"
+    family: ClassVar[str] = "plain"
+    color: ClassVar[str] = "#4d5660"
+    example: ClassVar[str] = "dense()"
 
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
         return (q[0] == q[0]) & (k[0] == k[0])

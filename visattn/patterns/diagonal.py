@@ -12,7 +12,7 @@ from visattn._arguments import check_size
 from visattn.blocks.predicates import Band, Places, Predicate, line_weights, linear_form
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order, axis_permutation
-from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern, SearchMembers
 from visattn.patterns.base.sizes import Size
 
 
@@ -47,10 +47,25 @@ class Diagonal(Pattern):
 
     width: Size
     name: ClassVar[str] = "diagonal"
+    family: ClassVar[str] = "bands"
+    color: ClassVar[str] = "#e69f00"
+    example: ClassVar[str] = "diagonal(48)"
     axes: ClassVar[str] = "thw"
 
     def __post_init__(self) -> None:
         check_size("width", self.width, minimum=0)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        # imported here, so that the order of PATTERNS doesn't depend on it
+        from visattn.patterns.axis_order import AxisOrder, distinct_orders
+
+        def in_order(order: str) -> SearchMembers:
+            return lambda share: AxisOrder(Diagonal(share), order)
+
+        return {"band": Diagonal} | {
+            f"band {order}": in_order(order) for order in distinct_orders(grid) if order != "thw"
+        }
 
     def tokens(self, grid: Grid) -> int:
         """``width`` in tokens."""
@@ -99,4 +114,11 @@ class MultiDiagonal(Diagonal):
     """
 
     name: ClassVar[str] = "multi_diagonal"
+    family: ClassVar[str] = "bands"
+    color: ClassVar[str] = "#d55e00"
+    example: ClassVar[str] = "multi_diagonal(21)"
     axes: ClassVar[str] = "hwt"
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        return {"bands across frames": MultiDiagonal}

@@ -12,7 +12,8 @@ from visattn._arguments import check_count, check_sizes
 from visattn.blocks.predicates import AxisRule, Places
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
-from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.base.boxes import NO_UNIT, AxisPattern, searched_sizes
+from visattn.patterns.base.pattern import SearchMembers
 from visattn.patterns.base.sizes import Sizes, sizes_of
 from visattn.patterns.block import Block
 
@@ -39,9 +40,16 @@ class GridBlocks(AxisPattern):
 
     size: Sizes
     name: ClassVar[str] = "grid_blocks"
+    family: ClassVar[str] = "boxes"
+    color: ClassVar[str] = "#aadbf7"
+    example: ClassVar[str] = "grid_blocks((3, 4, 4))"
 
     def __post_init__(self) -> None:
         check_sizes("size", self.size)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        return {"grid blocks": [GridBlocks(size) for size in searched_sizes(grid)]}
 
     def steps(self, grid: Grid) -> Triple:
         """Distance of neighbouring keys, per axis."""

@@ -12,7 +12,8 @@ from visattn._arguments import check_sizes
 from visattn.blocks.predicates import AxisRule, Places
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
-from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.base.boxes import NO_UNIT, AxisPattern, searched_tile
+from visattn.patterns.base.pattern import SearchMembers
 from visattn.patterns.base.sizes import Sizes, per_axis, sizes_of, to_tokens
 
 
@@ -41,10 +42,20 @@ class Halo(AxisPattern):
     block: Sizes
     halo: Sizes
     name: ClassVar[str] = "halo"
+    family: ClassVar[str] = "boxes"
+    color: ClassVar[str] = "#1f6690"
+    example: ClassVar[str] = "halo((2, 4, 4), (1, 2, 2))"
 
     def __post_init__(self) -> None:
         check_sizes("block", self.block)
         check_sizes("halo", self.halo, minimum=0)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        tile = searched_tile(grid, block)
+        frames = range(min(4, grid.frames))
+        sides = (0, 1, 2, 4, 8)
+        return {"halo": [Halo(tile, (t, side, side)) for t in frames for side in sides]}
 
     def sides(self, grid: Grid) -> tuple[Triple, Triple]:
         """Block and halo, in tokens."""

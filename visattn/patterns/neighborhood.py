@@ -14,6 +14,7 @@ from visattn.blocks.predicates import AxisRule, Places
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
 from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.base.pattern import SearchMembers
 from visattn.patterns.base.sizes import Sizes, per_axis, to_tokens
 
 
@@ -96,6 +97,9 @@ class Neighborhood(AxisPattern):
     dilation: Sizes = 1
     causal: bool | tuple[bool, ...] = False
     name: ClassVar[str] = "neighborhood"
+    family: ClassVar[str] = "boxes"
+    color: ClassVar[str] = "#56b4e9"
+    example: ClassVar[str] = "neighborhood((3, 5, 5))"
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "dilation"):
@@ -107,6 +111,15 @@ class Neighborhood(AxisPattern):
                 check_flag("causal", flag)
         else:
             check_flag("causal", self.causal)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        return {
+            "neighborhood": lambda share: Neighborhood((share, share, share)),
+            "neighborhood in the frame": lambda share: Neighborhood((1, share, share)),
+            "neighborhood along time": lambda share: Neighborhood((1.0, share, share)),
+            "neighborhood of frames": lambda share: Neighborhood((share, 1.0, 1.0)),
+        }
 
     def windows(self, grid: Grid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
         """The parameters of each axis, in tokens."""

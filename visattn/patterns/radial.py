@@ -22,7 +22,7 @@ from visattn.blocks.predicates import (
 from visattn.blocks.table_predicates import CoarseTable
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
-from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern, SearchMembers
 from visattn.patterns.base.sizes import count_runs
 from visattn.patterns.diagonal import band_pairs
 
@@ -71,6 +71,9 @@ class Radial(Pattern):
     rule: RadialRule = "block"
     block: int = 128
     name: ClassVar[str] = "radial"
+    family: ClassVar[str] = "bands"
+    color: ClassVar[str] = "#f3bd4b"
+    example: ClassVar[str] = "radial(rule='paper')"
 
     def __post_init__(self) -> None:
         if not is_number(self.decay):
@@ -81,6 +84,16 @@ class Radial(Pattern):
         if self.rule not in get_args(RadialRule):
             raise ValueError(f"rule={self.rule!r} must be 'block', 'token' or 'paper'")
         check_count("block", self.block, 32)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        run = 32 if grid.height * grid.width < 512 else 128
+        return {
+            "radial": lambda share: Radial(decay=max(4 * share, 0.01), block=run),
+            "radial with sink": lambda share: Radial(
+                decay=max(4 * share, 0.01), sink=True, block=run
+            ),
+        }
 
     def by_block(self, grid: Grid) -> bool:
         """Whether whole blocks are decided on this grid."""

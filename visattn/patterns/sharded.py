@@ -13,7 +13,7 @@ from visattn.blocks.predicates import Places, Predicate, linear_form
 from visattn.blocks.table_predicates import CoarseTable
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import LineOrder, Order
-from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern, SearchMembers
 from visattn.patterns.base.sizes import count_runs
 
 
@@ -48,6 +48,9 @@ class Sharded(Pattern):
     block: int = 64
     causal: bool = False
     name: ClassVar[str] = "sharded"
+    family: ClassVar[str] = "bands"
+    color: ClassVar[str] = "#a64a00"
+    example: ClassVar[str] = "sharded(2, 4, block=32)"
 
     def __post_init__(self) -> None:
         for name, minimum in (("local", 1), ("stride", 1), ("shard", 0), ("block", 32)):
@@ -55,6 +58,16 @@ class Sharded(Pattern):
         if self.shard >= self.stride:
             raise ValueError(f"shard={self.shard} must be below stride={self.stride}")
         check_flag("causal", self.causal)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        return {
+            "sharded": [
+                Sharded(local, stride, block=max(32, block // 2))
+                for local in (1, 2, 4)
+                for stride in (2, 3, 4, 6, 8, 12, 16)
+            ]
+        }
 
     def for_heads(self, count: int) -> tuple[Sharded, ...]:
         """The pattern of each head, with the shards dealt out as in S2-Attention."""

@@ -27,6 +27,9 @@ class Skip(Pattern):
     """
 
     name: ClassVar[str] = "skip"
+    family: ClassVar[str] = "plain"
+    color: ClassVar[str] = "#c9ced3"
+    example: ClassVar[str] = "skip()"
     outside: ClassVar[bool] = False
 
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:

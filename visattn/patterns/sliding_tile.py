@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,8 @@ from visattn._arguments import check_sizes
 from visattn.blocks.predicates import AxisRule, Places
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import Triple
-from visattn.patterns.base.boxes import NO_UNIT, AxisPattern
+from visattn.patterns.base.boxes import NO_UNIT, AxisPattern, searched_tile
+from visattn.patterns.base.pattern import SearchMembers
 from visattn.patterns.base.sizes import Sizes, per_axis, sizes_of, to_tokens
 
 
@@ -40,10 +42,27 @@ class SlidingTile(AxisPattern):
     tile: Sizes
     window: Sizes
     name: ClassVar[str] = "sliding_tile"
+    family: ClassVar[str] = "boxes"
+    color: ClassVar[str] = "#3a97cf"
+    example: ClassVar[str] = "sliding_tile((2, 2, 2), (1, 3, 3))"
 
     def __post_init__(self) -> None:
         check_sizes("tile", self.tile)
         check_sizes("window", self.window)
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        tile = searched_tile(grid, block)
+        counts = [-(-length // side) for length, side in zip(grid.shape, tile, strict=True)]
+        widest = [2 * count - 1 for count in counts]
+        windows = itertools.product(*(sorted({1, 3, 5, 7, 9, most}) for most in widest))
+        return {
+            "sliding tile": [
+                SlidingTile(tile, window)
+                for window in windows
+                if all(size <= most for size, most in zip(window, widest, strict=True))
+            ]
+        }
 
     def tiles(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
         """Per axis: tokens of a tile, tiles of the axis, tiles of the window."""

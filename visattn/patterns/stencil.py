@@ -45,6 +45,11 @@ class Stencil(Pattern):
     offsets: tuple[Triple, ...]
     columns: tuple[int, ...] = ()
     name: ClassVar[str] = "stencil"
+    family: ClassVar[str] = "learned"
+    color: ClassVar[str] = "#0072b2"
+    example: ClassVar[str] = (
+        "stencil((2, 2, 2), ((0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, -1), (0, 1, 1)), (0,))"
+    )
 
     def __post_init__(self) -> None:
         check_sizes("tile", self.tile)

@@ -13,7 +13,7 @@ from visattn._arguments import check_flag, check_size
 from visattn.blocks.predicates import Label, Places, Predicate, linear_form
 from visattn.geometry.layout import Grid
 from visattn.geometry.orders import ExplicitOrder, LineOrder, Order
-from visattn.patterns.base.pattern import Pattern
+from visattn.patterns.base.pattern import Pattern, SearchMembers
 from visattn.patterns.base.sizes import Size
 
 Column = Size | tuple[Size, Size]
@@ -44,6 +44,9 @@ class Stripe(Pattern):
     first_frame: bool = True
     columns: tuple[Column, ...] | None = None
     name: ClassVar[str] = "stripe"
+    family: ClassVar[str] = "bands"
+    color: ClassVar[str] = "#b97f00"
+    example: ClassVar[str] = "stripe(columns=((0.5, 0.55), 0.75))"
 
     def __post_init__(self) -> None:
         check_flag("first_frame", self.first_frame)
@@ -64,6 +67,15 @@ class Stripe(Pattern):
             raise ValueError(
                 "first_frame=False with no columns keeps no key; give columns, or use Skip()"
             )
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        # imported here, so that the order of PATTERNS doesn't depend on it
+        from visattn.patterns.diagonal import Diagonal
+        from visattn.patterns.union import Union
+
+        widths = (0.01, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)
+        return {"first frame and band": [Union(Diagonal(width), Stripe()) for width in widths]}
 
     def kept(self, grid: Grid) -> torch.Tensor:
         """The kept keys, bool ``[n]``."""

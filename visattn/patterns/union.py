@@ -33,6 +33,9 @@ class Union(Pattern):
 
     patterns: tuple[Pattern, ...]
     name: ClassVar[str] = "union"
+    family: ClassVar[str] = "composed"
+    color: ClassVar[str] = "#009e73"
+    example: ClassVar[str] = "union(diagonal(12), multi_diagonal(5), stripe())"
 
     def __init__(self, *patterns: Pattern) -> None:
         for pattern in patterns:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import product
 
 import torch
 
 from visattn.blocks.predicates import Axis, AxisRule
 from visattn.geometry.layout import Grid
-from visattn.geometry.orders import BoxOrder, Order, Triple, axis_cells
+from visattn.geometry.orders import BoxOrder, Order, Triple, axis_cells, fitted
 from visattn.patterns.base.pattern import Pattern
 
 NO_UNIT: Triple = (0, 0, 0)
+SEARCHED_PARTS = (1, 2, 3, 4, 6, 8, 12, 16)  # into which the search cuts an axis
 
 
 class AxisPattern(Pattern):
@@ -143,3 +145,24 @@ def best_boxes(
     q_boxes, k_boxes = candidates(block_q), candidates(block_k)
     pairs = [(q, k) for q in q_boxes for k in k_boxes]
     return min(pairs, key=lambda p: (*cost(*p), p[0].tile, p[1].tile, p[0].dilation, p[1].dilation))
+
+
+def searched_sides(length: int) -> list[int]:
+    """Return the sides of boxes that the search tries on an axis of ``length`` tokens."""
+    return sorted({1} | {-(-length // part) for part in SEARCHED_PARTS if part <= length})
+
+
+def searched_sizes(grid: Grid) -> list[Triple]:
+    """Return the sizes of boxes that the search tries on a grid."""
+    frames, heights, widths = map(searched_sides, grid.shape)
+    return list(product(frames, heights, widths))
+
+
+def searched_tile(grid: Grid, block: int) -> Triple:
+    """Return the tile that the search tries on a grid.
+
+    Args:
+        grid: the grid.
+        block: tokens of a block.
+    """
+    return fitted((1, 8, 8) if block >= 64 else (1, 4, 4), grid, block)

@@ -26,10 +26,14 @@ class HeadPattern(Traceable, ABC):
 
     Attributes:
         name: the name in plans and on the command line.
+        family: the group of patterns that share a hue in pictures.
+        color: ``"#rrggbb"``, for pictures; a class without its own gets a spare one.
         before: values of parameters that plans of schema 1 imply.
     """
 
     name: ClassVar[str]
+    family: ClassVar[str] = "others"
+    color: ClassVar[str]
     before: ClassVar[Mapping[str, object]] = {}
 
     def __init_subclass__(cls, *, register: bool = True) -> None:

@@ -4,9 +4,10 @@ blocks."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 
@@ -18,6 +19,9 @@ from visattn.geometry.orders import LineOrder, Order, OrderedBlocks, sequence_bl
 from visattn.patterns.base.head_pattern import HeadPattern
 
 MAX_BLOCK = 4096
+# What the search may choose from: a function of a number from 0 to 1 that keeps more pairs the
+# larger the number is or, where sizes come in steps, a list.
+SearchMembers: TypeAlias = "Callable[[float], Pattern] | Sequence[Pattern]"
 
 
 class Pattern(HeadPattern):
@@ -30,7 +34,12 @@ class Pattern(HeadPattern):
     A subclass defines ``keeps``, ``pairs``, ``predicates`` and ``orders``, and ``covered`` where a
     query can be left without a key. Callers ask ``on(grid)``, which keeps the answers.
 
+    One file adds a pattern: a class that sets ``name`` is registered in ``PATTERNS``, parsed, drawn
+    and tested with the others, and the search tries what its ``search_members`` returns.
+
     Attributes:
+        example: the written form of a typical instance, for pictures and tests. It is legal on a
+            grid of 6 x 8 x 8 tokens and on every larger one.
         outside: whether pairs that are not inside one grid are kept.
 
     Example:
@@ -43,7 +52,25 @@ class Pattern(HeadPattern):
         0.308
     """
 
+    example: ClassVar[str]
     outside: ClassVar[bool] = True
+
+    @classmethod
+    def search_members(cls, grid: Grid, block: int) -> dict[str, SearchMembers]:
+        """Return the instances that the search may choose from, by the label of their candidates.
+
+        The search asks only classes that define this method themselves: a subclass does not
+        inherit the candidates of its base.
+
+        Args:
+            grid: the grid of the tokens.
+            block: tokens of a block.
+
+        Returns:
+            for each label a function of a number from 0 to 1 that keeps more pairs the larger the
+            number is or, where sizes come in steps, a list.
+        """
+        return {}
 
     @abstractmethod
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
