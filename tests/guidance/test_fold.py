@@ -362,7 +362,8 @@ def test_guidance_that_is_not_linear_is_warned_about_once(caplog):
         generate(pipe, guidance_rescale=0.7)
         generate(pipe, guidance_rescale=0.7)
     assert [record.getMessage() for record in caplog.records] == [
-        "guidance is approximate: guidance_rescale=0.7 scales the prediction by its own deviation"
+        "guidance is approximate: guidance_rescale=0.7 scales the prediction by its standard "
+        "deviation"
     ]
 
 

@@ -496,8 +496,8 @@ def test_what_changes_no_call_raises(kind):
         ({"negative_prompt": "a", "alpha": True}, r"alpha=True\) must be a number from 0"),
         ({"negative_prompt": "a", "norm": "l3"}, "must be l1 or l2"),
         ({"negative_prompt": "a", "formulation": "no"}, "must be extrapolate or official"),
-        ({"negative_prompt": "a", "passes": ()}, "must be of cond and uncond"),
-        ({"negative_prompt": "a", "passes": "perturbed"}, "must be of cond and uncond"),
+        ({"negative_prompt": "a", "passes": ()}, "must be cond, uncond or both"),
+        ({"negative_prompt": "a", "passes": "perturbed"}, "must be cond, uncond or both"),
         ({"negative_prompt": "a", "start": -1}, "must be steps, or shares"),
     ],
 )
@@ -508,7 +508,7 @@ def test_bad_arguments_are_told(options, message):
 
 def test_bad_negative_prompts_are_told():
     for prompt in (3, [], ["a", 3]):
-        with pytest.raises(TypeError, match="must be a text, or one or more"):
+        with pytest.raises(TypeError, match="must be one or several texts"):
             NAG(prompt)
 
 
@@ -520,12 +520,12 @@ def test_what_nag_cannot_guide_is_told():
     ):
         pass
     with (
-        pytest.raises(ValueError, match="NAG is on this pipeline already"),
+        pytest.raises(ValueError, match="NAG guides this pipeline already"),
         guide(pipe, [NAG("a"), NAG("b")]),
     ):
         pass
     with (
-        pytest.raises(ValueError, match=r"shape \[5, 16\], and the prompt \[10, 16\]"),
+        pytest.raises(ValueError, match=r"shape \[5, 16\], and the prompt has \[10, 16\]"),
         guide(pipe, NAG(negative_prompt_embeds=torch.zeros(1, 5, 16))),
     ):
         generate(pipe)

@@ -19,7 +19,7 @@ from visattn.guidance.guider_config import (
     written_heads,
 )
 from visattn.guidance.guiders.guidance import Guidance
-from visattn.guidance.guiders.guide import Perturbation
+from visattn.guidance.guiders.perturbation import Perturbation
 from visattn.guidance.guiders.soft_pag import SoftPAG
 from visattn.guidance.head_set import HeadSet
 from visattn.guidance.written_form import guidance_text
@@ -265,17 +265,17 @@ class PerturbedGuidance(BaseGuidance):
         attachment = attached(model)
         if name is None or attachment is None:
             return inner(*args, **kwargs)
-        prefix = None if own is None else next(iter(own.prefixes.values()))
+        prefix = None if own is None else next(iter(own.caches.values()))
         with ExitStack() as stack:
             stack.callback(setattr, attachment, "context", attachment.context)
             attachment.context = Context(name, self._step, self._num_inference_steps)
             if own is not None and prefix is not None and not own.idle:
                 arguments = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
-                if name == COND and prefix.reusable(arguments):
-                    stack.enter_context(prefix.keeping())
+                if name == COND and prefix.is_reusable(arguments):
+                    stack.enter_context(prefix.recording())
                 elif name == PERTURBED:
                     stack.enter_context(own.on())
-                    stack.enter_context(prefix.giving(None))
+                    stack.enter_context(prefix.replaying(None))
             out = inner(*args, **kwargs)
         if own is not None and name == PERTURBED:
             own.check()

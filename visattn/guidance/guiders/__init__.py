@@ -1,1 +1,1 @@
-"""Guidances: what is made of the model's outputs, and the pipelines that run it."""
+"""Guidances: how predictions of the denoiser are combined, and how this is added to pipelines."""

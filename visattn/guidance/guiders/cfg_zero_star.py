@@ -15,11 +15,11 @@ __all__ = ["CFGZeroStar"]
 class CFGZeroStar(Writable):
     """CFG-Zero* for flow matching: the unconditional prediction is scaled by
     ``s = <c, u> / |u|^2``, and the first steps predict 0 (Fan et al. 2025, arXiv 2503.18886). It
-    needs no further pass. Together with a perturbed guidance, ``w (c - p)`` is added.
+    needs no further pass. With a guidance by a perturbed pass, ``w (c - p)`` is added.
 
     Args:
-        zero_init: the steps that predict 0: an int counts them, a float is a share of the steps.
-            The authors' ``zero_steps=n`` is ``zero_init=n + 1`` here.
+        zero_init: the first steps, which predict 0: their number as an int, or a share of the steps
+            as a float. ``zero_steps=n`` of the authors is ``zero_init=n + 1``.
 
     Raises:
         ValueError: ``zero_init`` is out of range.
@@ -35,16 +35,16 @@ class CFGZeroStar(Writable):
     Default:
         code. ``zero_init=1`` is the default of its function.
     Differences:
-        - Its scripts for Wan and HunyuanVideo give 0 in two steps, which is ``zero_init=2`` here.
+        - Its scripts for Wan and HunyuanVideo predict 0 in two steps, which is ``zero_init=2``.
     """
 
     zero_init: int | float = 1
     example: ClassVar[str] = "CFGZeroStar(zero_init=1)"
 
     def __post_init__(self) -> None:
-        first = self.zero_init
-        if not is_number(first) or first < 0 or (isinstance(first, float) and first > 1):
+        value = self.zero_init
+        if not is_number(value) or value < 0 or (isinstance(value, float) and value > 1):
             raise ValueError(
-                f"CFGZeroStar(zero_init={first!r}) must be a number of steps, or a share of the "
+                f"CFGZeroStar(zero_init={value!r}) must be a number of steps, or a share of the "
                 "steps from 0.0 to 1.0"
             )

@@ -1,4 +1,4 @@
-"""Calls of a denoiser: their arguments by rows of the batch, and the prediction that they give."""
+"""Inputs and outputs of denoiser calls: rows of the batch, and the prediction."""
 
 from __future__ import annotations
 
@@ -13,28 +13,45 @@ SHARED = ("image_rotary_emb", "img_ids", "txt_ids")  # inputs that have no batch
 Rows = slice | Sequence[int] | None
 
 
-def sample_of(out: Any) -> torch.Tensor:
-    """The prediction in what a denoiser gives."""
-    found = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-    assert isinstance(found, torch.Tensor)
-    return found
+def sample_of(output: Any) -> torch.Tensor:
+    """Return the prediction in the output of a denoiser.
+
+    Args:
+        output: a tensor, a tuple, or an output class of diffusers.
+    """
+    sample = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    assert isinstance(sample, torch.Tensor)
+    return sample
 
 
-def with_sample(out: Any, new: torch.Tensor) -> Any:
-    """What a denoiser gives with another prediction."""
-    if isinstance(out, tuple):
-        return (new, *out[1:])
-    return new if isinstance(out, torch.Tensor) else type(out)(sample=new)
+def with_sample(output: Any, sample: torch.Tensor) -> Any:
+    """Return the output of a denoiser with another prediction.
+
+    Args:
+        output: as of ``sample_of``.
+        sample: the other prediction.
+    """
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return sample if isinstance(output, torch.Tensor) else type(output)(sample=sample)
 
 
 def part_of(name: str, value: Any, batch: int, rows: Rows) -> Any:
-    """Rows of an input of a denoiser, and of tensors in it, where it has a batch; None: all."""
+    """Return some rows of an input of a denoiser, and of the tensors in it. Values without a batch
+    are returned as they are.
+
+    Args:
+        name: of the input.
+        value: a tensor, a dict, a list or something else.
+        batch: batch size of the call.
+        rows: of the batch; None: all.
+    """
     if rows is None or name in SHARED:
         return value
     if isinstance(value, dict):
-        return {key: part_of(key, x, batch, rows) for key, x in value.items()}
+        return {key: part_of(key, item, batch, rows) for key, item in value.items()}
     if isinstance(value, (list, tuple)):  # what a control net adds to blocks
-        return type(value)(part_of(name, x, batch, rows) for x in value)
+        return type(value)(part_of(name, item, batch, rows) for item in value)
     if not isinstance(value, torch.Tensor):
         return value
     return value[rows] if value.ndim and value.shape[0] == batch else value

@@ -1,5 +1,8 @@
-"""The base classes of guidances: by a perturbed pass, ``pred = u + g (c - u) + w (c - p)``, where
-``p`` is the conditional prediction with perturbed attention; and inside a pass."""
+"""The base classes of guidances.
+
+``Guidance`` is by a perturbed pass: ``pred = u + g (c - u) + w (c - p)``, where ``p`` is the
+conditional prediction with perturbed attention. ``InPass`` acts inside the passes of the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ class Window(Writable):
 
     Args:
         start: the first step: an int is a step, a float a share of the steps.
-        stop: the end, the first step without the guidance, likewise.
+        stop: the first step after the guidance, as an int, or as a share of the steps.
     """
 
     start: int | float = 0
     stop: int | float = 1.0
 
     def active(self, step: int | None, steps: int | None) -> bool:
-        """Return whether the guidance is used at a step.
+        """Return whether the guidance applies at a step.
 
         Args:
             step: index of the step; None where it is not known.
@@ -56,7 +59,7 @@ class Guidance(Window):
     pass; to have a text form it sets ``example``.
 
     Args:
-        scale: ``w`` of ``w (c - p)``; 0 changes nothing and costs nothing. Without classifier-free
+        scale: ``w`` of ``w (c - p)``; with 0 there is no further pass. Without classifier-free
             guidance the prediction is ``c + w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
         stop: the end of the steps, likewise.
@@ -95,16 +98,17 @@ class Guidance(Window):
 
 
 class InPass(ABC):
-    """A guidance inside the passes that a pipeline makes anyway. It puts itself on the pipeline."""
+    """Base class of guidances inside the passes that a pipeline runs anyway. A subclass defines
+    ``put``, which adds the guidance to the pipeline."""
 
     @abstractmethod
     def put(self, stack: ExitStack, pipe: Any) -> Callable[[], None]:
-        """Put the guidance on a pipeline until the stack is closed.
+        """Add the guidance to a pipeline until the stack is closed.
 
         Args:
-            stack: closing it leaves the pipeline as it was.
-            pipe: a pipeline, or a denoiser of one.
+            stack: closing it restores the pipeline.
+            pipe: a pipeline, or a denoiser.
 
         Returns:
-            A function to call on leaving. It raises ValueError if no attention call was changed.
+            A function to call at the end. It raises ValueError if the guidance was never applied.
         """

@@ -1,4 +1,4 @@
-"""The negative text of NAG, as denoisers and their cross-attention need it."""
+"""The negative text of NAG: its embeddings, and its keys and values in cross-attention."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class NegativeText:
     """The negative text of a pipeline: its embeddings, and its keys and values in each
     cross-attention, which are computed once for each call of the pipeline.
 
-    It is a handler of the pipeline's calls, which encodes the prompt before them.
+    It handles the pipeline's calls, and encodes the text at the start of each.
 
     Args:
-        pipe: the pipeline, or a denoiser alone.
+        pipe: the pipeline, or a denoiser.
         models: the denoisers by role.
         prompt: the text or texts, or None.
         embeds: embeddings ``[1 or prompts, tokens, C]``, or None.
 
     Raises:
-        ValueError: there is a prompt, and ``pipe`` encodes none.
+        ValueError: ``prompt`` is a text, and ``pipe`` cannot encode it.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class NegativeText:
         embeds: torch.Tensor | None,
     ) -> None:
         self.pipe, self.models, self.prompt, self.embeds = pipe, models, prompt, embeds
-        # looked up once, as caches may replace the blocks of a model that runs
+        # looked up once, because caches may replace the blocks of a running model
         self.modules = {
             (role, path): module
             for role, (model, family) in known_denoisers(pipe).items()
@@ -73,12 +73,12 @@ class NegativeText:
             like: a tensor on the device.
 
         Raises:
-            ValueError: the prompt is not encoded yet.
+            ValueError: the text is not encoded yet.
         """
         if self.embeds is None:
             raise ValueError(
-                "NAG(negative_prompt=...) is encoded when the pipeline is called, and here its "
-                f"{role} is; call the pipeline, or give negative_prompt_embeds"
+                "NAG(negative_prompt=...) is encoded when the pipeline is called, but only its "
+                f"{role} was called; call the pipeline, or give negative_prompt_embeds"
             )
         dtype = getattr(self.models[role], "dtype", like.dtype)
         return self.embeds.to(device=like.device, dtype=dtype)
@@ -101,8 +101,8 @@ class NegativeText:
 
 
 def _encoded(pipe: Any, text: object, call: Mapping[str, Any]) -> torch.Tensor:
-    """Return a text as the pipeline encodes it in a call with some arguments, ``[texts, tokens,
-    C]``."""
+    """Return the embeddings of a text, ``[texts, tokens, C]``, as the pipeline encodes it with the
+    arguments of its call."""
     known = inspect.signature(pipe.encode_prompt).parameters
     options = {"prompt": text, "prompt_2": None, "prompt_3": None}
     options |= {"do_classifier_free_guidance": False}
@@ -116,28 +116,30 @@ def _encoded(pipe: Any, text: object, call: Mapping[str, Any]) -> torch.Tensor:
 
 
 def for_samples(x: torch.Tensor, samples: int) -> torch.Tensor:
-    """Repeat what there is for each prompt for each sample: the samples of a prompt are neighbours
-    in the batch.
+    """Repeat the rows of each prompt for each of its samples, which are consecutive in the batch.
 
     Args:
         x: ``[1 or prompts, ...]``.
-        samples: how many there are in a pass.
+        samples: number of samples in a pass.
+
+    Returns:
+        ``[samples, ...]``.
 
     Raises:
-        ValueError: there is not one for each prompt.
+        ValueError: ``samples`` is no multiple of the rows of ``x``.
     """
     if x.shape[0] == 1:
         return x.expand(samples, *x.shape[1:])
     if samples % x.shape[0]:
         raise ValueError(
-            f"NAG has {x.shape[0]} negative texts, and a pass has {samples} samples; give one, or "
-            "one for each prompt"
+            f"NAG has {x.shape[0]} negative texts, and a pass has {samples} samples; give one "
+            "text, or one for each prompt"
         )
     return x.repeat_interleave(samples // x.shape[0], 0)
 
 
 def _hidden(model: Any, embeds: torch.Tensor) -> torch.Tensor:
-    """Return a text as the blocks of Wan get it, which does not depend on the step."""
+    """Return a text as an input of the blocks of Wan. It does not depend on the step."""
     out = model.condition_embedder.text_embedder(embeds)
     assert isinstance(out, torch.Tensor)
     return out

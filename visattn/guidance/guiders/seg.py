@@ -1,4 +1,4 @@
-"""SEG: a pass with blurred queries."""
+"""SEG: guidance by a pass with blurred queries."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class SEG(Guidance):
 
     Args:
         layers: numbers or module paths of attention layers; None: all.
-        sigma: standard deviation of the blur in tokens; by default infinite, which is the mean
-            query.
+        sigma: standard deviation of the blur in tokens. The default is infinite: every query is the
+            mean query.
         whole_kernel: whether the blur keeps all its taps on short axes, as of BlurQueries.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
@@ -53,6 +53,4 @@ class SEG(Guidance):
     example: ClassVar[str] = "SEG(layers=[3], sigma=2.0, scale=3.0)"
 
     def edits(self) -> list[Edit | BlockEdit]:
-        return [
-            BlurQueries(layers=self.layers, sigma=self.sigma, whole_kernel=self.whole_kernel)
-        ]
+        return [BlurQueries(layers=self.layers, sigma=self.sigma, whole_kernel=self.whole_kernel)]

@@ -1,4 +1,4 @@
-"""SLG, STG and S2-Guidance: a pass without some blocks."""
+"""SLG, STG and S2-Guidance: guidance by a pass that skips blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SLG(Guidance):
     """Skip layer guidance: the further pass skips blocks. Defaults are those of SD3.5 medium.
 
     Args:
-        blocks: numbers of blocks, in the order in which they run.
+        blocks: indices of blocks, in the order in which they run.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
         stop: the end of the steps, likewise.
@@ -37,7 +37,7 @@ class SLG(Guidance):
         Stability AI, the release of Stable Diffusion 3.5 medium; `skip_guidance_layers` of
         diffusers has the same rule.
     Default:
-        own. There is no publication; blocks, scale and window are those of that release.
+        own. There is no publication; blocks, scale and steps are those of that release.
     Differences:
         none
     """
@@ -58,9 +58,9 @@ class STG(Guidance):
     2024, arXiv 2411.18664).
 
     Args:
-        blocks: numbers of blocks, in the order in which they run. Those of the released pipelines,
-            which skip whole blocks: 11 of CogVideoX, 2 of HunyuanVideo, 19 of LTX, 34 of Mochi.
-        what: ``block`` or ``attention``.
+        blocks: indices of blocks, in the order in which they run. The released pipelines skip these
+            whole blocks: 11 of CogVideoX, 2 of HunyuanVideo, 19 of LTX, 34 of Mochi.
+        what: what is skipped: ``block`` or ``attention``.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
         stop: the end of the steps, likewise.
@@ -80,7 +80,7 @@ class STG(Guidance):
     Default:
         code. The released pipelines skip whole blocks; the paper has ``attention`` too.
     Differences:
-        - The code can rescale the guided prediction (0.7); this does not.
+        - The code can rescale the guided prediction (by 0.7); this does not.
     """
 
     scale: float = 1.0
@@ -94,12 +94,12 @@ class STG(Guidance):
 
 @dataclass(frozen=True, kw_only=True)
 class S2Guidance(Guidance):
-    """S2-Guidance: the further pass skips random blocks, drawn anew at every step (Chen et al.
+    """S2-Guidance: the further pass skips blocks that are drawn again at every step (Chen et al.
     2025, arXiv 2508.12880).
 
     Args:
-        share: which share of the blocks is skipped.
-        seed: of the draws.
+        share: share of the blocks that is skipped.
+        seed: of the random choice.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
         stop: the end of the steps, likewise.
@@ -117,7 +117,7 @@ class S2Guidance(Guidance):
     Default:
         paper. No code was released.
     Differences:
-        - At least one block is left out.
+        - At least one block is skipped.
     """
 
     scale: float = 1.0

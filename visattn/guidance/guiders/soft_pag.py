@@ -27,13 +27,13 @@ class SoftPAG(Guidance):
     """Soft perturbed attention guidance: the further pass moves heads towards the identity by a
     strength ("Where and How to Perturb", Ahn et al. 2025, arXiv 2506.10978).
 
-    Where strength, scale, policy or target are left out, they are those of the head set, or else 1,
-    3, ``all`` and ``value``.
+    If strength, scale, policy or target is None, it is that of the head set; if the head set has
+    none either, it is 1, 3, ``all`` or ``value``.
 
     Args:
-        heads: a HeadSet, or the file, folder or hub id of one; or heads by layer, with strengths or
-            without, as in ``{3: {0: 1.0, 5: 0.5}}`` or ``{3: [0, 5]}``; None: all heads.
-        strength: from 0 to 1, multiplies the strengths of the heads; 1 is PAG.
+        heads: a HeadSet, or its file, folder or hub id; or heads by layer, with strengths as in
+            ``{3: {0: 1.0, 5: 0.5}}`` or without as in ``{3: [0, 5]}``; None: all heads.
+        strength: factor of the strengths of the heads, from 0 to 1; 1 is PAG.
         scale: ``w`` of ``w (c - p)``.
         policy: which tokens of joint attention: ``all`` (text rows too, as in the paper),
             ``image_rows``, ``ii_identity`` (image rows keep the logits of the text and their own),
@@ -59,7 +59,7 @@ class SoftPAG(Guidance):
     Default:
         code. All rows of joint attention are moved, as in the published results.
     Differences:
-        - ``scale`` is that of the published results, 3; the command line of the code has 5.
+        - ``scale`` is 3, as in the published results; the command line of the code has 5.
     """
 
     heads: HeadSet | Mapping[int | str, object] | None = None
@@ -70,11 +70,7 @@ class SoftPAG(Guidance):
 
     def __init__(
         self,
-        heads: HeadSet
-        | str
-        | os.PathLike[str]
-        | Mapping[int | str, object]
-        | None = None,
+        heads: HeadSet | str | os.PathLike[str] | Mapping[int | str, object] | None = None,
         strength: float | None = None,
         scale: float | None = None,
         *,
@@ -85,11 +81,11 @@ class SoftPAG(Guidance):
     ) -> None:
         if isinstance(heads, (str, os.PathLike)):
             heads = HeadSet.from_pretrained(heads)
-        usual = heads if isinstance(heads, HeadSet) else HeadSet({})
-        strength = usual.strength if strength is None else strength
-        scale = (3.0 if usual.scale is None else usual.scale) if scale is None else scale
-        policy = usual.policy or "all" if policy is None else policy  # type: ignore[assignment]
-        target = usual.target or "value" if target is None else target  # type: ignore[assignment]
+        head_set = heads if isinstance(heads, HeadSet) else HeadSet({})
+        strength = head_set.strength if strength is None else strength
+        scale = (3.0 if head_set.scale is None else head_set.scale) if scale is None else scale
+        policy = head_set.policy or "all" if policy is None else policy  # type: ignore[assignment]
+        target = head_set.target or "value" if target is None else target  # type: ignore[assignment]
         arguments = locals()
         for name in ("heads", "strength", "scale", "policy", "target", "start", "stop"):
             object.__setattr__(self, name, arguments[name])
@@ -145,10 +141,10 @@ def _by_layer(
     if heads is None:
         return [(None, float(strength))]
     layers: Mapping[Any, Any] = heads.layers if isinstance(heads, HeadSet) else heads
-    out: list[tuple[Layers, dict[int, float] | float]] = []
+    strengths: list[tuple[Layers, dict[int, float] | float]] = []
     for layer, chosen in layers.items():
         if chosen is None:
-            out.append(([layer], float(strength)))
+            strengths.append(([layer], float(strength)))
             continue
         if not isinstance(chosen, (int, Mapping, Sequence)) or isinstance(chosen, (str, bool)):
             raise TypeError(f"heads has {chosen!r} for layer {layer!r}; give numbers of heads")
@@ -161,10 +157,10 @@ def _by_layer(
                 raise ValueError(
                     f"heads has the strength {share!r} in layer {layer!r}; it must be from 0 to 1"
                 )
-        out.append(([layer], {head: strength * share for head, share in chosen.items()}))
-    if not out:
-        raise ValueError("heads names no head; None is all of them")
-    return out
+        strengths.append(([layer], {head: strength * share for head, share in chosen.items()}))
+    if not strengths:
+        raise ValueError("heads names no head; use None for all heads")
+    return strengths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Guidance by a pass whose attention has another temperature."""
+"""Guidance by a pass with another temperature of the softmax."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ __all__ = ["TemperatureGuidance"]
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureGuidance(Guidance):
-    """Temperature guidance: the further pass has attention of another temperature, as the image
+    """Temperature guidance: the further pass has another temperature of the softmax, as the image
     part of entropy rectifying guidance (Berrada Ifriqi et al. 2025, arXiv 2504.13987).
 
     Args:
         layers: numbers or module paths of attention layers; None: all.
-        temperature: above 1 attention is flatter, below 1 sharper.
+        temperature: of the softmax in the further pass; above 1 attention is flatter, below 1 it is
+            sharper.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
         stop: the end of the steps, likewise.
@@ -39,8 +40,8 @@ class TemperatureGuidance(Guidance):
     Default:
         paper. No code is known.
     Differences:
-        - Only the part for the image is here; the part in the text encoder is not.
-        - ``temperature`` is one for all layers and steps; the paper picks layers and a first step.
+        - Only the part for the image is implemented; the part in the text encoder is not.
+        - All layers and steps have the same temperature; the paper picks layers and a first step.
     """
 
     layers: Layers = None

@@ -1,4 +1,4 @@
-"""Guidance by a pass whose blocks get their tokens in another order."""
+"""Guidance by a pass in which blocks get their tokens in a random order."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["TokenPerturbation"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPerturbation(Guidance):
-    """Token perturbation guidance: in the further pass blocks get their image tokens in another
+    """Token perturbation guidance: in the further pass blocks get their image tokens in a random
     order (Rajabi et al. 2025, arXiv 2506.10036).
 
     Args:
-        blocks: numbers of blocks, in the order in which they run.
-        share: which share of the tokens changes places.
-        seed: of the orders.
+        blocks: indices of blocks, in the order in which they run.
+        share: share of the tokens that is permuted.
+        seed: of the random order.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.
         stop: the end of the steps, likewise.
@@ -39,7 +39,7 @@ class TokenPerturbation(Guidance):
     Source:
         Rajabi et al. (2025), "Token Perturbation Guidance for Diffusion Models", arXiv 2506.10036.
     Default:
-        paper. Its code was not compared with.
+        paper. The released code was not compared.
     Differences:
         - The paper names blocks of UNets; the first four blocks are a choice of this project.
     """
