@@ -117,9 +117,9 @@ def test_attention_is_checked_and_timed(pattern: Diagonal | Scattered) -> None:
 
 def test_a_wrong_result_is_not_timed() -> None:
     q, k, v = (torch.randn(1, 2, 261, 16) for _ in range(3))
-    with pytest.raises(WrongResult, match="is off by"):
+    with pytest.raises(WrongResult, match="differs from exact attention by"):
         check(torch.zeros_like(q), q, k, v, Diagonal(9), SMALL.layout)
-    with pytest.raises(WrongResult, match="is off by nan"):
+    with pytest.raises(WrongResult, match="differs from exact attention by nan"):
         check(torch.full_like(q, torch.nan), q, k, v, Diagonal(9), SMALL.layout)
 
 
@@ -149,7 +149,7 @@ def test_a_wrong_pattern_is_said_and_the_others_are_timed(
         "diagonal(9)",
     )
     assert code == 1 and "Diagonal(width=9)" in text and "Diagonal(width=7)" not in text
-    assert "Diagonal(width=7)" in error and "is off by" in error
+    assert "Diagonal(width=7)" in error and "differs from exact attention by" in error
 
 
 def test_attention_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_architectures_have_the_published_sizes(name: str) -> None:
         with torch.no_grad():
             out = model(**arguments, return_dict=False)[0]
         assert out.shape == arguments["hidden_states"].shape
-    passes = 1 if name == "hunyuanvideo" else 2  # it is told its guidance
+    passes = 1 if name == "hunyuanvideo" else 2  # the guidance is an embedded input
     assert sum(len(arguments["hidden_states"]) for _, arguments in calls) == passes
 
 
@@ -195,7 +195,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = layer.attention_by
     with monkeypatch.context() as patch:
         patch.setattr(layer, "attention_by", lambda *given: (2 * right(*given)[0], None))
-        with pytest.raises(WrongResult, match=r"Neighborhood.* is off by"):
+        with pytest.raises(WrongResult, match=r"Neighborhood.* differs from exact attention by"):
             time_step(WAN, build(WAN), LOCAL)
     plain = layer.Layer._plain
 
@@ -204,7 +204,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda q, k, v: own(q, k, v) * 1.001
 
     monkeypatch.setattr(layer.Layer, "_plain", wrong)
-    with pytest.raises(WrongResult, match=r"without a plan is off by .* when it is watched"):
+    with pytest.raises(WrongResult, match=r"without a plan differs by .* when its attention calls"):
         time_step(WAN, build(WAN), LOCAL)
 
 

@@ -1,4 +1,4 @@
-"""Measurements: what parts of the work cost, beside dense attention."""
+"""Benchmarks: times of attention, of selection and of pipelines, compared with dense attention."""
 
 from visattn.bench.architectures import ARCHITECTURES, Architecture, build
 from visattn.bench.measure_attention import AttentionTime, WrongResult, time_attention

@@ -1,8 +1,8 @@
-"""Denoisers of published models, with random weights, at the sizes that they are used at.
+"""Denoisers of published models with random weights, at the video sizes of their pipelines.
 
-The configurations are those of diffusers' conversion scripts and of the class's own defaults, sizes
-and text lengths the defaults of its pipelines; only families that plans can be applied to are here.
-Random weights make no video, but a step of them costs what a step of the model costs.
+The configurations come from the conversion scripts of diffusers and from the defaults of its model
+classes; sizes and text lengths are the defaults of its pipelines. Only families that plans can be
+applied to are listed. Random weights make no video, but a step takes as long as one of the model.
 """
 
 from __future__ import annotations
@@ -20,25 +20,38 @@ from visattn._arguments import check_count
 
 __all__ = ["ARCHITECTURES", "Architecture", "build", "operations", "skeleton", "step_inputs"]
 
-STD = 0.02  # of random weights
-PIXELS, FRAMES = 8, 4  # of a latent, in all VAEs here; the first frame has a latent of its own
+STD = 0.02  # standard deviation of random weights
+# Pixels along a side and frames per latent, for all VAEs here. The first frame has a latent alone.
+PIXELS, FRAMES = 8, 4
 STEPS = 50  # the default of all pipelines here
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A denoiser, and what it is used on.
+    """A denoiser and the size of its input.
 
     Args:
-        model: class name in diffusers.
-        height, width: in pixels; num_frames: of the video; text: tokens.
-        config: ``num_layers`` (with those of one stream apart, where there are such, as
-            ``num_single_layers``), and the class's arguments that are not its defaults.
-        steps: of a generation; patch: latents along the side of a token, in height and width.
-        trained: it is the small model of the checkout, with its own configuration and weights.
+        model: the name of the class in diffusers.
+        height: height of the video in pixels.
+        width: width of the video in pixels.
+        num_frames: number of frames of the video.
+        text: number of text tokens.
+        config: ``num_layers``, ``num_single_layers`` if the model has single-stream layers, and
+            the arguments of the class that differ from its defaults.
+        steps: number of denoising steps of a generation.
+        patch: latents along the height and width of a token.
+        trained: whether this is the small trained model of the checkout, which brings its
+            configuration and weights.
 
     Raises:
-        TypeError, ValueError: the size is none that the model takes.
+        TypeError: a size is no integer.
+        ValueError: the model does not accept the size.
+
+    Example:
+        >>> from visattn.bench import ARCHITECTURES
+        >>> wan = ARCHITECTURES["wan2.1-1.3b"]
+        >>> wan.layers, wan.latents
+        (30, (21, 60, 104))
     """
 
     model: str
@@ -66,32 +79,34 @@ class Architecture:
     def at(
         self, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> Architecture:
-        """The same at another size; what is None stays.
+        """Return the architecture at another size; None keeps a value.
 
         Raises:
-            TypeError, ValueError: the size is none that the model takes.
+            TypeError: a size is no integer.
+            ValueError: the model does not accept the size.
         """
         given: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
         return dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
 
     @property
     def layers(self) -> int:
-        """How many layers the whole model has."""
+        """Number of layers of the whole model."""
         return layers_of(SimpleNamespace(**self.config))
 
     @property
     def step_words(self) -> str:
-        """What a step calls it with, as ``step_inputs`` gives it."""
+        """The calls of a denoising step (``step_inputs``) in words."""
         words = {
-            WAN: "two calls, a pass each",
+            WAN: "two calls, one for each pass",
             COGVIDEOX: "one call with both passes",
-            HUNYUANVIDEO: "one call of one pass, which is told its guidance",
+            HUNYUANVIDEO: "one call with one pass and an embedded guidance scale",
         }
         return words[self.model]
 
     @property
     def latents(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns; frames fill whole patches, as the pipelines see to."""
+        """Latent frames, rows and columns. Frames are rounded up to whole patches, as in the
+        pipelines."""
         patch = int(self.config.get("patch_size_t", 1))
         frames = (self.num_frames - 1) // FRAMES + 1
         return -(-frames // patch) * patch, self.height // PIXELS, self.width // PIXELS
@@ -108,7 +123,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         WAN, 128, 128, 33, 512, {"num_layers": 12}, steps=20, patch=1, trained=True
     ),
     "wan2.1-1.3b": Architecture(WAN, 480, 832, 81, 512, SMALL),
-    # each of the two denoisers of Wan 2.2 A14B is the same
+    # Each of the two denoisers of Wan 2.2 A14B has this configuration too.
     "wan2.1-14b": Architecture(WAN, 720, 1280, 81, 512, {"num_layers": 40}),
     "cogvideox-2b": Architecture(COGVIDEOX, 480, 720, 49, 226, {"num_layers": 30}),
     "cogvideox-5b": Architecture(COGVIDEOX, 480, 720, 49, 226, LARGE),
@@ -120,28 +135,30 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def layers_of(config: Any) -> int:
-    """How many layers a denoiser has, by its configuration."""
+    """Return the number of layers of a denoiser from its configuration."""
     return int(config.num_layers) + int(getattr(config, "num_single_layers", 0))
 
 
 def skeleton(architecture: Architecture, layers: int | None = None) -> Any:
-    """The denoiser with all weights on ``meta``: they have sizes and no values, and take no memory.
+    """Make the denoiser with all weights on the ``meta`` device, where they take no memory.
 
     Args:
-        layers: how many of its layers; None is all of them.
+        architecture: the denoiser; not the small trained model.
+        layers: number of layers, or None for all.
 
     Raises:
-        TypeError, ValueError: it has fewer layers, or its weights are the small model's.
+        TypeError: ``layers`` is no integer.
+        ValueError: the model has fewer layers, or it is the small trained model.
     """
     accelerate: Any = importlib.import_module("accelerate")
     diffusers: Any = importlib.import_module("diffusers")
     if architecture.trained:
-        raise ValueError("the small model has weights of its own; build() loads it")
+        raise ValueError("the small model is trained and has no random weights; load it by build()")
     config = dict(architecture.config)
     if layers is not None:
         if check_count("layers", layers, 1) > architecture.layers:
             raise ValueError(
-                f"layers={layers} must be at most {architecture.layers}, which the model has"
+                f"layers={layers} must be at most {architecture.layers}, the layers of the model"
             )
         config["num_layers"] = first = min(layers, config["num_layers"])
         if "num_single_layers" in config:
@@ -160,32 +177,51 @@ def build(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Any:
-    """The denoiser with weights: drawn from a normal distribution of standard deviation 0.02, norms
-    1 and biases 0; what diffusers keeps in float32 is in float32. The small model is loaded.
+    """Make the denoiser with random weights, or load the small trained model.
+
+    Weights are drawn from a normal distribution of standard deviation 0.02; weights of norms are 1,
+    biases 0. Parameters that diffusers keeps in float32 are float32.
 
     Args:
-        layers: how many of its layers; None is all of them.
-        dtype, device: of the weights, which are made there; seed: of what is drawn.
+        architecture: the denoiser.
+        layers: number of layers, or None for all.
+        dtype: dtype of the weights.
+        device: the device on which the weights are made.
+        seed: seed of the random weights.
+
+    Returns:
+        The diffusers model, in evaluation mode and without gradients.
 
     Raises:
-        TypeError, ValueError: it has fewer layers, or the small model is not there.
+        TypeError: ``layers`` is no integer.
+        ValueError: the model has fewer layers, or the small model is missing.
+
+    Example:
+        >>> from visattn.bench import Architecture, build
+        >>> config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
+        ...           "ffn_dim": 64, "text_dim": 32}
+        >>> small = Architecture("WanTransformer3DModel", 64, 64, 9, 8, config)
+        >>> model = build(small, layers=1)
+        >>> len(model.blocks)
+        1
     """
     if architecture.trained:
         return _trained(layers, dtype, device)
     model = skeleton(architecture, layers)
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
-    wide = tuple(model._keep_in_fp32_modules or ())
+    float32_parts = tuple(model._keep_in_fp32_modules or ())
     for path, module in model.named_modules():
-        for name, own in list(module.named_parameters(recurse=False)):
+        for name, parameter in list(module.named_parameters(recurse=False)):
             parts = f"{path}.{name}".split(".")
-            kind = torch.float32 if any(part in parts for part in wide) else dtype
-            made = torch.empty(own.shape, dtype=kind, device=device)
-            if own.ndim > 1:
-                made.normal_(0.0, STD, generator=generator)
+            is_float32 = any(part in parts for part in float32_parts)
+            weight_dtype = torch.float32 if is_float32 else dtype
+            values = torch.empty(parameter.shape, dtype=weight_dtype, device=device)
+            if parameter.ndim > 1:
+                values.normal_(0.0, STD, generator=generator)
             else:
-                made.fill_(1.0 if name == "weight" else 0.0)
-            module.register_parameter(name, torch.nn.Parameter(made, requires_grad=False))
+                values.fill_(1.0 if name == "weight" else 0.0)
+            module.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
     return model.to(device)  # buffers too
 
 
@@ -193,18 +229,21 @@ def _trained(layers: int | None, dtype: torch.dtype, device: torch.device | str)
     from visattn.generation import Loading, default_model, load_pipeline
 
     if layers is not None:
-        raise ValueError(f"layers={layers} is for random weights; the small model is run whole")
+        raise ValueError(
+            f"layers={layers} is for random weights; the small model runs with all of its layers"
+        )
     name = str(dtype).removeprefix("torch.")
     pipe = load_pipeline(Loading(default_model(), dtype=name, device=str(device)))
     return pipe.transformer.eval().requires_grad_(False)
 
 
 def operations(architecture: Architecture, model: Any) -> float:
-    """About how many multiplications and additions a step takes: of linear layers at every token,
-    and of self-attention.
+    """Return the approximate number of multiplications and additions of a step: of the linear
+    layers at every token, and of self-attention.
 
     Args:
-        model: of ``skeleton`` or ``build``.
+        architecture: the size of the input.
+        model: the model of ``skeleton`` or ``build``.
     """
     config = model.config
     frames, rows, columns = architecture.latents
@@ -220,16 +259,20 @@ def operations(architecture: Architecture, model: Any) -> float:
 def step_inputs(
     architecture: Architecture, model: Any, timestep: torch.Tensor, seed: int = 0
 ) -> list[tuple[str, dict[str, Any]]]:
-    """What one denoising step calls the model with. With classifier-free guidance, for Wan twice, a
-    pass each; for CogVideoX once, with both passes in the batch. HunyuanVideo is told its guidance,
-    and called once; a quarter of its text is there and the rest is padding.
+    """Return the arguments of the model calls in one denoising step with guidance.
+
+    Wan is called twice, once for each pass of classifier-free guidance. CogVideoX is called once
+    with both passes in the batch. HunyuanVideo is called once, with an embedded guidance scale; a
+    quarter of its text tokens are valid and the rest is padding.
 
     Args:
-        model: of ``build``; its dtype and device are those of what it is called with.
-        timestep: 0-d; seed: of noise and text, which are drawn.
+        architecture: the size of the input.
+        model: the model of ``build``; the inputs have its dtype and device.
+        timestep: 0-d tensor.
+        seed: seed of the random noise and text.
 
     Returns:
-        For each call the name by which the pipelines announce it, and its arguments.
+        For each call its name in the pipelines' ``cache_context``, and its arguments.
     """
     config, device, dtype = model.config, model.device, model.dtype
     frames, rows, columns = architecture.latents
@@ -273,7 +316,7 @@ def step_inputs(
     if config.use_rotary_positional_embeddings:
         patch, patch_t = config.patch_size, config.patch_size_t or 1
         tokens = (frames // patch_t) * (rows // patch) * (columns // patch)
-        # angles cost the same whatever they are
+        # the values of the angles do not change the time
         angle = torch.rand(tokens, config.attention_head_dim, generator=generator).to(device)
         arguments["image_rotary_emb"] = (angle.cos(), angle.sin())
     return [("cond_uncond", arguments)]

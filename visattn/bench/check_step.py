@@ -1,6 +1,5 @@
 """Checks of a denoising step before it is timed."""
 
-
 from __future__ import annotations
 
 from collections import Counter
@@ -23,7 +22,7 @@ __all__ = ["Checked", "check_step"]
 
 
 class Checked(NamedTuple):
-    """What a step that was checked has shown: as ``StepTime`` names it."""
+    """Facts about a checked step; the fields have the same meaning as in ``StepTime``."""
 
     layout: TokenLayout
     density: float | None
@@ -31,10 +30,10 @@ class Checked(NamedTuple):
 
 
 def check_step(denoising: Denoising, plan: Plan) -> Checked:
-    """The checks of ``time_step``.
+    """Run the checks of ``time_step``.
 
     Raises:
-        WrongResult: one failed.
+        WrongResult: a check failed.
     """
     dense = denoising.step()
     noise = float((denoising.step() - dense).abs().max())
@@ -42,16 +41,16 @@ def check_step(denoising: Denoising, plan: Plan) -> Checked:
     error = float((watched - dense).abs().max())
     if not error <= noise:
         raise WrongResult(
-            f"a step without a plan is off by {error:.2e} when it is watched, where {noise:.2e} is "
-            "allowed; it is not timed"
+            f"a step without a plan differs by {error:.2e} when its attention calls are watched, "
+            f"where {noise:.2e} is allowed; it is not timed"
         )
-    witness = Witness()
-    attachment = watch(denoising, plan, witness.around)
+    checker = CallChecker()
+    attachment = watch(denoising, plan, checker.around)
     denoising.watched(attachment)
     reasons = Counter(layer.reason for layer in attachment.layers if layer.reason is not None)
     return Checked(
         layout=TokenLayout.from_tokens(attachment.latest),
-        density=mean(witness.densities),
+        density=mean(checker.densities),
         notes=tuple(f"{count} layers: {reason}" for reason, count in reasons.items()),
     )
 
@@ -60,12 +59,13 @@ def _pass_on(layer: Layer, attend: Attend, *arguments: Any) -> torch.Tensor:
     return attend(*arguments)
 
 
-class Witness:
-    """Sees what the heads of a step run, and holds each static pattern to exact attention once."""
+class CallChecker:
+    """Collects the densities of the calls of a step, and compares the output of each static pattern
+    with exact attention once."""
 
     def __init__(self) -> None:
-        self.densities: list[float | None] = []  # of each call and part of its batch
-        self._known: dict[Pattern, float] = {}  # that were held to it, with their densities
+        self.densities: list[float | None] = []  # one for each call and part of its batch
+        self._checked: dict[Pattern, float] = {}  # densities of the patterns that were checked
 
     def around(
         self,
@@ -77,7 +77,7 @@ class Witness:
         call: Call,
         *rest: Any,
     ) -> torch.Tensor:
-        """A call of attention, checked."""
+        """Run a call of attention and check its result."""
         before = layer.sparse_calls
         out = attend(query, key, value, call, *rest)
         if layer.sparse_calls == before:
@@ -91,36 +91,42 @@ class Witness:
         for number, (phase, pass_) in enumerate(moments):
             heads = layer.table.get((phase, pass_)) or layer.table.get((phase, ANY), ())
             sample = number * len(query) // len(moments)
-            own = slice(sample, sample + 1)
-            texts = None if lengths is None else lengths[own]
+            part = slice(sample, sample + 1)
+            texts = None if lengths is None else lengths[part]
             kept = [
-                self._held(layer, pattern, [x[own, head : head + 1] for x in tensors], texts)
+                self._density(layer, pattern, [x[part, head : head + 1] for x in tensors], texts)
                 for head, pattern in enumerate(heads)
             ]
             self.densities.append(mean(kept) if kept else 1.0)
         return out
 
-    def _held(
+    def _density(
         self,
         layer: Layer,
         pattern: HeadPattern,
         tensors: list[torch.Tensor],
         text_lengths: torch.Tensor | None,
     ) -> float | None:
-        """The density of a pattern, whose result on one head is checked if it is new; ``tensors``
-        are queries, keys, values and output ``[1, 1, L, D]``; text_lengths: ``[1, texts]``."""
+        """Return the density of a pattern, and check its result on one head if it is new.
+
+        Args:
+            layer: the layer that ran.
+            pattern: the pattern of the head.
+            tensors: queries, keys, values and output of the head, ``[1, 1, L, D]``.
+            text_lengths: valid text tokens, ``[1, texts]``, or None.
+        """
         if not isinstance(pattern, Pattern):
             return executed(layer, pattern)
-        if pattern not in self._known:
+        if pattern not in self._checked:
             layout = layer.attachment.layout
-            self._known[pattern] = pattern.density(layout)
+            self._checked[pattern] = pattern.density(layout)
             if not isinstance(pattern, Skip) and not is_dense(pattern, layout):
                 q, k, v, out = tensors
                 check(out, q, k, v, pattern, layout, text_lengths)
-        return self._known[pattern]
+        return self._checked[pattern]
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None where one of them is not known."""
+    """Return the mean, or None if one of the values is None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None

@@ -1,6 +1,5 @@
 """One denoising step of a model, whose attention calls can be watched and timed."""
 
-
 from __future__ import annotations
 
 import functools
@@ -23,14 +22,17 @@ __all__ = ["Around", "Attend", "AttentionClock", "Denoising", "backend_of", "pea
 
 GUIDANCE = 5.0  # above 1, so that a step has two passes
 Attend = Callable[..., torch.Tensor]
-Around = Callable[..., torch.Tensor]  # of a layer, its attend, and the arguments of that
+# Replaces a call of attention; takes the layer, its attend function, and the arguments of that.
+Around = Callable[..., torch.Tensor]
 
 
 class Denoising:
-    """A denoiser at the middle step of a generation; to a plan it is a pipeline that stands there.
+    """A denoiser at the middle step of a generation. It has the attributes of a pipeline at that
+    step, so that plans can be applied to it.
 
     Args:
-        architecture, model: as ``time_step`` takes them.
+        architecture: the denoiser and the size of its input.
+        model: the model of ``build``.
     """
 
     def __init__(self, architecture: Architecture, model: Any) -> None:
@@ -44,7 +46,7 @@ class Denoising:
         self.calls = step_inputs(architecture, model, self._current_timestep)
 
     def step(self) -> torch.Tensor:
-        """What the denoiser gives for both passes."""
+        """Return the outputs of the denoiser for all passes."""
         outs = []
         for name, arguments in self.calls:
             with self.transformer.cache_context(name):
@@ -52,7 +54,7 @@ class Denoising:
         return torch.cat(outs)
 
     def watched(self, attachment: Attachment) -> torch.Tensor:
-        """The same with an attachment of ``watch`` on the denoiser, for this step only."""
+        """Run the step with an attachment of ``watch``, which is removed after it."""
         attachment.install()
         try:
             return self.step()
@@ -61,24 +63,24 @@ class Denoising:
 
 
 def watch(denoising: Denoising, plan: Plan | None, around: Around) -> Attachment:
-    """A plan for a denoiser, or none, which gives the attention of every layer to ``around``. It is
-    not on the denoiser yet."""
+    """Return an attachment of a plan, or of none, that runs the attention calls of every layer
+    through ``around``. It is not installed yet."""
 
     def nothing(observation: Observation) -> None:
-        """Observed layers are caught whether or not they have a plan."""
+        """Does nothing: observed layers are intercepted even if they have no plan."""
 
     backend = backend_of(denoising.transformer)
     planned = nullcontext() if plan is None else sparse(denoising, plan, backend=backend)
     with planned, observe(denoising, nothing):
-        own = attached(denoising.transformer)
-    assert own is not None
-    for layer in own.layers:
+        attachment = attached(denoising.transformer)
+    assert attachment is not None
+    for layer in attachment.layers:
         layer.attend = functools.partial(around, layer, layer.attend)  # type: ignore[method-assign]
-    return own
+    return attachment
 
 
 class AttentionClock:
-    """Sums up the seconds of attention calls, step by step."""
+    """Measures the seconds that a step spends in attention calls; ``sums`` has one value a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,14 +88,14 @@ class AttentionClock:
         self._spans: list[tuple[Any, Any]] = []
 
     def around(self, layer: Layer, attend: Attend, *arguments: Any) -> torch.Tensor:
-        """A call of attention, timed."""
+        """Run a call of attention and time it."""
         begin = self._now()
         out = attend(*arguments)
         self._spans.append((begin, self._now()))
         return out
 
     def run(self, denoising: Denoising, attachment: Attachment) -> None:
-        """A step, and what its attention took."""
+        """Run a step and append the seconds of its attention calls to ``sums``."""
         self._spans.clear()
         denoising.watched(attachment)
         if self.device.type == "cuda":
@@ -111,8 +113,9 @@ class AttentionClock:
 
 
 def backend_of(model: Any) -> str:
-    """The backend that ``auto`` takes for a denoiser. It is named to ``sparse``, so that a plan
-    runs as it is written, also where ``auto`` would rather have heads dense."""
+    """Return the backend that ``auto`` chooses for a denoiser. It is passed to ``sparse`` by name,
+    so that a plan runs exactly as written: ``auto`` itself may run heads dense if that is
+    faster."""
     size = model.config.attention_head_dim
     return choose_backend(
         "auto", torch.empty(1, 1, 1, size, dtype=model.dtype, device=model.device)
@@ -120,7 +123,8 @@ def backend_of(model: Any) -> str:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """What is allocated at most during a call, with all that was there before, on a GPU."""
+    """Return the largest number of bytes that are allocated on a GPU during a call, with those
+    allocated before it; None on other devices."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""How long attention by a pattern takes, beside dense attention and FlexAttention."""
+"""Times of attention by a pattern, compared with dense attention and FlexAttention."""
 
 from __future__ import annotations
 
@@ -27,27 +27,52 @@ DENSE = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ROWS = 64  # queries that are checked
+ROWS = 64  # number of queries that are checked
 Run = Callable[[], object]
 
 
 class WrongResult(RuntimeError):
-    """A result is further from the exact one than its dtype allows; it is not timed."""
+    """A result differs from the exact one by more than its dtype allows, so it is not timed.
+
+    Example:
+        >>> from visattn.bench import WrongResult
+        >>> raise WrongResult("differs by 0.1, where 1e-6 is allowed")
+        Traceback (most recent call last):
+        visattn.bench.measure_attention.WrongResult: differs by 0.1, where 1e-6 is allowed
+    """
 
 
 @dataclass(frozen=True)
 class AttentionTime:
-    """Seconds of one call of attention.
+    """Times of one call of attention, in seconds.
 
     Attributes:
-        density: kept share of the pairs; executed: of the blocks.
-        dense: the fastest dense attention, and times of all that ran, by name; sparse: ours, with
-            whatever it permutes; own_dense: ours at density 1; flex: FlexAttention with the same
-            map, or None; predicted: of ours, by the cost model, or None.
-        efficiency: dense time x density / sparse time, the median over the repeats, with quartiles.
-        tflops: products of the kept pairs per second of ours, in 10^12.
-        peak: bytes that ours takes beside its arguments and its result, on a GPU; else None.
-        missing: why something did not run, by name.
+        pattern: the pattern in written form.
+        tokens: number of tokens.
+        heads: number of heads.
+        head_size: channels of a head.
+        density: kept share of the (query, key) pairs.
+        executed: executed share of the blocks.
+        dense: time of the fastest dense attention.
+        all_dense: times of all dense attentions that ran, by name.
+        sparse: time of ``sparse_attention``, including its permutations of tokens.
+        own_dense: time of ``sparse_attention`` with the pattern ``dense()``.
+        flex: time of FlexAttention with the same block map, or None.
+        predicted: time of ``sparse_attention`` that the cost model predicts, or None.
+        efficiency: dense time x density / sparse time.
+        tflops: floating-point operations of the kept pairs per second of ``sparse``, in 10^12.
+        peak: bytes that ``sparse_attention`` allocates besides its arguments and its result; None
+            unless on a GPU.
+        missing: the reasons why something did not run, by name.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.bench import Shape, time_attention
+        >>> from visattn.patterns import Diagonal
+        >>> shape = Shape(TokenLayout(Grid(2, 8, 8)), heads=1, head_size=16)
+        >>> time = time_attention(Diagonal(8), shape, repeats=1, flex=False)
+        >>> time.tokens, time.sparse.median > 0
+        (128, True)
     """
 
     pattern: str
@@ -68,7 +93,7 @@ class AttentionTime:
     missing: dict[str, str]
 
     def numbers(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
@@ -83,15 +108,34 @@ def time_attention(
     flex: bool = True,
     calibration: Calibration | None = None,
 ) -> AttentionTime:
-    """Check a pattern's attention on some queries, then time it, dense attention and FlexAttention
-    in turn.
+    """Time attention by a pattern, dense attention and FlexAttention in turn.
+
+    First, the result of some queries is compared with exact attention.
 
     Args:
+        pattern: the static pattern.
+        shape: tokens, heads and head size.
+        dtype: dtype of queries, keys and values.
+        device: the device that computes.
+        repeats: number of timed rounds.
         flex: whether to time FlexAttention.
-        calibration: of the device, to predict the time from; None: it is not predicted.
+        calibration: calibration of the device, which predicts the time; without it there is no
+            prediction.
+
+    Returns:
+        The times.
 
     Raises:
-        WrongResult: ours is wrong.
+        WrongResult: the sparse result is wrong.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.bench import Shape, time_attention
+        >>> from visattn.patterns import Diagonal
+        >>> shape = Shape(TokenLayout(Grid(2, 8, 8)), heads=1, head_size=16)
+        >>> time = time_attention(Diagonal(8), shape, repeats=1, flex=False)
+        >>> round(time.density, 2)
+        0.13
     """
     device = torch.device(device)
     layout, heads, dim = shape
@@ -140,7 +184,7 @@ def time_attention(
 
 
 def executed_share(pattern: Pattern, layout: TokenLayout, q: torch.Tensor) -> float:
-    """Executed share of the blocks of the backend that runs."""
+    """Return the share of blocks that the backend of this device executes."""
     backend = choose_backend("auto", q).backend
     sizes = launch_of(q)[:2] if backend == "triton" else block_sizes(layout.length)
     return lower_cached(pattern, layout, None, *sizes).block_density
@@ -155,8 +199,23 @@ def check(
     layout: TokenLayout,
     text_lengths: torch.Tensor | None = None,
 ) -> None:
-    """Compare some queries with exact attention: ``max|ours - f64| <= 1.5 max|eager - f64| + 1
-    ulp``, eager being the same products in the dtype of q; text_lengths: int64 ``[1, texts]``."""
+    """Compare the output of some queries with exact attention in float64.
+
+    The bound is ``max|out - exact| <= 1.5 max|eager - exact| + 1 ulp``, where ``eager`` are the
+    same products in the dtype of ``q``.
+
+    Args:
+        out: the output to check, ``[1, H, L, D]``.
+        q: queries ``[1, H, L, D]``.
+        k: keys ``[1, H, L, D]``.
+        v: values ``[1, H, L, D]``.
+        pattern: the static pattern of all heads.
+        layout: the layout of the tokens.
+        text_lengths: valid text tokens, int64 ``[1, texts]``, or None if all are valid.
+
+    Raises:
+        WrongResult: the bound is exceeded.
+    """
     generator = torch.Generator().manual_seed(1)
     rows = torch.randperm(layout.length, generator=generator)[:ROWS]
     kept = pattern.allows(rows[:, None], torch.arange(layout.length), layout).to(q.device)
@@ -167,32 +226,33 @@ def check(
     plain: list[torch.Tensor] = []
     largest = torch.zeros((), device=q.device)
     for head in range(q.shape[1]):
-        own, keys, values = q[0, head, rows.to(q.device)], k[0, head], v[0, head]
-        exact = _attend(own.double(), keys.double(), values.double(), kept, scale)
+        queries, keys, values = q[0, head, rows.to(q.device)], k[0, head], v[0, head]
+        exact = _attend(queries.double(), keys.double(), values.double(), kept, scale)
         worst.append((out[0, head, rows.to(q.device)] - exact).abs().max())
-        plain.append((_attend(own, keys, values, kept, scale) - exact).abs().max())
+        plain.append((_attend(queries, keys, values, kept, scale) - exact).abs().max())
         largest = torch.maximum(largest, exact.abs().max().float())
     error, bound = float(max(worst)), 1.5 * float(max(plain))
     bound += torch.finfo(q.dtype).eps * float(largest)
     if not error <= bound:
         raise WrongResult(
-            f"{pattern} at {layout} is off by {error:.2e} where {bound:.2e} is allowed; it is not "
-            "timed"
+            f"{pattern} at {layout} differs from exact attention by {error:.2e}, where {bound:.2e} "
+            "is allowed; it is not timed"
         )
 
 
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = q.to(wide) @ k.to(wide).mT * scale
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = q.to(acc_dtype) @ k.to(acc_dtype).mT * scale
     return logits.masked_fill(~kept, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def dense_runs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, missing: dict[str, str]
 ) -> dict[str, Run]:
-    """The dense attentions that run here."""
+    """Return the dense attentions that run on the device; ``missing`` gets the reasons of
+    others."""
     if q.device.type != "cuda":
         return {"dense sdpa": functools.partial(scaled_dot_product_attention, q, k, v)}
     runs: dict[str, Run] = {}
@@ -219,7 +279,8 @@ def flex_run(
     layout: TokenLayout,
     missing: dict[str, str],
 ) -> Run | None:
-    """Compiled FlexAttention with the same rule, in raster order and blocks of 128."""
+    """Return compiled FlexAttention with the same pattern in raster order and blocks of 128, or
+    None, with the reason in ``missing``."""
     from torch.nn.attention.flex_attention import flex_attention
 
     from visattn.flex import to_block_mask
@@ -230,14 +291,14 @@ def flex_run(
         mask = to_block_mask(block_map, q.device)
         compiled = torch.compile(flex_attention)
         compiled(q, k, v, block_mask=mask)
-    except Exception as error:  # whatever compiling may raise: it is reported
+    except Exception as error:  # compilation raises errors of many types
         missing["flex"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return None
     return functools.partial(compiled, q, k, v, block_mask=mask)
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """What a call takes at most, beside what was there, less its result."""
+    """Return the bytes that a call allocates at most, without its result; None unless on a GPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -245,5 +306,5 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     out = run()
     assert isinstance(out, torch.Tensor)
-    own = out.numel() * out.element_size()
-    return int(torch.cuda.max_memory_allocated(device)) - before - own
+    result_bytes = out.numel() * out.element_size()
+    return int(torch.cuda.max_memory_allocated(device)) - before - result_bytes

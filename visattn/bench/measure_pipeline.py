@@ -1,4 +1,4 @@
-"""How long a denoising step and a generation take, dense and by a plan."""
+"""Times of a denoising step and of a generation, dense and by a plan."""
 
 from __future__ import annotations
 
@@ -23,25 +23,41 @@ __all__ = ["GenerationTime", "StepTime", "time_generation", "time_step"]
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one denoising step with guidance.
+    """Times of one denoising step with guidance, in seconds.
 
     Attributes:
-        layers: that ran; parameters: of the denoiser with them; tokens: as a layout is written.
-        calls: of the denoiser in a step: two where each pass is a call of its own, else one.
-        step, steps: the step that was timed, from 0, of how many.
-        density: what the plan keeps at this step, the mean over layers, passes and heads: of the
-            pairs, or, where a dynamic pattern chose, of the blocks; None where none is counted.
-        dense, planned: the step without us and with the plan.
-        dense_attention, planned_attention: of it, inside attention calls of the layers that plans
-            speak of (self-attention, or joint attention with the text).
-        share: of attention in a dense step.
-        speedup: dense over planned, turn by turn.
-        predicted: Amdahl's 1 / (1 − share · (1 − density)): as if attention took its density's part
-            of the dense time, and nothing were added; None without a density.
-        dense_peak, planned_peak: bytes allocated at most during a step, weights included, on a GPU;
-            else None.
-        backend: that computed what is sparse.
-        notes: why layers stayed dense that the plan wanted sparse.
+        layers: number of layers that ran.
+        parameters: number of parameters of the denoiser with these layers.
+        tokens: the token layout in written form.
+        calls: calls of the denoiser in a step: two if each pass of guidance is one call, else one.
+        step: index of the timed step.
+        steps: number of steps of a generation.
+        density: mean kept share over layers, passes and heads at this step: of the pairs for static
+            patterns, of the blocks for dynamic ones; None if a pattern counts neither.
+        dense: time of the step without a plan.
+        planned: time of the step with the plan.
+        dense_attention: time of the dense step inside the attention calls of the layers that plans
+            apply to (self-attention, or joint attention with the text).
+        planned_attention: the same time of the step with the plan.
+        share: share of attention in the time of the dense step.
+        speedup: dense time / planned time, round by round.
+        predicted: speedup by Amdahl's law, 1 / (1 - share * (1 - density)), if the time of
+            attention were proportional to the density and nothing were added; None without a
+            density.
+        dense_peak: most bytes allocated during a dense step, weights included; None unless on a
+            GPU.
+        planned_peak: the same for the step with the plan.
+        backend: the backend that computed sparse attention.
+        notes: the reasons why layers of the plan stayed dense.
+
+    Example:
+        >>> from visattn.bench import Architecture, build, time_step
+        >>> config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16,
+        ...           "ffn_dim": 64, "text_dim": 32}
+        >>> small = Architecture("WanTransformer3DModel", 64, 64, 9, 8, config)
+        >>> time = time_step(small, build(small), "diagonal(8)", repeats=1)
+        >>> time.layers, time.calls, time.step, time.steps
+        (1, 2, 25, 50)
     """
 
     layers: int
@@ -64,28 +80,41 @@ class StepTime:
     notes: tuple[str, ...]
 
     def numbers(self) -> dict[str, Any]:
-        """JSON values; a time is an object of its median, quartiles and samples."""
+        """Return the fields as JSON values; a time has its median, quartiles and samples."""
         return _numbers(self)
 
 
 @dataclass(frozen=True)
 class GenerationTime:
-    """Seconds of one generation, from the prompt to the frames: dense, with the plan, and the one
-    over the other, turn by turn."""
+    """Times of one generation in seconds, from the prompt to the frames.
+
+    Attributes:
+        dense: time without a plan.
+        planned: time with the plan.
+        speedup: dense time / planned time, round by round.
+
+    Example:
+        >>> from visattn.bench import time_generation
+        >>> from visattn.generation import Job
+        >>> job = Job("a cat", height=32, width=32, num_frames=5, num_inference_steps=1)
+        >>> time = time_generation(pipe, "diagonal(0.5)", job, repeats=1)
+        >>> time.planned.median > 0
+        True
+    """
 
     dense: Time
     planned: Time
     speedup: Time
 
     def numbers(self) -> dict[str, Any]:
-        """JSON values; a time is an object of its median, quartiles and samples."""
+        """Return the fields as JSON values; a time has its median, quartiles and samples."""
         return _numbers(self)
 
 
-def _numbers(found: StepTime | GenerationTime) -> dict[str, Any]:
+def _numbers(times: StepTime | GenerationTime) -> dict[str, Any]:
     return {
         name: value._asdict() if isinstance(value, Time) else value
-        for name, value in vars(found).items()
+        for name, value in vars(times).items()
     }
 
 
@@ -97,40 +126,55 @@ def time_step(
     *,
     repeats: int = 5,
 ) -> StepTime:
-    """Check a plan on a denoiser, then time a denoising step without it and with it, in turn.
+    """Check a plan on a denoiser, then time a denoising step with and without it in turn.
 
-    The step is the middle one of a generation, with classifier-free guidance. Every call stands
-    alone: what dynamic patterns carry from step to step begins anew, so that ``Reuse`` is timed at
-    a step that chooses. Attention is timed where plans take hold of it (``visattn.inject``), from
-    the call of diffusers' attention function to its return, by the clock, or by events on a GPU;
-    the dense step that is compared with is another one, with nothing of ours on the model.
+    The step is the middle one of a generation, with classifier-free guidance. No state is kept
+    between calls: the state of dynamic patterns is new in each, so that ``Reuse`` is timed at a
+    step that selects blocks. The time of attention is that from the call of diffusers' attention
+    function to its return, by the wall clock, or by events on a GPU. The dense step that is
+    compared with runs on the unmodified model.
 
-    Checked first: watched, but without a plan, the step gives what it gives without us, to the bit
-    where the device repeats itself to the bit; and each static pattern that the plan runs is held,
-    on some rows of a head that runs it, to exact attention of the same queries and keys. How far
-    the plan's video is from the dense one is not looked at: with random weights it says nothing.
+    Two checks come first. The step with watched attention calls and without a plan must give the
+    same result as the unmodified step, up to the difference of two unmodified steps (bit-identical
+    on a deterministic device). Each static pattern of the plan is compared with exact attention on
+    some rows of one head that runs it. The video is not compared with the dense one: with random
+    weights this would mean nothing.
 
-    The plan runs as it is written, on the backend that ``auto`` takes here, named: no head is left
-    dense because it would be slow.
+    The plan runs exactly as written, on the backend that ``auto`` chooses for this device: no head
+    is run dense because that would be faster.
 
     Args:
-        architecture: what the model is, and the size of the video; model: of its ``build``.
-        plan: as ``apply_plan`` takes it.
-        repeats: of each, after a first that is not counted.
+        architecture: the denoiser and the size of the video.
+        model: the model of ``build(architecture)``.
+        plan: the plan, as ``apply_plan`` takes it.
+        repeats: number of timed rounds, after one that is not counted.
+
+    Returns:
+        The times.
 
     Raises:
-        TypeError, ValueError: no such plan, or it is for another model or grid.
+        TypeError: ``plan`` is no plan.
+        ValueError: there is no such plan, or it is for another model or grid.
         WrongResult: a check failed; nothing is timed.
+
+    Example:
+        >>> from visattn.bench import Architecture, build, time_step
+        >>> config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16,
+        ...           "ffn_dim": 64, "text_dim": 32}
+        >>> small = Architecture("WanTransformer3DModel", 64, 64, 9, 8, config)
+        >>> time = time_step(small, build(small), "diagonal(8)", repeats=1)
+        >>> time.planned.median > time.planned_attention.median > 0
+        True
     """
-    own, denoising = as_plan(plan), Denoising(architecture, model)
-    checked = check_step(denoising, own)
+    plan, denoising = as_plan(plan), Denoising(architecture, model)
+    checked = check_step(denoising, plan)
     device = denoising.device
     dense_clock, planned_clock = AttentionClock(device), AttentionClock(device)
     runs = (
         denoising.step,
         functools.partial(dense_clock.run, denoising, watch(denoising, None, dense_clock.around)),
         functools.partial(
-            planned_clock.run, denoising, watch(denoising, own, planned_clock.around)
+            planned_clock.run, denoising, watch(denoising, plan, planned_clock.around)
         ),
     )
     dense, clocked, planned = take_turns(runs, repeats, device, whole=True)
@@ -165,27 +209,42 @@ def time_step(
 def time_generation(
     pipe: Any, plan: Plan | HeadPattern | str, job: Job, *, repeats: int = 5
 ) -> GenerationTime:
-    """Time whole generations without a plan and with it, in turn: text encoder, denoising, decoder.
-    The plan runs as it is written, as in ``time_step``.
+    """Time whole generations with and without a plan in turn: text encoder, denoising, decoder.
+
+    The plan runs exactly as written, as in ``time_step``.
 
     Args:
-        pipe: a pipeline without a plan; plan: as ``apply_plan`` takes it; job: what is generated.
-        repeats: of each, after a first that is not counted.
+        pipe: a pipeline without a plan.
+        plan: the plan, as ``apply_plan`` takes it.
+        job: the prompt and the options of the generation.
+        repeats: number of timed rounds, after one that is not counted.
+
+    Returns:
+        The times.
 
     Raises:
-        TypeError, ValueError: no such plan, it is for another model or grid, or the pipeline
-            refuses the job.
-        GenerationError: the pipeline broke down.
+        TypeError: ``plan`` is no plan, or the pipeline refuses the job.
+        ValueError: there is no such plan, it is for another model or grid, or the pipeline refuses
+            the job.
+        GenerationError: the pipeline failed.
+
+    Example:
+        >>> from visattn.bench import time_generation
+        >>> from visattn.generation import Job
+        >>> job = Job("a cat", height=32, width=32, num_frames=5, num_inference_steps=1)
+        >>> time = time_generation(pipe, "diagonal(0.5)", job, repeats=1)
+        >>> sorted(time.numbers())
+        ['dense', 'planned', 'speedup']
     """
-    own, backend = as_plan(plan), backend_of(pipe.transformer)
+    plan, backend = as_plan(plan), backend_of(pipe.transformer)
 
     def planned() -> None:
-        with sparse(pipe, own, backend=backend):
+        with sparse(pipe, plan, backend=backend):
             run_job(pipe, job)
 
     runs = (functools.partial(run_job, pipe, job), planned)
-    dense, other = take_turns(runs, repeats, torch.device(pipe.device), whole=True)
-    return GenerationTime(dense, other, _ratios(dense, other))
+    dense, sparse_times = take_turns(runs, repeats, torch.device(pipe.device), whole=True)
+    return GenerationTime(dense, sparse_times, _ratios(dense, sparse_times))
 
 
 def _ratios(a: Time, b: Time) -> Time:

@@ -1,4 +1,4 @@
-"""What it costs to choose the blocks of a dynamic pattern, beside dense attention."""
+"""Times of the selection of blocks by dynamic patterns, compared with dense attention."""
 
 from __future__ import annotations
 
@@ -17,13 +17,31 @@ from visattn.selectors.stages.history import SelectorState
 
 __all__ = ["SelectionTime", "smooth_fields", "time_selection"]
 
-WAVES = 8  # of each component
+WAVES = 8  # cosine waves of a head
 
 
 @dataclass(frozen=True)
 class SelectionTime:
-    """Seconds of one call, medians: dense attention and the choice of blocks; ``share`` is the one
-    over the other, with quartiles of the choice, and ``density`` what was chosen."""
+    """Times of one selection of blocks and of one call of dense attention.
+
+    Attributes:
+        pattern: the dynamic pattern in written form.
+        tokens: number of tokens.
+        dense: median time of dense attention in seconds.
+        selection: median time of the selection in seconds.
+        share: selection / dense.
+        share_low: lower quartile of the selection times / dense.
+        share_high: upper quartile of the selection times / dense.
+        density: share of the blocks that are selected.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.bench import time_selection
+        >>> from visattn.selectors import TopBlocks
+        >>> time = time_selection(TopBlocks(0.25), TokenLayout(Grid(4, 8, 8)), heads=1, repeats=1)
+        >>> time.tokens, 0 < time.density < 1
+        (256, True)
+    """
 
     pattern: str
     tokens: int
@@ -35,16 +53,17 @@ class SelectionTime:
     density: float
 
     def numbers(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def smooth_fields(
     layout: TokenLayout, heads: int, dim: int, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values ``[1, heads, L, dim]`` that change smoothly over the grid, as in
-    models: few waves of the coordinates and some noise, so that attention is local and far from
-    even."""
+    """Return queries, keys and values ``[1, heads, L, dim]`` that change smoothly over the grid, as
+    in
+    models: a few cosine waves of the coordinates and some noise, so that attention is local and far
+    from uniform."""
     generator = torch.Generator().manual_seed(seed)
     places = []
     for segment in layout.segments:
@@ -79,35 +98,51 @@ def time_selection(
     device: torch.device | str = "cpu",
     repeats: int = 5,
 ) -> SelectionTime:
-    """Time a selector's choice and dense attention in turn.
+    """Time the selection of blocks and dense attention in turn.
+
+    The state that a selector keeps between steps (centres of clusters) comes from a first call that
+    is not counted, so the time is that of a later step.
 
     Args:
-        layout: of queries and keys, of ``heads`` heads of size ``dim``.
-        device: where Triton runs, its kernels choose.
+        selector: the dynamic pattern.
+        layout: layout of queries and keys.
+        heads: number of heads.
+        dim: channels of a head.
+        dtype: dtype of queries, keys and values.
+        device: the device that computes. Triton kernels select the blocks if they run on it.
+        repeats: number of timed rounds.
 
-    What a selector carries from step to step (centres of clusters) is there from the first call,
-    which is not counted: it is the cost of a later step.
+    Returns:
+        The times.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.bench import time_selection
+        >>> from visattn.selectors import TopBlocks
+        >>> time = time_selection(TopBlocks(0.25), TokenLayout(Grid(4, 8, 8)), heads=1, repeats=1)
+        >>> time.selection > 0
+        True
     """
     device = torch.device(device)
     q, k, v = (x.to(device, dtype) for x in smooth_fields(layout, heads, dim))
     scale = dim**-0.5
     kernels = choose_backend("auto", q).backend == "triton"
-    past = SelectorState()
+    state = SelectorState()
 
     def choose() -> Any:
-        return selector.select(q, k, v, layout, scale, kernels=kernels, past=past)
+        return selector.select(q, k, v, layout, scale, kernels=kernels, past=state)
 
     density = float(choose().block_density().mean())
-    dense, own = take_turns(
+    dense, selection = take_turns(
         [lambda: scaled_dot_product_attention(q, k, v, scale=scale), choose], repeats, device
     )
     return SelectionTime(
         pattern=str(selector),
         tokens=layout.length,
         dense=dense.median,
-        selection=own.median,
-        share=own.median / dense.median,
-        share_low=own.low / dense.median,
-        share_high=own.high / dense.median,
+        selection=selection.median,
+        share=selection.median / dense.median,
+        share_low=selection.low / dense.median,
+        share_high=selection.high / dense.median,
         density=density,
     )

@@ -1,4 +1,4 @@
-"""Blocks kept at random: the map that no order helps."""
+"""A pattern of random blocks: no order of the tokens makes its block map denser."""
 
 from __future__ import annotations
 
@@ -19,11 +19,22 @@ __all__ = ["Scattered"]
 
 @dataclass(frozen=True)
 class Scattered(Pattern, register=False):
-    """A share of the key runs of each query run, drawn at random, and its own.
+    """Keeps random runs of keys for each run of queries, and always the run of the queries.
 
     Args:
-        share: of the runs, above 0, at most 1; block: tokens of a run, in raster order.
-        seed: of the draw.
+        share: share of the runs that are kept, above 0 and at most 1.
+        block: number of tokens of a run, in raster order.
+        seed: seed of the random choice.
+
+    Raises:
+        TypeError: ``block`` is no integer.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.bench import Scattered
+        >>> Scattered(0.5, block=16).density(TokenLayout(Grid(4, 8, 8)))
+        0.5
     """
 
     share: float
@@ -37,7 +48,7 @@ class Scattered(Pattern, register=False):
         check_count("block", self.block, 1)
 
     def table(self, grid: Grid) -> torch.Tensor:
-        """Kept pairs of runs, bool ``[n, n]``, equally many in each row."""
+        """Return the kept pairs of runs, bool ``[n, n]``, with equally many in each row."""
         count = -(-grid.numel // self.block)
         generator = torch.Generator().manual_seed(self.seed)
         score = torch.rand(count, count, generator=generator).fill_diagonal_(2.0)

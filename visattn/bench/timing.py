@@ -1,4 +1,4 @@
-"""Times of functions that are called in turn, so that a machine that slows down slows all."""
+"""Times of functions that are called in turn, so that a slower machine slows down all of them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,18 @@ __all__ = ["SHAPES", "Shape"]
 
 
 class Shape(NamedTuple):
-    """Tokens, heads and head size of a self-attention."""
+    """Tokens, heads and head size of a self-attention.
+
+    Attributes:
+        layout: layout of the tokens.
+        heads: number of heads.
+        head_size: channels of a head.
+
+    Example:
+        >>> from visattn.bench import SHAPES
+        >>> SHAPES["wan-1.3b-480p"].layout.length
+        32760
+    """
 
     layout: TokenLayout
     heads: int
