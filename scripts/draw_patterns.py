@@ -14,7 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from visattn import Grid, TokenLayout
-from visattn.draw.canvas import GREY, PAPER, font, save_png, wrapped, write
+from visattn.draw.canvas import font, save_png, wrapped, write
+from visattn.draw.palette import GREY, PAPER
 from visattn.draw.pattern_picture import frames_picture, mask_picture
 from visattn.draw.pattern_view import PatternView, view_pattern
 from visattn.patterns import PATTERNS, Pattern, Union, parse_pattern

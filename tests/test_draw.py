@@ -13,15 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from visattn import Grid, Segment, TokenLayout
 from visattn.attention.backends.reference import pattern_mask
 from visattn.draw.canvas import cells_picture, save_png, wrapped
-from visattn.draw.pattern_picture import (
-    CLASS_COLORS,
-    EMPTY,
-    KEPT,
-    OWN,
-    draw_view,
-    frames_picture,
-    mask_picture,
-)
+from visattn.draw.palette import EMPTY, KEPT, QUERY
+from visattn.draw.pattern_picture import CLASS_COLORS, draw_view, frames_picture, mask_picture
 from visattn.draw.pattern_view import axis_samples, order_name, view_pattern, view_text
 from visattn.geometry.orders import HilbertOrder
 from visattn.patterns import Block, Diagonal, Halo, Neighborhood, Radial, Skip, Stripe, Union
@@ -112,7 +105,7 @@ def test_query_sees_its_row_of_the_mask(query):
     assert int(grid.seen.sum()) == 27
     sampled = view.grid_view(0, 2, 2, 2)
     assert bool(sampled.seen[sampled.own])
-    assert OWN in colors(frames_picture(view, 0, 600, 200)[0])
+    assert QUERY in colors(frames_picture(view, 0, 600, 200)[0])
 
 
 def test_picture_shows_the_classes_that_occur():

@@ -9,7 +9,7 @@ from PIL import Image
 from support import tiny
 from support.cli import SHAPE, good, made, refused
 
-from visattn.draw.pattern_picture import OWN
+from visattn.draw.palette import QUERY
 from visattn.generation import Job, Loading, load_pipeline, run_job
 from visattn.inject import observe
 from visattn.readout import Sampler
@@ -146,7 +146,7 @@ def test_one_head_is_drawn_with_its_query(capsys):
     good(capsys, *argv, "--query", "0,0,0")
     with Image.open("head.png") as image:
         assert image.tobytes() != middle.tobytes()
-        assert OWN in {color for _, color in image.getcolors(1 << 22)}
+        assert QUERY in {color for _, color in image.getcolors(1 << 22)}
 
 
 # ---- what it refuses

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from visattn.draw.canvas import GREY, INK, PAPER, cells_picture, write
+from visattn.draw.canvas import cells_picture, write
+from visattn.draw.palette import GREY, INK, PAPER
 
 CELL, LEFT, TOP = 22, 330, 110
 RED = (214, 40, 40)

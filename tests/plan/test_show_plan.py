@@ -9,9 +9,9 @@ from support.cli import good, refused
 
 from visattn import Grid, TokenLayout
 from visattn.cli.show_plan import layer_paths
-from visattn.draw.canvas import PAPER
-from visattn.draw.plan_picture import COLORS, draw_plan
-from visattn.patterns import Dense, Diagonal, Neighborhood, Radial, Skip, SlidingTile
+from visattn.draw.palette import PAPER, rgb
+from visattn.draw.plan_picture import draw_plan
+from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Radial, Skip, SlidingTile
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Denoiser, Plan, Rule
 from visattn.plan.show.plan_view import view_plan
@@ -38,6 +38,8 @@ PLAN = Plan(
     evidence={"psnr": list(range(100)), "heads": {str(n): n for n in range(20)}},
     provenance={"kind": "search", "seed": 3},
 )
+
+COLORS = {name: rgb(kind.color) for name, kind in PATTERNS.items()}
 
 
 @pytest.fixture

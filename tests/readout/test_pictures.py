@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from visattn import Grid, TokenLayout
-from visattn.draw.canvas import PAPER
 from visattn.draw.heat import RAMP, heat_picture, legend, top_of
-from visattn.draw.pattern_picture import MARGIN, OWN
+from visattn.draw.palette import PAPER, QUERY
+from visattn.draw.pattern_picture import MARGIN
 from visattn.inject import Observation
 from visattn.readout import Sampler
 from visattn.readout.detail import _frames, draw_detail
@@ -87,7 +87,7 @@ def test_what_is_drawn_of_known_heads():
 def corners(image, side):
     """Where red outlines of ``side`` pixels and one have their upper left corner."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    red = (pixels.view(image.height, image.width, 3) == torch.tensor(OWN)).all(2)
+    red = (pixels.view(image.height, image.width, 3) == torch.tensor(QUERY)).all(2)
     y, x = red[1 : -side - 1, 1 : -side - 1].nonzero().add(1).unbind(1)
     found = red[y, x + side] & red[y + side, x] & red[y + side, x + side]
     found &= ~(red[y, x - 1] | red[y - 1, x] | red[y + 1, x + 1])
@@ -145,9 +145,9 @@ def test_frames_show_every_token_in_its_place(filmed):
         at = (int(t) * step + int(w) * scale + 20, top + int(h) * scale + 20)
         assert image.getpixel(at) == RAMP[round(float(value.log10()) * 253)]
     ring = (step + 3 * scale + 1, 2 * scale + 20)
-    assert image.getpixel((ring[0], top + ring[1])) == OWN
+    assert image.getpixel((ring[0], top + ring[1])) == QUERY
     if filmed:
-        assert image.getpixel((ring[0], 26 + ring[1])) == OWN
+        assert image.getpixel((ring[0], 26 + ring[1])) == QUERY
         still = image.crop((2 * step, 26, 2 * step + 200, 26 + 160))
         mean = torch.frombuffer(bytearray(still.tobytes()), dtype=torch.uint8).view(-1, 3)
         mean = mean.float().mean(0) / 255
@@ -170,7 +170,7 @@ def test_detail_of_a_query():
     )
     assert plain.width == filmed.width == 2294
     assert plain.height < filmed.height
-    assert {RAMP[0], RAMP[253], OWN} <= {color for _, color in plain.getcolors(1 << 22)}
+    assert {RAMP[0], RAMP[253], QUERY} <= {color for _, color in plain.getcolors(1 << 22)}
 
 
 @pytest.mark.parametrize(

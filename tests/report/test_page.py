@@ -11,9 +11,11 @@ import pytest
 from support.example import example_report, example_videos
 
 import visattn.report
+from visattn.draw.palette import SPARE, contrast, rgb
 from visattn.media.mp4_timing import timing_of
+from visattn.patterns.base.head_pattern import KINDS
 from visattn.report import render_page, write_page
-from visattn.report.colors import COLORS, OTHERS, contrast, families_of
+from visattn.report.colors import families_of
 from visattn.report.markup import figure, interval, plain, put
 from visattn.report.stencil_figure import stencil_data
 
@@ -260,13 +262,14 @@ def test_small_writing():
 
 
 def test_families_have_fixed_colours_and_letters_of_their_own():
-    found = families_of([*COLORS, "made up", "made_up_too", ""])
+    colors = {name: kind.color for name, kind in KINDS.items()}
+    found = families_of([*colors, "made up", "made_up_too", ""])
     letters = [family.letters for family in found]
     assert len(set(letters)) == len(letters) and all(1 <= len(x) <= 3 for x in letters)
-    assert {family.name: family.color for family in found}.items() >= COLORS.items()
+    assert {family.name: family.color for family in found}.items() >= colors.items()
     assert [x.letters for x in families_of(["skip", "stencil"])] == ["S", "Sk"]
-    assert all(contrast(x.ink, x.color) >= 4.5 for x in found)
-    assert len({*COLORS.values(), *OTHERS}) == len(COLORS) + len(OTHERS)
+    assert all(contrast(rgb(x.ink), rgb(x.color)) >= 4.5 for x in found)
+    assert len({*colors.values(), *SPARE}) == len(colors) + len(SPARE)
 
 
 def test_frames_and_size_are_read_from_the_file(tmp_path):

@@ -12,13 +12,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from visattn._atomic import write_whole
+from visattn.draw.palette import INK, PAPER, Color
 
-__all__ = ["GREY", "INK", "PAPER", "Color", "cells_picture", "font", "save_png", "wrapped", "write"]
+__all__ = ["cells_picture", "font", "save_png", "wrapped", "write"]
 
-Color = tuple[int, int, int]
-PAPER: Color = (255, 255, 255)
-INK: Color = (28, 33, 40)
-GREY: Color = (101, 109, 118)
 GAP_FROM = 16  # cells of so many pixels are set apart by a line of paper
 
 

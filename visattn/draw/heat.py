@@ -7,12 +7,11 @@ import math
 import torch
 from PIL import Image, ImageDraw
 
-from visattn.draw.canvas import GREY, PAPER, Color, cells_picture, font, write
-from visattn.draw.pattern_picture import EMPTY, KEPT
+from visattn.draw.canvas import cells_picture, font, write
+from visattn.draw.palette import GREY, HEAT, PAPER, Color
 
 __all__ = ["heat_picture", "legend", "top_of"]
 
-STOPS: tuple[Color, ...] = (EMPTY, (150, 188, 212), (72, 126, 176), KEPT, (12, 20, 44))
 LEVELS = 254  # besides one for places that there are not
 MOST = 5  # powers of ten on the scale
 
@@ -21,11 +20,11 @@ def _ramp() -> tuple[Color, ...]:
     """``LEVELS`` colours from light to dark, and that of the paper."""
     colors: list[Color] = []
     for level in range(LEVELS):
-        place = level / (LEVELS - 1) * (len(STOPS) - 1)
-        low = min(int(place), len(STOPS) - 2)
+        place = level / (LEVELS - 1) * (len(HEAT) - 1)
+        low = min(int(place), len(HEAT) - 2)
         red, green, blue = (
             round(a + (b - a) * (place - low))
-            for a, b in zip(STOPS[low], STOPS[low + 1], strict=True)
+            for a, b in zip(HEAT[low], HEAT[low + 1], strict=True)
         )
         colors.append((red, green, blue))
     return (*colors, PAPER)

@@ -10,20 +10,26 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 
-from visattn.draw.canvas import GAP_FROM, GREY, PAPER, Color, cells_picture, wrapped, write
+from visattn.draw.canvas import GAP_FROM, cells_picture, wrapped, write
+from visattn.draw.palette import (
+    EMPTY,
+    GREY,
+    GRID_BANDS,
+    KEPT,
+    PAPER,
+    PARTIAL,
+    QUERY,
+    SHORT,
+    WHOLE_TEXT,
+    Color,
+)
 from visattn.draw.pattern_view import CLASSES, PatternView
 from visattn.geometry.orders import SequenceBlocks
 
 __all__ = ["arranged", "draw_view", "frames_picture", "mask_picture"]
 
 Strip = list[tuple[float, float, Color]]  # begin and end as shares of an axis
-EMPTY: Color = (234, 238, 242)
-KEPT: Color = (36, 71, 117)
-OWN: Color = (214, 48, 42)
-CLASS_COLORS = dict(
-    zip(CLASSES, (EMPTY, KEPT, (62, 145, 128), (135, 104, 178), (229, 160, 62)), strict=True)
-)
-GRID_COLORS: tuple[Color, Color] = ((160, 169, 180), (205, 211, 218))
+CLASS_COLORS = dict(zip(CLASSES, (EMPTY, KEPT, WHOLE_TEXT, SHORT, PARTIAL), strict=True))
 
 SIDE, SAMPLES = 1024, 512  # pixels of a square panel; most rows and columns of cells in it
 LARGEST_CELL, LARGEST_TOKEN = 128, 40  # pixels, in a panel and in a frame
@@ -85,7 +91,7 @@ def frames_picture(
         ring = 0 if scale >= GAP_FROM else RING
         right, lower = (min(z + scale + ring, n) - 1 for z, n in zip((x, y), out.size, strict=True))
         box = (max(0, x - ring), y - ring, right, lower)
-        ImageDraw.Draw(out).rectangle(box, outline=OWN, width=max(RING - 1, scale // 7))
+        ImageDraw.Draw(out).rectangle(box, outline=QUERY, width=max(RING - 1, scale // 7))
     return out, own.seen.numel()
 
 
@@ -115,7 +121,7 @@ def _block_strip(blocks: SequenceBlocks) -> Strip:
 
 
 def _segment_color(kind: str, number: int) -> Color:
-    return GRID_COLORS[number % 2] if kind == "grid" else CLASS_COLORS["text"]
+    return GRID_BANDS[number % 2] if kind == "grid" else CLASS_COLORS["text"]
 
 
 def _panel(
@@ -148,13 +154,13 @@ def _mask_panel(view: PatternView, picture: Image.Image) -> Image.Image:
     if length > SAMPLES:
         note += f", sampled at {SAMPLES} of each"
     legend = {"kept": KEPT, "not kept": EMPTY}
-    legend |= {"frames, by turns": GRID_COLORS[0]} if view.layout.grids else {}
+    legend |= {"frames, by turns": GRID_BANDS[0]} if view.layout.grids else {}
     if any(part.grid is None for part in view.layout.segments):
         legend["text or prefix"] = CLASS_COLORS["text"]
     out = _panel("Token pairs", note, picture, strip, strip, legend)
     row = 104 + STRIP + 8 + int((view.query + 0.5) / length * picture.height)
     tip = INDENT - STRIP - 12
-    ImageDraw.Draw(out).polygon([(tip, row), (tip - 15, row - 9), (tip - 15, row + 9)], OWN)
+    ImageDraw.Draw(out).polygon([(tip, row), (tip - 15, row - 9), (tip - 15, row + 9)], QUERY)
     return out
 
 

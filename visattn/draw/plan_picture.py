@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-from visattn.draw.canvas import GREY, INK, PAPER, Color, font, wrapped, write
+from visattn.draw.canvas import font, wrapped, write
+from visattn.draw.palette import GREY, INK, PAPER, Color, pattern_colors, readable_ink, rgb
 from visattn.patterns import Dense, HeadPattern, Skip
 from visattn.plan.rule import ANY, PASSES
 from visattn.plan.show.plan_view import PlanRow, PlanView, mean_of, pass_words
@@ -23,28 +24,6 @@ MOST_CELLS = 400_000
 # widths, heights and text sizes of a cell, the largest that fits is taken
 CELLS = ((62, 44, 20), (40, 30, 15), (28, 22, 11), (14, 14, 0), (6, 6, 0), (2, 2, 0))
 MOST_PATTERNS = 24  # that are written out
-COLORS: dict[str, Color] = {
-    "dense": (198, 205, 213),
-    "skip": (72, 78, 86),
-    "radial": (36, 71, 117),
-    "neighborhood": (229, 160, 62),
-    "sliding_tile": (62, 145, 128),
-    "diagonal": (96, 158, 210),
-    "multi_diagonal": (135, 104, 178),
-    "stripe": (204, 121, 160),
-    "stencil": (178, 84, 58),
-    "union": (132, 146, 62),
-}
-OTHERS: tuple[Color, ...] = (
-    (0, 114, 130),
-    (166, 118, 29),
-    (160, 40, 90),
-    (90, 120, 60),
-    (110, 90, 210),
-    (210, 100, 40),
-    (60, 60, 130),
-    (150, 150, 110),
-)
 
 
 def draw_plan(view: PlanView, *, title: str) -> Image.Image:
@@ -119,11 +98,10 @@ def _row_at(rows: Sequence[PlanRow], phase: int, pass_: str) -> PlanRow:
 
 
 def _colors(view: PlanView) -> dict[str, Color]:
-    """The colour of each family of patterns in a plan."""
+    """Return the colour of each kind of pattern in a plan."""
     families = list(dict.fromkeys(pattern.name for pattern in view.names))
-    others = [name for name in families if name not in COLORS]
-    spare = {name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)}
-    return {name: COLORS.get(name) or spare[name] for name in families}
+    colors = pattern_colors(families)
+    return {name: rgb(colors[name]) for name in families}
 
 
 def _head(view: PlanView, title: str, width: int) -> Image.Image:
@@ -242,7 +220,7 @@ def _cell_text(
     wide, high, letters = size
     own = view.densities[pattern]
     density = "-" if own is None else f"{own:.2f}".removeprefix("0")
-    ink = PAPER if sum(color) < 420 else INK
+    ink = readable_ink(color)
     lines = [(view.names[pattern], letters * 2 // 3), (density, letters)]
     if letters < 15:
         lines = lines[1:]

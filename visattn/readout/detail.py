@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 
-from visattn.draw.canvas import GREY, PAPER, font, wrapped, write
+from visattn.draw.canvas import font, wrapped, write
 from visattn.draw.heat import heat_picture, legend, top_of
-from visattn.draw.pattern_picture import INDENT, LABEL, MARGIN, OWN, WIDTH, arranged
+from visattn.draw.palette import GREY, PAPER, QUERY
+from visattn.draw.pattern_picture import INDENT, LABEL, MARGIN, WIDTH, arranged
 from visattn.geometry.layout import on_cpu
 from visattn.readout.overview import bars, by_distance, percent, seen_around, titled
 from visattn.readout.sampler import HeadReadout, Key, Sampler
@@ -139,7 +140,7 @@ def _frames(
     out = Image.new("RGB", (across * step_x - GAP, bands * step_y - GAP), PAPER)
     for number, frame in enumerate(shown.tolist()):
         x, y = number % across * step_x, number // across * step_y
-        write(out, x, y, f"t={frame}", 20, OWN if frame == query[0] else GREY)
+        write(out, x, y, f"t={frame}", 20, QUERY if frame == query[0] else GREY)
         y += LABEL
         if video is not None:
             out.paste(_still(video, frame, latents[0], wide, tall), (x, y))
@@ -157,7 +158,7 @@ def _ring(out: Image.Image, left: int, upper: int, scale: int) -> None:
     ring, draw = 0 if scale >= 16 else 3, ImageDraw.Draw(out)
     box = (max(0, left - ring), upper - ring, left + scale + ring - 1, upper + scale + ring - 1)
     draw.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), outline=PAPER, width=2)
-    draw.rectangle(box, outline=OWN, width=max(2, scale // 9))
+    draw.rectangle(box, outline=QUERY, width=max(2, scale // 9))
 
 
 def _still(video: torch.Tensor, frame: int, latents: int, wide: int, tall: int) -> Image.Image:
@@ -181,12 +182,12 @@ def _around(values: torch.Tensor, distance: torch.Tensor, power: int) -> Image.I
     for number, frame in enumerate(values):
         offset = number - middle
         label = f"frame t{offset:+d}" if offset else "own frame"
-        write(out, x, 0, label, 20, GREY if offset else OWN)
+        write(out, x, 0, label, 20, GREY if offset else QUERY)
         out.paste(heat_picture(frame, power, scale, scale), (x, LABEL))
         if not offset:
             left, upper = x + columns // 2 * scale, LABEL + rows // 2 * scale
             box = (left - 1, upper - 1, left + scale, upper + scale)
-            ImageDraw.Draw(out).rectangle(box, outline=OWN, width=2)
+            ImageDraw.Draw(out).rectangle(box, outline=QUERY, width=2)
         x += columns * scale + GAP
     if len(distance) > 1:
         x += 2 * GAP

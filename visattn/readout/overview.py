@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 from PIL import Image, ImageDraw
 
-from visattn.draw.canvas import GREY, INK, PAPER, Color, font, wrapped, write
+from visattn.draw.canvas import font, wrapped, write
 from visattn.draw.heat import heat_picture, legend, top_of
-from visattn.draw.pattern_picture import OWN
+from visattn.draw.palette import BAR, GREY, INK, LOW_SHARE, PAPER, QUERY
 from visattn.readout.measures import FEW_TILES
 from visattn.readout.sampler import HeadReadout, Key, Sampler
 
@@ -20,9 +20,7 @@ MARGIN, GAP = 72, 12
 MOST_WIDTH = 4000  # of the picture, before a token is drawn smaller
 LEAST_WIDTH, MOST_WORDS = 1500, 2150  # of its head
 SCALES = (4, 3, 2, 1)  # pixels of a token
-FEW: Color = (26, 127, 84)  # of shares that are small
 LAYER_WIDTH = 120
-BAR: Color = (120, 134, 150)
 
 
 def seen_around(sampler: Sampler, key: Key) -> torch.Tensor:
@@ -231,7 +229,8 @@ def _layer_row(
         _cell(out, x, around[place], shared[place], power, cells)
         y = cells.high + 6
         share = line.shares.tile_share
-        wide = write(out, x, y, percent(share), cells.label, FEW if share <= few + 1e-9 else INK)
+        ink = LOW_SHARE if share <= few + 1e-9 else INK
+        wide = write(out, x, y, percent(share), cells.label, ink)
         if cells.small:
             words = line.shares.tiling
             words += f", text {percent(line.shares.text)}" if has_text else ""
@@ -258,7 +257,7 @@ def _cell(
     row, column = (side // 2 for side in around.shape[1:])
     left, upper = x + cells.lefts[cells.frames // 2] + column * scale, row * scale
     box = (left - 1, upper - 1, left + scale, upper + scale)
-    ImageDraw.Draw(out).rectangle(box, outline=OWN)
+    ImageDraw.Draw(out).rectangle(box, outline=QUERY)
     out.paste(heat_picture(shared, power, cells.shared, cells.shared), (x + cells.lefts[-1], 0))
 
 
@@ -280,7 +279,7 @@ def bars(
     left = right - wide * count
     for number, value in enumerate((values / values.max().clamp(min=1e-9)).tolist()):
         high = max(1, round(value * height))
-        color = OWN if number == count // 2 else BAR
+        color = QUERY if number == count // 2 else BAR
         edge = left + (number + 1) * wide - (1 if wide < 3 else 1 + -(-wide // 8))
         draw.rectangle((left + number * wide, lower - high, edge, lower - 1), color)
     return left, wide

@@ -1,7 +1,7 @@
-"""Colours and signs that mean the same on every page.
+"""How patterns and kinds of plans look on every page: colours, letters and marks.
 
-Hues say the group (Okabe and Ito's, which the colour-blind tell apart), lightness and the letters
-in a cell say the family.
+Colours of patterns are those of ``visattn.draw.palette``; the letters in a cell also identify the
+pattern.
 """
 
 from __future__ import annotations
@@ -9,26 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from visattn.draw.palette import PAGE_INKS, contrast, pattern_colors, rgb
 from visattn.report.markup import Html, joined, put
 
-__all__ = ["KINDS", "Family", "contrast", "families_of", "kind_class", "kind_mark", "symbols"]
-
-COLORS = {
-    "stencil": "#0072b2", "dense": "#4d5660", "skip": "#c9ced3",
-    # boxes
-    "neighborhood": "#56b4e9", "sliding_tile": "#3a97cf", "block": "#8ccdf3",
-    "shifted_block": "#2b7fb3", "grid_blocks": "#aadbf7", "halo": "#1f6690",
-    # bands and columns
-    "diagonal": "#e69f00", "multi_diagonal": "#d55e00", "radial": "#f3bd4b", "sharded": "#a64a00",
-    "stripe": "#b97f00",
-    # patterns of patterns
-    "union": "#009e73", "axis_order": "#57c4a2", "online_choice": "#00795a", "reuse": "#8fd9c1",
-    # chosen anew for each input
-    "top_blocks": "#cc79a7", "pyramid": "#a8588a", "pisa": "#e3a8c8", "sparge": "#8a3f6f",
-    "vmoba": "#f0c9de", "moba": "#b9699a",
-}
-INKS = ("#ffffff", "#000000")
-OTHERS = ("#f0e442", "#bdb320", "#7f6bb5", "#a594d6", "#8c6d4f", "#c4a484")
+__all__ = ["KINDS", "Family", "families_of", "kind_class", "kind_mark", "symbols"]
 
 
 class Family(NamedTuple):
@@ -41,28 +25,12 @@ class Family(NamedTuple):
 
 
 def families_of(names: Iterable[str]) -> list[Family]:
-    """A colour and letters for each family, those of the fixed table first."""
-    found: list[Family] = []
-    present = set(names)
-    for name in [*(name for name in COLORS if name in present), *sorted(present - set(COLORS))]:
-        spare = sum(family.name not in COLORS for family in found)
-        color = COLORS.get(name, OTHERS[spare % len(OTHERS)])
-        _, ink = max((contrast(ink, color), ink) for ink in INKS)
-        letters = _letters(name, {family.letters for family in found})
-        found.append(Family(name, color, ink, letters))
-    return found
-
-
-def contrast(one: str, other: str) -> float:
-    """Of two colours, from 1 to 21, as WCAG 2 defines it."""
-    dark, light = sorted((_luminance(one), _luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def _luminance(color: str) -> float:
-    parts = (int(color[at : at + 2], 16) / 255 for at in (1, 3, 5))
-    linear = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
-    return sum(share * x for share, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    """Return a colour and letters for each pattern, in the order of the palette."""
+    families: list[Family] = []
+    for name, color in pattern_colors(names).items():
+        ink = max(PAGE_INKS, key=lambda ink: contrast(rgb(ink), rgb(color)))
+        families.append(Family(name, color, ink, _letters(name, {x.letters for x in families})))
+    return families
 
 
 def _letters(name: str, taken: set[str]) -> str:

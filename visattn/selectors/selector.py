@@ -111,7 +111,6 @@ class Selector(HeadPattern):
     """
 
     family: ClassVar[str] = "dynamic"
-    color: ClassVar[str] = "#cc79a7"
     example: ClassVar[str]
     reusable: ClassVar[bool] = True
 

@@ -47,6 +47,7 @@ class Agent(HeadPattern):
     second: float | None = None
     shortcut: float = 0.075
     name: ClassVar[str] = "agent"
+    family: ClassVar[str] = "dynamic"
     color: ClassVar[str] = "#a5678a"
     example: ClassVar[str] = "agent((1, 3, 3))"
 
