@@ -1,1 +1,1 @@
-"""Attention by the blocks that a selector chose."""
+"""Attention over the blocks that a selector chose."""

@@ -1,7 +1,7 @@
-"""Attention by a selection, in plain torch: only what is seen is computed.
+"""Attention over a selection in plain torch; only selected key blocks are computed.
 
-Rows (batch item, head, query block) that see equally many blocks of a level are gathered together;
-the levels of a row are disjoint key sets, whose results are merged by LSE.
+Rows (batch item, head, query block) that see about the same number of blocks at a level are
+processed together. The levels of a row are disjoint key sets, whose results are merged by LSE.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHUNK = 1 << 22  # gathered key elements, or logits, of one product
 
 
 class _Rows:
-    """Results of the rows so far: output ``[R, block_q, D]`` and LSE ``[R, block_q]``."""
+    """Accumulated results of the rows: output ``[R, block_q, D]`` and LSE ``[R, block_q]``."""
 
     def __init__(self, q: torch.Tensor, dtype: torch.dtype) -> None:
         self.out = torch.zeros(q.shape, dtype=dtype, device=q.device)
@@ -41,11 +41,11 @@ class _Rows:
     def add(
         self, rows: torch.Tensor, logits: torch.Tensor, v: torch.Tensor, shift: torch.Tensor | None
     ) -> None:
-        """Merge the attention of rows over one key set; ``shift`` is added to its output."""
+        """Merge in the attention of rows over one key set, after adding ``shift`` to its output."""
         best = logits.amax(-1, keepdim=True)
         weights = (logits - best.masked_fill(best == -torch.inf, 0)).exp()
         total = weights.sum(-1)
-        # rows without a key of the set have gradients of 0, not of a logarithm of 0
+        # rows without a key in the set get gradient 0 instead of the gradient of log(0)
         nothing = total == 0
         safe = total.masked_fill(nothing, 1)
         out = weights @ v / safe[..., None]
@@ -55,10 +55,10 @@ class _Rows:
         before = self.lse[rows]
         gone = nothing & (before == -torch.inf)
         finite = torch.logaddexp(before.masked_fill(gone, 0), lse.masked_fill(gone, 0))
-        both = finite.masked_fill(gone, -torch.inf)
-        own, other = (lse - finite).exp(), (before - finite).exp()
-        self.out[rows] = self.out[rows] * other[..., None] + out * own[..., None]
-        self.lse[rows] = both
+        merged = finite.masked_fill(gone, -torch.inf)
+        new_share, old_share = (lse - finite).exp(), (before - finite).exp()
+        self.out[rows] = self.out[rows] * old_share[..., None] + out * new_share[..., None]
+        self.lse[rows] = merged
 
 
 def attend(
@@ -70,27 +70,32 @@ def attend(
     text_lengths: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by a selection.
+    """Compute attention over a selection.
 
     Args:
-        q: ``[B, H, L, D]``; k, v: ``[B, Hk, L, D]``; selection: of these heads.
-        text_lengths: int64 ``[B, text segments]`` or None.
+        q: queries ``[B, H, L, D]``.
+        k: keys ``[B, Hk, L, D]``.
+        v: values ``[B, Hk, L, D]``.
+        selection: the blocks that these heads see.
+        layout: the segments of the sequence.
+        text_lengths: valid text tokens, int64 ``[B, text segments]``, or None.
+        scale: factor of the logits.
 
     Returns:
-        Output in the dtype of q, and LSE float32 (float64 for float64) ``[B, H, L]``, of the keys
-        that are seen with the weights that they have.
+        The output in the dtype of q, and the LSE over the visible keys with their weights, float32
+        (float64 for float64 inputs) ``[B, H, L]``.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, _, dim = q.shape
     q_side, k_side = selection.q_side, selection.k_side
     q, wrong = set_aside(q)
-    own = q_side.take(q).to(wide)
-    num_q, num_k = own.shape[2], len(k_side)
-    rows_q = own.reshape(batch * heads * num_q, q_side.size, dim)
-    keys, values = k_side.take(k).to(wide), k_side.take(v).to(wide)
+    q_blocks = q_side.take(q).to(acc_dtype)
+    num_q, num_k = q_blocks.shape[2], len(k_side)
+    rows_q = q_blocks.reshape(batch * heads * num_q, q_side.size, dim)
+    keys, values = k_side.take(k).to(acc_dtype), k_side.take(v).to(acc_dtype)
     key_heads = keys.shape[1]
     exists = valid_block_tokens(k_side, layout, text_lengths)
-    results = _Rows(rows_q, wide)
+    results = _Rows(rows_q, acc_dtype)
     levels = selection.levels.reshape(-1, num_k)
     share = heads // key_heads
     alone = q_side.size == 1 and selection.values == (1,)
@@ -111,15 +116,15 @@ def attend(
             shift = value_slope(keys, values, means.keys, k_side, scale)
             shift = shift.repeat_interleave(share, 1).flatten(0, 1)
         for rows, columns, seen in _gathers(levels == value, flat_k.shape[1] * dim, q_side.size):
-            own_q = rows_q[rows]
+            row_queries = rows_q[rows]
             block = columns + first[rows][:, None]
-            logits = own_q @ flat_k[block].flatten(1, 2).mT * scale
+            logits = row_queries @ flat_k[block].flatten(1, 2).mT * scale
             if means.spread is not None:
                 spread = means.spread.flatten(0, 2)[block].flatten(1, 2)
-                logits += (own_q * scale).square() @ spread.mT / 2
+                logits += (row_queries * scale).square() @ spread.mT / 2
             bias = flat_bias[block].masked_fill(~seen[..., None], -torch.inf)
             logits += bias.flatten(1, 2)[:, None]
-            moved = None if shift is None else own_q @ shift[rows // num_q]
+            moved = None if shift is None else row_queries @ shift[rows // num_q]
             results.add(rows, logits, flat_v[block].flatten(1, 2), moved)
     if isinstance(selection.rest, SampledRest):
         _add_sample(results, rows_q, k, v, selection, layout, scale)
@@ -129,9 +134,9 @@ def attend(
         factor, extra = selection.correction
         out = out * factor[..., None, None] + extra[..., None, :]
     length = q.shape[2]
-    own_lse = to_tokens(lse[..., None], q_side, length)[..., 0]
-    own_out = to_tokens(out, q_side, length) + wrong[..., None]
-    return own_out.to(q.dtype), own_lse + wrong
+    token_lse = to_tokens(lse[..., None], q_side, length)[..., 0]
+    token_out = to_tokens(out, q_side, length) + wrong[..., None]
+    return token_out.to(q.dtype), token_lse + wrong
 
 
 def _by_columns(
@@ -143,25 +148,33 @@ def _by_columns(
     levels: torch.Tensor,
     scale: float,
 ) -> None:
-    """Rows of one query each, key block by key block: the queries that see a block are gathered,
-    and not the keys of each query."""
+    """Compute rows of one query each, one key block at a time.
+
+    This gathers the queries that see a block, instead of the keys that each query sees.
+    """
     batch, heads, num_q, num_k = levels.shape
     share = heads // keys.shape[1]
     for b in range(batch):
         for h in range(heads):
-            own = h // share
+            key_head = h // share
             first = (b * heads + h) * num_q
             for column in range(num_k):
                 rows = first + levels[b, h, :, column].nonzero()[:, 0]
                 if len(rows):
-                    logits = rows_q[rows] @ keys[b, own, column].mT * scale
-                    results.add(rows, logits + bias[b, own, column], values[b, own, column], None)
+                    logits = rows_q[rows] @ keys[b, key_head, column].mT * scale
+                    bias_row = bias[b, key_head, column]
+                    results.add(rows, logits + bias_row, values[b, key_head, column], None)
 
 
 class Means(NamedTuple):
-    """What the rows see of a key block at a level: keys and values ``[B, h, Nk, m, D]``, the
-    logarithm of their weights ``[B, h, Nk, m]``, minus infinity where nothing is, and the variances
-    of the keys, or None. ``h`` is the heads of the keys, or of the queries."""
+    """The key blocks at one level; ``h`` is the number of key heads, or of query heads.
+
+    Attributes:
+        keys: keys or mean keys, ``[B, h, Nk, m, D]``.
+        values: values or mean values, ``[B, h, Nk, m, D]``.
+        bias: logarithms of their weights, ``[B, h, Nk, m]``; minus infinity for absent ones.
+        spread: variances of the keys, in the shape of ``keys``, or None.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -176,9 +189,10 @@ def means_of(
     values: torch.Tensor,
     exists: torch.Tensor,
 ) -> Means:
-    """The means of key blocks at a level.
+    """Return the keys and values that rows see of each key block at a level.
 
     Args:
+        selection: the selection, for its blocks, weights and variance term.
         value: the level.
         keys: ``[B, Hk, Nk, size, D]``.
         values: ``[B, Hk, Nk, size, D]``.
@@ -189,22 +203,26 @@ def means_of(
         count = exists.expand(keys.shape[:4]).to(keys)
         return Means(keys, values, count.log(), None)
     if value == BLOCK and selection.weights is not None:
-        own_k, own_v, bias = weighted_means(selection, keys, values)
-        return Means(own_k[..., None, :], own_v[..., None, :], bias[..., None], None)
-    own_k, number = block_parts(keys, there, pool)
-    own_v, _ = block_parts(values, there, pool)
-    bias = number.expand(own_k.shape[:4]).to(keys).log()
+        mean_k, mean_v, bias = weighted_means(selection, keys, values)
+        return Means(mean_k[..., None, :], mean_v[..., None, :], bias[..., None], None)
+    mean_k, number = block_parts(keys, there, pool)
+    mean_v, _ = block_parts(values, there, pool)
+    bias = number.expand(mean_k.shape[:4]).to(keys).log()
     if not selection.variance:
-        return Means(own_k, own_v, bias, None)
+        return Means(mean_k, mean_v, bias, None)
     squares, _ = block_parts(keys.square(), there, pool)
-    return Means(own_k, own_v, bias, (squares - own_k.square()).clamp(min=0))
+    return Means(mean_k, mean_v, bias, (squares - mean_k.square()).clamp(min=0))
 
 
 def _gathers(
     seen: torch.Tensor, per_block: int, queries: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Rows of ``seen`` ``[R, N]`` that see something, in parts of bounded size and of about equal
-    number: row numbers ``[r]``, the blocks that each sees ``[r, n]``, and which of them count."""
+    """Group the rows of ``seen`` ``[R, N]`` that see about the same number of blocks.
+
+    Yields:
+        For each group of bounded size: row numbers ``[r]``, block numbers ``[r, n]``, and which of
+        these the row really sees, bool ``[r, n]``.
+    """
     counts = seen.sum(1)
     order = counts.argsort(descending=True, stable=True)
     sizes = counts[order].tolist()
@@ -218,7 +236,7 @@ def _gathers(
         rows = order[begin:end]
         columns = seen[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :widest]
         counted = seen[rows].gather(1, columns)
-        # what does not count is a block that the row sees: a weight of 0 does not mask a NaN
+        # padding repeats a block that the row sees: a weight of 0 would not mask a NaN elsewhere
         yield rows, torch.where(counted, columns, columns[:, :1]), counted
         begin = end
 
@@ -232,14 +250,16 @@ def _add_sample(
     layout: TokenLayout,
     scale: float,
 ) -> None:
+    """Merge in the sampled keys of a SampledRest."""
     assert isinstance(selection.rest, SampledRest)
     heads, num_q = selection.levels.shape[1:3]
-    wide = rows_q.dtype
+    acc_dtype = rows_q.dtype
     tokens = sampled_tokens(selection.rest, layout, k.device)
-    bias = sampled_bias(selection, tokens, layout, wide)
+    bias = sampled_bias(selection, tokens, layout, acc_dtype)
     share = heads // k.shape[1]
     keys, values = (
-        x.index_select(2, tokens).to(wide).repeat_interleave(share, 1).flatten(0, 1) for x in (k, v)
+        x.index_select(2, tokens).to(acc_dtype).repeat_interleave(share, 1).flatten(0, 1)
+        for x in (k, v)
     )
     flat = bias.reshape(-1, len(tokens))
     step = max(1, CHUNK // (len(tokens) * max(rows_q.shape[1], k.shape[3])))

@@ -1,4 +1,5 @@
-"""The oracle of attention by a selection: every token or mean that a row sees, in one softmax."""
+"""Reference implementation of attention over a selection: one softmax per row, over all its tokens
+and means."""
 
 from __future__ import annotations
 
@@ -25,35 +26,37 @@ def reference_attend(
     text_lengths: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and results as ``attend``; one batch item, head and query block after the other,
-    with all logits of it in memory."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    """Compute attention over a selection, one batch item, head and query block at a time.
+
+    Takes and returns the same as ``attend``; holds all logits of a query block in memory.
+    """
+    acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=acc_dtype, device=q.device)
     valid = None if text_lengths is None else valid_keys(text_lengths, layout)
     q, wrong = set_aside(q)
     q_side, k_side, rest = selection.q_side, selection.k_side, selection.rest
     share = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            keys, values = k[b, h // share].to(wide), v[b, h // share].to(wide)
-            own = None if valid is None else valid[b]
+            keys, values = k[b, h // share].to(acc_dtype), v[b, h // share].to(acc_dtype)
+            valid_tokens = None if valid is None else valid[b]
             k_blocks = _blocks(k_side, b, h)
             q_blocks = _blocks(q_side, b, h)
             for i, q_tokens in enumerate(q_blocks):
                 if len(q_tokens) == 0:
                     continue
-                query = q[b, h, q_tokens].to(wide)
+                query = q[b, h, q_tokens].to(acc_dtype)
                 seen = selection.levels[b, h, i].tolist()
                 logits, sums = [], []
                 pooled = []  # the logits of whole blocks
                 for number, (block, level) in enumerate(zip(k_blocks, seen, strict=True)):
                     if level == 0 or len(block) == 0:
                         continue
-                    tokens = block if own is None else block[own[block]]
+                    tokens = block if valid_tokens is None else block[valid_tokens[block]]
                     size = min(level, k_side.size)
                     if level == BLOCK and selection.weights is not None:
-                        weight = selection.weights[b, h, number, : len(block)].to(wide)
+                        weight = selection.weights[b, h, number, : len(block)].to(acc_dtype)
                         entropy = -(weight * weight.clamp(min=1e-300).log()).sum()
                         logits.append(query @ (weight @ keys[block]) * scale + entropy)
                         sums.append((weight @ values[block]).expand_as(query))
@@ -89,7 +92,7 @@ def reference_attend(
 
 
 def _blocks(side: BlockPartition, b: int, h: int) -> list[torch.Tensor]:
-    """The tokens of each block."""
+    """Return the tokens of each block for batch item ``b`` and head ``h``."""
     b, h = min(b, side.tokens.shape[0] - 1), min(h, side.tokens.shape[1] - 1)
     lengths = side.length[b, h].tolist()
     return [side.tokens[b, h, n, :length] for n, length in enumerate(lengths)]
@@ -98,7 +101,7 @@ def _blocks(side: BlockPartition, b: int, h: int) -> list[torch.Tensor]:
 def _slope(
     side: BlockPartition, blocks: list[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """Sum over grid keys of (key - mean of its block) x value, and their number."""
+    """Return the sum over grid keys of (key - mean of its block) x value, and their number."""
     slope = keys.new_zeros(keys.shape[1], values.shape[1])
     count = 0
     for block, is_grid in zip(blocks, side.grid.tolist(), strict=True):
@@ -120,7 +123,7 @@ def _sample(
     seen: list[int],
     scale: float,
 ) -> None:
-    """Add the sampled keys of the blocks that are not seen."""
+    """Append the sampled keys of unselected blocks to ``logits`` and ``sums``."""
     unseen: list[int] = []
     for block, level in zip(blocks, seen, strict=True):
         unseen += block.tolist() if level == 0 else []

@@ -1,4 +1,4 @@
-"""Attention by a selection, computed by the Triton kernels."""
+"""Attention over a selection, computed by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["kernel_attend"]
 
-MOST_POOLS = 4  # levels that are read as units
-WASTE = 1.25  # tokens of padded blocks over those of blocks, up to which they are read as tiles
+MOST_POOLS = 4  # most levels that one launch reads as pooled units
+WASTE = 1.25  # blocks are read as whole tiles if padding grows them by at most this factor
 
 
 def _settings(q: torch.Tensor, size: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and stages."""
+    """Return the queries and keys of a tile, the warps and the pipeline stages of a launch."""
     block_q, block_k, warps, stages = launch_of(q)[:4]
     while block_q >= 2 * max(16, size):
         block_q //= 2
@@ -52,13 +52,22 @@ def kernel_attend(
     settings: tuple[int, int, int, int] | None = None,
     reference: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Arguments and results as ``attend``; the LSE is float32. Besides, the largest logit less the
-    reference of each block pair, float32 ``[B, H, Nq, Nk]``.
+    """Compute attention over a selection by the kernels.
+
+    Takes the same arguments as ``attend``, and:
 
     Args:
-        settings: queries and keys of a tile, warps, stages; default: the launch table's.
-        reference: LSE ``[B, H, L]`` that the largest logits are taken from, at level 1; None, or
-            blocks that are too far from whole tiles: they are not recorded.
+        settings: queries and keys of a tile, warps, stages; default: those of the launch table.
+        reference: LSE ``[B, H, L]``. With it, the kernel records the largest value of logit minus
+            reference for block pairs at level 1, unless padding the blocks to whole tiles would
+            cost too much. None: nothing is recorded.
+
+    Returns:
+        The output in the dtype of q; the LSE, float32 ``[B, H, L]``; and the recorded values,
+        float32 ``[B, H, Nq, Nk]``, or None.
+
+    Raises:
+        ValueError: the kernels do not support the levels of the selection.
     """
     from visattn.kernels.levels import levels_forward
     from visattn.kernels.queries import queries_forward
@@ -89,9 +98,9 @@ def kernel_attend(
             warps=warps,
             stages=stages,
         ), None
-    wide = -(-size // block_n) * block_n
-    tiled = 1 in selection.values and wide <= WASTE * size
-    full = pack(((1, wide),)) if tiled else None
+    padded_size = -(-size // block_n) * block_n
+    tiled = 1 in selection.values and padded_size <= WASTE * size
+    full = pack(((1, padded_size),)) if tiled else None
     values = [x for x in selection.values if x != BLOCK and (x != 1 or not tiled)]
     pooled_keys, pools, unit = None, [], 0
     if values:
@@ -101,7 +110,7 @@ def kernel_attend(
         each = [-(-lane // unit) for lane in lanes]
         if len(values) > MOST_POOLS or (selection.variance and selection.weights is not None):
             raise ValueError(
-                f"levels {selection.values} with the rest {selection.rest} have no kernel; use "
+                f"no kernel supports levels {selection.values} with rest={selection.rest}; use "
                 "backend='blockwise'"
             )
         pooled_keys = pack(
@@ -162,8 +171,10 @@ def _keys(
     parts: tuple[tuple[int, int], ...],
     variance: bool = False,
 ) -> Keys:
-    """Keys and values by means of ``part`` tokens, ``width`` of them for a block, one kind after
-    the other."""
+    """Return the means of keys and values, for each (part, width) of ``parts`` in turn.
+
+    A block gives ``width`` means of ``part`` tokens each.
+    """
     from visattn.kernels.levels import Keys
     from visattn.kernels.summary import summarise
 
@@ -189,7 +200,7 @@ def _keys(
 
 
 def _weighted(k: torch.Tensor, v: torch.Tensor, selection: Selection, slots: int) -> Keys:
-    """One weighted mean of each block."""
+    """Return one weighted mean of each block."""
     from visattn.kernels.levels import Keys
 
     side = selection.k_side
@@ -203,7 +214,7 @@ def _weighted(k: torch.Tensor, v: torch.Tensor, selection: Selection, slots: int
 def _sample(
     k: torch.Tensor, v: torch.Tensor, selection: Selection, layout: TokenLayout, slots: int
 ) -> Keys:
-    """The sampled keys, and what each row counts them for."""
+    """Return the sampled keys, with the logarithm of their weight in each row."""
     from visattn.kernels.levels import Keys
 
     assert isinstance(selection.rest, SampledRest)

@@ -1,5 +1,7 @@
-"""Gradients of attention by a selection, by the kernels: of the blocks that were chosen, the choice
-itself being taken as it is."""
+"""Gradients of attention over a selection, computed by the kernels.
+
+The choice of blocks is treated as constant.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ __all__ = ["LevelAttention", "why_no_gradients"]
 
 
 def why_no_gradients(selector: Selector, selection: Selection) -> str | None:
-    """Why the kernels have no gradients of a selection's output, or None when they have."""
+    """Return why the kernels cannot compute the gradients of a selection, or None if they can."""
     if selector.records:
         return "the largest logits of its blocks are recorded"
     if selection.correction is not None:
@@ -83,10 +85,10 @@ def gradients(
     text_lengths: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v in their dtype.
+    """Return the gradients of q, k and v, in their dtypes.
 
-    The keys of each level are made of k and v by plain torch, which also carries their gradients
-    back; the kernels give those of the keys.
+    Plain torch computes the keys and values of each level from k and v, and propagates their
+    gradients back to k and v. The kernels compute the gradients of the level's keys and values.
     """
     from visattn.kernels.backward import delta_of
     from visattn.kernels.levels import Keys
@@ -99,7 +101,7 @@ def gradients(
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     (_, block_k), (block_q, _), warps, stages = backward_launch_of(q, spare=True)
     q_side, k_side = selection.q_side, selection.k_side
-    own_k, own_v = (x.detach().float().requires_grad_() for x in (k, v))
+    leaf_k, leaf_v = (x.detach().float().requires_grad_() for x in (k, v))
     first = True
 
     def back(
@@ -110,12 +112,12 @@ def gradients(
         level: int,
         kind: int,
     ) -> None:
-        """One set: keys ``[B, h, rows, D]`` that were made of own_k and own_v."""
+        """Add the gradients of one key set ``[B, h, rows, D]``, computed from leaf_k and leaf_v."""
         nonlocal first
         given = [x for x in (keys, values, spread) if x is not None]
         packed = [x.detach().to(q.dtype).contiguous() for x in given]
         lanes = Keys(packed[0], packed[1], (bias / math.log(2)).float().contiguous(), *packed[2:])
-        found = level_backward(
+        level_grads = level_backward(
             q,
             grad_out,
             lse,
@@ -136,28 +138,28 @@ def gradients(
         first = False
         shared = [
             grad.unflatten(1, (x.shape[1], -1)).sum(2)
-            for x, grad in zip(given, found, strict=False)
+            for x, grad in zip(given, level_grads, strict=False)
             if grad is not None
         ]
         torch.autograd.backward(given, shared, retain_graph=True)
 
     with torch.enable_grad():
-        blocks_k, blocks_v = k_side.take(own_k), k_side.take(own_v)
+        blocks_k, blocks_v = k_side.take(leaf_k), k_side.take(leaf_v)
         exists = valid_block_tokens(k_side, layout, text_lengths)
         for value in selection.values:
-            own = means_of(selection, value, blocks_k, blocks_v, exists)
-            spread = None if own.spread is None else own.spread.flatten(2, 3)
-            alone = own.keys.shape[3] == 1 and value == BLOCK
+            means = means_of(selection, value, blocks_k, blocks_v, exists)
+            spread = None if means.spread is None else means.spread.flatten(2, 3)
+            alone = means.keys.shape[3] == 1 and value == BLOCK
             kind = MEANS.value if alone else LIST.value
-            flat = (own.keys.flatten(2, 3), own.values.flatten(2, 3), spread)
-            back(*flat, own.bias.flatten(2), value, kind)
+            flat = (means.keys.flatten(2, 3), means.values.flatten(2, 3), spread)
+            back(*flat, means.bias.flatten(2), value, kind)
         if isinstance(selection.rest, SampledRest):
             tokens = sampled_tokens(selection.rest, layout, k.device)
             bias = sampled_bias(selection, tokens, layout, torch.float32)
-            keys, values = (x.index_select(2, tokens) for x in (own_k, own_v))
+            keys, values = (x.index_select(2, tokens) for x in (leaf_k, leaf_v))
             back(keys, values, None, bias, 0, SAMPLE.value)
     zero = torch.zeros((), device=q.device)
-    dk, dv = (zero.expand(x.shape) if x.grad is None else x.grad for x in (own_k, own_v))
+    dk, dv = (zero.expand(x.shape) if x.grad is None else x.grad for x in (leaf_k, leaf_v))
     if first:
         dq = dq.zero_()
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,4 +1,5 @@
-"""The largest logits of block pairs, as the kernel notes them beside attention."""
+"""The largest logit of each block pair, in plain torch; the Triton kernel records the same values
+while it computes attention."""
 
 from __future__ import annotations
 
@@ -18,11 +19,17 @@ def largest_logits(
     reference: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """The largest of logit less reference of each block pair that is seen token by token, float32
-    ``[B, H, Nq, Nk]``, minus infinity elsewhere.
+    """Return the largest value of logit minus reference for each block pair at level 1.
 
     Args:
-        q: ``[B, H, L, D]``; k: ``[B, Hk, L, D]``; reference: ``[B, H, L]``.
+        q: queries ``[B, H, L, D]``.
+        k: keys ``[B, Hk, L, D]``.
+        selection: the blocks and their levels.
+        reference: subtracted from the logits of each query, ``[B, H, L]``.
+        scale: factor of the logits.
+
+    Returns:
+        float32 ``[B, H, Nq, Nk]``, minus infinity for pairs at other levels.
     """
     q_side, k_side = selection.q_side, selection.k_side
     queries = q_side.take(q).float()
@@ -35,10 +42,10 @@ def largest_logits(
     gone = ~k_side.exists.flatten(2)[:, :, None, None]
     batch, heads, num_k, size = keys.shape[:4]
     step = max(1, CHUNK // (batch * heads * num_k * size * q_side.size))
-    found = []
+    maxima = []
     for first in range(0, queries.shape[2], step):
         rows = slice(first, first + step)
         logits = queries[:, :, rows] @ flat * scale - apart[:, :, rows]
         logits = logits.masked_fill(gone, -torch.inf)
-        found.append(logits.unflatten(-1, (num_k, size)).amax((-1, -3)))
-    return torch.cat(found, 2).masked_fill(selection.levels != 1, -torch.inf)
+        maxima.append(logits.unflatten(-1, (num_k, size)).amax((-1, -3)))
+    return torch.cat(maxima, 2).masked_fill(selection.levels != 1, -torch.inf)

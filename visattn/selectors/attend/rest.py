@@ -1,4 +1,4 @@
-"""Terms of the keys that are not kept, shared by the blockwise form, the kernels and gradients."""
+"""Terms of the unselected keys, shared by the blockwise backend, the kernels and the gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 def valid_block_tokens(
     side: BlockPartition, layout: TokenLayout, text_lengths: torch.Tensor | None
 ) -> torch.Tensor:
-    """Keys that are there, bool ``[G, G', N, size]``."""
+    """Return which tokens of the blocks are valid keys, bool ``[G, G', N, size]``."""
     if text_lengths is None:
         return side.exists
     valid = valid_keys(text_lengths, layout)[:, None, :, None]
@@ -33,10 +33,10 @@ def valid_block_tokens(
 
 
 def to_tokens(blocks: torch.Tensor, side: BlockPartition, length: int) -> torch.Tensor:
-    """``[B, H, N, size, C]`` back to ``[B, H, length, C]``."""
+    """Return blocks ``[B, H, N, size, C]`` in the order of the sequence, ``[B, H, length, C]``."""
     batch, heads, _, _, width = blocks.shape
     flat = blocks.flatten(2, 3)
-    # where each token is; what is not there goes beyond the last token, which is left out
+    # the place of each token in the blocks; padding goes to an extra place that is cut off
     token = torch.where(side.exists, side.tokens, length).flatten(2)
     number = torch.arange(token.shape[2], device=token.device).expand_as(token)
     place = token.new_empty(*token.shape[:2], length + 1).scatter_(2, token, number)[..., :-1]
@@ -47,6 +47,7 @@ def to_tokens(blocks: torch.Tensor, side: BlockPartition, length: int) -> torch.
 
 
 def first_order(selection: Selection) -> bool:
+    """Return whether the rest of a selection has a first-order term."""
     return isinstance(selection.rest, PooledRest) and selection.rest.first_order
 
 
@@ -57,8 +58,10 @@ def value_slope(
     side: BlockPartition,
     scale: float,
 ) -> torch.Tensor:
-    """``scale / N`` times the sum over grid keys of (key - mean of its block) x value,
-    ``[B, Hk, D, D]``."""
+    """Return ``scale / N`` times the sum over the N grid keys of (key - mean of its block) x value.
+
+    The result is ``[B, Hk, D, D]``.
+    """
     there = (side.exists & side.grid[:, None])[..., None]
     apart = (keys - means).masked_fill(~there, 0).flatten(2, 3)
     slope: torch.Tensor = apart.mT @ values.masked_fill(~there, 0).flatten(2, 3)
@@ -68,21 +71,25 @@ def value_slope(
 def weighted_means(
     selection: Selection, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means of blocks ``[B, Hk, Nk, size, D]`` by the selection's weights, ``[B, H, Nk, D]``, and
-    the logarithms of what they count for, ``[B, H, Nk]``."""
+    """Return the means of blocks ``[B, Hk, Nk, size, D]``, by the weights of the selection.
+
+    Returns:
+        Mean keys and mean values ``[B, H, Nk, D]``, and the logarithms of their softmax weights
+        ``[B, H, Nk]``.
+    """
     assert selection.weights is not None
     weights = selection.weights.to(keys)
     share = weights.shape[1] // keys.shape[1]
-    own_k, own_v = (
+    mean_k, mean_v = (
         torch.einsum("bhns,bhnsd->bhnd", weights, x.repeat_interleave(share, 1))
         for x in (keys, values)
     )
     entropy = torch.special.entr(weights).sum(-1)
-    return own_k, own_v, entropy.masked_fill(selection.k_side.length == 0, -torch.inf)
+    return mean_k, mean_v, entropy.masked_fill(selection.k_side.length == 0, -torch.inf)
 
 
 def sample_tokens(rest: SampledRest, layout: TokenLayout) -> torch.Tensor:
-    """The drawn grid tokens, ascending, int64 on the CPU."""
+    """Return the drawn grid tokens, ascending, int64 on the CPU."""
     grid = torch.cat([torch.arange(grid.numel) + begin for begin, grid in layout.grids])
     generator = torch.Generator().manual_seed(rest.seed)
     chosen = torch.randperm(len(grid), generator=generator)[: rest.count]
@@ -94,15 +101,17 @@ def sample_tokens(rest: SampledRest, layout: TokenLayout) -> torch.Tensor:
 def sampled_tokens(
     rest: SampledRest, layout: TokenLayout, device: torch.device
 ) -> torch.Tensor:
-    """The drawn grid tokens, ascending, int64; copied to the device once."""
+    """Return the drawn grid tokens, ascending, int64; copied to the device once."""
     return sample_tokens(rest, layout).to(device)
 
 
 def sampled_bias(
     selection: Selection, tokens: torch.Tensor, layout: TokenLayout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The logarithm of what each row counts a sampled key for, ``[B, H, Nq, m]``; minus infinity
-    where it sees the key's block."""
+    """Return the logarithm of the weight of each sampled key in each row, ``[B, H, Nq, m]``.
+
+    It is minus infinity where the row sees the block of the key.
+    """
     batch, heads, num_q, num_k = selection.levels.shape
     side = selection.k_side
     owner = torch.zeros(
@@ -113,6 +122,6 @@ def sampled_bias(
     owner = owner[..., tokens].expand(batch, heads, -1)
     gone = selection.levels == 0
     unseen = gone.gather(3, owner[:, :, None].expand(-1, -1, num_q, -1))  # [B, H, Nq, m]
-    stands = (gone * (side.length * side.grid)[..., None, :]).sum(-1)
-    weight = (stands.to(dtype) / unseen.sum(-1).clamp(min=1)).log()
+    num_unseen = (gone * (side.length * side.grid)[..., None, :]).sum(-1)
+    weight = (num_unseen.to(dtype) / unseen.sum(-1).clamp(min=1)).log()
     return weight[..., None].expand_as(unseen).masked_fill(~unseen, -torch.inf)
