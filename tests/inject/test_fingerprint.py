@@ -27,7 +27,7 @@ from visattn.inject import apply_plan, remove_plan, sparse
 from visattn.inject.attachment import attached
 from visattn.inject.hooks.class_swap import handlers_of
 from visattn.inject.models.fingerprint import fingerprint
-from visattn.inject.models.searchable import check_searchable
+from visattn.inject.searchable import check_searchable
 from visattn.patterns import Diagonal
 from visattn.search.measure.target import SearchTarget
 

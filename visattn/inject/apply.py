@@ -17,9 +17,9 @@ from visattn.inject.attachment import Attachment, attached, attention_layers, de
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.run_state import PipeRef
 from visattn.inject.models.parallel import check_dispatch, check_whole
-from visattn.inject.models.planned import note_planned, planned
 from visattn.inject.models.wrappers import unwrapped
 from visattn.inject.observation import Observer
+from visattn.inject.planned import note_planned, planned
 from visattn.patterns import HeadPattern
 from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family

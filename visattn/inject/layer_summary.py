@@ -15,7 +15,7 @@ from visattn.inject.apply import models_of
 from visattn.inject.attachment import Attachment, attached, attention_layers
 from visattn.inject.layers.layer import Layer
 from visattn.inject.layers.measured import executed, missed
-from visattn.inject.models.planned import replaced
+from visattn.inject.planned import replaced
 from visattn.patterns import HeadPattern, Pattern
 from visattn.plan import ANY
 from visattn.plan.show.columns import aligned

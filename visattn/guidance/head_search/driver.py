@@ -30,7 +30,7 @@ from visattn.guidance.head_set import HeadSet
 from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import describe
 from visattn.inject.models.fingerprint import fingerprint
-from visattn.inject.models.searchable import check_searchable
+from visattn.inject.searchable import check_searchable
 from visattn.plan.json_format import shown
 from visattn.runtime.processes import join
 from visattn.runtime.progress import Progress

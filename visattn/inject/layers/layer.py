@@ -12,7 +12,13 @@ from visattn.attention import AttentionSpec, attention_by, choose_backend, spars
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.editor import AttentionCall, Editor, Kind
 from visattn.inject.hooks.class_swap import add_class, remove_class
-from visattn.inject.hooks.interception import (
+from visattn.inject.hooks.recent import Recent
+from visattn.inject.hooks.weak import Weak
+from visattn.inject.layers.compiled_layer import Call, not_a_graph, register_layer
+from visattn.inject.layers.decision import Decision, Guard
+from visattn.inject.layers.edited_kernel import EditedKernel
+from visattn.inject.layers.head_groups import DENSE, HeadGroups, Heads, Plain
+from visattn.inject.layers.interception import (
     ATTRIBUTE,
     Intercepted,
     hook,
@@ -20,12 +26,6 @@ from visattn.inject.hooks.interception import (
     stock_attention,
     unhook,
 )
-from visattn.inject.hooks.recent import Recent
-from visattn.inject.hooks.weak import Weak
-from visattn.inject.layers.compiled_layer import Call, not_a_graph, register_layer
-from visattn.inject.layers.decision import Decision, Guard
-from visattn.inject.layers.edited_kernel import EditedKernel
-from visattn.inject.layers.head_groups import DENSE, HeadGroups, Heads, Plain
 from visattn.inject.layers.text_padding import Padding, text_lengths_of
 from visattn.inject.observation import Observation
 from visattn.plan import ANY

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from visattn.cost import TORCH, DenseAttention
-from visattn.inject.hooks.interception import own_backend
+from visattn.inject.layers.interception import own_backend
 
 __all__ = ["dense_attention"]
 

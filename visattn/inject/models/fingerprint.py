@@ -13,7 +13,7 @@ import torch
 
 from visattn.inject.apply import models_of
 from visattn.inject.hooks.class_swap import kind_of
-from visattn.inject.hooks.interception import own_backend
+from visattn.inject.layers.interception import own_backend
 from visattn.inject.models.json_values import plain
 from visattn.inject.models.weights import sample, tensors_of
 

@@ -13,7 +13,7 @@ from visattn.inject import remove_plan
 from visattn.inject.apply import denoisers, family_of, known_denoisers, models_of
 from visattn.inject.attachment import attention_layers
 from visattn.inject.models.fingerprint import fingerprint
-from visattn.inject.models.searchable import check_searchable
+from visattn.inject.searchable import check_searchable
 from visattn.search.measure.output_losses import Layer
 from visattn.search.measure.output_projection import output_weights
 
