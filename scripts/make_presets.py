@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from visattn import Grid, TokenLayout
 from visattn.bench.architectures import ARCHITECTURES, skeleton
-from visattn.inject.attachment import describe
+from visattn.inject.models.denoisers import describe
 from visattn.patterns import (
     AxisOrder,
     Diagonal,

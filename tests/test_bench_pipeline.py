@@ -20,7 +20,7 @@ from visattn.bench.denoising_step import AttentionClock, Denoising, watch
 from visattn.bench.measure_pipeline import StepTime, time_step
 from visattn.cli import bench_pipeline
 from visattn.generation import default_model, shape_of
-from visattn.inject.layers import layer
+from visattn.inject.layers import layer, mixed_heads
 from visattn.patterns import Dense, Neighborhood
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Plan, Rule
@@ -192,9 +192,9 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it is timed")
 
     monkeypatch.setattr(pipeline, "take_turns", never)
-    right = layer.attention_by
+    right = mixed_heads.attention_by
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "attention_by", lambda *given: (2 * right(*given)[0], None))
+        patch.setattr(mixed_heads, "attention_by", lambda *given: (2 * right(*given)[0], None))
         with pytest.raises(WrongResult, match=r"Neighborhood.* differs from exact attention by"):
             time_step(WAN, build(WAN), LOCAL)
     plain = layer.Layer._plain

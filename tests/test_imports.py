@@ -190,14 +190,8 @@ def by_folder(graph: dict[str, set[str]], folder: str) -> dict[str, set[str]]:
     return inside
 
 
-# Where circles are still to be broken.
-CIRCLES = ("inject",)
-
-
 def test_no_circle_of_modules():
-    found = circles(edges())
-    assert [c for c in found if part_of(c[0]) not in CIRCLES] == []
-    assert {part_of(c[0]) for c in found} == set(CIRCLES)
+    assert circles(edges()) == []
 
 
 FOLDERS = sorted(name.removesuffix(".__init__") for name in MODULES if name.endswith(".__init__"))
@@ -205,8 +199,6 @@ FOLDERS = sorted(name.removesuffix(".__init__") for name in MODULES if name.ends
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_circle_inside_a_folder(folder):
-    if folder != "visattn" and part_of(folder) in CIRCLES:
-        pytest.skip("its circles are still to be broken")
     assert circles(by_folder(edges(), folder)) == []
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from support import tiny
 
-from visattn.inject import apply_plan, remove_plan, sparse, summary
+from visattn.inject import apply_plan, observe, remove_plan, sparse, summary
+from visattn.inject.attachment import Attachment
 from visattn.patterns import AxisOrder, Block, Dense, Diagonal, Neighborhood, Radial, Union
 from visattn.plan import Plan, Rule
 
@@ -121,3 +122,18 @@ def test_sparse_gives_the_earlier_plan_back(pipe, dense):
     )
     remove_plan(pipe)
     assert torch.equal(tiny.generate(pipe), dense)
+
+
+def test_apply_plan_builds_an_attachment_for_each_denoiser_once(monkeypatch):
+    pipe, built = tiny.wan22(), []
+    build = Attachment.__init__
+
+    def counted(attachment, *arguments, **keywords):
+        built.append(attachment)
+        build(attachment, *arguments, **keywords)
+
+    monkeypatch.setattr(Attachment, "__init__", counted)
+    apply_plan(pipe, Diagonal(2))
+    assert [attachment.role for attachment in built] == ["transformer", "transformer_2"]
+    with observe(pipe, lambda _: None):
+        assert len(built) == 4

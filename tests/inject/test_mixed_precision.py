@@ -24,7 +24,8 @@ from visattn.guidance import (
 )
 from visattn.inject import apply_plan, observe, summary
 from visattn.inject.attachment import attached
-from visattn.inject.layers.compiled_layer import Call, layer_attention
+from visattn.inject.layers.call import Call
+from visattn.inject.layers.compiled_layer import layer_attention
 from visattn.patterns import Diagonal, parse_pattern
 from visattn.plan import Plan, Rule
 

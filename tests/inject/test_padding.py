@@ -7,10 +7,10 @@ import torch
 from support import tiny
 from torch.nn.functional import scaled_dot_product_attention
 
-from visattn.guidance import NAG, BorrowKeys, Perturb, SoftPAG, guide, steer
+from visattn.guidance import NAG, BorrowKeys, Edit, Perturb, SoftPAG, guide, steer
 from visattn.inject import apply_plan, observe, remove_plan, summary
 from visattn.inject.attachment import attached
-from visattn.inject.layers import layer
+from visattn.inject.layers import memories
 from visattn.patterns import Dense, Diagonal, Neighborhood
 from visattn.plan import Plan, Rule
 from visattn.selectors import TopBlocks
@@ -148,7 +148,7 @@ def test_texts_of_other_lengths_are_no_other_geometry(caplog, latents):
 
 
 def test_few_lengths_are_remembered(monkeypatch, latents):
-    monkeypatch.setattr(layer, "MEMORIES", 2)
+    monkeypatch.setattr(memories, "MOST", 2)
     pipe = tiny.hunyuanvideo()
     apply_plan(pipe, TopBlocks(0.5), guard=False)
     with steer(pipe, [Perturb(heads=[1])]):
@@ -162,7 +162,7 @@ def test_few_lengths_are_remembered(monkeypatch, latents):
 def test_a_second_text_of_its_own_length_is_refused():
     pipe = tiny.hunyuanvideo()
     own = guide(pipe, NAG("blue circle"))
-    with pytest.raises(ValueError, match="take negative_prompt with true_cfg_scale above 1"), own:
+    with pytest.raises(ValueError, match="use negative_prompt with true_cfg_scale above 1"), own:
         pass
 
 
@@ -191,3 +191,20 @@ def test_observed_lengths_say_what_the_layer_computes(latents):
     video = heads.transpose(1, 2).flatten(2)[:, : o.layout.grids[0][1].numel]
     with torch.no_grad():
         assert torch.allclose(module.to_out[0](video), output, atol=1e-6)
+
+
+def test_the_layout_without_padding_is_that_of_the_edited_call_alone(latents):
+    """It goes with the call: the state of the denoiser keeps the tokens with the padding."""
+    pipe, layouts = tiny.hunyuanvideo(), []
+
+    class Noted(Edit):
+        stage = "output"
+
+        def apply(self, edited, strength):
+            denoising = attached(pipe.transformer)
+            layouts.append((edited.call.layout.length, denoising.layout.length))
+
+    with steer(pipe, Noted()):
+        generate(pipe, PROMPTS[:1], latents[:1], steps=1)
+    assert layouts
+    assert all(unpadded < padded for unpadded, padded in layouts)

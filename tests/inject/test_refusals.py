@@ -14,7 +14,7 @@ from visattn import Grid, TokenLayout
 from visattn.attention.choice import BackendUnavailable
 from visattn.guidance import SEG, guide
 from visattn.inject import apply_plan, denoisers, observe, remove_plan, sparse, summary
-from visattn.inject.apply import known_denoisers
+from visattn.inject.models.denoisers import known_denoisers
 from visattn.patterns import Dense, Diagonal, Neighborhood, Radial
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Denoiser, Plan, Rule
@@ -90,7 +90,7 @@ def test_model_of_no_known_family_is_refused():
 def test_model_of_a_family_that_has_none_of_its_layers_is_refused(act, monkeypatch):
     other = replace(known_denoisers(tiny.wan21())["transformer"][1], layers=r"layers\.\d+\.attn")
     monkeypatch.setitem(FAMILIES, "WanTransformer3DModel", other)
-    match = r"WanTransformer3DModel has no attention layer with a path like .*where Wan has its own"
+    match = r"WanTransformer3DModel has no attention layer with a path like .*as models of Wan have"
     with pytest.raises(ValueError, match=match):
         act(tiny.wan21())
 
@@ -212,7 +212,7 @@ def test_plan_without_a_known_step_is_refused():
         model(**inputs)
     assert [row.sparse_calls for row in summary(model).layers] == [1] * tiny.LAYERS
     apply_plan(model, Plan((Rule(HEADS, pass_="cond"),)))
-    with pytest.raises(ValueError, match="tells cond passes apart"):
+    with pytest.raises(ValueError, match="rules for the passes cond, and"):
         model(**inputs)
     with model.cache_context("uncond"):
         model(**inputs)

@@ -10,8 +10,9 @@ from support import tiny, tiny_images, variants
 from support.planned import Stop, traces
 
 from visattn.guidance import SEG, guide
-from visattn.inject import apply_plan, attachment, observe, remove_plan, sparse, summary
+from visattn.inject import apply_plan, observe, remove_plan, sparse, summary
 from visattn.inject.hooks.run_state import Batch, passes_in
+from visattn.inject.layers import denoising_state
 from visattn.patterns import Dense, Diagonal
 from visattn.plan import Plan, Rule
 
@@ -123,7 +124,7 @@ def test_step_and_pass_are_found_out_once_in_a_call(monkeypatch):
         return lambda *args: asked.append(name) or own(*args)
 
     for name in ("runs", "step_of"):
-        monkeypatch.setattr(attachment, name, counted(name, getattr(attachment, name)))
+        monkeypatch.setattr(denoising_state, name, counted(name, getattr(denoising_state, name)))
     rules = Rule(Diagonal(2), pass_="cond"), Rule(Diagonal(3), pass_="uncond")
     plan = Plan(rules, dense_steps=(1, 0))
     apply_plan(pipe, plan)

@@ -9,8 +9,7 @@ from support import tiny
 
 from visattn import Grid, TokenLayout
 from visattn.inject import apply_plan, observe, remove_plan, summary
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import attention_layers
+from visattn.inject.models.denoisers import attention_layers, known_denoisers
 from visattn.patterns import Dense, Diagonal, Skip
 from visattn.plan import Plan, Rule
 

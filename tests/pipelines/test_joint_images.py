@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 from visattn import Grid, TokenLayout
 from visattn.guidance.edits.block_edits import block_paths
 from visattn.inject import apply_plan, denoisers, remove_plan, sparse, summary
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import attention_layers
+from visattn.inject.models.denoisers import attention_layers, known_denoisers
 from visattn.patterns import Dense, Diagonal, Neighborhood
 from visattn.pipelines.flux import grids_of
 from visattn.plan import Denoiser, Plan, Rule

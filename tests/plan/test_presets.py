@@ -10,7 +10,7 @@ import torch
 from visattn.bench.architectures import ARCHITECTURES, skeleton
 from visattn.generation.silence_logs import quiet
 from visattn.geometry.layout import TokenLayout
-from visattn.inject.attachment import attention_layers, describe
+from visattn.inject.models.denoisers import attention_layers, describe
 from visattn.patterns import Pattern
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import PLAN_FILE, Plan, read_plan

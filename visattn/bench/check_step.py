@@ -11,7 +11,7 @@ import torch
 from visattn.bench.denoising_step import Attend, Denoising, watch
 from visattn.bench.measure_attention import WrongResult, check
 from visattn.geometry.layout import TokenLayout
-from visattn.inject.layers.compiled_layer import Call
+from visattn.inject.layers.call import Call
 from visattn.inject.layers.head_groups import is_dense
 from visattn.inject.layers.layer import Layer
 from visattn.inject.layers.measured import executed
@@ -86,7 +86,7 @@ class CallChecker:
         tensors = [query, key, value, out]
         if not call.heads_first:
             tensors = [x.transpose(1, 2) for x in tensors]
-        moments = layer.attachment.moments(len(query))
+        moments = layer.denoising.moments(len(query))
         lengths = layer.lengths(query, call)
         for number, (phase, pass_) in enumerate(moments):
             heads = layer.table.get((phase, pass_)) or layer.table.get((phase, ANY), ())
@@ -118,7 +118,7 @@ class CallChecker:
         if not isinstance(pattern, Pattern):
             return executed(layer, pattern)
         if pattern not in self._checked:
-            layout = layer.attachment.layout
+            layout = layer.denoising.layout
             self._checked[pattern] = pattern.density(layout)
             if not isinstance(pattern, Skip) and not is_dense(pattern, layout):
                 q, k, v, out = tensors

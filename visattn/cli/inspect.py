@@ -22,8 +22,7 @@ from visattn.generation import Job, Loading, Result, load_pipeline, run_job
 from visattn.generation.silence_logs import quiet
 from visattn.geometry.orders import Triple
 from visattn.inject import observe, sparse
-from visattn.inject.apply import family_of, models_of
-from visattn.inject.attachment import attention_layers
+from visattn.inject.models.denoisers import attention_layers, family_of, models_of
 from visattn.readout import HeadReadout, Sampler
 from visattn.readout.measures import FEW_TILES, WINDOW, check_window
 from visattn.readout.tiles import MOST_TOKENS

@@ -19,8 +19,8 @@ from visattn.generation.errors import REFUSALS, GenerationError, reason, sentenc
 from visattn.generation.silence_logs import quiet
 from visattn.guidance.registry import guided, parse_guidances
 from visattn.guidance.written_form import guidance_text
-from visattn.inject.apply import family_of, models_of
 from visattn.inject.hooks.class_swap import kind_of
+from visattn.inject.models.denoisers import family_of, models_of
 from visattn.plan.json_format import shown
 from visattn.runtime.progress import Progress
 

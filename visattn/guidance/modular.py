@@ -23,12 +23,12 @@ from visattn.guidance.guiders.perturbation import Perturbation
 from visattn.guidance.guiders.soft_pag import SoftPAG
 from visattn.guidance.head_set import HeadSet
 from visattn.guidance.written_form import guidance_text
-from visattn.inject.apply import denoisers, models_of
 from visattn.inject.attachment import attached
 from visattn.inject.hooks.call_state import caller
 from visattn.inject.hooks.class_swap import Next, add_handler, handlers_of, remove_handler
 from visattn.inject.hooks.run_state import Context
 from visattn.inject.hooks.turn import Turn
+from visattn.inject.models.denoisers import denoisers, models_of
 
 __all__ = ["PerturbedGuidance", "SoftPerturbedGuidance"]
 

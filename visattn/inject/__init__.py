@@ -1,7 +1,8 @@
 """Plans on diffusers pipelines: put on by one call, taken off without a trace."""
 
-from visattn.inject.apply import apply_plan, denoisers, observe, remove_plan, sparse
+from visattn.inject.apply import apply_plan, observe, remove_plan, sparse
 from visattn.inject.layer_summary import Summary, summary
+from visattn.inject.models.denoisers import denoisers
 from visattn.inject.observation import Observation, Observer
 
 __all__ = [

@@ -13,25 +13,27 @@ import torch
 from visattn._arguments import check_count
 from visattn.attention import Backend, choose_backend
 from visattn.attention.choice import BACKENDS, check_kernels
-from visattn.inject.attachment import Attachment, attached, attention_layers, describe
+from visattn.inject.attachment import Attachment, attached
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.run_state import PipeRef
+from visattn.inject.models.denoisers import (
+    attention_layers,
+    describe,
+    is_denoiser,
+    known_denoisers,
+    models_of,
+)
 from visattn.inject.models.parallel import check_dispatch, check_whole
-from visattn.inject.models.wrappers import unwrapped
 from visattn.inject.observation import Observer
 from visattn.inject.planned import note_planned, planned
 from visattn.patterns import HeadPattern
-from visattn.pipelines.families import FAMILIES
 from visattn.pipelines.family import Family
-from visattn.plan import ROLES, Denoiser, Plan
+from visattn.plan import Plan
 from visattn.plan.read import as_plan
 
 __all__ = [
     "apply_plan",
-    "denoisers",
     "editing",
-    "known_denoisers",
-    "models_of",
     "observe",
     "remove_plan",
     "sparse",
@@ -98,8 +100,18 @@ def apply_plan(
     for role, (model, family) in known.items():
         check_dispatch(model, role)
         own.fits(role, describe(model, family), tuple(attention_layers(model, family)))
-        given = {"plan": own, "backend": chosen, "audit": audit, "guard": guard}
-        new.append(_on(pipe, role, model, family).changed(**given))
+        new.append(
+            _attachment(
+                pipe,
+                role,
+                model,
+                family,
+                plan=own,
+                backend=chosen,
+                audit=audit,
+                guard=guard,
+            )
+        )
     _exchange([attached(attachment.model) for attachment in new], new)
     if own.rules and not any(layer.table for attachment in new for layer in attachment.layers):
         new[0].tell("nothing sparse runs, as the plan keeps all heads of all layers dense")
@@ -169,10 +181,12 @@ def observe(
             )
     for role, (model, family) in known.items():
         check_whole(model, role)
-        own = _on(pipe, role, model, family)
-        before.append(attached(model))
+        present = attached(model)
+        before.append(present)
         shown = frozenset(paths if layers is None else layers)
-        new.append(own.changed(observers=(*own.observers, (observer, shown))))
+        observers = () if present is None else present.observers
+        observers = (*observers, (observer, shown))
+        new.append(_attachment(pipe, role, model, family, observers=observers))
     _exchange(before, new)
     try:
         yield
@@ -197,8 +211,8 @@ def editing(pipe: Any, editors: Mapping[str, Editor]) -> Iterator[None]:
                 check_whole(model, role)
                 own = attached(model)
                 before[role] = (None, None) if own is None else (own.editor, own.pipe)
-                own = own or _on(pipe, role, model, family)
-                if not _alone(pipe):
+                own = own or _attachment(pipe, role, model, family)
+                if not is_denoiser(pipe):
                     own.pipe = PipeRef(pipe)
                 own.edit(editors[role])
         yield
@@ -212,13 +226,17 @@ def editing(pipe: Any, editors: Mapping[str, Editor]) -> Iterator[None]:
                 own.edit(editor)
 
 
-def _on(pipe: Any, role: str, model: torch.nn.Module, family: Family) -> Attachment:
-    """What a denoiser has, as part of a pipeline; without anything, one that does nothing."""
-    whole = None if _alone(pipe) else pipe
-    own = attached(model)
-    if own is None:
-        return Attachment(model, role, family, Plan(), "auto", whole)
-    return own if own.pipe() is whole else own.changed(pipe=whole)
+def _attachment(
+    pipe: Any, role: str, model: torch.nn.Module, family: Family, **arguments: Any
+) -> Attachment:
+    """Return the attachment of a denoiser, as part of a pipeline, with some arguments changed. It
+    is built once, and not installed."""
+    whole = None if is_denoiser(pipe) else pipe
+    present = attached(model)
+    if present is not None:
+        return present.changed(pipe=whole, **arguments)
+    plan, backend = arguments.pop("plan", Plan()), arguments.pop("backend", "auto")
+    return Attachment(model, role, family, plan, backend, whole, **arguments)
 
 
 def _exchange(out: Sequence[Attachment | None], new: Sequence[Attachment | None]) -> None:
@@ -228,57 +246,6 @@ def _exchange(out: Sequence[Attachment | None], new: Sequence[Attachment | None]
     for attachment in new:
         if attachment is not None:
             attachment.install()
-
-
-def denoisers(pipe: Any) -> dict[str, Denoiser]:
-    """What the denoisers of a pipeline are, by role, as ``Plan(denoisers=...)`` records it."""
-    return {
-        role: describe(model, family)
-        for role, model in models_of(pipe).items()
-        if (family := family_of(model))
-    }
-
-
-def known_denoisers(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
-    """The denoisers of known families by role, with their families; at least one."""
-    models = models_of(pipe)
-    known = {
-        role: (model, family) for role, model in models.items() if (family := family_of(model))
-    }
-    if not known:
-        kinds = ", ".join(type(model).__name__ for model in models.values())
-        none = f"no denoiser under {', '.join(ROLES[:-1])} or {ROLES[-1]}"
-        raise ValueError(
-            f"pipe={type(pipe).__name__} has {kinds or none}; plans can be "
-            f"applied to {', '.join(sorted(FAMILIES))}; in another model, call "
-            "visattn.sparse_attention where it computes its attention"
-        )
-    return known
-
-
-def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The denoisers of a pipeline by role, out of what ``torch.compile``, training over several
-    processes and PEFT wrap around them; a module is its own transformer."""
-    if _alone(pipe):
-        return {"transformer": _inside(pipe)}
-    found = {role: getattr(pipe, role, None) for role in ROLES}
-    return {
-        role: _inside(model) for role, model in found.items() if isinstance(model, torch.nn.Module)
-    }
-
-
-def family_of(model: torch.nn.Module) -> Family | None:
-    """The family of a denoiser that visattn knows, by its class or one that this derives from."""
-    kinds = (kind.__name__ for kind in type(model).__mro__)
-    return next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), None)
-
-
-def _alone(pipe: Any) -> bool:
-    return isinstance(pipe, torch.nn.Module)
-
-
-def _inside(model: torch.nn.Module) -> torch.nn.Module:
-    return unwrapped(model)[-1]
 
 
 def _path_of(pipe: Any) -> str | None:

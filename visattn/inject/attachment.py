@@ -1,112 +1,63 @@
-"""What visattn keeps on a denoiser that has a plan: the layers, and where the denoising is."""
+"""A plan on a denoiser: its layers, and the hooks of the denoiser."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import logging
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from visattn.attention import Backend
-from visattn.geometry.layout import TokenLayout, Tokens
+from visattn.geometry.layout import Tokens
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.argument_names import argument_names, named_arguments
-from visattn.inject.hooks.call_state import CallState, Held, States, Told
+from visattn.inject.hooks.call_state import CallState, Told
 from visattn.inject.hooks.class_swap import add_handler, remove_handler
 from visattn.inject.hooks.denoiser_methods import follow_checkpointing, put_methods, take_methods
-from visattn.inject.hooks.recent import Recent
-from visattn.inject.hooks.run_state import (
-    Context,
-    PipeRef,
-    pass_named,
-    passes_in,
-    runs,
-    step_of,
-)
-from visattn.inject.hooks.running import Announced, is_stock, run_of, says_where
+from visattn.inject.hooks.run_state import PipeRef
+from visattn.inject.hooks.running import Announced, says_where
 from visattn.inject.hooks.turn import Turn
 from visattn.inject.hooks.weak import Weak
-from visattn.inject.layers.all_dense import judge_steps, judge_unguided
-from visattn.inject.layers.compiled_layer import Begun, begin_call, not_a_graph, register_attachment
+from visattn.inject.layers.compiled_layer import begin_call, not_a_graph, register_attachment
+from visattn.inject.layers.denoising_state import DenoisingState
 from visattn.inject.layers.guard import guards
-from visattn.inject.layers.head_groups import DENSE
 from visattn.inject.layers.layer import Layer
+from visattn.inject.models.denoisers import attention_layers, cross_layers
 from visattn.inject.models.parallel import check_dispatch, check_whole
-from visattn.inject.models.wrappers import bare
 from visattn.inject.observation import Observer
-from visattn.patterns import HeadPattern
 from visattn.pipelines.family import Family
-from visattn.plan import ANY, Denoiser, Plan
+from visattn.plan import Plan
 
-__all__ = ["Attachment", "attached", "attention_layers", "cross_layers", "describe"]
+__all__ = ["Attachment", "attached"]
 
 ATTRIBUTE = "_visattn"
-SAID = "_visattn_passes"  # what stands in for a pipeline says its passes by
-PASSED_BY = (
-    "it was never called when its model ran; a plan is passed by where a block calls the forward "
+NOT_CALLED = (
+    "it was never called when its model ran; a plan has no effect where a block calls the forward "
     "or the processor of its attention by itself"
 )
-logger = logging.getLogger("visattn")
-
-
-def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
-    """The attention modules of a denoiser that plans speak of, by path, in order.
-
-    Raises:
-        ValueError: it has none.
-    """
-    found = {
-        bare(path): module
-        for path, module in model.named_modules()
-        if re.fullmatch(family.layers, bare(path))
-    }
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no attention layer with a path like {family.layers!r}, "
-            f"where {family.name} has its own, so that a plan or edit has nothing to be on"
-        )
-    return found
-
-
-def cross_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
-    """The cross-attention modules of a denoiser by path, in order."""
-    if not family.cross:
-        return {}
-    return {
-        bare(path): module
-        for path, module in model.named_modules()
-        if re.fullmatch(family.cross, bare(path))
-    }
-
-
-def describe(model: torch.nn.Module, family: Family) -> Denoiser:
-    """What a denoiser is, as plans record it."""
-    layers = attention_layers(model, family)
-    kind = next(k.__name__ for k in type(model).__mro__ if k.__name__ in family.models)
-    return Denoiser(kind, len(layers), next(iter(layers.values())).heads)
 
 
 def attached(model: torch.nn.Module) -> Attachment | None:
-    """The attachment of a denoiser, if it has a plan."""
-    found = model.__dict__.get(ATTRIBUTE)
-    assert found is None or isinstance(found, Attachment)
-    return found
+    """Return the attachment of a denoiser; None: it has no plan, observer or editor."""
+    attachment = model.__dict__.get(ATTRIBUTE)
+    assert attachment is None or isinstance(attachment, Attachment)
+    return attachment
 
 
-class Attachment:
-    """A plan on a denoiser.
+class Attachment(DenoisingState):
+    """A plan on a denoiser, with its observers and its editor.
 
     Args:
-        model: the denoiser; role: its name in its pipeline; family: what it is.
-        plan: checked to fit it; backend: of ``sparse_attention``.
-        pipe: the pipeline that it is part of, if any.
+        model: the denoiser.
+        role: its name in its pipeline.
+        family: its family.
+        plan: a plan that fits it.
+        backend: the backend of sparse attention.
+        pipe: the pipeline that it is part of; None: it has none.
         observers: each with the paths of the layers whose calls it is shown.
-        audit: query rows of a head whose exact attention is computed beside.
-        editor: computes some calls in its own way.
+        audit: query rows of a head whose exact attention is computed too.
+        guard: whether heads that are predicted to be slower than dense ones run dense; None: unless
+            the environment says no.
+        editor: computes some calls instead of the layers.
     """
 
     def __init__(
@@ -122,22 +73,21 @@ class Attachment:
         guard: bool | None = None,
         editor: Editor | None = None,
     ) -> None:
-        self._model, self.role, self.family = Weak(model), role, family
-        self.plan, self.backend, self.pipe = plan, backend, PipeRef(pipe)
-        self.paths = tuple(attention_layers(model, family))
-        self.cross_paths = tuple(cross_layers(model, family))
-        self.states, self.begun = States(), Begun()
+        modules = attention_layers(model, family)
+        self.paths, self.cross_paths = tuple(modules), tuple(cross_layers(model, family))
+        tables = {
+            path: plan.table(role, number, self.paths, module.heads)
+            for number, (path, module) in enumerate(modules.items())
+        }
+        guarded = backend == "auto" and guards(guard, plan, next(model.parameters()).device)
+        super().__init__(role, family, plan, backend, pipe, audit, guarded, tables)
+        self._model, self.wanted_guard = Weak(model), guard
+        self.observers, self.editor = observers, editor
         self.turn = Turn(role)  # of those that run it while it is edited
-        self.latest: Tokens = ()  # of the last call, whoever made it
         self.announced, self.announcing = Announced(), PipeRef()
-        self.told: set[str] = set()
-        self.observers, self.audit, self.editor = observers, audit, editor
-        device = next(model.parameters()).device
-        self.wanted_guard = guard
-        self.guard = backend == "auto" and guards(guard, plan, device)
         self.names = argument_names(type(model))
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.looked = False  # for layers that a call of the model passes by
+        self.looked = False  # for layers that a call of the model does not reach
         self.layers: list[Layer] = self._layers({})
         self.number = register_attachment(self)
 
@@ -151,33 +101,42 @@ class Attachment:
         """The denoiser."""
         return self._model()
 
-    def _layers(self, had: dict[str, Layer]) -> list[Layer]:
-        """The layers that there is something for; those that there were stay what they are."""
+    def _layers(self, former: dict[str, Layer]) -> list[Layer]:
+        """Return the layers that are planned, observed or edited; ``former`` ones are kept."""
         edited = frozenset() if self.editor is None else self.editor.paths
         shown = edited.union(*(paths for _, paths in self.observers))
-        found = []
-        for number, (path, module) in enumerate(attention_layers(self.model, self.family).items()):
-            table = self.plan.table(self.role, number, self.paths, module.heads)
+        layers = []
+        for index, (path, module) in enumerate(attention_layers(self.model, self.family).items()):
+            table = self.tables[path]
             if table or path in shown:
-                found.append(had.get(path) or Layer(self, path, module, module.heads, table))
-        for path, module in cross_layers(self.model, self.family).items():
+                observers = [observer for observer, paths in self.observers if path in paths]
+                layers.append(
+                    former.get(path) or Layer(self, path, index, module, table, observers)
+                )
+        for index, (path, module) in enumerate(cross_layers(self.model, self.family).items()):
             if path in edited:
-                found.append(had.get(path) or Layer(self, path, module, module.heads, {}))
-        for layer in found:
+                layers.append(
+                    former.get(path) or Layer(self, path, index, module, {}, [], cross=True)
+                )
+        for layer in layers:
             layer.editor = self.editor if layer.path in edited else None
-        return found
+        return layers
 
     def edit(self, editor: Editor | None) -> None:
-        """Have another editor, or none, from the next call on."""
+        """Change the editor from the next call on.
+
+        Args:
+            editor: the new one; None: none.
+        """
         self.remove()
         self.editor = editor
         self.layers = self._layers({layer.path: layer for layer in self.layers})
         if not self.idle:
             self.install()
 
-    def changed(self, **given: Any) -> Attachment:
-        """The same with other arguments."""
-        own: dict[str, Any] = {
+    def changed(self, **arguments: Any) -> Attachment:
+        """Return a copy with other arguments, which is not installed."""
+        present: dict[str, Any] = {
             "plan": self.plan,
             "backend": self.backend,
             "pipe": self.pipe(),
@@ -186,13 +145,13 @@ class Attachment:
             "guard": self.wanted_guard,
             "editor": self.editor,
         }
-        new = Attachment(self.model, self.role, self.family, **{**own, **given})
+        new = Attachment(self.model, self.role, self.family, **{**present, **arguments})
         new.turn = self.turn
         return new
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing that it does."""
+        """Whether it has no plan, no observer and no editor."""
         return not self.plan.rules and not self.observers and self.editor is None
 
     def install(self) -> None:
@@ -214,14 +173,8 @@ class Attachment:
 
     @property
     def work(self) -> tuple[object, ...]:
-        """What decides on the attention of a call, besides the call itself."""
+        """What decides how a call is computed, besides the call itself."""
         return self.plan, self.backend, self.wanted_guard, self.editor
-
-    def held(self, batch: int) -> CallState:
-        """The state of the running call, as it is to be when a part of the call runs again."""
-        state, size = self.call, self._size(batch)
-        held = Held(*self.step(), self._passes(size), size)
-        return dataclasses.replace(state, held=state.held or held)
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -238,248 +191,41 @@ class Attachment:
         self.model.__dict__.pop(ATTRIBUTE, None)
 
     def watch(self) -> None:
-        """Catch again what replaced processors and attention backends have let go."""
+        """Intercept processors and attention backends that were replaced."""
         for layer in self.layers:  # all of them first: layers may share a processor
             layer.let_go()
         for layer in self.layers:
             layer.install()
 
     def end(self) -> None:
-        """A call of the denoiser has ended: what its layers do from now on is not part of it."""
+        """End a call of the denoiser: what its layers compute from now on is not part of it."""
         self.call.tokens = ()
         self.look()
 
     def look(self) -> None:
-        """After the first call of the model: whether its layers were called."""
+        """Note, after the first call of the model, which of its layers were not called."""
         for layer in () if self.looked else self.layers:
             if layer.table and not layer.sparse_calls + layer.dense_calls and not layer.reason:
-                layer.tell(PASSED_BY)
+                layer.tell(NOT_CALLED)
         self.looked = True
 
-    def tell(self, text: str) -> None:
-        """Log a line once."""
-        if text not in self.told:
-            self.told.add(text)
-            logger.warning("%s: %s", self.role, text)
-
-    @property
-    def call(self) -> CallState:
-        """The state of the call that runs in this thread or task."""
-        return self.states.here()
-
-    @property
-    def context(self) -> Context | None:
-        """What the pipeline says of the running call."""
-        return self.call.context
-
-    @context.setter
-    def context(self, context: Context | None) -> None:
-        state = self.call
-        state.context, state.step, state.runs = context, None, None
-
-    @property
-    def timestep(self) -> torch.Tensor | None:
-        """Of the running call, where it is known."""
-        return self.call.timestep_ref()
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Of the running call."""
-        tokens = self.call.tokens
-        if not tokens:
-            raise RuntimeError(
-                f"an attention layer of {self.role} was called outside the forward of its model, "
-                "so that its token layout is not known; remove_plan before calling parts of a "
-                "model, and let blocks run again in the backward by enable_gradient_checkpointing "
-                "or torch's checkpoint_wrapper"
-            )
-        return self._checked(tokens)
-
-    @functools.cached_property
-    def _layouts(self) -> Recent[Tokens, TokenLayout]:
-        return Recent()
-
-    def _checked(self, tokens: Tokens) -> TokenLayout:
-        """The layout of tokens; at its first use every pattern of the plan is held against it."""
-        known = self._layouts.get(tokens)
-        if known is not None:
-            return known
-        layout = TokenLayout.from_tokens(tokens)
-        for layer in self.layers:
-            each = {id(heads): heads for heads in layer.table.values()}.values()  # many are one
-            for pattern in dict.fromkeys(p for heads in each for p in heads):
-                _check(pattern, layout, layer.path, self.plan.geometry)
-        made_for = self.plan.geometry
-        alike = made_for == layout
-        if self.family.masks_text_padding and made_for is not None:
-            alike = made_for.grids == layout.grids  # the length of a padded text does not matter
-        if made_for is not None and not alike:
-            logger.warning(
-                "%s: the plan was made at %s and runs at %s: fractions in its patterns follow the "
-                "grid, token counts stay",
-                self.role,
-                made_for,
-                layout,
-            )
-        self._layouts[tokens] = layout
-        return layout
-
-    def moments(self, batch: int, masked: bool = False) -> tuple[tuple[int, str], ...]:
-        """Phase and pass of each equal part of a batch; phase -1 is a step that stays dense.
-        ``masked``: whether the call has a mask.
-
-        Raises:
-            ValueError: the plan depends on a step or pass that is not known.
-        """
-        phase: int | None = 0
-        if self.plan.needs_step:
-            step, steps = self.step()
-            if step is None or steps is None:
-                raise ValueError(
-                    "plan depends on the denoising step, and "
-                    + self.unknown("step", "a plan without dense_steps and phases")
-                )
-            judge_steps(self, step, steps)
-            phase = self.plan.phase_at(step, steps)
-        if phase is None:
-            return ((-1, ANY),)
-        if not self.plan.passes:
-            return ((phase, ANY),)
-        passes = self.passes(batch, masked)
-        if passes is None:
-            raise ValueError(
-                f"plan tells {' and '.join(self.plan.passes)} passes apart, and "
-                + self.unknown("pass", "a plan without passes in its rules")
-            )
-        if passes == ("cond",):
-            judge_unguided(self)
-        return tuple((phase, pass_) for pass_ in passes)
-
-    @functools.cached_property
-    def sparse_moments(self) -> frozenset[tuple[int, str]]:
-        """The phases and passes in which some layer has a pattern that is not dense."""
-        return frozenset(
-            moment
-            for layer in self.layers
-            for moment, heads in layer.table.items()
-            if any(head != DENSE for head in heads)
-        )
-
-    def unknown(self, what: str, instead: str, act: str = "apply the plan to") -> str:
-        """Why a step or pass is not known, and what to do: ``act`` the right pipeline, or use
-        something else instead."""
-        pipe, why = self.pipe(), f"the {what} of this call of {self.role} is not known: "
-        if pipe is None:
-            return f"{why}no pipeline is known that runs it; {act} the pipeline that runs"
-        name = type(pipe).__name__
-        if not self._runs(pipe):
-            return f"{why}{name} is not the pipeline that runs; {act} the pipeline that runs"
-        return f"{why}{name} does not say it here; use {instead}"
-
-    def told_by(self, arguments: Mapping[str, Any]) -> Told:
-        """What the arguments of a call that begins tell."""
-        own = (arguments.get("timestep"), arguments.get("encoder_hidden_states"))
-        timestep, text = (x if isinstance(x, torch.Tensor) else None for x in own)
-        return timestep, text, arguments.get(self.family.perturbed_argument) is not None
-
-    def note(self, arguments: Mapping[str, Any]) -> None:
-        """Take from the arguments of a call that begins what tells its step and passes."""
-        self.take(self.told_by(arguments))
-
-    def take(self, told: Told) -> CallState:
-        """Note what the arguments of a call that begins have told."""
-        state, pipe, text = self.call, self.pipe(), told[1]
-        state.note(told)
-        run = None if pipe is None else run_of(pipe)
-        if text is not None and run is not None and state.context is None:
-            state.calls.note(run, pipe.scheduler, text)
-        return state
-
     def begin(self, tokens: Tokens, told: Told) -> CallState:
-        """A call of the denoiser begins in this thread or task."""
+        """Begin a call of the denoiser in this thread or task.
+
+        Args:
+            tokens: of its attention.
+            told: what its arguments say.
+        """
         if self.editor is not None:
             self.turn.check()
         state = self.take(told)
         state.tokens = self.latest = tokens
         return state
 
-    def step(self) -> tuple[int | None, int | None]:
-        """The denoising step and the number of steps, where they are known."""
-        state, unit = self.call, self.family.timestep_unit
-        if state.held is not None:
-            return state.held.step, state.held.steps
-        if state.step is None:
-            state.step = step_of(state.context, self.pipe(), self.timestep, unit)
-        return state.step
-
-    def _runs(self, pipe: Any) -> bool:
-        """Whether a pipeline is the one that makes the running call."""
-        state = self.call
-        if state.runs is None:
-            state.runs = runs(pipe, self.timestep, self.family.timestep_unit)
-        return state.runs
-
-    def passes(self, batch: int, masked: bool = False) -> tuple[str, ...] | None:
-        """The pass of each equal part of the batch of an attention call, where it is known.
-        ``masked``: whether the call has a mask."""
-        if self.call.aside:
-            return ("perturbed",)
-        held = self.call.held
-        size = self._size(batch) if held is None else held.size
-        passes = self._passes(size) if held is None else held.passes
-        return None if passes is None else passes_in(passes, size, batch, masked)
-
-    def _size(self, batch: int) -> int:
-        """Samples of the denoiser's batch, of which a cache may compute a part."""
-        timestep = self.timestep
-        several = timestep is not None and timestep.ndim and len(timestep) != 1
-        return len(timestep) if timestep is not None and several else batch
-
-    def _passes(self, size: int) -> tuple[str, ...] | None:
-        """The passes in a batch of the denoiser."""
-        named = pass_named(self.context) or getattr(self.pipe(), SAID, None)
-        return named or self._unnamed(size)
-
-    def _unnamed(self, size: int) -> tuple[str, ...] | None:
-        """The passes in a batch of ``size`` samples to which the pipeline gives no name."""
-        pipe, order = self.pipe(), self.family.cfg_batch_order
-        if pipe is None or not self._runs(pipe):
-            return None
-        named = None if self.context is None else self.context.name
-        if order:
-            known = named == "cond_uncond" or is_stock(pipe)
-            return self.call.batch(pipe, order, size) if known else None
-        run = run_of(pipe)
-        if run is None or named is not None or not is_stock(pipe):
-            return None
-        if not run.guided():
-            return ("cond",)
-        state = self.call
-        pass_ = state.calls.pass_of(run, state.text_ref(), self.family.calls)
-        return None if pass_ is None else (pass_,)
-
-
-def _check(
-    pattern: HeadPattern, layout: TokenLayout, path: str, made_for: TokenLayout | None
-) -> None:
-    for _, grid in layout.grids:
-        try:
-            pattern.check(grid)
-        except ValueError as error:
-            made = (
-                ""
-                if made_for is None or made_for == layout
-                else f"; it was made at {made_for}: generate at that size, or make a plan for this "
-                "one with visattn search"
-            )
-            raise ValueError(
-                f"plan does not fit the grid {grid} of {layout} tokens at {path}: {error}{made}"
-            ) from None
-
 
 def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The hook before a denoiser's forward. ``torch.compile`` traces it inside a compiled function
-    that calls the denoiser."""
+    """Begin a call, before the forward of the denoiser. ``torch.compile`` traces this hook inside a
+    compiled function that calls the denoiser."""
     attachment: Attachment = model._visattn
     if attachment.observers or attachment.editor is not None:
         check_whole(model, attachment.role)
@@ -502,7 +248,7 @@ not_a_graph(_begin)
 
 
 def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """The hook after it, which has no output where the forward has ended by an error."""
+    """End a call, after the forward of the denoiser; ``output`` is None after an error."""
     if torch.compiler.is_compiling():
         return
     attachment: Attachment = model._visattn

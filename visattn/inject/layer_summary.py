@@ -11,10 +11,10 @@ import torch
 
 from visattn.attention.lowering import block_sizes, lower_cached
 from visattn.geometry.layout import TokenLayout
-from visattn.inject.apply import models_of
-from visattn.inject.attachment import Attachment, attached, attention_layers
+from visattn.inject.attachment import Attachment, attached
 from visattn.inject.layers.layer import Layer
 from visattn.inject.layers.measured import executed, missed
+from visattn.inject.models.denoisers import attention_layers, models_of
 from visattn.inject.planned import replaced
 from visattn.patterns import HeadPattern, Pattern
 from visattn.plan import ANY

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from visattn.inject.apply import models_of
 from visattn.inject.attachment import attached
 from visattn.inject.hooks.class_swap import handlers_of
 from visattn.inject.hooks.running import Announced
+from visattn.inject.models.denoisers import models_of
 from visattn.inject.models.parallel import check_dispatch
 
 __all__ = ["check_searchable"]

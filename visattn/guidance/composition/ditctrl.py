@@ -21,8 +21,7 @@ from visattn.guidance.edits.steer import steer
 from visattn.guidance.head_set import Layers
 from visattn.guidance.token_maps.prompt_tokens import phrase_tokens
 from visattn.guidance.token_maps.subject_masks import SubjectMasks
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import attention_layers
+from visattn.inject.models.denoisers import attention_layers, known_denoisers
 
 __all__ = ["WORD_SWAP", "ShareSettings", "generate_sequence"]
 

@@ -21,9 +21,8 @@ from visattn.guidance.edits.label_bias import RegionMask
 from visattn.guidance.edits.state import State, Stream
 from visattn.guidance.edits.steer import steer
 from visattn.guidance.head_set import Layers
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import attention_layers, cross_layers
 from visattn.inject.hooks.class_swap import kind_of
+from visattn.inject.models.denoisers import attention_layers, cross_layers, known_denoisers
 from visattn.runtime.torch_settings import lasting
 
 __all__ = ["MixBase", "RegionBits", "regional"]

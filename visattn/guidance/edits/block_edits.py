@@ -12,9 +12,9 @@ import torch
 
 from visattn._arguments import as_indices, check_window, in_window
 from visattn.guidance.written_form import Writable
-from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
+from visattn.inject.models.denoisers import known_denoisers
 from visattn.inject.models.wrappers import bare, unwrapped
 from visattn.pipelines.family import Family
 from visattn.plan import PASSES

@@ -16,11 +16,17 @@ from visattn.guidance.edits.edit import STAGES, Edit
 from visattn.guidance.edits.kernel import attend
 from visattn.guidance.edits.state import State
 from visattn.guidance.head_set import HeadSet
-from visattn.inject.apply import editing, known_denoisers
-from visattn.inject.attachment import attached, attention_layers, cross_layers, describe
+from visattn.inject.apply import editing
+from visattn.inject.attachment import attached
 from visattn.inject.editor import AttentionCall, Editor
 from visattn.inject.hooks.class_swap import add_handler, remove_handler
 from visattn.inject.hooks.turn import Gate
+from visattn.inject.models.denoisers import (
+    attention_layers,
+    cross_layers,
+    describe,
+    known_denoisers,
+)
 from visattn.inject.observation import Observation
 
 __all__ = [

@@ -16,11 +16,11 @@ from visattn.guidance.guiders.cfg_zero_star import CFGZeroStar
 from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
 from visattn.guidance.guiders.guidance import Guidance, InPass
 from visattn.guidance.guiders.perturbation import Perturbation
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import Attachment, attached, describe
+from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.call_state import caller
 from visattn.inject.hooks.class_swap import Next, add_handler, handlers_of, remove_handler
 from visattn.inject.hooks.run_state import Context
+from visattn.inject.models.denoisers import describe, known_denoisers
 from visattn.pipelines.family import Family
 
 __all__ = ["guide"]

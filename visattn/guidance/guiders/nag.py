@@ -17,10 +17,10 @@ from visattn.guidance.edits.steer import Steering, check_touched, enter, place
 from visattn.guidance.guiders.denoiser_io import part_of, sample_of, with_sample
 from visattn.guidance.guiders.guidance import InPass, Window
 from visattn.guidance.guiders.negative_text import NegativeText, for_samples
-from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
 from visattn.inject.hooks.run_state import Context
+from visattn.inject.models.denoisers import known_denoisers
 
 __all__ = ["NAG", "CrossNAG", "JointNAG"]
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from visattn.guidance.guiders.cfg_slope import call_arguments
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import cross_layers
 from visattn.inject.hooks.class_swap import Next
+from visattn.inject.models.denoisers import cross_layers, known_denoisers
 
 __all__ = ["NegativeText", "for_samples"]
 

@@ -17,7 +17,7 @@ from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.steer import Steering, check_switches, check_touched, enter, place
 from visattn.guidance.guiders.block_cache import BlockCache
 from visattn.guidance.guiders.guidance import Guidance
-from visattn.inject.apply import known_denoisers
+from visattn.inject.models.denoisers import known_denoisers
 
 __all__ = ["Perturbation"]
 

@@ -27,8 +27,7 @@ from visattn.guidance.head_search.objectives import Objective, name_of
 from visattn.guidance.head_search.search_progress import SearchProgress
 from visattn.guidance.head_search.set_scores import SetScores
 from visattn.guidance.head_set import HeadSet
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import describe
+from visattn.inject.models.denoisers import describe, known_denoisers
 from visattn.inject.models.fingerprint import fingerprint
 from visattn.inject.searchable import check_searchable
 from visattn.plan.json_format import shown

@@ -11,9 +11,9 @@ import torch
 
 from visattn._arguments import as_indices, is_integer
 from visattn.guidance.head_set import HeadSet
-from visattn.inject.apply import known_denoisers
-from visattn.inject.attachment import attached, attention_layers
+from visattn.inject.attachment import attached
 from visattn.inject.hooks.class_swap import kind_of
+from visattn.inject.models.denoisers import attention_layers, known_denoisers
 from visattn.plan.json_format import check_values, shown
 
 __all__ = [

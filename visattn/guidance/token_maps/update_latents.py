@@ -17,9 +17,9 @@ from visattn.guidance.edits.steer import enter, place
 from visattn.guidance.guiders.denoiser_io import part_of
 from visattn.guidance.token_maps.latent_update import LatentUpdate
 from visattn.guidance.token_maps.partial_forward import LayerMean, PartialForward
-from visattn.inject.apply import known_denoisers
 from visattn.inject.attachment import Attachment, attached
 from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
+from visattn.inject.models.denoisers import known_denoisers
 from visattn.runtime.torch_settings import plain_torch
 
 __all__ = ["update_latents"]

@@ -10,19 +10,44 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from visattn.inject.hooks.call_state import CallState, States
 from visattn.inject.hooks.class_swap import copied, pickled
 from visattn.inject.hooks.run_state import Context
-
-if TYPE_CHECKING:
-    from visattn.inject.attachment import Attachment
 
 __all__ = ["follow_checkpointing", "put_methods", "take_methods"]
 
 CHECKPOINTING = "_gradient_checkpointing_func"  # diffusers' name
+
+
+class Attached(Protocol):
+    """A plan on a denoiser, as the methods of the denoiser know it; ``Attachment`` is one.
+
+    Attributes:
+        context: what the pipeline says of the running call.
+        states: the states of the running calls.
+        handles: of the hooks of the denoiser.
+    """
+
+    context: Context | None
+    states: States
+    handles: list[torch.utils.hooks.RemovableHandle]
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What decides how a call is computed, besides the call itself."""
+
+    def held(self, batch: int) -> CallState:
+        """Return the state of the running call, for a part of the call that runs again later."""
+
+    def tell(self, text: str) -> None:
+        """Log a line once."""
+
+    def watch(self) -> None:
+        """Intercept processors and attention backends that were replaced."""
 
 
 class _Method:
@@ -47,7 +72,7 @@ class _Checkpointing(_Method):
 
     def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
-        own: Attachment | None = model.__dict__.get("_visattn")
+        own: Attached | None = model.__dict__.get("_visattn")
         if own is None or torch.compiler.is_compiling():
             return self.function(block, *args, **kwargs)
         given = (*args, *kwargs.values())
@@ -59,14 +84,14 @@ class _Again:
     of the same call, whatever calls the denoiser has had since."""
 
     def __init__(
-        self, model: Any, own: Attachment, block: Callable[..., Any], given: tuple[Any, ...]
+        self, model: Any, own: Attached, block: Callable[..., Any], given: tuple[Any, ...]
     ) -> None:
         samples = next((len(x) for x in given if isinstance(x, torch.Tensor)), 1)
         self.model, self.block = model, block
         self.work, self.state = own.work, own.held(samples)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own: Attachment | None = self.model.__dict__.get("_visattn")
+        own: Attached | None = self.model.__dict__.get("_visattn")
         if own is None or own.work != self.work:
             raise RuntimeError(
                 "gradient checkpointing runs a block again with another plan, or other edits, than "
@@ -112,7 +137,7 @@ def _follow(model: Any, module: Any, name: str) -> None:
 @contextmanager
 def _cache_context(model: Any, name: str, **details: Any) -> Iterator[None]:
     """``cache_context`` of a denoiser, by which a pipeline says where it is, listened to."""
-    attachment: Attachment = model._visattn
+    attachment: Attached = model._visattn
     before = attachment.context
     attachment.context = Context(
         name, details.get("step_index"), details.get("num_inference_steps")
@@ -127,7 +152,7 @@ def _cache_context(model: Any, name: str, **details: Any) -> Iterator[None]:
 
 def _reduce(model: Any, protocol: Any) -> Any:
     """What is pickled of a denoiser: the same without a plan, and nothing of ours."""
-    own: Attachment = model._visattn
+    own: Attached = model._visattn
     own.tell("what is pickled is without the plan; apply it again to what is read")
     make, arguments, state, *rest = pickled(model, protocol)
     stock = dict(state)

@@ -12,21 +12,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, Protocol, cast
 
 import torch
 
 from visattn.geometry.layout import Tokens
+from visattn.inject.hooks.call_state import CallState, Told
+from visattn.inject.layers.call import Call
 from visattn.runtime.torch_settings import cast_for_attention
 
-if TYPE_CHECKING:
-    from visattn.inject.attachment import Attachment
-    from visattn.inject.hooks.call_state import Told
-    from visattn.inject.layers.layer import Layer
-
 __all__ = [
+    "AttentionLayer",
     "Begun",
-    "Call",
+    "PlannedDenoiser",
     "begin_call",
     "layer_attention",
     "not_a_graph",
@@ -38,8 +36,8 @@ KINDS = ("grid", "text", "prefix")
 # what an op does depends on the step, and a choice may read back: no CUDA graph can replay it
 UNSAFE = (torch.Tag.cudagraph_unsafe,)
 _numbers = itertools.count(1)
-_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
-_ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+_LAYERS: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
+_ATTACHMENTS: weakref.WeakValueDictionary[int, PlannedDenoiser] = weakref.WeakValueDictionary()
 _NO_CALL = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -56,34 +54,73 @@ class Begun:
         self.call = _NO_CALL
 
 
-class Call(NamedTuple):
-    """The arguments of an attention call besides its tensors; ``heads_first``: they are
-    ``[B, H, L, D]``, and not ``[B, L, H, D]``."""
+class AttentionLayer(Protocol):
+    """A layer, as the code that intercepts its attention knows it; ``Layer`` is one.
 
-    mask: torch.Tensor | None
-    dropout: float
-    causal: bool
-    scale: float | None
-    grouped: bool
-    heads_first: bool
+    Attributes:
+        number: of the layer, int64, 0-d, on the CPU.
+        begun: of its denoiser.
+        cross: whether it is cross-attention.
+        through_sdpa: whether its processor calls torch's attention itself.
+    """
 
-    def parts(self, count: int) -> list[Call]:
-        """Of equal parts of the batch."""
-        if self.mask is None or self.mask.shape[0] == 1:
-            return [self] * count
-        return [self._replace(mask=mask) for mask in self.mask.chunk(count)]
+    number: torch.Tensor
+    begun: Begun
+    cross: bool
+    through_sdpa: bool
+
+    @property
+    def module(self) -> Any:
+        """The attention module."""
+
+    @property
+    def slot(self) -> int:
+        """The slot of the running thread or task."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        parallel: Any = None,
+    ) -> torch.Tensor:
+        """Compute a call of its attention."""
+
+    def of_image(self, key: torch.Tensor, call: Call) -> bool:
+        """Return whether a call is cross-attention to an image."""
+
+    def look(self) -> None:
+        """Note, after a call of the module, whether its attention was intercepted."""
 
 
-def register_layer(layer: Layer, number: torch.Tensor | None = None) -> torch.Tensor:
+class PlannedDenoiser(Protocol):
+    """A denoiser with a plan, as a compiled graph knows it; ``Attachment`` is one.
+
+    Attributes:
+        number: of the denoiser, int64, 0-d, on the CPU.
+        begun: what the op at the beginning of a call returned.
+    """
+
+    number: torch.Tensor
+    begun: Begun
+
+    def begin(self, tokens: Tokens, told: Told) -> CallState:
+        """Begin a call of the denoiser in this thread or task."""
+
+
+def register_layer(
+    layer: AttentionLayer, number: torch.Tensor | None = None
+) -> torch.Tensor:
     """A number for a layer, int64, 0-d, on the CPU; written into ``number`` where one is given."""
     return _register(_LAYERS, layer, number)
 
 
 def register_attachment(
-    attachment: Attachment, number: torch.Tensor | None = None
+    denoiser: PlannedDenoiser, number: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The same for an attachment."""
-    return _register(_ATTACHMENTS, attachment, number)
+    return _register(_ATTACHMENTS, denoiser, number)
 
 
 def _register(known: Any, own: object, number: torch.Tensor | None) -> torch.Tensor:
@@ -152,9 +189,9 @@ def not_a_graph(function: Any) -> None:
         known.set_code_exec_strategy(code, known._FrameExecStrategy(skip, skip))
 
 
-def begin_call(attachment: Attachment, tokens: Tokens, told: Told) -> None:
+def begin_call(denoiser: PlannedDenoiser, tokens: Tokens, told: Told) -> None:
     """The beginning of a call as it is traced."""
-    attachment.begun.call = begin_op(attachment.number, packed(tokens), *told)
+    denoiser.begun.call = begin_op(denoiser.number, packed(tokens), *told)
 
 
 @torch.library.custom_op("visattn::layer_attention", mutates_args=(), tags=UNSAFE)
@@ -174,15 +211,14 @@ def layer_op(
 ) -> torch.Tensor:
     """``Layer.attend`` by the number of the layer; ``parallel``: under the context parallelism of
     its processor."""
-    own = _LAYERS[int(layer)]
-    if begun.numel():
-        slot, *tokens = begun.tolist()
-        state = own.attachment.call
-        if slot == state.slot:  # else it is of another thread, which has the same model
-            state.tokens = unpacked(tokens)
+    called = _LAYERS[int(layer)]
     call = Call(mask, dropout, causal, scale, grouped, heads_first)
-    config = own.module.processor._parallel_config if parallel else None
-    return own.attend(query, key, value, call, config).contiguous()
+    if begun.numel():
+        slot, *numbers = begun.tolist()
+        if slot == called.slot:  # otherwise another thread began it, with the same model
+            call = call._replace(tokens=unpacked(numbers))
+    config = called.module.processor._parallel_config if parallel else None
+    return called.attend(query, key, value, call, config).contiguous()
 
 
 @layer_op.register_fake
@@ -204,7 +240,7 @@ def _(
 
 
 def layer_attention(
-    layer: Layer,
+    layer: AttentionLayer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -15,10 +15,27 @@ from visattn.inject.layers.guard import measure_again, worthwhile
 from visattn.inject.layers.head_groups import HeadGroups
 from visattn.inject.layers.stock_attention import dense_attention
 
-if TYPE_CHECKING:
-    from visattn.inject.layers.layer import Layer
-
 __all__ = ["Decision", "Guard"]
+
+
+class GuardedLayer(Protocol):
+    """A layer, as the guard knows it; ``Layer`` is one.
+
+    Attributes:
+        path: of its module.
+    """
+
+    path: str
+
+    @property
+    def module(self) -> Any:
+        """The attention module."""
+
+    def tell(self, reason: str) -> None:
+        """Note why calls are dense that the plan has sparse, and log it once."""
+
+    def log(self, text: str) -> None:
+        """Log a line once."""
 
 
 class Decision(NamedTuple):
@@ -45,7 +62,7 @@ class Guard:
 
     def decide(
         self,
-        layer: Layer,
+        layer: GuardedLayer,
         parts: tuple[HeadGroups, ...],
         query: torch.Tensor,
         layout: TokenLayout,
@@ -63,7 +80,7 @@ class Guard:
 
 
 def _predicted(
-    layer: Layer,
+    layer: GuardedLayer,
     parts: tuple[HeadGroups, ...],
     query: torch.Tensor,
     layout: TokenLayout,
@@ -72,7 +89,7 @@ def _predicted(
 ) -> Decision:
     """The parts as the calibration of the device has them; ``last``: it has been measured again."""
     one = query[: max(1, len(query) // len(parts))]
-    tell = layer.attachment.tell
+    tell = layer.log
     verdicts = {part: worthwhile(part.heads, one, layout, tell, dense) for part in parts}
     guarded = {part: HeadGroups(verdict.heads, layout) for part, verdict in verdicts.items()}
     sparse = any(part.sparse for part in guarded.values())
@@ -85,7 +102,7 @@ def _predicted(
 
 
 def _contradicted(
-    layer: Layer,
+    layer: GuardedLayer,
     watch: Watch,
     parts: tuple[HeadGroups, ...],
     query: torch.Tensor,
@@ -97,7 +114,7 @@ def _contradicted(
     took = f"{1e3 * min(watch.seconds):.3g} ms, where at most {1e3 * watch.limit:.3g} ms"
     if not watch.last:
         if measure_again(query, dense):
-            layer.attachment.tell(
+            layer.log(
                 f"{layer.path}: calls take {took} was predicted; the device has been measured again"
             )
         return _predicted(layer, parts, query, layout, dense, True)

@@ -1,42 +1,50 @@
-"""The attention of a caught call, which an editor asks for with tensors of its own."""
+"""The attention that an editor asks for with its own tensors, at one intercepted call."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 
 from visattn.attention import AttentionSpec, attention_by
 from visattn.attention.dense_attention import dense_with_lse
 from visattn.geometry.layout import TokenLayout
-from visattn.inject.layers.compiled_layer import Call
-from visattn.inject.layers.head_groups import HeadGroups, Plain
+from visattn.inject.layers.call import Call, Plain, torch_attention
+from visattn.inject.layers.denoising_state import DenoisingState
+from visattn.inject.layers.head_groups import HeadGroups
+from visattn.inject.layers.memories import Memories
+from visattn.inject.layers.mixed_heads import mixed_attention
 from visattn.inject.layers.text_padding import Padding
 from visattn.runtime.torch_settings import callers_autocast
 from visattn.selectors import Memory
-
-if TYPE_CHECKING:
-    from visattn.inject.layers.layer import Layer
 
 __all__ = ["EditedKernel"]
 
 
 class EditedKernel:
-    """``Kernel`` of a layer at one call.
+    """The ``Kernel`` of a layer at one call.
 
     Args:
-        layer: whose call it is; call: its arguments; own: what the pipeline runs without us, heads
-            first; parts: what the plan has for it; layout: of its queries.
-        dim: of its heads; batch: of it; factor: of its logits; padding: that its tensors are
-            without, and that its mask is of.
+        path: of the layer.
+        denoising: the state of the denoiser.
+        memories: of the layer.
+        call: the arguments of the call.
+        plain: what the pipeline computes without visattn, for ``[B, H, L, D]``.
+        parts: what the heads run in each part of the batch; None: all is dense.
+        layout: of the queries.
+        dim: size of the heads.
+        batch: samples of the call.
+        factor: of the logits.
+        padding: the padding that the tensors are without, and that the mask excludes.
     """
 
     def __init__(
         self,
-        layer: Layer,
+        path: str,
+        denoising: DenoisingState,
+        memories: Memories,
         call: Call,
-        own: Plain,
+        plain: Plain,
         parts: tuple[HeadGroups, ...] | None,
         layout: TokenLayout,
         dim: int,
@@ -44,9 +52,9 @@ class EditedKernel:
         factor: float,
         padding: Padding | None,
     ) -> None:
-        self.layer, self.call, self.own, self.parts = layer, call, own, parts
-        self.layout, self.dim, self.batch, self.factor = layout, dim, batch, factor
-        self.padding = padding
+        self.path, self.denoising, self.memories = path, denoising, memories
+        self.call, self.plain, self.parts, self.layout = call, plain, parts, layout
+        self.dim, self.batch, self.factor, self.padding = dim, batch, factor, padding
         self.autocast = callers_autocast()
 
     def __call__(
@@ -62,28 +70,31 @@ class EditedKernel:
         planned = self._part(part, heads)
         if planned is None:
             return self._dense(q, k, v, lse)
-        layer, layout, factor = self.layer, self.layout, self.factor
-        if again:
-            memory = Memory()
-        else:
-            memory = layer.memories_of((planned,), q.shape[0], part, self.batch)[0]
+        denoising, layout, factor = self.denoising, self.layout, self.factor
+        memory = Memory()
+        if not again:
+            (memory,) = self.memories.of(
+                (planned,), denoising, layout, q.shape[0], part, self.batch
+            )
+        backend = denoising.backend
         if not lse:
-            own = self._dense_only
-            return layer.mixed(q, k, v, planned, layout, None, factor, own, memory), None
-        backend = layer.attachment.backend
+            plain, rows = self._dense_only, denoising.audit
+            return mixed_attention(
+                q, k, v, planned, layout, None, factor, plain, memory, backend, rows
+            ), None
         spec = AttentionSpec(
             planned.heads, layout, scale=factor, backend=backend, return_lse=True
         )
         return attention_by(q, k, v, spec, memory)
 
     def _part(self, part: int, heads: tuple[int, ...] | None) -> HeadGroups | None:
-        """What some heads run in a part of the batch; None where all of it is dense."""
+        """Return what some heads run in a part of the batch; None where all of it is dense."""
         if self.parts is None:
             return None
-        own = self.parts[part if len(self.parts) > 1 else 0]
+        groups = self.parts[part if len(self.parts) > 1 else 0]
         if heads is not None:
-            own = _chosen(own, heads, self.layout)
-        return own if own.sparse else None
+            groups = _groups_of(groups, heads, self.layout)
+        return groups if groups.sparse else None
 
     def _dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: bool
@@ -92,23 +103,23 @@ class EditedKernel:
             return self._dense_only(q, k, v), None
         if (self.call.mask is not None and self.padding is None) or self.call.causal:
             raise ValueError(
-                f"an edit of {self.layer.path} needs the normaliser of its softmax, which there is "
-                "not for a call with an attention mask; leave the layer out of the edit"
+                f"an edit of {self.path} needs the log-sum-exp of its logits, which is not "
+                "computed for a call with an attention mask; leave the layer out of the edit"
             )
         return dense_with_lse(q, k, v, self.factor)
 
     def _dense_only(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """By the pipeline's own backend; by torch where the tensors are wider than its own, which
-        backends that quantise would not stand."""
-        plain = self.own
+        """Return attention by the backend of the pipeline; by torch where the edit made the heads
+        larger, which backends that quantise do not accept."""
+        plain = self.plain
         if q.shape[3] != self.dim:
-            plain = self.layer.by_torch(self.call._replace(scale=self.factor))
+            plain = torch_attention(self.call._replace(scale=self.factor))
         plain = plain if self.padding is None else self.padding.around(plain)
         with self.autocast():
             return plain(q, k, v)
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(part: HeadGroups, heads: tuple[int, ...], layout: TokenLayout) -> HeadGroups:
-    """Some heads of a part."""
+def _groups_of(part: HeadGroups, heads: tuple[int, ...], layout: TokenLayout) -> HeadGroups:
+    """Return the groups of some heads of a part."""
     return HeadGroups(tuple(part.heads[n] for n in heads), layout)

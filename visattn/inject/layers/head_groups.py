@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 
@@ -12,9 +11,8 @@ from visattn.patterns import Dense, HeadPattern, Pattern
 from visattn.runtime.torch_settings import lasting
 from visattn.selectors import Agent
 
-__all__ = ["DENSE", "HeadGroups", "Heads", "Plain", "is_dense"]
+__all__ = ["DENSE", "HeadGroups", "Heads", "is_dense"]
 
-Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Heads = tuple[HeadPattern, ...]
 DENSE = Dense()
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from visattn.inject.hooks.class_swap import FrontClass
-from visattn.inject.layers.compiled_layer import Call, layer_attention
-
-if TYPE_CHECKING:
-    from visattn.inject.layers.layer import Layer
+from visattn.inject.layers.call import Call
+from visattn.inject.layers.compiled_layer import AttentionLayer, layer_attention
 
 __all__ = [
     "ATTRIBUTE",
@@ -40,7 +38,7 @@ ATTRIBUTE = "_visattn_layer"
 class _Running(threading.local):
     """The layer whose module runs in this thread, until its attention has been called."""
 
-    layer: Layer | None = None
+    layer: AttentionLayer | None = None
 
 
 class _Traced:
@@ -48,8 +46,8 @@ class _Traced:
     holds module and attention sets and reads it while it is traced; where a graph ends between the
     two, it is set by one and read by the other, which two threads must not do at once."""
 
-    layer: Layer | None = None  # whose module was traced
-    shown: Layer | None = None  # whose module runs, with a forward that is compiled
+    layer: AttentionLayer | None = None  # whose module was traced
+    shown: AttentionLayer | None = None  # whose module runs, with a forward that is compiled
 
 
 _running, _traced = _Running(), _Traced()
@@ -59,7 +57,7 @@ class Intercepted(FrontClass):
     """Goes in front of the class of an attention module that has a plan."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer: Layer | None = self.__dict__.get(ATTRIBUTE)
+        layer: AttentionLayer | None = self.__dict__.get(ATTRIBUTE)
         if layer is None:  # taken off, under a class that somebody else put in front of ours
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if layer.through_sdpa:
@@ -85,7 +83,7 @@ class _TorchAttentionCalls(TorchFunctionMode):
     the layer's own, and so are others of as many queries and keys; a call of another length is what
     an adapter attends to beside, as an image."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: AttentionLayer) -> None:
         self.layer = layer
         self.lengths: tuple[int, int] | None = None
         super().__init__()

@@ -33,7 +33,7 @@ def missed(layer: Layer, patterns: Heads) -> tuple[float, float] | None:
     found = [
         (own.dropped[:, n].mean(), own.error[:, n].mean())
         for key, memory in layer.memories.items()
-        if memory.audited is not None and key[:2] == layer.latest
+        if memory.audited is not None and key[:2] == layer.memories.latest
         for heads, own in [memory.audited]
         for n, pattern in enumerate(heads)
         if pattern in patterns

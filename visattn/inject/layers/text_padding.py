@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from visattn.geometry.layout import TokenLayout, Tokens, valid_keys
-
-if TYPE_CHECKING:
-    from visattn.inject.layers.compiled_layer import Call
-    from visattn.inject.layers.head_groups import Plain
+from visattn.inject.layers.call import Call, Plain
 
 __all__ = ["Padding", "text_lengths_of"]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from visattn.inject.apply import models_of
 from visattn.inject.hooks.class_swap import kind_of
 from visattn.inject.layers.interception import own_backend
+from visattn.inject.models.denoisers import models_of
 from visattn.inject.models.json_values import plain
 from visattn.inject.models.weights import sample, tensors_of
 

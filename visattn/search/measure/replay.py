@@ -13,8 +13,8 @@ import torch
 
 from visattn.cost import now
 from visattn.inject import Observation, observe, sparse
-from visattn.inject.apply import models_of
 from visattn.inject.attachment import attached
+from visattn.inject.models.denoisers import models_of
 from visattn.plan import Plan
 from visattn.tasks.result_store import StoredResult
 

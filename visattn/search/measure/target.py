@@ -10,8 +10,13 @@ import torch
 
 from visattn.generation import Job, Result, run_job
 from visattn.inject import remove_plan
-from visattn.inject.apply import denoisers, family_of, known_denoisers, models_of
-from visattn.inject.attachment import attention_layers
+from visattn.inject.models.denoisers import (
+    attention_layers,
+    denoisers,
+    family_of,
+    known_denoisers,
+    models_of,
+)
 from visattn.inject.models.fingerprint import fingerprint
 from visattn.inject.searchable import check_searchable
 from visattn.search.measure.output_losses import Layer

@@ -1,0 +1,116 @@
+"""An attention module of a denoiser, on which visattn intercepts the attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visattn.inject.hooks.class_swap import add_class, remove_class
+from visattn.inject.hooks.weak import Weak
+from visattn.inject.layers.denoising_state import DenoisingState
+from visattn.inject.layers.interception import ATTRIBUTE, Intercepted, hook, unhook
+from visattn.selectors import Memory
+
+__all__ = ["InterceptedModule"]
+
+
+class InterceptedModule:
+    """The part of a layer that is on its module: what it intercepts, counts and logs.
+
+    Args:
+        denoising: the state of the denoiser.
+        path: of the attention module.
+        module: the attention module.
+
+    Attributes:
+        through_sdpa: whether the processor calls torch's attention itself.
+        sparse_calls: calls with sparse heads so far.
+        dense_calls: other calls so far.
+        ran: the backends of the sparse calls.
+        reason: why the last call did not run, or did not choose, as the plan has it.
+    """
+
+    def __init__(self, denoising: DenoisingState, path: str, module: Any) -> None:
+        self._denoising, self._module, self.path = Weak(denoising), Weak(module), path
+        self.processor = module.processor
+        self.through_sdpa = False
+        self.sparse_calls = self.dense_calls = 0
+        self.ran: set[str] = set()
+        self.reason: str | None = None
+        self._logged: set[str] = set()
+
+    @property
+    def denoising(self) -> DenoisingState:
+        """The state of its denoiser."""
+        return self._denoising()
+
+    @property
+    def module(self) -> Any:
+        """The attention module."""
+        return self._module()
+
+    @property
+    def slot(self) -> int:
+        """The slot of the running thread or task."""
+        return self.denoising.call.slot
+
+    def install(self) -> None:
+        """Intercept the attention of the module. Where it is intercepted already, check that it
+        still is: other calls change processors and their backends too."""
+        setattr(self.module, ATTRIBUTE, self)
+        add_class(self.module, Intercepted)
+        self.processor = self.module.processor
+        # a processor that dispatches without a backend of its own ends in torch's attention too
+        self.through_sdpa = not hasattr(self.processor, "_attention_backend")
+        if not self.through_sdpa:
+            hook(self.processor)
+
+    def let_go(self) -> None:
+        """Leave a processor that the module no longer has as it was."""
+        if self.processor is not self.module.processor:
+            unhook(self.processor)
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        unhook(self.processor)
+        unhook(self.module.processor)  # another one, which modules may share
+        self.module.__dict__.pop(ATTRIBUTE, None)
+        remove_class(self.module, Intercepted)
+
+    def tell(self, reason: str) -> None:
+        """Note why a call is dense that the plan has sparse, and log it once.
+
+        Args:
+            reason: why.
+        """
+        which = f"some calls of {self.path} stay" if self.sparse_calls else f"{self.path} stays"
+        self._note(reason, f"{which} dense: {reason}")
+
+    def log(self, text: str) -> None:
+        """Log a line once.
+
+        Args:
+            text: the line.
+        """
+        self.denoising.tell(text)
+
+    def _note(self, reason: str, sentence: str) -> None:
+        self.reason = reason
+        if reason not in self._logged:
+            self._logged.add(reason)
+            self.log(sentence)
+
+    def warn(self, memory: Memory) -> None:
+        """Log once that the scores of a call were not finite.
+
+        Args:
+            memory: of the call.
+        """
+        if memory.broken is not None and bool(memory.broken):
+            reason = "scores of its blocks were not finite, so that all of them are kept"
+            self._note(reason, f"{self.path}: {reason}")
+
+    def look(self) -> None:
+        """Note, after a call of the module, whether its attention was intercepted."""
+        if not self.sparse_calls + self.dense_calls:
+            kind = type(self.module.processor).__name__
+            self.tell(f"{kind} calls no attention that can be caught")
