@@ -40,7 +40,7 @@ WAITING = set(map(part_of, MODULES)) - {
     "runtime",
 }
 # Packages of waiting parts whose words are mended already.
-MENDED = ("visattn.guidance.edits", "visattn.selectors.attend")
+MENDED = ("visattn.guidance.edits", "visattn.selectors.attend", "visattn.selectors.stages")
 MENDED_PREFIXES = tuple(f"{package}." for package in MENDED)
 PARTS = sorted(set(map(part_of, MODULES)))
 

@@ -1,4 +1,4 @@
-"""What dynamic patterns remember of earlier steps."""
+"""State of dynamic patterns that lasts from one denoising step to the next."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory"]
 
-TOO_MUCH = 2.0  # times the error that was allowed, at which a guard acts
-QUANTILE = 0.95  # of the audited rows
+TOO_MUCH = 2.0  # a guard acts when the error exceeds the allowed error times this
+QUANTILE = 0.95  # the error of a call is this quantile over its audited rows
 
 
 @dataclass
 class _Kept:
-    """A choice that serves several steps: when it was made, the block means of the keys then, and
-    the error of its audited rows, which is read when the next step asks."""
+    """A selection that is reused at later steps.
+
+    Attributes:
+        step: the step at which it was made.
+        selection: the selection.
+        means: means of the keys at that step.
+        error: error of the audited rows; kept on the device and read only at the next step.
+    """
 
     step: int
     selection: Selection
@@ -36,22 +42,41 @@ class _Kept:
 
 @dataclass
 class Memory:
-    """The choices of a layer in one pass, by pattern. A step that does not come after the last one
-    begins a new generation, which starts anew; raised budgets stay."""
+    """What the dynamic patterns of one layer keep between denoising steps, for one pass.
+
+    A pipeline with a plan makes one for each layer and pass. A step number that does not increase
+    marks a new generation: reused selections are then dropped, raised budgets stay.
+
+    Attributes:
+        step: the current step, or None where it is not known.
+        made: number of selections that were computed.
+        reused: number of calls that reused an earlier selection.
+        broken: whether any score was not finite, bool, or None where no score was checked.
+        density: density of the last selection, by pattern.
+        audited: the head patterns and audit of the last audited call, or None.
+        notches: how often the budget of a pattern was raised.
+
+    Example:
+        >>> from visattn.selectors import Memory
+        >>> memory = Memory()
+        >>> memory.begin(step=0, steps=20)
+        >>> memory.step, memory.made, memory.reused
+        (0, 0, 0)
+    """
 
     step: int | None = None
     made: int = 0
     reused: int = 0
-    broken: torch.Tensor | None = None  # whether scores were ever not finite
-    density: dict[Selector, torch.Tensor] = field(default_factory=dict)  # executed, last chosen
+    broken: torch.Tensor | None = None
+    density: dict[Selector, torch.Tensor] = field(default_factory=dict)
     audited: tuple[tuple[HeadPattern, ...], Audit] | None = None  # heads of the last call
-    notches: dict[Reuse, int] = field(default_factory=dict)  # how often a budget was raised
+    notches: dict[Reuse, int] = field(default_factory=dict)
     _kept: dict[Reuse, _Kept] = field(default_factory=dict)
     _past: dict[Selector, SelectorState] = field(default_factory=dict)
     _when: tuple[int, int] = (-1, 0)
 
     def begin(self, step: int | None, steps: int | None) -> None:
-        """A call at a step; None where it is not known."""
+        """Announce a call at ``step`` of ``steps``; None where they are not known."""
         last, count = self._when
         if step is None or steps is None or step <= last or steps != count:
             self._kept.clear()
@@ -60,7 +85,7 @@ class Memory:
         self._when = (-1, 0) if step is None or steps is None else (step, steps)
 
     def past(self, pattern: Selector) -> SelectorState:
-        """What a pattern knows of its last call; empty where steps are not known."""
+        """Return the state of a pattern after its last call; a new one without a known step."""
         if self.step is None:
             return SelectorState()
         return self._past.setdefault(pattern, SelectorState())
@@ -76,7 +101,7 @@ class Memory:
         *,
         kernels: bool = False,
     ) -> Selection:
-        """The selection of a pattern: one that is kept where it serves, else a new one."""
+        """Return the stored selection of a pattern if it is still valid, else a new one."""
         from visattn.selectors.methods.across_steps.reuse import Reuse
 
         if not isinstance(pattern, Reuse) or self.step is None:
@@ -99,10 +124,10 @@ class Memory:
         return selection
 
     def _too_far_off(self, pattern: Reuse, kept: _Kept) -> bool:
-        """Whether the audited rows of the last call were further off than the guard allows."""
+        """Return whether the error of the last call exceeds what the guard allows."""
         if pattern.guard is None or kept.error is None:
             return False
-        return not float(kept.error) <= TOO_MUCH * pattern.guard  # NaN too
+        return not float(kept.error) <= TOO_MUCH * pattern.guard  # also true for NaN
 
     def _new(
         self,
@@ -120,8 +145,8 @@ class Memory:
         self.made += 1
         self.density[pattern] = selection.block_density().mean()
         if selection.broken is not None:
-            own = selection.broken.any()
-            self.broken = own if self.broken is None else self.broken | own
+            is_broken = selection.broken.any()
+            self.broken = is_broken if self.broken is None else self.broken | is_broken
         return selection
 
     def learn(
@@ -137,7 +162,7 @@ class Memory:
         scale: float,
         highest: torch.Tensor | None,
     ) -> None:
-        """After a call: what the pattern and its guard are to know of it."""
+        """Store what a pattern and its guard need from a call that has run."""
         from visattn.selectors.methods.across_steps.reuse import Reuse
 
         if self.step is None:
@@ -146,16 +171,16 @@ class Memory:
             pattern.learn(self.past(pattern), lse.detach(), highest)
         if isinstance(pattern, Reuse) and pattern.guard is not None:
             rows, step = pattern.rows, self.step
-            found = audit(q, k, v, out, lse, layout, text_lengths, scale, rows, step)
-            self._kept[pattern].error = found.error.quantile(QUANTILE, dim=-1).amax()
-        if self.step == self._when[1] - 1:  # the last one
+            measured = audit(q, k, v, out, lse, layout, text_lengths, scale, rows, step)
+            self._kept[pattern].error = measured.error.quantile(QUANTILE, dim=-1).amax()
+        if self.step == self._when[1] - 1:  # the last step: free the memory
             self._past.pop(pattern, None)
             if isinstance(pattern, Reuse):
                 self._kept.pop(pattern, None)
 
 
 def _means(k: torch.Tensor) -> torch.Tensor:
-    """Means of runs of 64 keys, ``[B, Hk, ceil(L / 64), D]``."""
+    """Return the means of runs of 64 keys, ``[B, Hk, ceil(L / 64), D]``."""
     pad = -k.shape[2] % 64
     padded = torch.nn.functional.pad(k.float(), (0, 0, 0, pad))
     means: torch.Tensor = padded.unflatten(2, (-1, 64)).mean(3)

@@ -1,4 +1,4 @@
-"""Selectors with an order of their own for each batch item and head."""
+"""Selectors that order the tokens separately for each batch item and head."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ __all__ = [
 
 
 class Runs(NamedTuple):
-    """The runs of an order that are blocks, int64 ``[B, H, M]`` each; ``group``: what they are a
-    part of."""
+    """Runs of consecutive tokens of an order, one for each block; int64 ``[B, H, M]`` each.
+
+    Attributes:
+        start: first place of the run in the order.
+        length: tokens of the run.
+        group: number of the group (for example the cluster) that the run is a part of.
+    """
 
     start: torch.Tensor
     length: torch.Tensor
@@ -37,7 +42,7 @@ class Runs(NamedTuple):
 
 
 def even_runs(like: torch.Tensor, size: int) -> Runs:
-    """Runs of ``size`` tokens of an order ``[B, H, n]``, the last one shorter."""
+    """Cut an order ``[B, H, n]`` into runs of ``size`` tokens; the last one may be shorter."""
     count = like.shape[2]
     start = torch.arange(0, count, size, device=like.device)
     length = (count - start).clamp(max=size)
@@ -47,7 +52,7 @@ def even_runs(like: torch.Tensor, size: int) -> Runs:
 
 
 def order_runs(layout: TokenLayout, order: Order, size: int, like: torch.Tensor) -> Runs:
-    """The blocks that an order cuts the one grid into, for all heads of ``[B, H, ...]``."""
+    """Return the blocks of the one grid in an order, for all heads of ``like``, ``[B, H, ...]``."""
     runs = _shared_runs(layout, (order,), size, like.device)
     return Runs(*(x.expand(*like.shape[:2], -1) for x in runs))
 
@@ -57,21 +62,23 @@ def order_runs(layout: TokenLayout, order: Order, size: int, like: torch.Tensor)
 def _shared_runs(
     layout: TokenLayout, order: tuple[Order], size: int, device: torch.device
 ) -> Runs:
-    """The same, of one head."""
+    """Return the runs of ``order_runs`` for a single head."""
     blocks = order[0].blocks(layout.grids[0][1], size)
     number = torch.arange(len(blocks.start))
     return Runs(*(x.to(device) for x in (blocks.start, blocks.length, number)))
 
 
 def uneven_runs(counts: torch.Tensor, tokens: int, size: int) -> Runs:
-    """Runs of at most ``size`` tokens of groups that stand one after the other in an order.
+    """Cut consecutive groups of an order into runs of at most ``size`` tokens.
 
     Args:
-        counts: int64 ``[B, H, C]``, tokens of the groups, ``tokens`` in all.
+        counts: tokens of each group, int64 ``[B, H, C]``.
+        tokens: the sum of the counts.
+        size: most tokens of a run.
 
     Returns:
-        ``C + tokens // size`` runs, enough for any counts, so that nothing is read back; those that
-        are not needed are empty.
+        ``C + tokens // size`` runs, enough for any counts; unused runs are empty. The number of
+        runs does not depend on values on the device, so the host need not wait for it.
     """
     groups = counts.shape[2]
     pieces = -(-counts // size)
@@ -89,7 +96,7 @@ def uneven_runs(counts: torch.Tensor, tokens: int, size: int) -> Runs:
 
 
 class PerHeadSelector(Selector):
-    """Base: ``arrange`` gives the orders and blocks, ``levels`` the levels of grid block pairs."""
+    """Base class: ``arrange`` gives the orders and blocks, ``choose`` the kept pairs of blocks."""
 
     @abstractmethod
     def arrange(
@@ -100,17 +107,20 @@ class PerHeadSelector(Selector):
         scale: float,
         past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
-        """Order of the queries ``[B, H, n]``, its runs and their most tokens, and those of the
-        keys; grid tokens counted from the first. ``past`` may be read and written."""
+        """Return the order, runs and largest run length of the queries, then those of the keys.
+
+        Orders are int64 ``[B, H, n]``: grid tokens, counted from the first grid token. The method
+        may read and change ``past``.
+        """
 
     @abstractmethod
     def choose(
         self, inputs: Inputs, q_runs: Runs, k_runs: Runs
     ) -> torch.Tensor:
-        """Kept pairs of grid blocks, bool ``[B, H, Mq, Mk]``."""
+        """Return the kept pairs of grid blocks, bool ``[B, H, Mq, Mk]``."""
 
     def finished(self, selection: Selection) -> Selection:
-        """The selection, with what goes beyond its levels."""
+        """Return the selection with additions besides the levels, such as its rest."""
         return selection
 
     def select(
@@ -131,35 +141,37 @@ class PerHeadSelector(Selector):
         q_side = partition_by_head(layout, q_order, q_runs.start, q_runs.length, q_size)
         k_side = partition_by_head(layout, k_order, k_runs.start, k_runs.length, k_size)
         inputs = Inputs(q, k, v, layout, scale, q_side, k_side, kernels)
-        own = self.choose(inputs, q_runs, k_runs)
+        kept = self.choose(inputs, q_runs, k_runs)
         rows = grid_rows(layout, q_side, q_runs), grid_rows(layout, k_side, k_runs)
-        selection = self.finished(Selection.of(q_side, k_side, _levels(own, q_side, k_side, rows)))
+        selection = self.finished(Selection.of(q_side, k_side, _levels(kept, q_side, k_side, rows)))
         means = (inputs.q_mean[:, :, rows[0]], inputs.k_mean[:, :, rows[1]])
         size = means[0].sum((2, 3), keepdim=True) + means[1].sum((2, 3), keepdim=True)
         return selection.guarded(size.abs())
 
 
 def grid_rows(layout: TokenLayout, side: BlockPartition, runs: Runs) -> slice:
-    """The blocks of the one grid among those of a side: what ``side.grid`` says, without asking a
-    device."""
+    """Return which blocks of a side are those of the one grid.
+
+    The result equals ``side.grid``, without a wait for the device.
+    """
     before = layout.segments[: [s.kind for s in layout.segments].index("grid")]
     first = sum(-(-segment.length // side.size) for segment in before)
     return slice(first, first + runs.start.shape[2])
 
 
 def _levels(
-    own: torch.Tensor, q_side: BlockPartition, k_side: BlockPartition, rows: tuple[slice, slice]
+    kept: torch.Tensor, q_side: BlockPartition, k_side: BlockPartition, rows: tuple[slice, slice]
 ) -> torch.Tensor:
-    """Levels of all blocks from the kept pairs of grid blocks; the others are seen, and see all."""
+    """Return the levels of all blocks; blocks outside the grid see all and are seen by all."""
     levels = torch.ones(
-        *own.shape[:2], len(q_side), len(k_side), dtype=torch.uint8, device=own.device
+        *kept.shape[:2], len(q_side), len(k_side), dtype=torch.uint8, device=kept.device
     )
-    levels[:, :, rows[0], rows[1]] = own.to(torch.uint8)
+    levels[:, :, rows[0], rows[1]] = kept.to(torch.uint8)
     there = (q_side.length > 0)[..., :, None] & (k_side.length > 0)[..., None, :]
     return levels * there
 
 
 def grid_tokens(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """``[B, H, L, D]`` at the tokens of the one grid."""
+    """Return ``[B, H, L, D]`` at the tokens of the one grid, ``[B, H, n, D]``."""
     begin, grid = layout.grids[0]
     return x[:, :, begin : begin + grid.numel]

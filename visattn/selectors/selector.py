@@ -1,7 +1,7 @@
-"""Dynamic patterns: a rule by which a head's blocks are chosen from the queries and keys of a call.
+"""Base classes of the dynamic patterns, which choose blocks from the queries and keys of a call.
 
-A selector is a frozen dataclass like a static pattern, with a written form; it names, or brings,
-the stages layout -> summary -> score -> select -> rest.
+A selector is a frozen dataclass with a written form, like a static pattern. Most selectors are
+built from the stages layout -> summary -> score -> select -> rest.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ ORDERS = ("raster", "tiles", "hilbert")
 SEARCHED_SHARES = (0.12, 0.25, 0.4)  # budgets that the search tries: shares of blocks
 SEARCHED_MASSES = (0.6, 0.8)  # and shares of the attention mass
 MAX_BLOCK = 1 << 16
-MOST_SCORES = 1 << 22  # of a call that are there at a time, where rows choose for themselves
+MOST_SCORES = 1 << 22  # most scores in memory at a time, if the selector is row independent
 
 
 def order_of(name: str | Order, grid: Grid, size: int) -> Order:
-    """The order that a selector names, if it names one: ``"raster"``, ``"tiles"`` (boxes of about
-    ``size`` tokens, a block each) or ``"hilbert"``.
+    """Return an order by its name: ``"raster"``, ``"tiles"`` or ``"hilbert"``.
+
+    ``"tiles"`` are boxes of about ``size`` tokens, one block each. An Order is returned as it is.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is unknown.
     """
     if not isinstance(name, str):
         return name
@@ -67,25 +68,27 @@ def order_of(name: str | Order, grid: Grid, size: int) -> Order:
 @functools.lru_cache(maxsize=256)
 @on_cpu
 def grid_blocks(layout: TokenLayout, name: str, size: int) -> int:
-    """How many blocks the grids of a layout are cut into, in an order by name."""
+    """Return how many blocks the grids of a layout have, for an order by its name."""
     return sum(
         len(order_of(name, grid, size).blocks(grid, size).length) for _, grid in layout.grids
     )
 
 
 def rounded_down(keep: int | float, layout: TokenLayout, name: str, size: int) -> int:
-    """A number of blocks: an int is one, a float the share of the grids' blocks, rounded down, at
-    least 1."""
+    """Return a number of blocks: an int as it is, a float as that share of the grids' blocks.
+
+    The share is rounded down, to at least 1.
+    """
     if isinstance(keep, int):
         return keep
     return max(1, int(keep * grid_blocks(layout, name, size)))
 
 
 def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
-    """The one grid of a layout.
+    """Return the one grid of a layout.
 
     Raises:
-        ValueError: it has none, or several.
+        ValueError: the layout has no grid or several.
     """
     if len(layout.grids) != 1:
         raise ValueError(
@@ -96,10 +99,10 @@ def only_grid(layout: TokenLayout, selector: Selector) -> Grid:
 
 
 class Selector(HeadPattern):
-    """Base of the dynamic patterns; each subclass is a frozen dataclass.
+    """Base class of the dynamic patterns; each subclass is a frozen dataclass.
 
-    One file adds a selector: a class that sets ``name`` is registered in ``SELECTORS``, parsed,
-    drawn and tested with the others, and its ``search_budgets`` are tried by the search.
+    A new selector is one file: a class that sets ``name`` is registered in ``SELECTORS``, parsed,
+    drawn and tested like the others, and the search tries its ``search_budgets``.
 
     Attributes:
         name: the name in plans and on the command line.
@@ -107,7 +110,14 @@ class Selector(HeadPattern):
         color: ``"#rrggbb"``, for pictures.
         example: the written form of a small instance that is legal on every grid, for tests and
             demonstrations.
-        reusable: whether a selection may serve another call.
+        reusable: whether a later call may reuse a selection.
+
+    Example:
+        >>> from visattn.selectors import SELECTORS, Selector
+        >>> all(issubclass(kind, Selector) for kind in SELECTORS.values())
+        True
+        >>> SELECTORS["jenga"].example
+        'jenga(0.3, 0.1, 8)'
     """
 
     family: ClassVar[str] = "dynamic"
@@ -116,7 +126,7 @@ class Selector(HeadPattern):
 
     @classmethod
     def search_budgets(cls, block: int) -> dict[str, list[HeadPattern]]:
-        """Return the instances that the search tries, by the label of their candidates.
+        """Return the instances that the search tries, by label.
 
         Args:
             block: tokens of a block.
@@ -125,21 +135,23 @@ class Selector(HeadPattern):
 
     @property
     def learns(self) -> bool:
-        """Whether the LSE of a call is to be kept in ``past``."""
+        """Whether ``learn`` is called after each call, to keep its LSE in ``past``."""
         return False
 
     def learn(self, past: SelectorState, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
-        """After a call: what the next one is to know.
+        """Store in ``past`` what the next call needs.
 
         Args:
-            lse: ``[B, H, L]``; highest: with ``records`` the largest logit less the LSE of the call
-                before, of each block pair, ``[B, H, Nq, Nk]``; None at the first call.
+            past: the state of this pattern in this generation.
+            lse: LSE of the call, ``[B, H, L]``.
+            highest: with ``records``, for each block pair the largest logit minus the LSE of the
+                previous call, ``[B, H, Nq, Nk]``; None at the first call.
         """
         past.lse = lse
 
     @property
     def records(self) -> bool:
-        """Whether also the largest logits of its blocks are."""
+        """Whether attention records the largest logit of each block pair for ``learn``."""
         return False
 
     @abstractmethod
@@ -154,11 +166,19 @@ class Selector(HeadPattern):
         kernels: bool = False,
         past: SelectorState | None = None,
     ) -> Selection:
-        """What the heads of a call see: q ``[B, H, L, D]``, k and v ``[B, Hk, L, D]``.
+        """Choose what the heads of a call see.
 
         Args:
-            kernels: compute what there are kernels for by them.
-            past: what is known of the last call of the same generation; it may be written to.
+            q: queries ``[B, H, L, D]``.
+            k: keys ``[B, Hk, L, D]``.
+            v: values ``[B, Hk, L, D]``.
+            layout: the segments of the sequence.
+            scale: factor of the logits.
+            kernels: use the Triton kernels where there are any.
+            past: state after the last call of the same generation; the method may change it.
+
+        Returns:
+            The selection for these heads.
 
         Raises:
             ValueError: a size does not fit the layout.
@@ -167,11 +187,15 @@ class Selector(HeadPattern):
 
 @dataclass(frozen=True)
 class Stages:
-    """What a selector whose blocks are the same for all heads is made of.
+    """The stages of a selector whose blocks are the same for all heads.
 
     Args:
-        score, choose, force, rest: the stages.
-        orders: of queries and keys, by name or themselves; blocks: most tokens of their blocks.
+        score: scores the block pairs.
+        choose: turns scores into levels.
+        always_kept: block pairs that are kept whatever their score.
+        rest: treatment of the unselected blocks; None drops them.
+        orders: orders of queries and of keys, each an Order or its name.
+        blocks: most tokens of a query block and of a key block.
     """
 
     score: Score
@@ -182,7 +206,7 @@ class Stages:
     blocks: tuple[int, int] = (64, 64)
 
     def grid_orders(self, layout: TokenLayout) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
-        """The orders of queries and keys, one for each grid."""
+        """Return the orders of queries and of keys, one for each grid."""
         (q_name, k_name), (q_size, k_size) = self.orders, self.blocks
         return (
             tuple(order_of(q_name, grid, q_size) for _, grid in layout.grids),
@@ -192,7 +216,7 @@ class Stages:
     def sides(
         self, layout: TokenLayout, device: torch.device
     ) -> tuple[BlockPartition, BlockPartition]:
-        """The blocks of queries and keys."""
+        """Return the blocks of queries and of keys."""
         q_orders, k_orders = self.grid_orders(layout)
         return (
             partition_by_order(layout, q_orders, self.blocks[0], device),
@@ -201,7 +225,7 @@ class Stages:
 
 
     def forced(self, layout: TokenLayout, device: torch.device) -> torch.Tensor:
-        """Block pairs that are kept whatever their score, bool ``[1, 1, Nq, Nk]``."""
+        """Return the block pairs that are kept whatever their score, bool ``[1, 1, Nq, Nk]``."""
         sides = self.sides(layout, torch.device("cpu"))
         return always_kept_blocks(self.always_kept, layout, self.grid_orders(layout), sides, device)
 
@@ -210,20 +234,32 @@ class BlockSelector(Selector):
     """A selector whose blocks are the same for all heads; subclasses define its stages.
 
     Attributes:
-        row_independent: whether the blocks of a query block depend on the scores of that block
-            alone. True lets long sequences be selected a few query blocks at a time; it requires
-            that ``scores``, ``adjusted``, ``finished`` and ``widened`` are those of this class.
+        row_independent: whether the selection for a query block depends on the scores of that
+            block alone. If True, long sequences are processed a few query blocks at a time, to save
+            memory. A subclass may set it only if it does not override ``scores``, ``adjusted``,
+            ``finished`` or ``widened``.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.selectors import BlockSelector, TopBlocks
+        >>> issubclass(TopBlocks, BlockSelector)
+        True
+        >>> layout = TokenLayout(Grid(2, 4, 4))
+        >>> stages = TopBlocks(keep=0.5, block=8).stages(layout)
+        >>> [len(side) for side in stages.sides(layout, torch.device("cpu"))]
+        [4, 4]
     """
 
     row_independent: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, layout: TokenLayout) -> Stages:
-        """What it is made of on a layout."""
+        """Return the stages for a layout."""
 
-    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
-        """Scores ``[B, H, Nq, Nk]``, minus infinity for pairs that are not chosen among."""
-        return own.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
+    def scores(self, stages: Stages, inputs: Inputs) -> torch.Tensor:
+        """Return scores ``[B, H, Nq, Nk]``, minus infinity for pairs that cannot be chosen."""
+        return stages.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
 
     def select(
         self,
@@ -236,53 +272,55 @@ class BlockSelector(Selector):
         kernels: bool = False,
         past: SelectorState | None = None,
     ) -> Selection:
-        own = self.stages(layout)
-        sides = own.sides(layout, q.device)
+        stages = self.stages(layout)
+        sides = stages.sides(layout, q.device)
         lse = past.lse if past is not None and self.learns else None
         inputs = Inputs(q, k, v, layout, scale, *sides, kernels, lse)
-        forced = own.forced(layout, q.device)
+        forced = stages.forced(layout, q.device)
         many = q.shape[0] * q.shape[1] * forced.shape[2] * forced.shape[3]
-        stages = (own.choose, own.score, self)
-        if many > MOST_SCORES and all(stage.row_independent for stage in stages):
+        parts = (stages.choose, stages.score, self)
+        if many > MOST_SCORES and all(part.row_independent for part in parts):
             step = max(1, forced.shape[2] * MOST_SCORES // many)
-            return self._in_parts(own, inputs, forced, step)
-        scores = self.scores(own, inputs)
+            return self._in_parts(stages, inputs, forced, step)
+        scores = self.scores(stages, inputs)
         forced = self.widened(forced, scores, inputs)
-        levels = choose(own.choose, scores, sides[1].length, forced, kernels)
+        levels = choose(stages.choose, scores, sides[1].length, forced, kernels)
         levels = self.adjusted(levels, inputs)
-        selection = Selection.of(*sides, levels, own.choose.levels, own.rest)
+        selection = Selection.of(*sides, levels, stages.choose.levels, stages.rest)
         return self.finished(selection, scores, inputs).guarded(scores)
 
     def _in_parts(
-        self, own: Stages, inputs: Inputs, forced: torch.Tensor, step: int
+        self, stages: Stages, inputs: Inputs, forced: torch.Tensor, step: int
     ) -> Selection:
-        """The selection, ``step`` query blocks at a time, so that the scores of all of them are
-        never there together."""
-        sides, found = (inputs.q_side, inputs.k_side), []
+        """Compute the selection ``step`` query blocks at a time, to limit the memory of scores."""
+        sides, levels_of_rows = (inputs.q_side, inputs.k_side), []
         broken = torch.zeros(*inputs.q.shape[:2], 1, 1, dtype=torch.bool, device=forced.device)
         for begin in range(0, len(sides[0]), step):
             rows = slice(begin, begin + step)
             part = replace(inputs, q_side=sides[0].part(rows), whole=inputs)
-            scores = self.scores(own, part)
+            scores = self.scores(stages, part)
             broken |= not_finite(scores)
-            found.append(
-                choose(own.choose, scores, sides[1].length, forced[:, :, rows], inputs.kernels)
+            levels_of_rows.append(
+                choose(stages.choose, scores, sides[1].length, forced[:, :, rows], inputs.kernels)
             )
-        levels = torch.cat(found, 2)
-        return Selection.of(*sides, levels, own.choose.levels, own.rest).guarded_by(broken)
+        levels = torch.cat(levels_of_rows, 2)
+        return Selection.of(*sides, levels, stages.choose.levels, stages.rest).guarded_by(broken)
 
     def adjusted(self, levels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """The levels, with what only the call can tell."""
+        """Return the levels, changed by properties of the call; by default unchanged."""
         return levels
 
     def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
-        """The selection, with what goes beyond its levels."""
+        """Return the selection with additions besides the levels, such as weights."""
         return selection
 
     def widened(
         self, forced: torch.Tensor, scores: torch.Tensor, inputs: Inputs
     ) -> torch.Tensor:
-        """What is forced, with what only the call can tell; bool, broadcasts to the scores."""
+        """Return the pairs to keep in any case, bool; broadcasts to the scores.
+
+        Subclasses add pairs that depend on the call.
+        """
         return forced
 
 
@@ -293,7 +331,7 @@ def choose(
     forced: torch.Tensor,
     kernels: bool,
 ) -> torch.Tensor:
-    """``select(scores, length, forced)``, by the kernel where it is asked for and has the rule."""
+    """Return ``select(scores, length, forced)``; ``kernels``: by the kernel if it has the rule."""
     if kernels:
         levels = kernel_levels(select, scores, length, forced)
         if levels is not None:

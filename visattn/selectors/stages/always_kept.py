@@ -19,20 +19,21 @@ __all__ = ["AlwaysKept", "always_kept_blocks"]
 
 @dataclass(frozen=True)
 class AlwaysKept:
-    """What is kept besides what is chosen. Text and prefix keys are kept always, and their queries
-    see everything.
+    """Block pairs that are kept whatever their score.
+
+    Keys of text and prefix tokens are always kept, and the queries of these tokens see all keys.
 
     Args:
-        own: key blocks that hold tokens of the query block.
+        own_block: key blocks that hold tokens of the query block.
         first_frame: key blocks that hold tokens of the first frame.
         sink: the first key block of each grid.
         neighbours: key blocks with a token next to one of the query block, corners included.
-        pattern: key blocks that a static pattern keeps anything of.
+        pattern: key blocks of which a static pattern keeps at least one token pair.
         window: sides of a tile and of a window in tiles: key blocks whose tile is within
             ``window // 2`` tiles of the query block's along each axis, for blocks that are tiles.
     """
 
-    own: bool = True
+    own_block: bool = True
     first_frame: bool = False
     sink: bool = False
     neighbours: bool = False
@@ -49,14 +50,17 @@ def always_kept_blocks(
     sides: tuple[BlockPartition, BlockPartition],
     device: torch.device,
 ) -> torch.Tensor:
-    """Bool ``[1, 1, Nq, Nk]`` on a device, for blocks that all heads share; of sides on the CPU, so
-    that nothing is read back."""
+    """Return the pairs that are always kept, bool ``[1, 1, Nq, Nk]`` on ``device``.
+
+    Works for blocks that all heads share. The sides lie on the CPU, so that no value has to be read
+    from a device.
+    """
     q_side, k_side = sides
     q_grid, k_grid = q_side.grid, k_side.grid
     out = ~q_grid[:, None] | ~k_grid
     q_own, k_own = _segment_of(q_side, layout), _segment_of(k_side, layout)
     same = (q_own[:, None] == k_own) & q_grid[:, None] & k_grid
-    if always_kept.own:
+    if always_kept.own_block:
         out |= _overlap(q_side, k_side, layout.length) & same
     if always_kept.neighbours:
         out |= _touching(q_side, k_side, layout) & same
@@ -75,28 +79,28 @@ def always_kept_blocks(
         for ordinal in range(len(layout.grids)):
             if orders[0][ordinal] != orders[0][0] or orders[1][ordinal] != orders[1][0]:
                 raise ValueError(
-                    f"pattern={always_kept.pattern} cannot be forced on grids in different orders"
+                    f"pattern={always_kept.pattern} cannot be kept on grids in different orders"
                 )
-        own = always_kept.pattern.lower(
+        block_map = always_kept.pattern.lower(
             layout,
             q_side.size,
             k_side.size,
             partial="promote",
             order=(orders[0][0], orders[1][0]),
         )
-        out |= own.status() != NONE
+        out |= block_map.status() != NONE
     return out[None, None].to(device)
 
 
 def _segment_of(side: BlockPartition, layout: TokenLayout) -> torch.Tensor:
-    """Number of the segment of each block, on the CPU."""
+    """Return the number of the segment of each block, on the CPU."""
     starts = torch.tensor(layout.starts)
     first = side.tokens[0, 0, :, 0].contiguous()
     return torch.searchsorted(starts, first, right=True) - 1
 
 
 def _owners(side: BlockPartition, length: int) -> torch.Tensor:
-    """The block of each token, on the CPU."""
+    """Return the block of each token, on the CPU."""
     owner = torch.empty(length, dtype=torch.int64)
     tokens = side.tokens[0, 0]
     owner[tokens] = torch.arange(len(side))[:, None].expand_as(tokens)
@@ -104,20 +108,22 @@ def _owners(side: BlockPartition, length: int) -> torch.Tensor:
 
 
 def _overlap(q_side: BlockPartition, k_side: BlockPartition, length: int) -> torch.Tensor:
-    """Block pairs that share a token."""
+    """Return the block pairs that share a token."""
     out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
     out[_owners(q_side, length), _owners(k_side, length)] = True
     return out
 
 
 def _touching(q_side: BlockPartition, k_side: BlockPartition, layout: TokenLayout) -> torch.Tensor:
-    """Pairs of grid blocks with tokens that are the same or next to each other in all three
-    coordinates."""
+    """Return the pairs of grid blocks that hold equal or adjacent tokens.
+
+    Adjacent tokens differ by at most 1 in each of the three coordinates.
+    """
     out = torch.zeros(len(q_side), len(k_side), dtype=torch.bool)
     q_all, k_all = _owners(q_side, layout.length), _owners(k_side, layout.length)
     for begin, grid in layout.grids:
-        own = slice(begin, begin + grid.numel)
-        queries, keys = q_all[own].view(grid.shape), k_all[own].view(grid.shape)
+        tokens = slice(begin, begin + grid.numel)
+        queries, keys = q_all[tokens].view(grid.shape), k_all[tokens].view(grid.shape)
         for step in itertools.product((-1, 0, 1), repeat=3):
             here, there = [], []
             for d, length in zip(step, grid.shape, strict=True):
@@ -128,8 +134,10 @@ def _touching(q_side: BlockPartition, k_side: BlockPartition, layout: TokenLayou
 
 
 def _boxes_of(side: BlockPartition, layout: TokenLayout) -> torch.Tensor:
-    """First and last coordinates of the tokens of each block within its grid, ``[N, 2, 3]``, -9
-    for others."""
+    """Return the lowest and highest coordinates of each block in its grid, ``[N, 2, 3]``.
+
+    Blocks outside the grids have -9.
+    """
     out = torch.full((len(side), 2, 3), -9)
     tokens = side.tokens[0, 0]
     segments = _segment_of(side, layout)

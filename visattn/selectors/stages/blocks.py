@@ -1,7 +1,7 @@
-"""The blocks of queries and of keys that a selector chooses among, as tensors on a device.
+"""The blocks of queries and of keys that a selector chooses from, as tensors on a device.
 
-Blocks come from an order of the grid's tokens, one for all heads, or from an arrangement of their
-own for each batch item and head (clusters, sorted keys).
+Blocks follow an order of the grid's tokens: one for all heads, or a separate one for each batch
+item and head (clusters, sorted keys).
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class BlockPartition:
-    """Blocks of a sequence. ``G`` is 1 where all batch items and heads share them, else as given.
+    """Blocks of a sequence.
+
+    ``G`` and ``G'`` are 1 if all batch items and heads share the blocks, else the numbers of batch
+    items and heads.
 
     Attributes:
         size: most tokens of a block.
         tokens: int64 ``[G, G', N, size]``, the tokens of each block; those past its length repeat
             its first one.
         length: int64 ``[G, G', N]``, tokens of each block; 0 for an empty one.
-        grid: bool ``[N]``, the blocks of grid tokens: those that are chosen among, and whose
-            queries choose.
+        grid: bool ``[N]``, the blocks of grid tokens. Only these are chosen as keys, and only
+            their queries choose.
     """
 
     size: int
@@ -49,7 +52,7 @@ class BlockPartition:
     @functools.cached_property
     @lasting
     def exists(self) -> torch.Tensor:
-        """Which tokens are there, bool ``[G, G', N, size]``."""
+        """Which places hold a token, bool ``[G, G', N, size]``."""
         offset = torch.arange(self.size, device=self.length.device)
         return offset < self.length[..., None]
 
@@ -60,7 +63,7 @@ class BlockPartition:
         return self.grid.nonzero()[:, 0]
 
     def part(self, rows: slice) -> BlockPartition:
-        """Some of the blocks."""
+        """Return the blocks of ``rows``."""
         tokens, length = self.tokens[:, :, rows], self.length[:, :, rows]
         return BlockPartition(self.size, tokens, length, self.grid[rows])
 
@@ -83,13 +86,15 @@ class BlockPartition:
         return ((self.length > 0) & self.grid).to(torch.uint8).contiguous()
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, H, L, D]`` in blocks, ``[B, H, N, size, D]``, 0 where no token is."""
+        """Return ``[B, H, L, D]`` in blocks, ``[B, H, N, size, D]``; 0 where no token exists."""
         return take_tokens(x, self.tokens).masked_fill(~self.exists[..., None], 0)
 
 
 def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """``[B, H, L, D]`` at tokens ``[G, G', ...]``: ``[B, H, ..., D]``; heads of ``x`` that stand
-    for several of ``tokens`` are repeated."""
+    """Return ``[B, H, L, D]`` at tokens ``[G, G', ...]``, as ``[B, H, ..., D]``.
+
+    If ``tokens`` has more heads than ``x``, the heads of ``x`` are repeated.
+    """
     batch, heads = x.shape[:2]
     shape = tokens.shape[2:]
     if tokens.shape[:2] == (1, 1):
@@ -103,18 +108,27 @@ def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def block_means(blocks: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """Mean of the tokens that are there: ``[..., N, size, D]`` and bool ``[..., N, size]`` to
-    ``[..., N, D]``, in float32 (float64 for float64), 0 for an empty block."""
-    wide = torch.float64 if blocks.dtype == torch.float64 else torch.float32
+    """Return the mean of the existing tokens of each block, ``[..., N, D]``; 0 for an empty block.
+
+    Args:
+        blocks: ``[..., N, size, D]``.
+        exists: bool ``[..., N, size]``.
+
+    Returns:
+        float32, or float64 for float64 blocks.
+    """
+    acc_dtype = torch.float64 if blocks.dtype == torch.float64 else torch.float32
     count = exists.sum(-1, keepdim=True).clamp(min=1)
-    return (blocks.to(wide) * exists[..., None]).sum(-2) / count
+    return (blocks.to(acc_dtype) * exists[..., None]).sum(-2) / count
 
 
 def block_parts(
     blocks: torch.Tensor, exists: torch.Tensor, part: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of every ``part`` tokens of a block: ``[..., N, parts, D]``, and how many there are,
-    int64 ``[..., N, parts]``."""
+    """Return the means of each run of ``part`` tokens of a block, and the lengths of the runs.
+
+    The means are ``[..., N, parts, D]``, the lengths int64 ``[..., N, parts]``.
+    """
     size = blocks.shape[-2]
     parts = -(-size // part)
     pad = parts * part - size
@@ -130,7 +144,10 @@ def block_parts(
 def partition_by_order(
     layout: TokenLayout, orders: tuple[Order, ...], size: int, device: torch.device
 ) -> BlockPartition:
-    """The blocks that an order of each grid cuts a layout into; text and prefix in their own."""
+    """Return the blocks of a layout, with one order for each grid.
+
+    Text and prefix tokens have blocks of their own.
+    """
     blocks = sequence_blocks(layout, orders, size)
     tokens, _ = blocks.tokens(torch.arange(len(blocks)))
     tokens = torch.where(
@@ -145,7 +162,7 @@ def partition_by_order(
 
 
 def grid_blocks(blocks: SequenceBlocks) -> torch.Tensor:
-    """Which blocks hold grid tokens, bool ``[N]``."""
+    """Return which blocks hold grid tokens, bool ``[N]``."""
     kinds = torch.tensor([segment.kind == "grid" for segment in blocks.layout.segments])
     return kinds[blocks.segment]
 
@@ -153,13 +170,16 @@ def grid_blocks(blocks: SequenceBlocks) -> torch.Tensor:
 def partition_by_head(
     layout: TokenLayout, order: torch.Tensor, start: torch.Tensor, length: torch.Tensor, size: int
 ) -> BlockPartition:
-    """Blocks of the grid's tokens in an order of each head; text and prefix stay as they are.
+    """Return blocks of the grid's tokens in a separate order for each head.
+
+    The blocks of text and prefix tokens are the same for all heads.
 
     Args:
-        layout: with one grid.
+        layout: a layout with one grid.
         order: int64 ``[B, H, n]``, a permutation of the grid's tokens, counted from its first.
-        start, length: int64 ``[B, H, M]``, the runs of the order that are blocks, at most ``size``
-            long.
+        start: first place of each block in the order, int64 ``[B, H, M]``.
+        length: tokens of each block, int64 ``[B, H, M]``, at most ``size``.
+        size: most tokens of a block.
     """
     begin, grid = layout.grids[0]
     batch, heads = order.shape[:2]
@@ -174,12 +194,12 @@ def partition_by_head(
             lengths.append(length)
             kinds.append(torch.ones(length.shape[2], dtype=torch.bool, device=order.device))
             continue
-        own = torch.arange(0, segment.length, size, device=order.device)
-        count = (segment.length - own).clamp(max=size)
-        tokens = first + own[:, None] + offset.minimum(count[:, None] - 1)
+        starts = torch.arange(0, segment.length, size, device=order.device)
+        count = (segment.length - starts).clamp(max=size)
+        tokens = first + starts[:, None] + offset.minimum(count[:, None] - 1)
         pieces.append(tokens.expand(batch, heads, -1, -1))
         lengths.append(count.expand(batch, heads, -1))
-        kinds.append(torch.zeros(len(own), dtype=torch.bool, device=order.device))
+        kinds.append(torch.zeros(len(starts), dtype=torch.bool, device=order.device))
     tokens, lengths_all = torch.cat(pieces, 2), torch.cat(lengths, 2)
     exists = offset < lengths_all[..., None]
     tokens = torch.where(exists, tokens, tokens[..., :1])

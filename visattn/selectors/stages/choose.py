@@ -1,7 +1,7 @@
-"""The ways to choose: from the scores of a call to a level for each block pair.
+"""Rules that turn the scores of a call into a level for each block pair.
 
-A level is how finely a key block is seen: 0 not at all, 1 token by token, a larger one by means of
-so many tokens, BLOCK by one mean of the whole block.
+The level says how finely a query block sees a key block. 0: not at all. 1: token by token.
+n > 1: by means of n tokens each. BLOCK: by one mean of the whole block.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Scope = Literal["row", "head"]
 
 
 class ChoiceRule(ABC):
-    """Base of the rules that turn scores into levels.
+    """Base class of the rules that turn scores into levels.
 
     Attributes:
-        levels: the values above 0 that a rule returns.
-        row_independent: whether each row chooses by its own scores alone.
+        levels: the values above 0 that the rule returns.
+        row_independent: whether the choice of each row depends only on the scores of that row.
     """
 
     @property
@@ -50,27 +50,27 @@ class ChoiceRule(ABC):
     def __call__(
         self, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
     ) -> torch.Tensor:
-        """Levels uint8 ``[B, H, Nq, Nk]``.
+        """Return levels, uint8 ``[B, H, Nq, Nk]``.
 
         Args:
-            scores: float32 ``[B, H, Nq, Nk]``, minus infinity where there is nothing to choose.
+            scores: float32 ``[B, H, Nq, Nk]``, minus infinity for pairs that cannot be chosen.
             length: tokens of the key blocks, int64 ``[G, G', Nk]``.
-            forced: bool, broadcasts to the scores: what is kept in any case, at level 1.
+            forced: pairs that are kept in any case, at level 1; bool, broadcasts to the scores.
         """
 
 
 def as_scope(x: torch.Tensor, scope: Scope) -> torch.Tensor:
-    """Rows as they are, or all rows of a head as one."""
+    """Return the rows as they are, or with scope ``"head"`` all rows of a head joined to one."""
     return x if scope == "row" else x.flatten(2)[:, :, None]
 
 
 def of_scope(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Back to the rows of ``like``."""
+    """Return the result of ``as_scope`` in the shape of ``like`` again."""
     return x.reshape(like.shape)
 
 
 def candidates(scores: torch.Tensor) -> torch.Tensor:
-    """How many there are to choose among, int64 ``[..., 1]``."""
+    """Return how many candidates each row has, int64 ``[..., 1]``."""
     return (scores > -torch.inf).sum(-1, keepdim=True)
 
 
@@ -80,8 +80,8 @@ class TopK(ChoiceRule):
 
     Args:
         keep: an int is a number of blocks of a row, a float the share of them, rounded up.
-        scope: ``"row"``, or ``"head"``: all rows of a head compete, with as many blocks in all.
-        inside: whether forced blocks count among them; else they come on top.
+        scope: ``"row"``, or ``"head"``: all rows of a head compete for the sum of their numbers.
+        inside: whether forced blocks count towards ``keep``; else they are kept in addition.
     """
 
     keep: int | float = 0.25
@@ -108,11 +108,13 @@ class TopP(ChoiceRule):
     """The smallest set of blocks that holds a share of the mass.
 
     Args:
-        mass: the share, of what the scores say.
-        least, most: bounds of a row's count, as ``keep`` of TopK; None is no bound.
-        scope: as in TopK; of a head, rows compete by their shares, each row having the same mass.
-        counted: whether forced blocks come first and their mass counts; else they come on top.
-        crossing: whether the block with which the share is reached is kept too.
+        mass: the share of the mass, computed from the scores.
+        least: least number of blocks of a row, as ``keep`` of TopK; None is no bound.
+        most: largest number of blocks of a row, in the same form.
+        scope: as in TopK. With ``"head"`` every row has the same total mass.
+        counted: whether forced blocks come first and their mass counts; else they are kept in
+            addition.
+        crossing: whether to keep the block with which the share is reached.
     """
 
     mass: float = 0.9
@@ -147,17 +149,17 @@ class TopP(ChoiceRule):
 
 @dataclass(frozen=True)
 class Threshold(ChoiceRule):
-    """Every block whose probability in its row is above a value, and the best one.
+    """Every block whose probability in its row is above a threshold, and the best block.
 
     Args:
-        value: from 0 to 1.
+        value: the threshold, from 0 to 1.
     """
 
     value: float = 5e-4
 
     @property
     def units(self) -> int:
-        """The value in 1/2^24."""
+        """The threshold in units of 1 / 2^24."""
         return int(self.value * ONE)
 
     def __call__(
@@ -170,11 +172,12 @@ class Threshold(ChoiceRule):
 
 @dataclass(frozen=True)
 class TokenBudget(ChoiceRule):
-    """The best blocks of each row until they hold a share of the tokens, the crossing one with it:
-    for blocks of unequal length.
+    """The best blocks of each row until they hold a share of the tokens.
+
+    This rule is for blocks of unequal length. The block that reaches the share is kept.
 
     Args:
-        share: of the tokens that are chosen among.
+        share: share of the tokens of all candidates.
     """
 
     share: float = 0.25
@@ -192,15 +195,18 @@ class TokenBudget(ChoiceRule):
 
 @dataclass(frozen=True)
 class Levels(ChoiceRule):
-    """Finer and coarser levels down a row: the best blocks token by token, the next by means of
-    two, and so on; what is beyond the last end is not seen (Li et al. 2025, pyramid sparse
-    attention, arXiv 2512.04025, multi-level retention).
+    """Several levels per row: the best blocks token by token, the next by means of two, and so on.
+
+    Blocks beyond the last end are dropped. Source: Li et al. 2025, pyramid sparse attention, arXiv
+    2512.04025, multi-level retention.
 
     Args:
-        ends: where each level ends: shares of the mass, or of the blocks, not decreasing.
-        pools: the levels, increasing; BLOCK for one mean of the whole block.
-        by: ``"mass"`` or ``"count"``.
-        least: blocks of a row at the first level at least, or the share of them; None is none.
+        ends: cumulative share of the mass, or of the blocks, at which each level ends; must not
+            decrease.
+        pools: the levels, increasing; BLOCK is one mean of the whole block.
+        by: whether ``ends`` are shares of the ``"mass"`` or of the ``"count"`` of blocks.
+        least: least number of blocks of a row at the first level, or the share of them; None is no
+            bound.
     """
 
     ends: tuple[float, ...] = (0.4, 0.5, 0.6, 0.8)

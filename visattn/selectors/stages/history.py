@@ -1,4 +1,4 @@
-"""What a selector knows of its last call in the same generation."""
+"""State of a selector after its last call in the same generation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ __all__ = ["SelectorState"]
 
 @dataclass
 class SelectorState:
-    """Empty at the first step of a generation.
+    """State that a selector carries from call to call; empty at the first step of a generation.
 
     Attributes:
-        lse: of the last call, ``[B, H, L]``, for selectors that learn.
-        skipped: bits of block pairs that are not seen any more, uint8 ``[B, H, Nq, Nk / 8]``;
-            calls: so many were made.
+        lse: LSE of the last call, ``[B, H, L]``, for selectors that learn.
+        skipped: block pairs that are skipped from now on, one bit each, uint8
+            ``[B, H, Nq, Nk / 8]``.
+        calls: number of calls so far.
         centres: means of query and key clusters.
     """
 

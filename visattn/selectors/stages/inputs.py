@@ -1,4 +1,4 @@
-"""What the scores of a selector are made from: tensors, their blocks, and summaries of these."""
+"""The inputs of the scores: queries, keys and values of a call, their blocks and block means."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ __all__ = ["Inputs"]
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A call as the selection sees it.
+    """An attention call, as the input of a selection.
 
     Args:
-        q: ``[B, H, L, D]``; k, v: ``[B, Hk, L, D]``, ``Hk`` dividing ``H``.
-        layout: what the tokens are; scale: of the logits.
-        q_side, k_side: their blocks.
-        kernels: whether the Triton kernels compute what they can.
-        whole: the call, where these are some of its query blocks.
-        lse: of the last call, ``[B, H, L]``, for scores that use it; None where there is none.
+        q: queries ``[B, H, L, D]``.
+        k: keys ``[B, Hk, L, D]``, ``Hk`` dividing ``H``.
+        v: values ``[B, Hk, L, D]``.
+        layout: the segments of the sequence.
+        scale: factor of the logits.
+        q_side: the blocks of the queries.
+        k_side: the blocks of the keys.
+        kernels: use the Triton kernels where there are any.
+        lse: LSE of the last call, ``[B, H, L]``, for scores that use it; None without one.
+        whole: the inputs of the whole call, if these are only some of its query blocks.
     """
 
     q: torch.Tensor
@@ -43,7 +47,7 @@ class Inputs:
         return self.q.shape[1]
 
     def for_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Something of each key head, repeated for the query heads that share it."""
+        """Repeat a tensor of the key heads for the query heads that share them."""
         return x if x.shape[1] == self.heads else x.repeat_interleave(self.heads // x.shape[1], 1)
 
     @functools.cached_property
@@ -89,8 +93,7 @@ class Inputs:
 
     @functools.cached_property
     def pairs(self) -> torch.Tensor:
-        """Block pairs that are chosen among: grid queries and grid keys that are not empty, bool
-        ``[G, G', Nq, Nk]``."""
+        """Pairs that can be chosen, bool ``[G, G', Nq, Nk]``: both are grid blocks with tokens."""
         q_some = (self.q_side.length > 0) & self.q_side.grid
         k_some = (self.k_side.length > 0) & self.k_side.grid
         return q_some[..., :, None] & k_some[..., None, :]

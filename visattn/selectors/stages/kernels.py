@@ -1,4 +1,4 @@
-"""What the kernels compute for the stages: block means and levels."""
+"""Block means and levels, computed by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["kernel_levels", "rule_of", "summary", "unit_stride"]
 
 
 def rule_of(select: ChoiceRule) -> Rule | None:
-    """What the select kernel does for a way to choose; None where it has none."""
+    """Return the rule of the select kernel for a ChoiceRule; None if the kernel has none."""
     from visattn.kernels.select import COUNT, MASS, MOST_ENDS, TOKENS, Rule
 
     def shares(*values: float) -> tuple[int, ...]:
@@ -62,8 +62,10 @@ def rule_of(select: ChoiceRule) -> Rule | None:
 def kernel_levels(
     select: ChoiceRule, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
 ) -> torch.Tensor | None:
-    """As ``select(scores, length, forced)``; None where the kernel has not the rule, or rows have
-    too many blocks for it."""
+    """Return ``select(scores, length, forced)``, computed by the kernel.
+
+    Returns None if the kernel lacks the rule, or if rows have too many blocks for it.
+    """
     from visattn.kernels.select import MOST_BLOCKS
     from visattn.kernels.select import select as run
 
@@ -74,7 +76,7 @@ def kernel_levels(
 
 
 def summary(x: torch.Tensor, side: BlockPartition, heads: int) -> torch.Tensor:
-    """Means of blocks, float32 ``[B, heads, N, D]``."""
+    """Return the means of blocks, float32 ``[B, heads, N, D]``."""
     from visattn.kernels.summary import summarise
 
     x = unit_stride(x)
@@ -84,4 +86,5 @@ def summary(x: torch.Tensor, side: BlockPartition, heads: int) -> torch.Tensor:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, copied if its last dimension is not contiguous."""
     return x if x.stride(3) == 1 else x.contiguous()

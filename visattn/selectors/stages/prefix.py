@@ -1,9 +1,9 @@
-"""The select stage: which blocks of a row are kept, from their scores alone.
+"""The select stage: which blocks of a row are kept, given their scores.
 
-Everything here is a *prefix* of one order, score descending and index ascending among equals: the
-smallest prefix whose weights add up to a target. Counting blocks has weight 1, a budget of tokens
-their lengths, a share of the mass their probabilities. The prefix is found by bisection on the
-score, in integers, so that every backend finds the same one; there is no sort, and nothing waits
+Each rule keeps a *prefix* of one order: score descending, index ascending among equal scores. It is
+the smallest prefix whose weights add up to a target. The weights are 1 to count blocks, lengths for
+a budget of tokens, and probabilities for a share of the mass. Bisection on the score finds the
+prefix in integer arithmetic, so that all backends find the same one. There is no sort and no wait
 for a device.
 
 Scores are float32 ``[..., N]``. Minus infinity marks what cannot be chosen.
@@ -28,27 +28,29 @@ __all__ = [
 ]
 
 ONE = 1 << 24  # a probability of 1, relative to that of the best; sums of a head stay in 64 bits
-PARTS = 1 << 16  # shares are counted in so many parts
+PARTS = 1 << 16  # shares are integers in units of 1 / PARTS
 LOG2_E = 94548  # log2(e), with 16 binary places
 # 2^x on [0, 1): coefficients of x^4 to x^0 with 30 binary places, 1 at 0
 POWERS = (14546923, 55861315, 259205647, 744127939, 1073741824)
-LEAST = 30.0  # a mass below e^-30 of the best is 0
+LEAST = 30.0  # masses below e^-30 times the largest are 0
 LOWEST = -(2**31)  # the key of what cannot be chosen, below that of every number
 
 
 def order_keys(scores: torch.Tensor) -> torch.Tensor:
-    """Integers int32 in the order of float32 scores; zeros of either sign are equal, and minus
-    infinity is the lowest integer."""
+    """Return int32 keys in the order of float32 scores.
+
+    0.0 and -0.0 have the same key; minus infinity has the lowest one.
+    """
     bits = (scores.float() + 0.0).view(torch.int32)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return keys.masked_fill(scores == -torch.inf, LOWEST)
 
 
 def mass_weights(scores: torch.Tensor) -> torch.Tensor:
-    """Probabilities of a softmax over the last axis as integers int64, ``2^24`` for the best one.
+    """Return softmax probabilities over the last axis as int64, scaled so that the largest is 2^24.
 
-    The exponential is computed in integers too, within 3e-5 of its value, as floating-point ones
-    differ between devices.
+    The exponential is computed in integers too, within 3e-5 of its value, because floating-point
+    exponentials differ between devices.
     """
     scores = scores.float()
     best = scores.amax(-1, keepdim=True)
@@ -65,22 +67,22 @@ def mass_weights(scores: torch.Tensor) -> torch.Tensor:
 def smallest_prefix(
     keys: torch.Tensor, weights: torch.Tensor | None, target: torch.Tensor
 ) -> torch.Tensor:
-    """The smallest prefix, by key descending and index ascending, whose weights reach a target.
+    """Return the smallest prefix, by key descending and index ascending, that reaches a target.
 
     Args:
-        keys: int32 ``[..., N]``; the lowest one is never in a prefix.
-        weights: int64 ``[..., N]``, not negative; None is 1 for each.
-        target: int64 ``[..., 1]`` or of a shape that broadcasts to it. At 0 or less the prefix is
-            empty, and where all weights do not reach it, it is all of them.
+        keys: int32 ``[..., N]``; entries with the lowest int32 are never in a prefix.
+        weights: int64 ``[..., N]``, not negative; None counts each as 1.
+        target: int64, broadcasts to ``[..., 1]``. At 0 or less the prefix is empty; if all weights
+            together do not reach it, the prefix is everything.
 
     Returns:
         bool ``[..., N]``.
     """
     free = keys > LOWEST
-    own = None if weights is None else weights * free
+    free_weights = None if weights is None else weights * free
 
     def total(mask: torch.Tensor) -> torch.Tensor:
-        return (mask if own is None else own * mask).sum(-1, keepdim=True)
+        return (mask if free_weights is None else free_weights * mask).sum(-1, keepdim=True)
 
     target = torch.minimum(target, total(free)).expand(*keys.shape[:-1], 1)
     # the highest threshold at which the blocks at or above it reach the target
@@ -93,15 +95,15 @@ def smallest_prefix(
         high = torch.where(reached, high, middle - 1)
     above, equal = keys > low, (keys == low) & free
     missing = target - total(above)
-    if own is None:
+    if free_weights is None:
         before = equal.cumsum(-1, dtype=torch.int32) - equal.int()
     else:
-        before = (own * equal).cumsum(-1) - own * equal
+        before = (free_weights * equal).cumsum(-1) - free_weights * equal
     return (above | (equal & (before < missing))) & (target > 0)
 
 
 def top_count(scores: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """The ``count`` best of each row, bool; int or int64 that broadcasts to ``[..., 1]``."""
+    """Return the ``count`` best of each row, bool; a tensor count broadcasts to ``[..., 1]``."""
     if not isinstance(count, torch.Tensor):
         count = torch.full((1,), count, dtype=torch.int64, device=scores.device)
     return smallest_prefix(order_keys(scores), None, count.long())
@@ -114,12 +116,13 @@ def top_mass(
     *,
     crossing: bool = True,
 ) -> torch.Tensor:
-    """The smallest prefix that holds ``share`` of the mass, the crossing one with it, bool.
+    """Return the smallest prefix that holds at least ``share`` of the mass, bool ``[..., N]``.
 
     Args:
-        scores: logarithms of masses, up to a constant of each row; share: from 0 to 1.
-        weights: of ``mass_weights``; default: made from the scores.
-        crossing: False gives the largest prefix that holds no more than the share.
+        scores: logarithms of masses, up to a constant of each row.
+        share: from 0 to 1.
+        weights: from ``mass_weights``; by default computed from the scores.
+        crossing: False returns the largest prefix that holds no more than the share.
     """
     weights = mass_weights(scores) if weights is None else weights
     keys, total = order_keys(scores), weights.sum(-1, keepdim=True)
@@ -138,13 +141,18 @@ Total = TypeVar("Total", int, torch.Tensor)
 
 
 def of_total(share: float, total: Total) -> Total:
-    """A share of an integer, rounded up; the share is rounded down to 1/65536 first, so that .3 of
-    10 is 3."""
+    """Return a share of an integer, rounded up.
+
+    The share is first rounded down to a multiple of 1/65536, so that 0.3 of 10 is 3.
+    """
     return -(-total * int(share * PARTS + 1e-6) // PARTS)
 
 
 def count_of(keep: int | float, total: torch.Tensor | int) -> torch.Tensor | int:
-    """A number of blocks: an int is one, a float a share of ``total``, rounded up, at least 1."""
+    """Return a number of blocks: an int as it is, a float as a share of ``total``.
+
+    The share is rounded up, to at least 1.
+    """
     if isinstance(keep, int):
         return keep
     if isinstance(total, int):
@@ -153,8 +161,10 @@ def count_of(keep: int | float, total: torch.Tensor | int) -> torch.Tensor | int
 
 
 def levels_by(masks: list[torch.Tensor], values: tuple[int, ...]) -> torch.Tensor:
-    """Levels uint8 from nested masks: ``values[i]`` where mask ``i`` is the first to hold, else
-    0."""
+    """Return levels uint8 from nested masks.
+
+    The level is ``values[i]`` if mask ``i`` is the first that is True, and 0 if none is.
+    """
     out = torch.zeros_like(masks[0], dtype=torch.uint8)
     for mask, value in zip(reversed(masks), reversed(values), strict=True):
         out = out.masked_fill(mask, value)

@@ -1,8 +1,8 @@
-"""The score stage: how much each key block is worth to each query block.
+"""The score stage: the importance of each key block to each query block.
 
-A score takes the Inputs of a call and gives float32 ``[B, H, Nq, Nk]``, logarithms of masses up to
-a constant of each row; what is not chosen among is set to minus infinity afterwards. Each is a
-frozen dataclass, so that it can be written, compared and cached.
+A score takes the Inputs of a call and returns float32 ``[B, H, Nq, Nk]``: logarithms of masses, up
+to a constant of each row. The caller then sets pairs that cannot be chosen to minus infinity. Each
+score is a frozen dataclass, so that it can be printed, compared and cached.
 """
 
 from __future__ import annotations
@@ -36,29 +36,28 @@ __all__ = [
 ]
 
 MOST_EXPONENT = 60.0
-CHUNK = 1 << 22  # elements of the largest tensor that a score makes, but for a row of it
+CHUNK = 1 << 22  # most elements of a temporary tensor, unless a single row is larger
 
-
-# the gates that were registered, by name
+# registered gates by name
 _GATES: dict[str, Callable[[Inputs], torch.Tensor]] = {}
 
 
 class Score(ABC):
-    """Base of the scores.
+    """Base class of the scores.
 
     Attributes:
-        row_independent: whether the scores of a query block need no other query block.
+        row_independent: whether the scores of a query block depend on no other query block.
     """
 
     row_independent: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        """Scores ``[B, H, Nq, Nk]``."""
+        """Return scores ``[B, H, Nq, Nk]``."""
 
 
 def row_parts(count: int, elements: int) -> Iterator[slice]:
-    """Parts of ``count`` rows of ``elements`` each, of at most CHUNK elements or one row."""
+    """Cut ``count`` rows of ``elements`` each into parts of at most CHUNK elements or one row."""
     step = max(1, CHUNK // max(1, elements))
     for begin in range(0, count, step):
         yield slice(begin, min(begin + step, count))
@@ -69,9 +68,10 @@ class Pooled(Score):
     """Mean query times mean key.
 
     Args:
-        scaled: times the scale of the logits, so that a softmax over it means something.
-        log_size: plus the logarithm of the block's length, as ``n`` equal keys weigh ``n`` times
-            one of them.
+        scaled: multiply by the scale of the logits, so that a softmax over the scores approximates
+            attention.
+        log_size: add the logarithm of the block's length, because n equal keys have n times the
+            mass of one key.
     """
 
     scaled: bool = True
@@ -88,8 +88,10 @@ class Pooled(Score):
 
 
 def _pooled_by_kernels(inputs: Inputs, factor: float, bias: torch.Tensor) -> torch.Tensor:
-    """Pooled scores ``[B, H, Nq, Nk]``, minus infinity for pairs that are not chosen among; two
-    launches."""
+    """Return pooled scores ``[B, H, Nq, Nk]`` by two kernel launches.
+
+    Pairs that cannot be chosen have minus infinity.
+    """
     from visattn.kernels.pooled import pooled_scores
 
     q_side, k_side = inputs.q_side, inputs.k_side
@@ -107,8 +109,11 @@ def _pooled_by_kernels(inputs: Inputs, factor: float, bias: torch.Tensor) -> tor
 
 @dataclass(frozen=True)
 class Bounds(Score):
-    """The largest logit that a key within the block's bounds can have with the mean query:
-    ``relu(q) . max k - relu(-q) . min k`` (Tang et al. 2024, Quest, arXiv 2406.10774)."""
+    """Upper bound of the logit between the mean query and any key of the block.
+
+    ``relu(q) . max k - relu(-q) . min k`` with the componentwise bounds of the keys (Tang et al.
+    2024, Quest, arXiv 2406.10774).
+    """
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         blocks, gone = inputs.k_blocks, ~inputs.k_side.exists[..., None]
@@ -122,12 +127,15 @@ class Bounds(Score):
 
 @dataclass(frozen=True)
 class SubTiles(Score):
-    """Softmax among smaller tiles, added up: each block is cut into runs of ``size`` tokens, each
-    run's mean query attends to the mean keys of all runs, and the mass in a block is what all runs
-    of the query block leave there (the hierarchical score of DFSAttn, ICML 2026).
+    """Mass of a softmax among short runs of tokens (the hierarchical score of DFSAttn, ICML 2026).
+
+    Each block is cut into runs of ``size`` tokens. The mean query of each run attends to the mean
+    keys of all runs. The score of a block sums the mass that it gets from all runs of the query
+    block.
 
     Args:
-        size: tokens of a run; log_size: as in Pooled.
+        size: tokens of a run.
+        log_size: as in Pooled.
     """
 
     size: int = 16
@@ -144,17 +152,20 @@ class SubTiles(Score):
         flat = k.flatten(2, 3).mT[:, :, None]  # [B, H, 1, D, Nk * parts]
         out = []
         for rows in row_parts(q.shape[2], batch * heads * parts * num_k * q.shape[3]):
-            logits = q[:, :, rows] @ flat * inputs.scale + bias  # [B, H, r, own parts, Nk * parts]
+            # [B, H, r, query parts, Nk * parts]
+            logits = q[:, :, rows] @ flat * inputs.scale + bias
             mass = logits.softmax(-1).unflatten(-1, (num_k, parts)).sum(-1)
-            own = (q_count[..., rows, :] > 0)[..., None]
-            out.append((mass * own).sum(-2).log())
+            exists = (q_count[..., rows, :] > 0)[..., None]
+            out.append((mass * exists).sum(-2).log())
         return torch.cat(out, 2).float()
 
 
 @dataclass(frozen=True)
 class Representative(Score):
-    """The mean query against every raw key: the logarithm of the mass that it leaves in each block.
-    The best recall of the cheap scores, for 1 / block_q of the products of dense attention."""
+    """Logarithm of the mass that the mean query gives to the keys of each block.
+
+    It has the best recall of the cheap scores, at 1 / block_q of the products of dense attention.
+    """
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         k = inputs.for_heads(inputs.k_blocks).to(inputs.q_mean)
@@ -171,12 +182,13 @@ class Representative(Score):
 
 @dataclass(frozen=True)
 class ExactMass(Score):
-    """The mass that the queries of a block really leave in each block, over all keys of the grid:
-    the calibration's oracle, at half the cost of dense attention (Xia et al. 2025, AdaSpa,
-    arXiv 2502.21079: measured block mass).
+    """The exact attention mass that the queries of a block give to each block of the grid.
 
-    With the LSE of the last step, which is that of the keys that were seen then, text among them,
-    masses are ``exp(logit - LSE)`` at once: no row needs all its logits before.
+    It costs half of dense attention, and serves as the reference for other scores (Xia et al. 2025,
+    AdaSpa, arXiv 2502.21079: measured block mass).
+
+    With the LSE of the last step (over the keys that were seen then, text included) masses are
+    ``exp(logit - LSE)`` directly, without a softmax over all logits of a row.
     """
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
@@ -196,26 +208,26 @@ class ExactMass(Score):
             if lse is None:
                 mass = logits.softmax(-1)
             else:
-                # of a sparse call the LSE may be far below that of all keys
+                # after a sparse call the LSE may be far below that of all keys
                 mass = (logits - lse[:, :, rows]).clamp(max=MOST_EXPONENT).exp()
             mass = mass.unflatten(-1, (num_k, size)).sum(-1)
-            own = inputs.q_side.exists[..., rows, :, None]
-            out.append((mass * own).sum(-2).log())
+            exists = inputs.q_side.exists[..., rows, :, None]
+            out.append((mass * exists).sum(-2).log())
         return torch.cat(out, 2).float()
 
 
 @dataclass(frozen=True)
 class Sampled(Score):
-    """A few tokens of each block, at the same drawn places in all of them.
+    """Attention between a few sampled tokens of each block, at the same places in all blocks.
 
     Args:
-        q_tokens, k_tokens: how many of a block.
-        reduce: ``"softmax"``: a sampled query's softmax over all sampled keys, of which the largest
-            in a block counts, over all its queries (Gu et al. 2025, BLADE's adaptive block-sparse
-            attention, arXiv 2508.10774); ``"max"``: the largest ratio of a logit's exponential to
-            that of its query's largest (Li et al. 2025, pyramid sparse attention,
-            arXiv 2512.04025).
-        seed: of the places.
+        q_tokens: sampled queries of a block.
+        k_tokens: sampled keys of a block.
+        reduce: ``"softmax"``: the largest probability in the block, with a softmax of each sampled
+            query over all sampled keys (Gu et al. 2025, adaptive block-sparse attention of BLADE,
+            arXiv 2508.10774). ``"max"``: the largest ratio of exp(logit) to the largest exp(logit)
+            of the query (Li et al. 2025, pyramid sparse attention, arXiv 2512.04025).
+        seed: seed of the places.
     """
 
     q_tokens: int = 16
@@ -224,25 +236,25 @@ class Sampled(Score):
     seed: int = 0
 
     def places(self, size: int, count: int, salt: int) -> list[int]:
-        """Places within a block, ascending."""
+        """Return the sampled places within a block, ascending."""
         generator = torch.Generator().manual_seed(self.seed * 2 + salt)
         chosen = torch.randperm(size, generator=generator, device="cpu")[: min(count, size)]
         return sorted(chosen.tolist())
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        q_at = self.places(inputs.q_side.size, self.q_tokens, 0)
-        k_at = self.places(inputs.k_side.size, self.k_tokens, 1)
-        # places beyond a short block repeat its first token, which changes no maximum of a block
-        q = _at(inputs.q_blocks, inputs.q_side.exists, q_at).to(inputs.q_mean)
-        k = _at(inputs.k_blocks, inputs.k_side.exists, k_at).to(inputs.q_mean)
+        q_places = self.places(inputs.q_side.size, self.q_tokens, 0)
+        k_places = self.places(inputs.k_side.size, self.k_tokens, 1)
+        # places beyond the end of a short block repeat its first token, which changes no maximum
+        q = _at(inputs.q_blocks, inputs.q_side.exists, q_places).to(inputs.q_mean)
+        k = _at(inputs.k_blocks, inputs.k_side.exists, k_places).to(inputs.q_mean)
         k = inputs.for_heads(k)
         batch, heads, num_k, width = k.shape[:4]
         flat = k.flatten(2, 3).mT[:, :, None]
-        there = inputs.k_side.exists.index_select(-1, index_on(tuple(k_at), k.device))
+        there = inputs.k_side.exists.index_select(-1, index_on(tuple(k_places), k.device))
         real = there & inputs.k_side.grid[:, None]
         gone = ~real.flatten(-2)[..., None, None, :]
         out = []
-        for rows in row_parts(q.shape[2], batch * heads * num_k * width * len(q_at)):
+        for rows in row_parts(q.shape[2], batch * heads * num_k * width * len(q_places)):
             logits = (q[:, :, rows] @ flat * inputs.scale).masked_fill(gone, -torch.inf)
             if self.reduce == "max":
                 logits = logits - logits.amax(-1, keepdim=True)
@@ -253,20 +265,21 @@ class Sampled(Score):
 
 
 def _at(blocks: torch.Tensor, exists: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """Tokens at places of each block, its first one where there is none."""
-    at = index_on(tuple(places), blocks.device)
-    there = exists.index_select(-1, at)[..., None]
-    return torch.where(there, blocks.index_select(-2, at), blocks[..., :1, :])
+    """Return the tokens at places of each block; its first token where a place is empty."""
+    index = index_on(tuple(places), blocks.device)
+    there = exists.index_select(-1, index)[..., None]
+    return torch.where(there, blocks.index_select(-2, index), blocks[..., :1, :])
 
 
 @dataclass(frozen=True)
 class Antidiagonal(Score):
-    """Sums of antidiagonals of the logits, of which there is one in every ``stride`` x ``stride``
-    cell of tokens, then a softmax over a row of cells, added up in the block (Xu et al. 2025,
-    XAttention, arXiv 2503.16428).
+    """Sums of logits along antidiagonals (Xu et al. 2025, XAttention, arXiv 2503.16428).
+
+    The logits are cut into cells of ``stride`` x ``stride`` tokens, and one antidiagonal is summed
+    in each cell. A softmax runs over each row of cells; the score of a block sums its cells.
 
     Args:
-        stride: side of a cell; blocks are cut into runs of so many tokens.
+        stride: tokens along each side of a cell.
     """
 
     stride: int = 16
@@ -279,20 +292,20 @@ class Antidiagonal(Score):
         offset = torch.arange(parts, device=k.device) * self.stride
         real = (offset < inputs.k_side.length[..., None]) & inputs.k_side.grid[:, None]
         gone = ~real.flatten(-2)[..., None, None, :]
-        own = torch.arange(q.shape[3], device=k.device) * self.stride
+        q_offset = torch.arange(q.shape[3], device=k.device) * self.stride
         flat = k.flatten(2, 3).mT[:, :, None]
         out = []
         for rows in row_parts(q.shape[2], batch * heads * num_k * parts * q.shape[3]):
             logits = q[:, :, rows] @ flat * (inputs.scale / self.stride)
             mass = logits.masked_fill(gone, -torch.inf).softmax(-1)
             mass = mass.unflatten(-1, (num_k, parts)).sum(-1)
-            there = own < inputs.q_side.length[..., rows, None]
+            there = q_offset < inputs.q_side.length[..., rows, None]
             out.append((mass * there[..., None]).sum(-2).log())
         return torch.cat(out, 2).float()
 
 
 def _cells(blocks: torch.Tensor, exists: torch.Tensor, stride: int) -> torch.Tensor:
-    """``[..., N, parts, stride, D]``, 0 where no token is."""
+    """Return the blocks in cells, ``[..., N, parts, stride, D]``; 0 where no token exists."""
     size = blocks.shape[-2]
     parts = math.ceil(size / stride)
     blocks = blocks * exists[..., None]
@@ -302,25 +315,34 @@ def _cells(blocks: torch.Tensor, exists: torch.Tensor, stride: int) -> torch.Ten
 
 
 def register_gate(name: str, gate: Callable[[Inputs], torch.Tensor]) -> None:
-    """Make a trained gate known, as a score under the name ``"gate:NAME"`` (SeerAttention, VSA and
-    others learn how much a block is worth).
+    """Register a gate, usable as ``TopBlocks(score="gate:NAME")``.
+
+    A gate is a function that scores blocks, usually a trained one: SeerAttention, VSA and others
+    learn the importance of each block.
 
     Args:
-        name: in letters, digits, ``_`` and ``-``; one that is known is replaced.
-        gate: takes the Inputs of a call (``q_blocks``, ``k_mean`` and so on) and gives scores
-            ``[B, H, Nq, Nk]``, logarithms of masses up to a constant of each row.
+        name: letters, digits, ``_`` and ``-``. A gate of the same name is replaced.
+        gate: takes the Inputs of a call (with ``q_mean`` ``[B, H, Nq, D]``, ``k_mean``
+            ``[B, H, Nk, D]``, ``q_blocks`` and so on) and returns scores ``[B, H, Nq, Nk]``,
+            logarithms of masses up to a constant of each row.
 
     Raises:
-        ValueError: it is no such name.
+        ValueError: the name has other characters.
+
+    Example:
+        >>> from visattn.selectors import TopBlocks, register_gate
+        >>> register_gate("dot-product", lambda inputs: inputs.q_mean @ inputs.k_mean.mT)
+        >>> TopBlocks(keep=0.2, score="gate:dot-product").score
+        'gate:dot-product'
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"name={name!r} must be of letters, digits, _ and -")
+        raise ValueError(f"name={name!r} must consist of letters, digits, _ and -")
     _GATES[name] = gate
 
 
 @dataclass(frozen=True)
 class Gate(Score):
-    """The score of a registered gate, which is shown the whole call."""
+    """The score of a registered gate, which gets the inputs of the whole call."""
 
     name: str
     row_independent: ClassVar[bool] = False
@@ -328,14 +350,14 @@ class Gate(Score):
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         if self.name not in _GATES:
             raise ValueError(
-                f"gate {self.name!r} is not known in this process; visattn.selectors.register_gate "
-                "makes it so"
+                f"gate {self.name!r} is not registered in this process; call "
+                "visattn.selectors.register_gate first"
             )
         scores = _GATES[self.name](inputs)
         shape = (*inputs.q_mean.shape[:3], inputs.k_mean.shape[2])
         if tuple(scores.shape) != shape:
             raise ValueError(
-                f"gate {self.name!r} gave scores of shape {list(scores.shape)}; they must be "
+                f"gate {self.name!r} returned scores of shape {list(scores.shape)}; they must be "
                 f"{list(shape)}"
             )
         return scores.float()

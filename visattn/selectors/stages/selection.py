@@ -1,5 +1,4 @@
-"""What a selector has chosen for a call: the levels of all block pairs, and what becomes of the
-rest."""
+"""The result of a selector for a call: levels of all block pairs, and how the rest is treated."""
 
 from __future__ import annotations
 
@@ -15,14 +14,21 @@ __all__ = ["PooledRest", "SampledRest", "Selection", "not_finite"]
 
 @dataclass(frozen=True)
 class PooledRest:
-    """Blocks that are not kept are seen as one mean key and value of weight ``n``: the logit has
-    + ln n, without which a mean of many keys counts as one.
+    """Each unselected block is seen as one mean key and value with the weight of its n tokens.
+
+    The logit of the mean key is increased by ln n, so that the mean counts as n keys, not as one.
 
     Args:
-        variance: also + 1/2 sum_c (scale q_c)^2 var_c, the second order of the logarithm of the
-            block's mass, with the variances of each component of its keys.
-        first_order: also the first order of the values, ``scale / N * q . H`` with ``H`` the sum
-            over all N grid keys of (key - its block's mean) x value (PISA, arXiv 2602.01077).
+        variance: also add 1/2 sum_c (scale q_c)^2 var_c to the logit, the second-order term of the
+            logarithm of the block's mass; var_c is the variance of component c of its keys.
+        first_order: also add the first-order term of the values to the output,
+            ``scale / N * q . H``; ``H`` is the sum over all N grid keys of
+            (key - mean of its block) x value (PISA, arXiv 2602.01077).
+
+    Example:
+        >>> from visattn.selectors import PooledRest
+        >>> PooledRest(variance=True)
+        PooledRest(variance=True, first_order=False)
     """
 
     variance: bool = False
@@ -31,11 +37,19 @@ class PooledRest:
 
 @dataclass(frozen=True)
 class SampledRest:
-    """Of the keys that are not kept, those of a sample are seen, each with the weight ``n / m`` of
-    the n keys that m sampled ones stand for (Han et al. 2023, HyperAttention, arXiv 2310.05869).
+    """A random sample of the unselected keys is seen, weighted to represent all of them.
+
+    If m of the n unselected keys are sampled, each has the weight ``n / m``. Source: Han et al.
+    2023, HyperAttention, arXiv 2310.05869.
 
     Args:
-        count: grid keys that are drawn, the same for all rows and heads; seed: of the draw.
+        count: number of grid keys in the sample, which is the same for all rows and heads.
+        seed: seed of the sample.
+
+    Example:
+        >>> from visattn.selectors import SampledRest
+        >>> SampledRest(count=64)
+        SampledRest(count=64, seed=0)
     """
 
     count: int = 256
@@ -43,8 +57,10 @@ class SampledRest:
 
 
 def not_finite(scores: torch.Tensor) -> torch.Tensor:
-    """Whether some score of a head ``[B, H, Nq, Nk]`` has no place in an order, bool ``[B, H, 1,
-    1]``; minus infinity has the last."""
+    """Return whether a head has a score that is NaN or plus infinity, bool ``[B, H, 1, 1]``.
+
+    Such scores cannot be ranked; minus infinity can, as the lowest. Scores are ``[B, H, Nq, Nk]``.
+    """
     return (scores.isnan() | (scores == torch.inf)).flatten(2).any(2)[..., None, None]
 
 
@@ -53,19 +69,33 @@ class Selection:
     """Which key blocks each query block sees, and how finely.
 
     Attributes:
-        q_side, k_side: the blocks.
-        levels: uint8 ``[B, H, Nq, Nk]``: 0 is not seen, 1 token by token, a larger value by means
-            of so many tokens with + ln of their number, BLOCK by one mean.
+        q_side: the query blocks.
+        k_side: the key blocks.
+        levels: how finely each pair is seen, uint8 ``[B, H, Nq, Nk]``. 0: not at all. 1: token by
+            token. n > 1: by means of n tokens each, with ln n added to the logit. 255: by one mean
+            of the whole block.
         values: the levels above 0 that may occur, ascending.
-        rest: what becomes of the blocks at level 0; None drops them.
-        variance: pooled logits have the term of PooledRest.
-        weights: of the tokens of a block in its one mean at level BLOCK, ``[B, H, Nk, block_k]``
-            that add up to 1; the logit then has + their entropy in the place of ln n. None: equal
-            ones.
-        broken: bool ``[B, H, 1, 1]``: whether scores of a head were not finite, so that it sees
-            everything; None where there are none. Reading it waits for the device.
-        correction: ``(factor [B, H, Nq], extra [B, H, Nq, D])``: the output of a block's queries
-            is multiplied by the one, and then has the other added.
+        rest: treatment of the blocks at level 0; None drops them.
+        variance: whether the logits of means have the variance term of PooledRest.
+        weights: weights of the tokens in the mean of a block at level 255,
+            ``[B, H, Nk, block_k]``; they add up to 1, and their entropy replaces ln n in the logit.
+            None: equal weights.
+        correction: ``(factor [B, H, Nq], extra [B, H, Nq, D])``: the output of each query block is
+            multiplied by ``factor``, then ``extra`` is added.
+        broken: whether a head had scores that are not finite, so that it sees everything, bool
+            ``[B, H, 1, 1]``; None if the selector has no scores. Reading it waits for the device.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.selectors import TopBlocks
+        >>> q, k, v = torch.randn(3, 1, 2, 32, 16).unbind()
+        >>> layout = TokenLayout(Grid(2, 4, 4))
+        >>> selection = TopBlocks(keep=2, block=8).select(q, k, v, layout, scale=0.25)
+        >>> selection.levels.shape
+        torch.Size([1, 2, 4, 4])
+        >>> selection.block_density()
+        tensor([[0.5000, 0.5000]])
     """
 
     q_side: BlockPartition
@@ -87,7 +117,7 @@ class Selection:
         rest: PooledRest | SampledRest | None = None,
         variance: bool = False,
     ) -> Selection:
-        """With a PooledRest, blocks at level 0 are at BLOCK."""
+        """Return a selection; with a PooledRest, level 0 becomes BLOCK for blocks with tokens."""
         if isinstance(rest, PooledRest):
             some = (q_side.length > 0)[..., :, None] & (k_side.length > 0)[..., None, :]
             levels = levels.masked_fill((levels == 0) & some, BLOCK)
@@ -96,12 +126,11 @@ class Selection:
         return Selection(q_side, k_side, levels, values, rest, variance)
 
     def guarded(self, scores: torch.Tensor) -> Selection:
-        """The selection, or everything in heads with a score that is NaN or infinite: what has no
-        order cannot be chosen among."""
+        """Return the selection, with everything kept in heads that have NaN or infinite scores."""
         return self.guarded_by(not_finite(scores))
 
     def guarded_by(self, broken: torch.Tensor) -> Selection:
-        """The selection, or everything where ``broken``, bool ``[B, H, 1, 1]``."""
+        """Return the selection, with everything kept where ``broken``, bool ``[B, H, 1, 1]``."""
         there = (self.q_side.length > 0)[..., :, None] & (self.k_side.length > 0)[..., None, :]
         levels = torch.where(broken, there.to(torch.uint8), self.levels)
         correction = self.correction
@@ -112,11 +141,14 @@ class Selection:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the levels."""
         return self.levels.numel()
 
     def block_density(self) -> torch.Tensor:
-        """Executed keys over those of dense attention, of each head, float32 ``[B, H]``; a pooled
-        block counts its means. On the device of the levels."""
+        """Return the executed share of the keys of dense attention, float32 ``[B, H]``.
+
+        A pooled block counts as its number of means. The result is on the device of the levels.
+        """
         size = self.k_side.size
         cost = torch.zeros(256, device=self.levels.device)
         for value in self.values:

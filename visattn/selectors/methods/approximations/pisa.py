@@ -68,7 +68,7 @@ class PISA(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(rounded_down(self.keep, layout, "tiles", self.block)),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             rest=PooledRest(first_order=self.first_order),
             blocks=(self.block, self.block),
         )

@@ -104,7 +104,7 @@ class Pyramid(BlockSelector):
         return Stages(
             score=score,
             choose=self._levels(layout),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             rest=PooledRest() if self.pooled else None,
             orders=(self.order, self.order),
             blocks=(self.block, self.block),

@@ -60,11 +60,11 @@ class BiLevel(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(self.keep),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             orders=(order, order),
             blocks=(size, size),
         )
 
-    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
-        scores = own.score(inputs).mean(1, keepdim=True).expand(-1, inputs.heads, -1, -1)
+    def scores(self, stages: Stages, inputs: Inputs) -> torch.Tensor:
+        scores = stages.score(inputs).mean(1, keepdim=True).expand(-1, inputs.heads, -1, -1)
         return scores.masked_fill(~inputs.pairs, -torch.inf)

@@ -57,7 +57,7 @@ class DFSAttn(BlockSelector):
         return Stages(
             score=SubTiles(self.part, log_size=False),
             choose=TopK(rounded_down(self.keep, layout, "hilbert", self.block)),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             orders=("hilbert", "hilbert"),
             blocks=(self.block, self.block),
         )

@@ -66,7 +66,7 @@ class Draft(BlockSelector):
         return Stages(
             score=_PerRow(),
             choose=TopK(float(self.keep), scope="head"),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             orders=(order, order),
             blocks=(size, size),
         )

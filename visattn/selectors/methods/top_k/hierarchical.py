@@ -72,8 +72,8 @@ class Hierarchical(BlockSelector):
             blocks=(self.block, self.block),
         )
 
-    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
-        scores = super().scores(own, inputs)
+    def scores(self, stages: Stages, inputs: Inputs) -> torch.Tensor:
+        scores = super().scores(stages, inputs)
         coarse = self._regions(inputs)
         kept = top_count(coarse, count_of(self.regions, candidates(coarse)))
         owner = torch.arange(scores.shape[-1], device=scores.device) // self.region

@@ -56,7 +56,7 @@ class VSA(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(self.keep),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             orders=(order, order),
             blocks=(size, size),
         )

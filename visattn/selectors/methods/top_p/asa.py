@@ -61,7 +61,7 @@ class ASA(BlockSelector):
         return Stages(
             score=Sampled(self.samples, self.samples, seed=self.seed),
             choose=TopP(self.mass),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             rest=PooledRest() if self.pooled else None,
             orders=("hilbert", "hilbert"),
             blocks=(self.block, self.block),

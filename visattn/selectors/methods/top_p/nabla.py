@@ -67,11 +67,11 @@ class NABLA(BlockSelector):
     def stages(self, layout: TokenLayout) -> Stages:
         order = BoxOrder(self.tile)
         size = self.tile[0] * self.tile[1] * self.tile[2]
-        force = AlwaysKept(own=self.own)
+        force = AlwaysKept(own_block=self.own)
         if self.window is not None and self.clamped:
-            force = AlwaysKept(own=self.own, pattern=SlidingTile(self.tile, self.window))
+            force = AlwaysKept(own_block=self.own, pattern=SlidingTile(self.tile, self.window))
         elif self.window is not None:
-            force = AlwaysKept(own=self.own, window=(self.tile, self.window))
+            force = AlwaysKept(own_block=self.own, window=(self.tile, self.window))
         return Stages(
             score=Pooled(log_size=False),
             choose=TopP(self.mass),

@@ -65,14 +65,14 @@ class ProxyHeads(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopK(1.0, inside=False),  # the scores hold no more than the budget
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             orders=(self.order, self.order),
             blocks=(self.block, self.block),
         )
 
-    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
+    def scores(self, stages: Stages, inputs: Inputs) -> torch.Tensor:
         ranks = self._ranks(inputs).masked_fill(~inputs.pairs, -torch.inf)
-        pooled = own.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
+        pooled = stages.score(inputs).masked_fill(~inputs.pairs, -torch.inf)
         count = self._budget(pooled)
         return torch.where(top_count(ranks, count), ranks, -torch.inf)
 

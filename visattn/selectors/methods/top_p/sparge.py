@@ -85,13 +85,13 @@ class Sparge(BlockSelector):
         return Stages(
             score=Pooled(log_size=False),
             choose=TopP(self.mass, crossing=self.crossing),
-            always_kept=AlwaysKept(own=self.own),
+            always_kept=AlwaysKept(own_block=self.own),
             orders=(self.order, self.order),
             blocks=(self.block_q, self.block_k),
         )
 
-    def scores(self, own: Stages, inputs: Inputs) -> torch.Tensor:
-        scores = super().scores(own, inputs)
+    def scores(self, stages: Stages, inputs: Inputs) -> torch.Tensor:
+        scores = super().scores(stages, inputs)
         return scores.masked_fill(~self._alike(inputs)[1][:, :, None], -torch.inf)
 
     def widened(

@@ -63,7 +63,7 @@ class XAttention(BlockSelector):
         return Stages(
             score=Antidiagonal(self.stride),
             choose=TopP(self.mass),
-            always_kept=AlwaysKept(own=self.own, sink=self.sink),
+            always_kept=AlwaysKept(own_block=self.own, sink=self.sink),
             orders=("raster", "raster"),
             blocks=(self.block, self.block),
         )
