@@ -16,32 +16,42 @@ from visattn.selectors.stages.selection import Selection
 
 __all__ = ["Reuse", "raised"]
 
-NOTCH = 1.25  # a budget of blocks is raised by
+NOTCH = 1.25  # factor by which a budget of blocks is raised
 MOST_NOTCHES = 16
 BUDGETS = ("keep", "mass", "share", "least", "regions", "ends")  # parameters that are budgets
-MASSES = ("mass", "share")  # of which what is left out is halved
+MASSES = ("mass", "share")  # budgets that are raised by halving what they leave out
 
 
 @dataclass(frozen=True, eq=False)
 class Reuse(Selector):
-    """A selector whose choice is kept between denoising steps: where blocks lie moves with the
-    prompt and hardly from one step to the next.
+    """Reuse the selection of another selector for several denoising steps.
+
+    The important blocks depend on the prompt but change little from one step to the next.
 
     Args:
-        selector: what chooses.
-        every: a choice serves so many steps, counted from the one at which it was made.
-        at: instead, choices are made anew at these shares of all steps, increasing, and at the
-            first call.
-        drift: and wherever the block means of the keys have moved by more than this share of their
-            norm since; reading it waits for the device. None: they may move.
-        guard: the relative error (L1) of a row that is all right. Some rows of each head are
-            computed exactly beside; when their 95th percentile is above twice the guard, the next
-            step chooses anew with a budget one notch higher (blocks times 1.25; of a mass half of
-            what was left out), up to 16 notches. None: no rows are.
-        rows: how many of each head.
+        selector: the selector that chooses.
+        every: number of steps that a selection serves, including the step at which it was made.
+        at: if given, replaces ``every``: shares of all steps, increasing, at which a new selection
+            is made, in addition to the first call.
+        drift: also choose again if the block means of the keys have moved by more than this share
+            of their norm since the selection. Reading it waits for the device. None: no such test.
+        guard: allowed relative error (L1) of a row. Some rows of each head are also computed
+            exactly. If the 95th percentile of their errors is above twice the guard, the next step
+            chooses again with a larger budget: 1.25 times the blocks, or half of the mass that was
+            left out. The budget rises at most 16 times. None: no rows are computed exactly.
+        rows: number of exact rows of each head.
 
-    A pipeline with a plan knows its steps; where the step or the pass of a call is not known (as in
-    ``sparse_attention``), each call chooses.
+    A pipeline with a plan knows its steps. If the step or the pass of a call is not known (as in
+    ``sparse_attention``), each call chooses again.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import VSA, Reuse
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Reuse(VSA(0.5, (2, 2, 2)), every=3), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         This project; several methods keep their choices for some steps.
@@ -66,8 +76,8 @@ class Reuse(Selector):
             raise TypeError(f"selector={self.selector!r} must be a dynamic pattern such as jenga()")
         if not self.selector.reusable:
             raise ValueError(
-                f"selector={self.selector} corrects its output by values of the call, or learns "
-                "from each, which does not serve another one; use it without reuse"
+                f"selector={self.selector} stores values of each call, so its choice cannot be "
+                "reused in another call; use it without reuse"
             )
         check_count("every", self.every, 1)
         if self.at is not None:
@@ -83,8 +93,8 @@ class Reuse(Selector):
             check_share("guard", self.guard, above=True)
             if raised(self.selector, 1) == self.selector:
                 raise ValueError(
-                    f"guard={self.guard} cannot raise a budget of {self.selector}, which has none "
-                    f"or all of it; use a selector with one of {', '.join(BUDGETS)}"
+                    f"guard={self.guard} needs a selector with a budget that can be raised, and "
+                    f"{self.selector} has none; use one with {', '.join(BUDGETS)}"
                 )
         check_block("rows", self.rows)
 
@@ -109,7 +119,7 @@ class Reuse(Selector):
         return self.selector.select(q, k, v, layout, scale, kernels=kernels, past=past)
 
     def serves(self, made: int, step: int, steps: int) -> bool:
-        """Whether a choice of step ``made`` still serves at a later one."""
+        """Return whether a selection of step ``made`` is still valid at ``step``."""
         if self.at is None:
             return step - made < self.every
         return not any(made < share * steps <= step for share in self.at)
@@ -118,27 +128,27 @@ class Reuse(Selector):
         self.selector.learn(past, lse, highest)
 
     def can_rise(self, notches: int) -> bool:
-        """Whether there is another notch above so many."""
+        """Return whether the budget can still be raised after ``notches`` times."""
         return notches < MOST_NOTCHES and self.raised(notches + 1) != self.raised(notches)
 
     def raised(self, notches: int) -> Selector:
-        """What chooses when the budget was raised so many times."""
+        """Return the selector with its budget raised ``notches`` times."""
         return raised(self.selector, notches) if notches else self.selector
 
 
 def raised(selector: Selector, notches: int) -> Selector:
-    """A selector whose budgets are so many notches higher; itself where it has none."""
+    """Return a selector with its budgets raised ``notches`` times; itself if it has no budget."""
     changes = {}
-    for own in fields(selector):  # type: ignore[arg-type]
-        value = getattr(selector, own.name)
-        if own.name not in BUDGETS or value is None:
+    for field in fields(selector):  # type: ignore[arg-type]
+        value = getattr(selector, field.name)
+        if field.name not in BUDGETS or value is None:
             continue
-        if own.name in MASSES:
-            changes[own.name] = 1 - (1 - value) / 2**notches
+        if field.name in MASSES:
+            changes[field.name] = 1 - (1 - value) / 2**notches
         elif isinstance(value, tuple):
-            changes[own.name] = tuple(min(1.0, end * NOTCH**notches) for end in value)
+            changes[field.name] = tuple(min(1.0, end * NOTCH**notches) for end in value)
         elif isinstance(value, int):
-            changes[own.name] = max(value + notches, math.ceil(value * NOTCH**notches))
+            changes[field.name] = max(value + notches, math.ceil(value * NOTCH**notches))
         else:
-            changes[own.name] = min(1.0, value * NOTCH**notches)
+            changes[field.name] = min(1.0, value * NOTCH**notches)
     return replace(selector, **changes) if changes else selector  # type: ignore[type-var]

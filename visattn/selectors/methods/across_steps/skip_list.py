@@ -1,4 +1,4 @@
-"""Blocks that once had little mass are not looked at again."""
+"""A selector that skips blocks after they had little mass once."""
 
 from __future__ import annotations
 
@@ -21,16 +21,29 @@ __all__ = ["SkipList", "packed", "unpacked"]
 
 @dataclass(frozen=True, eq=False)
 class SkipList(Selector):
-    """All blocks at the first two steps; then those in which some query had a key of some mass, and
-    the own block. Attention itself notes the largest logit of each tile, and the list of what is
-    skipped only grows.
+    """Skip key blocks that had little mass at an earlier step.
+
+    The first two steps see all blocks. Afterwards a query block sees the key blocks in which some
+    query had a key with enough mass, and its own block. The attention kernel records the largest
+    logit of each tile. The list of skipped blocks only grows.
 
     Args:
-        least: the share of a query's mass that no key of a skipped block had.
-        every: steps after which a new list begins.
-        block: tokens of a block; order: ``"hilbert"``, ``"tiles"`` or ``"raster"``.
+        least: a block is skipped if no key of it reaches this share of the mass of any query.
+        every: number of steps after which the list starts again.
+        block: tokens of a block.
+        order: order in which tokens are cut into blocks: ``"hilbert"``, ``"tiles"`` or
+            ``"raster"``.
 
-    It needs the steps of a pipeline with a plan; elsewhere it is dense.
+    It needs the steps of a pipeline with a plan; elsewhere it computes dense attention.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import SkipList
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, SkipList(least=0.01, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Shmilovich et al. (2025), "LiteAttention: A Temporal Sparse Attention for Diffusion
@@ -95,19 +108,19 @@ class SkipList(Selector):
 
     def learn(self, past: SelectorState, lse: torch.Tensor, highest: torch.Tensor | None) -> None:
         past.lse = lse
-        if highest is not None:  # minus infinity where a block was skipped already
+        if highest is not None:  # minus infinity for blocks that are already skipped
             past.skipped = packed(highest < math.log(self.least))
 
 
 def packed(mask: torch.Tensor) -> torch.Tensor:
-    """Eight of a row in a byte: bool ``[..., N]`` to uint8 ``[..., ceil(N / 8)]``."""
-    wide = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    """Pack eight flags of a row into a byte: bool ``[..., N]`` to uint8 ``[..., ceil(N / 8)]``."""
+    octets = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     powers = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
-    out: torch.Tensor = (wide * powers).sum(-1, dtype=torch.uint8)
+    out: torch.Tensor = (octets * powers).sum(-1, dtype=torch.uint8)
     return out
 
 
 def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """The mask of ``packed``, bool ``[..., count]``."""
+    """Return the flags that ``packed`` packed, bool ``[..., count]``."""
     places = torch.arange(8, device=bits.device, dtype=torch.uint8)
     return ((bits[..., None] >> places) & 1).flatten(-2)[..., :count].bool()

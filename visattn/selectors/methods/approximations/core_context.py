@@ -1,4 +1,4 @@
-"""What is near in full, what is far as one core token of each block."""
+"""Near blocks in full, far blocks as one core token each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,27 @@ __all__ = ["CoreContext"]
 
 @dataclass(frozen=True, eq=False)
 class CoreContext(BlockSelector):
-    """The own and the neighbouring blocks token by token, the others by a weighted mean: the tokens
-    of a block are pooled into a core token by the softmax of their products with a query of it.
+    """Near blocks token by token, all other blocks as one core token each.
+
+    The query's own block and its neighbours are seen in full. The core token of another block is a
+    weighted mean of its tokens; the weights are the softmax of their products with a query of the
+    block.
 
     Args:
-        keep: blocks of a row at least, or the share of them: those of highest pooled score beyond
-            the neighbours.
-        block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+        keep: number of further blocks of a row that are seen in full, or the share of them: those
+            with the highest pooled scores. The neighbours count towards it.
+        block: tokens of a block.
+        order: order in which tokens are cut into blocks: ``"tiles"``, ``"hilbert"`` or
+            ``"raster"``.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import CoreContext
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, CoreContext(keep=1, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Chen et al. (2024), "Core Context Aware Transformers for Long Context Language Modeling",

@@ -24,14 +24,25 @@ __all__ = ["PISA"]
 
 @dataclass(frozen=True, eq=False)
 class PISA(BlockSelector):
-    """The best blocks in full and the others by a Taylor series: their mean key and value with the
-    weight of their tokens, and the first order of the values.
+    """The best blocks in full, the other blocks by a Taylor series.
+
+    A block of the series is seen as its mean key and value, with the weight of its tokens, plus the
+    first-order term of the values.
 
     Args:
-        keep: share of the blocks of a row, rounded down but at least one, or a number; block: their
-            tokens.
-        first_order: with the first-order term.
-        own: keep the query's own block, in place of the last one.
+        keep: share of the blocks of a row, rounded down but at least one, or a number of blocks.
+        block: tokens of a block.
+        first_order: include the first-order term.
+        own: always keep the query's own block, instead of the last one that would be kept.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import PISA
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, PISA(keep=0.25, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Li et al. (2026), "PISA: Piecewise Sparse Attention Is Wiser for Efficient Diffusion

@@ -23,26 +23,42 @@ POOLS = (1, 2, 4, 8)
 
 @dataclass(frozen=True, eq=False)
 class Pyramid(BlockSelector):
-    """Levels 1, 2, 4, 8 and none down the order of importance: key blocks are seen token by token,
-    by means of 2, 4 or 8 tokens, or not at all.
+    """Key blocks at several resolutions, by importance.
 
-    The means' logits have + ln of the number of tokens, in one softmax with the others.
+    The most important blocks are seen token by token, the next ones by means of 2, 4 or 8 tokens,
+    and the last ones not at all. The logit of a mean of n tokens is increased by ln n, and one
+    softmax covers tokens and means.
 
     Args:
-        ends: where each level ends, not decreasing shares of the mass, or of the blocks.
-        by: ``"mass"`` or ``"count"``: what ``ends`` are shares of; a count is rounded down.
-        block: tokens of a block; order: ``"hilbert"``, ``"tiles"`` or ``"raster"``.
-        least: blocks of a row at the first level at least, or the share of them; by count, one.
-        similar: the mean cosines of keys above which a block may be seen by means of 2, 4 and 8;
-            None for no cap. Published: None and ``(0.7, 0.65, 0.6)``. The cosine is that of the
-            first and the last key of each group of 2, 4 or 8, and the largest level counts whose
-            own threshold is exceeded.
-        score: ``"representative"``: the mass that the mean query of a block leaves among raw keys;
-            ``"sampled"``: the published one, the largest ratio of exponentials among drawn tokens.
-        pooled: see the blocks beyond the last end as one mean each.
-        nested: another cap: a level needs the thresholds of all finer ones too, and the cosines are
-            those of all pairs at the same distance in the block.
-        own: see the query's own block token by token.
+        ends: cumulative share of the mass, or of the blocks, at which each level ends; must not
+            decrease.
+        by: whether ``ends`` are shares of the ``"mass"`` or of the ``"count"`` of blocks; a count
+            is rounded down.
+        block: tokens of a block.
+        order: order in which tokens are cut into blocks: ``"hilbert"``, ``"tiles"`` or
+            ``"raster"``.
+        least: least number of blocks of a row at the first level, or the share of them; with
+            ``by="count"`` it is one.
+        similar: mean cosines of keys above which a block may be seen by means of 2, 4 and 8; None
+            for no limit. Published: None and ``(0.7, 0.65, 0.6)``. The cosine compares the first
+            and the last key of each group of 2, 4 or 8; the largest level whose threshold is
+            exceeded is the limit.
+        score: ``"representative"``: the mass that the mean query of a block gives to all keys of a
+            block. ``"sampled"``: the published score, the largest ratio of exponentials among
+            sampled tokens.
+        pooled: see the blocks beyond the last end as one mean each, instead of dropping them.
+        nested: another form of the limit: a level also needs the thresholds of all finer levels,
+            and the cosines compare all pairs at the same distance in the block.
+        own: always see the query's own block token by token.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Pyramid
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Pyramid(block=16, pooled=True), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Li et al. (2025), "PSA: Pyramid Sparse Attention for Efficient Video Understanding and
@@ -57,7 +73,7 @@ class Pyramid(BlockSelector):
         - The smallest prefix that reaches an end is taken, without rounding the number of blocks
           of a level to a multiple.
         - A share ``least`` of the blocks is rounded up; theirs is one more than it rounded down.
-        - A Hilbert curve in place of Gilbert's.
+        - A Hilbert curve instead of Gilbert's.
         - In blocks that end early the means count the tokens that are there.
         - Text is kept and not scored; the code scores it with the rest.
     """
@@ -132,11 +148,14 @@ class Pyramid(BlockSelector):
 
 
 def _similarity(inputs: Inputs, distance: int, step: int) -> torch.Tensor:
-    """Mean cosine of the keys of a block at a distance in its order, ``[B, Hk, Nk]``; 1 where there
-    are none.
+    """Return the mean cosine of keys of a block at a distance in its order, ``[B, Hk, Nk]``.
+
+    It is 1 for blocks without such a pair.
 
     Args:
-        step: the first of a pair is at a multiple of it.
+        inputs: the call.
+        distance: places between the two keys of a pair.
+        step: the first key of a pair is at a multiple of this place.
     """
     keys = torch.nn.functional.normalize(inputs.k_blocks.to(inputs.q_mean), dim=-1)
     there = inputs.k_side.exists

@@ -17,15 +17,29 @@ __all__ = ["Rectified"]
 
 @dataclass(frozen=True, eq=False)
 class Rectified(Jenga):
-    """What Jenga keeps, rectified: the sparse output is scaled by the mass that the pooled softmax
-    gives to what was kept, and the others' mean values are added with their pooled probabilities,
-    where a block's gain by that is above the error of its mean.
+    """Jenga with a correction for the dropped blocks.
 
-    Trusting the pooled softmax as absolute mass can be worse than dropping;
-    ``TopBlocks(rest="pooled")`` keeps one softmax instead.
+    The sparse output is scaled by the mass that the pooled softmax gives to the kept blocks. The
+    mean values of the dropped blocks are added with their pooled probabilities, if the gain of a
+    block is above the error of its mean.
+
+    If the pooled softmax is a poor estimate of the absolute mass, the correction can be worse than
+    dropping the blocks; ``TopBlocks(rest="pooled")`` computes one softmax over tokens and means
+    instead.
 
     Args:
-        mass, keep, block: as in Jenga.
+        mass: as in Jenga.
+        keep: as in Jenga.
+        block: as in Jenga.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Rectified
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Rectified(mass=0.3, keep=0.25, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Liu et al. (2025), "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video
@@ -44,7 +58,7 @@ class Rectified(Jenga):
     name: ClassVar[str] = "rectified"
     color: ClassVar[str] = "#d7a3c4"
     example: ClassVar[str] = "rectified(0.3, 0.1, 8)"
-    row_independent: ClassVar[bool] = False  # its correction is of the whole call
+    row_independent: ClassVar[bool] = False  # the correction needs the whole call
     reusable: ClassVar[bool] = False  # the correction holds values of the call
 
     def finished(self, selection: Selection, scores: torch.Tensor, inputs: Inputs) -> Selection:
@@ -57,7 +71,7 @@ class Rectified(Jenga):
         return replace(selection, correction=(factor, extra))
 
     def _gated(self, inputs: Inputs) -> torch.Tensor:
-        """Blocks whose mean is too coarse: gain <= error."""
+        """Return the blocks whose mean is too coarse: gain <= error."""
         q_mean, k_mean = inputs.q_mean, inputs.k_mean
         q_apart = (inputs.q_blocks - q_mean[..., None, :]).abs()
         k_apart = (inputs.for_heads(inputs.k_blocks) - k_mean[..., None, :]).abs()

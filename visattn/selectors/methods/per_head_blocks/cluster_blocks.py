@@ -1,4 +1,4 @@
-"""Queries and keys grouped by likeness, and key clusters chosen for each query cluster."""
+"""Queries and keys clustered by similarity, and key clusters chosen for each query cluster."""
 
 from __future__ import annotations
 
@@ -22,27 +22,39 @@ from visattn.selectors.stages.prefix import top_count, top_mass
 
 __all__ = ["ClusterBlocks", "kmeans"]
 
-CHUNK = 1 << 24  # distances of one product
+CHUNK = 1 << 24  # most distances of one matrix product
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterBlocks(PerHeadSelector):
-    """The smallest set of key clusters with a share of the mass, for each query cluster: k-means of
-    queries and of keys for each head; a key cluster's mass at a query cluster is
-    ``n e^(c_q . c_k / sqrt(d))``.
+    """k-means clusters of keys, chosen for each cluster of queries up to a share of the mass.
 
-    With ``metric="interaction"`` keys are compared by how they differ to the queries, and queries
-    by how they differ to the keys (iCATS): k-means of ``x M^(1/2)``, M the second moment of the
-    other side.
+    Queries and keys are clustered separately for each head. The mass of a key cluster of n keys at
+    a query cluster is ``n e^(c_q . c_k / sqrt(d))``.
+
+    With ``metric="interaction"`` two keys are near if they give similar logits with the queries,
+    and two queries if they give similar logits with the keys (iCATS): k-means of ``x M^(1/2)``,
+    where M is the second moment of the other side.
 
     Args:
-        mass: the share; least: clusters of a row at least, or the share of all of them, rounded
-            down.
-        q_clusters, k_clusters: how many; as many as there are tokens at most.
-        iterations: of Lloyd's algorithm; warm: of it at later steps of a generation, from the
-            means of the clusters of the step before.
-        block: tokens that a cluster is cut into.
+        mass: the share of the mass.
+        least: least number of clusters of a row, or the share of all clusters, rounded down.
+        q_clusters: clusters of queries; at most one for each token.
+        k_clusters: clusters of keys; at most one for each token.
+        iterations: iterations of Lloyd's algorithm at the first step of a generation.
+        block: most tokens of a block; larger clusters are cut into several blocks.
         metric: ``"euclid"`` or ``"interaction"``.
+        warm: iterations at later steps, which start from the cluster means of the previous step.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import ClusterBlocks
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> clusters = ClusterBlocks(0.9, q_clusters=4, k_clusters=8, block=16)
+        >>> sparse_attention(q, k, v, clusters, layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Yang et al. (2025), "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via
@@ -85,8 +97,8 @@ class ClusterBlocks(PerHeadSelector):
         scale: float,
         past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(acc_dtype), grid_tokens(k, layout).to(acc_dtype)
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
         sides, centres = [], []
         for place, (x, other, clusters) in enumerate(
@@ -95,10 +107,10 @@ class ClusterBlocks(PerHeadSelector):
             seen = _role(x, other) if self.metric == "interaction" else x
             first = None if past.centres is None else past.centres[place]
             if first is not None and first.shape[3] != x.shape[3]:
-                first = None  # tensors that an edit has made wider
+                first = None  # an edit has changed the size of the heads
             iterations = self.iterations if first is None else self.warm
-            owner, found = kmeans(seen, min(clusters, x.shape[2]), iterations, first)
-            centres.append(found)
+            owner, means = kmeans(seen, min(clusters, x.shape[2]), iterations, first)
+            centres.append(means)
             count = owner.new_zeros(*owner.shape[:2], min(clusters, x.shape[2]))
             count.scatter_add_(2, owner, torch.ones_like(owner))
             sides.append((owner.argsort(dim=-1, stable=True), count))
@@ -125,7 +137,7 @@ class ClusterBlocks(PerHeadSelector):
 
 
 def _group_means(means: torch.Tensor, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of clusters from those of their blocks, ``[B, H, C, D]``, and their tokens."""
+    """Return the means of clusters, ``[B, H, C, D]``, and their sizes, from the means of blocks."""
     groups = runs.group.shape[2]  # at least as many as there are clusters
     total = means.new_zeros(*means.shape[:2], groups, means.shape[3])
     index = runs.group[..., None].expand(-1, -1, -1, means.shape[3])
@@ -135,8 +147,10 @@ def _group_means(means: torch.Tensor, runs: Runs) -> tuple[torch.Tensor, torch.T
 
 
 def _role(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``x M^(1/2)`` with ``M`` the second moment of the other side: distances are differences of
-    logits."""
+    """Return ``x M^(1/2)``, with ``M`` the second moment of ``other``.
+
+    Distances between the results are root mean square differences of logits.
+    """
     moment = other.mT @ other / other.shape[2]
     values, vectors = torch.linalg.eigh(moment)
     root: torch.Tensor = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
@@ -146,13 +160,19 @@ def _role(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def kmeans(
     x: torch.Tensor, clusters: int, iterations: int, first: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cluster of each point, int64 ``[B, H, n]``, and the means of the clusters
-    ``[B, H, clusters, D]``: Lloyd's algorithm.
+    """Cluster points by Lloyd's algorithm.
+
+    Ties go to the lower cluster number; an empty cluster keeps its centre.
 
     Args:
-        x: ``[B, H, n, D]``; ties go to the lower number, an empty cluster keeps its centre.
-        iterations: at least 1.
-        first: centres to begin with; default: evenly spread points.
+        x: points ``[B, H, n, D]``.
+        clusters: number of clusters.
+        iterations: number of iterations, at least 1.
+        first: initial centres; default: evenly spread points.
+
+    Returns:
+        The cluster of each point, int64 ``[B, H, n]``, and the means of the clusters,
+        ``[B, H, clusters, D]``.
     """
     count = x.shape[2]
     spread = torch.arange(clusters, device=x.device) * count // clusters
@@ -168,7 +188,7 @@ def kmeans(
 
 
 def _nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Number of the nearest centre of each point."""
+    """Return the number of the nearest centre of each point."""
     half = centres.square().sum(-1)[..., None, :] / 2
     step = max(1, CHUNK // (x.shape[0] * x.shape[1] * centres.shape[2]))
     parts = [

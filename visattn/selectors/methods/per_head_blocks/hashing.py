@@ -1,5 +1,4 @@
-"""Queries and keys sorted by a hash of their direction: blocks of like ones, and a sample of the
-rest."""
+"""Queries and keys sorted by a hash of their direction, with a sample of the other keys."""
 
 from __future__ import annotations
 
@@ -23,15 +22,26 @@ MOST_BITS = 16
 
 @dataclass(frozen=True, eq=False)
 class Hashing(PerHeadSelector):
-    """The block of keys with like hashes, and a sample of the others.
+    """Key blocks with similar hashes, and a random sample of the other keys.
 
-    The signs of some projections, in Gray order, sort queries and keys; each block of sorted
-    queries sees the block of sorted keys at its place, and uniformly sampled keys beyond it with
-    + ln(n / m).
+    Queries and keys are sorted by a hash: the signs of some random projections, in Gray order. Each
+    block of sorted queries sees the block of sorted keys at the same place. It also sees a uniform
+    sample of the keys outside that block, with ln(n / m) added to the logits.
 
     Args:
-        block: tokens of a block; samples: keys that are drawn.
-        projections: signs in a hash, 1 to 16; seed: of projections and sample.
+        block: tokens of a block.
+        samples: number of sampled keys.
+        projections: number of signs in a hash, 1 to 16.
+        seed: seed of the projections and of the sample.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Hashing
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Hashing(block=16, samples=8), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Han et al. (2023), "HyperAttention: Long-context Attention in Near-Linear Time", arXiv
@@ -60,8 +70,10 @@ class Hashing(PerHeadSelector):
         check_count("seed", self.seed, 0)
 
     def hashes(self, x: torch.Tensor) -> torch.Tensor:
-        """Place of each vector's signs in Gray order, int64 ``[B, H, n]``: neighbours differ in one
-        sign."""
+        """Return the rank of the signs of each vector in Gray order, int64 ``[B, H, n]``.
+
+        Neighbouring ranks differ in one sign.
+        """
         planes = _planes(x.shape[3], self.projections, self.seed, x.dtype, x.device)
         signs = (x @ planes) > 0
         powers = 1 << torch.arange(self.projections, device=x.device)
@@ -78,8 +90,8 @@ class Hashing(PerHeadSelector):
         scale: float,
         past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(acc_dtype), grid_tokens(k, layout).to(acc_dtype)
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
         q_order, k_order = (self.hashes(x).argsort(dim=-1, stable=True) for x in (queries, keys))
         runs = even_runs(q_order, self.block)
@@ -97,6 +109,6 @@ class Hashing(PerHeadSelector):
 def _planes(
     dim: int, count: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """The projections, ``[dim, count]``; copied to the device once."""
+    """Return the projections, ``[dim, count]``; copied to the device once."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(dim, count, generator=generator, dtype=torch.float32).to(device, dtype)

@@ -29,14 +29,25 @@ __all__ = ["KeyOrder"]
 
 @dataclass(frozen=True, eq=False)
 class KeyOrder(PerHeadSelector):
-    """The smallest set of blocks of sorted keys with a share of the pooled softmax.
+    """Blocks of sorted keys, chosen until they hold a share of the pooled softmax.
 
-    Keys are ordered by the mean softmax mass that some queries leave on them. Attention does not
-    depend on the order of keys, so that nothing is put back.
+    Keys are sorted by the mean softmax mass that a few queries give to them. Attention does not
+    depend on the order of the keys, so the output needs no reordering.
 
     Args:
-        mass: the share; queries: how many sort the keys; block: tokens of a block.
-        order: of the queries: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+        mass: the share of the pooled softmax.
+        queries: number of queries by which the keys are sorted.
+        block: tokens of a block.
+        order: order of the queries: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import KeyOrder
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, KeyOrder(mass=0.6, queries=8, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Wang et al. (2025), "Sparser Block-Sparse Attention via Token Permutation" (PBS-Attn), arXiv
@@ -70,19 +81,19 @@ class KeyOrder(PerHeadSelector):
         scale: float,
         past: SelectorState,
     ) -> tuple[torch.Tensor, Runs, int, torch.Tensor, Runs, int]:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        queries, keys = grid_tokens(q, layout).to(wide), grid_tokens(k, layout).to(wide)
+        acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys = grid_tokens(q, layout).to(acc_dtype), grid_tokens(k, layout).to(acc_dtype)
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
         count = keys.shape[2]
-        at = torch.arange(min(self.queries, count), device=q.device) * count
-        rows = queries.index_select(2, at // min(self.queries, count))
+        index = torch.arange(min(self.queries, count), device=q.device) * count
+        rows = queries.index_select(2, index // min(self.queries, count))
         mass = (rows @ keys.mT * scale).softmax(-1).mean(2)
         order = mass.argsort(dim=-1, descending=True, stable=True)
-        own = order_of(self.order, layout.grids[0][1], self.block)
-        q_order = _index(layout, (own,), q.device).expand(*q.shape[:2], -1)
+        query_order = order_of(self.order, layout.grids[0][1], self.block)
+        q_order = _index(layout, (query_order,), q.device).expand(*q.shape[:2], -1)
         return (
             q_order,
-            order_runs(layout, own, self.block, q),
+            order_runs(layout, query_order, self.block, q),
             self.block,
             order,
             even_runs(order, self.block),
@@ -98,4 +109,5 @@ class KeyOrder(PerHeadSelector):
 @functools.lru_cache(maxsize=64)
 @on_cpu
 def _index(layout: TokenLayout, order: tuple[Order], device: torch.device) -> torch.Tensor:
+    """Return the tokens of the grid in an order; copied to the device once."""
     return order[0].index(layout.grids[0][1]).to(device)

@@ -1,4 +1,4 @@
-"""For each head the static pattern that does best on a few queries of the call."""
+"""For each head, the static pattern with the smallest error on a few queries of the call."""
 
 from __future__ import annotations
 
@@ -30,13 +30,24 @@ TEMPORAL = Union(MultiDiagonal(0.2), Stripe())
 
 @dataclass(frozen=True, eq=False)
 class OnlineChoice(Selector):
-    """One of some static patterns, chosen anew for each batch item and head: some query rows are
-    computed in full and under each pattern, and the head takes the pattern with the smallest mean
-    squared error.
+    """The best of several static patterns, chosen in each call for each batch item and head.
+
+    Some query rows are computed in full and with each pattern. The head runs the pattern with the
+    smallest mean squared error.
 
     Args:
-        patterns: two or more; of equally good ones the first is taken.
-        rows: queries that decide; block: tokens of a block.
+        patterns: two or more static patterns; among equally good ones the first is chosen.
+        rows: number of query rows by which a pattern is chosen.
+        block: tokens of a block.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import OnlineChoice
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, OnlineChoice(rows=8, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with
@@ -47,7 +58,7 @@ class OnlineChoice(Selector):
         1.5 (HunyuanVideo), and by rows of the first 10,000 tokens only.
     Differences:
         - Rows are evenly spread and not drawn.
-        - Any static patterns can be given; the default ones are a fifth of the sequence wide.
+        - Any static patterns can be given; the default ones are a fifth of the sequence acc_dtype.
         - Blocks of ``block`` tokens that are partly kept are kept whole.
     """
 
@@ -74,15 +85,14 @@ class OnlineChoice(Selector):
     def best(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float
     ) -> torch.Tensor:
-        """Number of the pattern with the smallest mean squared error on some rows, int64
-        ``[B, H]``."""
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        """Return the number of the pattern with the smallest error, int64 ``[B, H]``."""
+        acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         begin, grid = layout.grids[0]
         count = min(self.rows, grid.numel)
-        at = begin + torch.arange(count, device=q.device) * grid.numel // count
+        rows = begin + torch.arange(count, device=q.device) * grid.numel // count
         share = q.shape[1] // k.shape[1]
-        keys, values = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
-        logits = q.index_select(2, at).to(wide) @ keys.mT * scale
+        keys, values = (x.to(acc_dtype).repeat_interleave(share, 1) for x in (k, v))
+        logits = q.index_select(2, rows).to(acc_dtype) @ keys.mT * scale
         full = logits.softmax(-1) @ values
         errors = []
         for pattern in self.patterns:
@@ -108,7 +118,7 @@ class OnlineChoice(Selector):
         runs = even_runs(torch.empty(*best.shape, grid.numel, device=q.device), self.block)
         sides = []
         for place in range(2):  # queries, keys
-            index = _indices(tuple(own[place] for own in orders), layout, q.device)
+            index = _indices(tuple(pair[place] for pair in orders), layout, q.device)
             sides.append(
                 partition_by_head(layout, index[best], runs.start, runs.length, self.block)
             )
@@ -118,14 +128,16 @@ class OnlineChoice(Selector):
 
 
 def _line_orders(pattern: Pattern, layout: TokenLayout, block: int) -> tuple[Order, Order]:
-    """The pattern's own orders where these are raster orders, in which blocks are even runs; raster
-    order else."""
-    own = pattern.on(layout.grids[0][1]).orders(block, block)
-    plain = all(isinstance(order, LineOrder) for order in own)
-    return own if plain else (LineOrder(), LineOrder())
+    """Return the orders of the pattern if these are raster orders, else raster order for both.
+
+    In a raster order blocks are runs of equal length.
+    """
+    orders = pattern.on(layout.grids[0][1]).orders(block, block)
+    plain = all(isinstance(order, LineOrder) for order in orders)
+    return orders if plain else (LineOrder(), LineOrder())
 
 
-# what follows is copied to the device once
+# the results of the following functions are copied to the device once
 
 
 @functools.lru_cache(maxsize=16)
@@ -133,7 +145,7 @@ def _line_orders(pattern: Pattern, layout: TokenLayout, block: int) -> tuple[Ord
 def _indices(
     orders: tuple[Order, ...], layout: TokenLayout, device: torch.device
 ) -> torch.Tensor:
-    """The tokens of the grid in some orders, int64 ``[orders, n]``."""
+    """Return the tokens of the grid in each order, int64 ``[orders, n]``."""
     return torch.stack([order.index(layout.grids[0][1]) for order in orders]).to(device)
 
 
@@ -145,7 +157,7 @@ def _visited(
     block: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Blocks that each pattern visits in its orders, uint8 ``[patterns, Nq, Nk]``."""
+    """Return the blocks that each pattern visits in its orders, uint8 ``[patterns, Nq, Nk]``."""
     status = [
         pattern.lower(layout, block, block, partial="promote", order=orders).status() != NONE
         for pattern, orders in pairs
@@ -158,7 +170,7 @@ def _visited(
 def _rows_of(
     pattern: Pattern, layout: TokenLayout, count: int, device: torch.device
 ) -> torch.Tensor:
-    """The token rule of a pattern at evenly spread queries, bool ``[count, L]``."""
+    """Return the keys that a pattern keeps for evenly spread queries, bool ``[count, L]``."""
     begin, grid = layout.grids[0]
-    at = begin + torch.arange(count) * grid.numel // count
-    return pattern.allows(at[:, None], torch.arange(layout.length), layout).to(device)
+    rows = begin + torch.arange(count) * grid.numel // count
+    return pattern.allows(rows[:, None], torch.arange(layout.length), layout).to(device)

@@ -21,13 +21,23 @@ __all__ = ["BiLevel"]
 
 @dataclass(frozen=True, eq=False)
 class BiLevel(BlockSelector):
-    """Bi-level routing: regions are chosen by the mean query and key of all heads together, and all
-    heads see the same ones.
+    """Bi-level routing: all heads see the same regions.
+
+    Regions are scored by the mean query and the mean key over all heads.
 
     Args:
-        keep: regions of a row, or the share of them.
-        region: sides of a region, (frames, height, width).
-        own: keep the query's own region, in place of the last one.
+        keep: number of regions of a row, or the share of them.
+        region: sides of a region, (frames, height, width) in tokens.
+        own: always keep the query's own region, instead of the last one that would be kept.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import BiLevel
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, BiLevel(keep=0.5, region=(1, 4, 4)), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Zhu et al. (2023), "BiFormer: Vision Transformer with Bi-Level Routing Attention", CVPR

@@ -17,13 +17,24 @@ __all__ = ["DFSAttn"]
 
 @dataclass(frozen=True, eq=False)
 class DFSAttn(BlockSelector):
-    """Blocks along a 3-D Hilbert curve, scored by the softmax among runs of 16 or 32 of their
-    tokens, added up.
+    """Blocks along a 3-D Hilbert curve, scored by a softmax among short runs of their tokens.
+
+    The score of a block is the sum over its runs.
 
     Args:
-        keep: share of the blocks of a row, rounded down but at least one, or a number; block: their
-            tokens; part: tokens of a run.
-        own: keep the query's own block, in place of the last one.
+        keep: share of the blocks of a row, rounded down but at least one, or a number of blocks.
+        block: tokens of a block.
+        part: tokens of a run; published are 16 and 32.
+        own: always keep the query's own block, instead of the last one that would be kept.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import DFSAttn
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, DFSAttn(keep=0.5, block=16, part=4), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Hu et al. (2026), "DFSAttn: Dynamic Fine-grained Sparse Attention for Efficient Video

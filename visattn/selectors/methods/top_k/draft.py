@@ -22,13 +22,24 @@ __all__ = ["Draft"]
 
 @dataclass(frozen=True, eq=False)
 class Draft(BlockSelector):
-    """A draft of the attention at low resolution: tiles within a frame, and of all pairs of a head
-    the share with the highest pooled softmax.
+    """Tiles within a frame, chosen by attention at low resolution.
+
+    Each tile is pooled to one query and one key. Of all pairs of tiles of a head, the share with
+    the highest pooled softmax is kept.
 
     Args:
         keep: share of the pairs of a head.
         tile: rows and columns of a tile.
-        own: keep each row's own tile, in place of the last ones that would be kept.
+        own: always keep the query's own tile, instead of the last pairs that would be kept.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Draft
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Draft(keep=0.5, tile=(4, 4)), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Shen et al. (2025), "DraftAttention: Fast Video Diffusion via Low-Resolution Attention
@@ -39,7 +50,7 @@ class Draft(BlockSelector):
     Differences:
         - Exactly the share is kept, rounded up to pairs; theirs keeps one pair more, and all that
           equal the last one.
-        - A row that would keep no tile keeps its best one, in place of the last pair of all; in
+        - A row that would keep no tile keeps its best one, instead of the last pair of all; in
           theirs such a row sees no image token.
         - Grids of any size, with smaller tiles at the borders.
     """
@@ -74,14 +85,14 @@ class Draft(BlockSelector):
     def widened(
         self, forced: torch.Tensor, scores: torch.Tensor, inputs: Inputs
     ) -> torch.Tensor:
-        # forced pairs come first in the count, and a best pair is among the kept ones anyway
-        # unless its row would keep none
+        # Forced pairs count first. The best pair of a row is kept anyway, unless the row would
+        # keep none.
         return forced | top_count(scores, 1)
 
 
 @dataclass(frozen=True)
 class _PerRow(Pooled):
-    """Pooled, as shares of each row, so that rows can be compared."""
+    """Pooled scores, normalised by a softmax over each row so that rows can be compared."""
 
     log_size: bool = False
 

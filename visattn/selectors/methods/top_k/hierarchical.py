@@ -1,4 +1,4 @@
-"""Two levels of choice: whole regions first, then blocks within those that are left."""
+"""Two levels of choice: first regions, then blocks within the chosen regions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,26 @@ __all__ = ["Hierarchical"]
 
 @dataclass(frozen=True, eq=False)
 class Hierarchical(BlockSelector):
-    """The best blocks of the best regions, and the own block.
+    """The best blocks of the best regions, and the query's own block.
 
     Args:
-        keep: blocks of a row, or the share of all.
-        regions: regions of a row that are looked into, or the share of them.
-        region: blocks of a region, neighbours in the order.
-        block: tokens of a block; order: ``"hilbert"``, ``"tiles"`` or ``"raster"``.
-        neighbours, first_frame: forced.
+        keep: number of blocks of a row, or the share of all blocks.
+        regions: number of regions of a row whose blocks are candidates, or the share of them.
+        region: blocks of a region, which are consecutive in the order.
+        block: tokens of a block.
+        order: order in which tokens are cut into blocks: ``"hilbert"``, ``"tiles"`` or
+            ``"raster"``.
+        neighbours: always keep the blocks next to the query's own.
+        first_frame: always keep the blocks of the first frame.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Hierarchical
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Hierarchical(keep=0.5, region=2, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Lee et al. (2024), "A Training-free Sub-quadratic Cost Transformer Model Serving Framework
@@ -66,7 +78,7 @@ class Hierarchical(BlockSelector):
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(
             score=Pooled(),
-            choose=TopK(1.0, inside=False),  # the scores hold no more than is kept
+            choose=TopK(1.0, inside=False),  # only kept blocks have a finite score
             always_kept=AlwaysKept(neighbours=self.neighbours, first_frame=self.first_frame),
             orders=(self.order, self.order),
             blocks=(self.block, self.block),
@@ -83,7 +95,7 @@ class Hierarchical(BlockSelector):
         return torch.where(top_count(scores, wanted), scores, -torch.inf)
 
     def _regions(self, inputs: Inputs) -> torch.Tensor:
-        """Scores of the regions, by the mean key of their grid tokens."""
+        """Return the scores of the regions, by the mean key of their grid tokens."""
         side = inputs.k_side
         length = (side.length * side.grid).expand(*inputs.k_mean.shape[:3])
         pad = -len(side) % self.region

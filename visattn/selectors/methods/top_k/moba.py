@@ -16,15 +16,25 @@ __all__ = ["MoBA"]
 
 @dataclass(frozen=True, eq=False)
 class MoBA(BlockSelector):
-    """The key blocks of highest gate for each query, its own block always among them.
+    """The key blocks with the highest gates for each query, always including its own block.
 
-    A query token's gate is its product with the mean key of each block, not scaled.
+    The gate of a query for a block is its product with the mean key of the block, without scale.
 
     Args:
-        keep: blocks of a query, its own one among them: a number, or a share.
-        block: tokens of a key block, 1 to 65536; small ones (16 to 64) find more.
+        keep: number of blocks of a query, including its own, or the share of them.
+        block: tokens of a key block, 1 to 65536; small ones (16 to 64) select more precisely.
         queries: queries that choose together by their mean; 1 is the published gate of each token.
-        order: ``"raster"``, ``"tiles"`` or ``"hilbert"``.
+        order: order in which tokens are cut into blocks: ``"raster"``, ``"tiles"`` or
+            ``"hilbert"``.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import MoBA
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, MoBA(keep=0.5, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Lu et al. (2025), "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv

@@ -1,4 +1,4 @@
-"""Top blocks: the pooled family in one pattern, every stage a parameter."""
+"""Top blocks: a general selector whose stages are parameters."""
 
 from __future__ import annotations
 
@@ -53,17 +53,33 @@ RESTS: dict[str, PooledRest | SampledRest | None] = {
 
 @dataclass(frozen=True, eq=False)
 class TopBlocks(BlockSelector):
-    """The key blocks of highest score for each query block.
+    """The key blocks with the highest scores for each query block; every stage is a parameter.
 
     Args:
-        keep: an int is a number of blocks of each row, a float the share of them; the query's own
-            block and what is forced count among them. With ``mass``, the least.
-        mass: instead, the smallest set that holds this share of the mass.
-        score: one of ``SCORES``, or ``"gate:NAME"`` of a gate that ``register_gate`` knows.
-        rest: what becomes of the others: one of ``RESTS``.
-        order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
-        block: most tokens of a block, of queries and keys, 1 to 65536.
-        first_frame, sink, neighbours: forced, as in AlwaysKept.
+        keep: an int is a number of blocks of each row, a float the share of them. The query's own
+            block and the other blocks that are always kept count towards it. With ``mass``, it is
+            the least number.
+        mass: if given, keep the smallest set of blocks that holds this share of the mass.
+        score: one of ``pooled``, ``sub_tiles``, ``representative``, ``exact``, ``bounds``,
+            ``sampled`` and ``antidiagonal``, or ``"gate:NAME"`` of a gate that ``register_gate``
+            registered.
+        rest: treatment of the unselected blocks: ``drop``, ``pooled``, ``variance``,
+            ``first_order`` or ``sample``.
+        order: order in which tokens are cut into blocks: ``"tiles"``, ``"hilbert"`` or
+            ``"raster"``.
+        block: most tokens of a query block and of a key block, 1 to 65536.
+        first_frame: always keep the blocks of the first frame.
+        sink: always keep the first block of each grid.
+        neighbours: always keep the blocks next to the query's own.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import TopBlocks
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, TopBlocks(keep=0.5, block=16, rest="pooled"), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         This project: the common form of the methods that pool and choose; Jenga, Draft and the

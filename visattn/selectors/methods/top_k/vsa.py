@@ -18,13 +18,23 @@ __all__ = ["VSA"]
 
 @dataclass(frozen=True, eq=False)
 class VSA(BlockSelector):
-    """Cubes of 4 x 4 x 4 tokens and the best of them by pooled score: video sparse attention
-    without its trained gate, which begins at zero.
+    """Cubes of tokens, of which the best by pooled score are kept.
+
+    This is video sparse attention without its trained gate, whose initial value is zero.
 
     Args:
-        keep: share of the cubes of a row, rounded up, or a number.
-        tile: of a cube, per axis.
-        own: keep the query's own cube, in place of the last one.
+        keep: share of the cubes of a row, rounded up, or a number of cubes.
+        tile: sides of a cube, (frames, height, width) in tokens.
+        own: always keep the query's own cube, instead of the last one that would be kept.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import VSA
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, VSA(keep=0.5, tile=(2, 4, 4)), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Zhang et al. (2025), "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv

@@ -18,13 +18,27 @@ __all__ = ["ASA"]
 
 @dataclass(frozen=True, eq=False)
 class ASA(BlockSelector):
-    """Adaptive block-sparse attention: 16 drawn tokens of each block stand for it; the smallest set
-    with a share of the mass by the largest probability in each block.
+    """Adaptive block-sparse attention: blocks are scored by a few sampled tokens of each.
+
+    The score of a block is the largest probability among its sampled keys. The smallest set of
+    blocks that holds a share of the mass is kept.
 
     Args:
-        mass: the share; block: tokens of a block; samples: drawn of each, from ``seed``.
-        pooled: see the other blocks as their means.
-        own: keep the query's own block.
+        mass: the share of the mass.
+        block: tokens of a block.
+        samples: sampled tokens of each block.
+        pooled: see the other blocks as their means, instead of dropping them.
+        seed: seed of the sample.
+        own: always keep the query's own block.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import ASA
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, ASA(mass=0.6, block=16, samples=4), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Gu et al. (2025), "BLADE: Block-Sparse Attention Meets Step Distillation for Efficient
@@ -35,7 +49,7 @@ class ASA(BlockSelector):
         does, and not a share of the mass.
     Differences:
         - The same places are drawn in all blocks, once.
-        - A Hilbert curve in place of Gilbert's.
+        - A Hilbert curve instead of Gilbert's.
     """
 
     mass: float = 0.95

@@ -17,12 +17,24 @@ __all__ = ["Jenga"]
 
 @dataclass(frozen=True, eq=False)
 class Jenga(BlockSelector):
-    """Attention carving: blocks along a space-filling curve; the smallest set with a share of the
-    pooled softmax, at least ``keep``, and the blocks around the query's.
+    """Attention carving: blocks along a space-filling curve, up to a share of the pooled softmax.
+
+    The smallest set of blocks that holds the share is kept, at least ``keep`` blocks, and the
+    blocks next to the query's own.
 
     Args:
-        mass: the share; keep: the least, a number of blocks or a share of them.
+        mass: the share of the pooled softmax.
+        keep: least number of blocks, or the share of them.
         block: tokens of a block.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Jenga
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, Jenga(mass=0.3, keep=0.25, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Zhang et al. (2025), "Training-Free Efficient Video Generation via Dynamic Token Carving",

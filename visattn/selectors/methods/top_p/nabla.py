@@ -19,17 +19,26 @@ __all__ = ["NABLA"]
 
 @dataclass(frozen=True, eq=False)
 class NABLA(BlockSelector):
-    """The smallest set with a share of the pooled softmax, and a window of tiles with it.
+    """The smallest set of blocks that holds a share of the pooled softmax, and a window of tiles.
 
     Args:
         mass: the share that is kept: ``P`` in the authors' configurations (0.9, 0.8 or 0.7), and
             ``thr`` in their function.
-        window: tiles per axis, or None for none: along each axis those within ``window // 2`` of
-            the query's tile are kept too. Published: ``(11, 3, 3)``.
-        tile: of the blocks, per axis.
-        clamped: move the window inward at the borders, as SlidingTile does; else what lies outside
-            the grid is lost.
-        own: keep the query's own tile, which every window does.
+        window: sides of the window in tiles, or None for no window: tiles within ``window // 2`` of
+            the query's tile along each axis are kept too. Published: ``(11, 3, 3)``.
+        tile: sides of a tile, (frames, height, width) in tokens; each tile is a block.
+        clamped: move the window inward at the borders, as SlidingTile does. Otherwise the part
+            outside the grid is cut off.
+        own: always keep the query's own tile, which every window includes.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import NABLA
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, NABLA(mass=0.6, window=None, tile=(1, 4, 4)), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Mikhailov et al. (2025), "NABLA: Neighborhood Adaptive Block-Level Attention", arXiv
@@ -37,7 +46,7 @@ class NABLA(BlockSelector):
     Default:
         code
     Differences:
-        - The tiles stand in raster order in place of a fractal one, which changes nothing.
+        - The tiles are in raster order instead of a fractal one, which does not change the result.
         - Grids of any size, with smaller tiles at the borders.
     """
 
@@ -67,15 +76,16 @@ class NABLA(BlockSelector):
     def stages(self, layout: TokenLayout) -> Stages:
         order = BoxOrder(self.tile)
         size = self.tile[0] * self.tile[1] * self.tile[2]
-        force = AlwaysKept(own_block=self.own)
+        always_kept = AlwaysKept(own_block=self.own)
         if self.window is not None and self.clamped:
-            force = AlwaysKept(own_block=self.own, pattern=SlidingTile(self.tile, self.window))
+            pattern = SlidingTile(self.tile, self.window)
+            always_kept = AlwaysKept(own_block=self.own, pattern=pattern)
         elif self.window is not None:
-            force = AlwaysKept(own_block=self.own, window=(self.tile, self.window))
+            always_kept = AlwaysKept(own_block=self.own, window=(self.tile, self.window))
         return Stages(
             score=Pooled(log_size=False),
             choose=TopP(self.mass),
-            always_kept=force,
+            always_kept=always_kept,
             orders=(order, order),
             blocks=(size, size),
         )

@@ -21,16 +21,29 @@ __all__ = ["ProxyHeads"]
 
 @dataclass(frozen=True, eq=False)
 class ProxyHeads(BlockSelector):
-    """Groups of heads rank the blocks together, by the means of their queries and keys, and each
-    head takes as many as its own mass needs.
+    """Groups of heads rank the blocks together, and each head keeps as many as its mass needs.
+
+    The ranks come from the mean queries and keys of the group.
 
     Args:
-        mass: the share of a head's own pooled softmax that its number of blocks must hold, on the
-            mean over its rows.
-        groups: of neighbouring heads; it divides the heads that run this pattern.
-        stride: tokens of a block are taken so far apart to rank by.
-        block: tokens of a block; order: ``"tiles"``, ``"hilbert"`` or ``"raster"``.
-        own: keep the query's own block.
+        mass: share of a head's own pooled softmax that its number of blocks must hold, on average
+            over its rows.
+        groups: number of groups of neighbouring heads; must divide the number of heads that run
+            this pattern.
+        stride: the ranks use every ``stride``-th token of a block.
+        block: tokens of a block.
+        order: order in which tokens are cut into blocks: ``"tiles"``, ``"hilbert"`` or
+            ``"raster"``.
+        own: always keep the query's own block.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import ProxyHeads
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, ProxyHeads(mass=0.6, groups=1, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Wang et al. (2025), "ProxyAttn: Guided Sparse Attention via Representative Heads", ICLR
@@ -64,7 +77,7 @@ class ProxyHeads(BlockSelector):
     def stages(self, layout: TokenLayout) -> Stages:
         return Stages(
             score=Pooled(log_size=False),
-            choose=TopK(1.0, inside=False),  # the scores hold no more than the budget
+            choose=TopK(1.0, inside=False),  # only blocks within the budget have a finite score
             always_kept=AlwaysKept(own_block=self.own),
             orders=(self.order, self.order),
             blocks=(self.block, self.block),
@@ -77,7 +90,7 @@ class ProxyHeads(BlockSelector):
         return torch.where(top_count(ranks, count), ranks, -torch.inf)
 
     def _ranks(self, inputs: Inputs) -> torch.Tensor:
-        """Largest probability of a taken key in each block, over the taken queries of a row."""
+        """Return the log of the largest probability in each block, over every stride-th token."""
         heads = inputs.heads
         if heads % self.groups:
             raise ValueError(
@@ -90,24 +103,24 @@ class ProxyHeads(BlockSelector):
         flat = k.flatten(2, 3).mT[:, :, None]
         gone = ~there.flatten(-2)[..., None, None, :]
         real = inputs.q_side.exists[..., :: self.stride, None]
-        found = []
+        ranks = []
         for rows in row_parts(q.shape[2], q.shape[0] * self.groups * q.shape[3] * flat.shape[-1]):
             logits = q[:, :, rows] @ flat * inputs.scale  # [B, G, r, queries, Nk * keys]
             logits = logits.masked_fill(gone, -torch.inf)
             best = logits.softmax(-1).unflatten(-1, k.shape[2:4]).amax(-1)
             best = best.masked_fill(~real[..., rows, :, :], 0).amax(-2)
-            found.append(best.clamp(min=torch.finfo(torch.float32).tiny).log())
-        return torch.cat(found, 2).repeat_interleave(each, 1).float()
+            ranks.append(best.clamp(min=torch.finfo(torch.float32).tiny).log())
+        return torch.cat(ranks, 2).repeat_interleave(each, 1).float()
 
     def _budget(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Blocks that a row of each head takes, int64 ``[B, H, 1, 1]``."""
+        """Return the number of blocks of a row for each head, int64 ``[B, H, 1, 1]``."""
         count = top_mass(pooled, self.mass).sum(-1)
         rows = (count > 0).sum(-1).clamp(min=1)
         return (-(-count.sum(-1) // rows)).clamp(min=1)[..., None, None]
 
 
 def _group_means(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Means over neighbouring heads, ``[B, groups, ...]`` in the width of sums."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out: torch.Tensor = x.to(wide).unflatten(1, (groups, -1)).mean(2)
+    """Return the means over groups of neighbouring heads, ``[B, groups, ...]``."""
+    acc_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out: torch.Tensor = x.to(acc_dtype).unflatten(1, (groups, -1)).mean(2)
     return out

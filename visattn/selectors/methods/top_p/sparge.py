@@ -1,4 +1,4 @@
-"""SpargeAttn's first stage: means of similar tokens, and blocks that are no good mean kept."""
+"""The first stage of SpargeAttn: blocks of similar tokens by their means, all other blocks kept."""
 
 from __future__ import annotations
 
@@ -26,19 +26,33 @@ __all__ = ["Sparge"]
 
 @dataclass(frozen=True, eq=False)
 class Sparge(BlockSelector):
-    """The best self-similar blocks up to a share of the pooled softmax, and all blocks that are not
-    self-similar.
+    """The best self-similar blocks up to a share of the pooled softmax, and all other blocks.
 
-    Keys have their mean subtracted; a block's self-similarity is the mean cosine of all pairs of
-    its tokens; the softmax is taken over the means of self-similar key blocks.
+    A block is self-similar if the mean cosine of all pairs of its tokens is high; its mean then
+    represents its tokens well. The mean of all keys is subtracted from the keys first. The softmax
+    runs over the means of self-similar key blocks. Blocks that are not self-similar are always
+    kept.
 
     Args:
-        mass: the share; similar: the self-similarity that a block must exceed, -1 to 1.
-        block_q, block_k: tokens of a query and a key block.
-        order: ``"raster"``, ``"tiles"`` or ``"hilbert"``.
-        crossing: keep the block with which the share is reached too, as the paper says; the code
-            ends before it, though never before the first.
-        own: keep the query's own blocks.
+        mass: the share of the pooled softmax.
+        similar: self-similarity that a block must exceed, -1 to 1.
+        block_q: tokens of a query block.
+        block_k: tokens of a key block.
+        order: order in which tokens are cut into blocks: ``"raster"``, ``"tiles"`` or
+            ``"hilbert"``.
+        crossing: also keep the block with which the share is reached, as in the paper. The code
+            stops before it, but keeps at least one block.
+        own: always keep the query's own blocks.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import Sparge
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> pattern = Sparge(mass=0.6, similar=0.2, block_q=16, block_k=16)
+        >>> sparse_attention(q, k, v, pattern, layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Zhang et al. (2025), "SpargeAttention: Accurate and Training-free Sparse Attention
@@ -101,16 +115,16 @@ class Sparge(BlockSelector):
         return forced | (inputs.pairs & (~q_alike[..., None] | ~k_alike[:, :, None]))
 
     def _alike(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which query and which key blocks are self-similar, bool ``[B, H, N]``."""
+        """Return which query and which key blocks are self-similar, bool ``[B, H, N]`` each."""
         begin = inputs.k.mean(2, keepdim=True)
         keys = (inputs.k_blocks - begin[:, :, None]).to(inputs.q_mean)
-        k_own = _self_similarity(keys, inputs.k_side.exists)
-        q_own = _self_similarity(inputs.q_blocks.to(inputs.q_mean), inputs.q_side.exists)
-        return q_own > self.similar, inputs.for_heads(k_own > self.similar)
+        k_similarity = _self_similarity(keys, inputs.k_side.exists)
+        q_similarity = _self_similarity(inputs.q_blocks.to(inputs.q_mean), inputs.q_side.exists)
+        return q_similarity > self.similar, inputs.for_heads(k_similarity > self.similar)
 
 
 def _self_similarity(blocks: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """Mean cosine of all pairs of a block's tokens, ``[B, H, N]``; 1 for an empty one."""
+    """Return the mean cosine of all pairs of tokens of a block, ``[B, H, N]``; 1 if it is empty."""
     unit = torch.nn.functional.normalize(blocks, dim=-1) * exists[..., None]
     count = exists.sum(-1)
     pairs = unit.sum(-2).square().sum(-1) / count.clamp(min=1).square()

@@ -1,5 +1,7 @@
-"""Video mixture of block attention: gates of queries for blocks of keys, which are runs of frames,
-windows over all frames, and boxes, layer by layer."""
+"""Video mixture of block attention: queries choose key blocks by gates.
+
+The blocks are runs of frames, windows over all frames, or boxes; they change from layer to layer.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ __all__ = ["PARTITIONS", "SCOPES", "GateMass", "VMoBA"]
 
 PARTITIONS = ("1d", "2d", "3d")
 SCOPES = ("query", "block", "head", "overall")
-UNITS = 1 << 20  # a gate of 1
+UNITS = 1 << 20  # the integer that represents a gate of 1
 EPS = 1e-6
 
 
@@ -42,12 +44,12 @@ class GateMass(ChoiceRule):
     """The smallest set whose gates hold a share of their sum.
 
     Args:
-        share: of the sum of gates, each shifted and scaled to [0, 1] over the scope.
+        share: share of the sum of gates, each shifted and scaled to [0, 1] over the scope.
         scope: ``"query"`` (a row), ``"block"`` (all heads and queries of a key block), ``"head"``
             or ``"overall"`` (all heads of a batch item).
         more: keep at least one pair of each scope beyond the forced ones.
 
-    What is forced is kept and its gates count first.
+    Forced blocks are kept, and their gates count first.
     """
 
     share: float = 0.25
@@ -58,7 +60,7 @@ class GateMass(ChoiceRule):
         self, scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor
     ) -> torch.Tensor:
         rows = _scoped(scores, self.scope)
-        own = _scoped(forced.expand_as(scores), self.scope)
+        forced_rows = _scoped(forced.expand_as(scores), self.scope)
         free = rows > -torch.inf
         high = rows.amax(-1, keepdim=True)
         low = rows.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
@@ -66,8 +68,8 @@ class GateMass(ChoiceRule):
         weights = (gates * UNITS).long()
         total = weights.sum(-1, keepdim=True)
         target = of_total(self.share, total)
-        missing = target - (weights * (own & free)).sum(-1, keepdim=True)
-        others = rows.masked_fill(own, -torch.inf)
+        missing = target - (weights * (forced_rows & free)).sum(-1, keepdim=True)
+        others = rows.masked_fill(forced_rows, -torch.inf)
         kept = smallest_prefix(order_keys(others), weights, missing)
         if self.more:
             kept = kept | top_count(others, 1)
@@ -75,7 +77,7 @@ class GateMass(ChoiceRule):
 
 
 def _scoped(x: torch.Tensor, scope: str) -> torch.Tensor:
-    """``[B, H, Nq, Nk]`` with what competes on the last axis."""
+    """Return ``[B, H, Nq, Nk]`` with the competing pairs on the last axis."""
     if scope == "block":
         return x.permute(0, 3, 1, 2).flatten(2)[:, None]
     if scope == "overall":
@@ -84,6 +86,7 @@ def _scoped(x: torch.Tensor, scope: str) -> torch.Tensor:
 
 
 def _unscoped(x: torch.Tensor, like: torch.Tensor, scope: str) -> torch.Tensor:
+    """Return the result of ``_scoped`` in the shape of ``like`` again."""
     if scope == "block":
         batch, heads, num_q, num_k = like.shape
         return x.view(batch, num_k, heads, num_q).permute(0, 2, 3, 1)
@@ -92,21 +95,35 @@ def _unscoped(x: torch.Tensor, like: torch.Tensor, scope: str) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class VMoBA(BlockSelector):
-    """The key blocks of highest gate, in the partition of this layer, and the own block.
+    """The key blocks with the highest gates, in the partition of the layer, and the own block.
 
-    The gate is the product of a query with a block's mean key, not scaled; the smallest set is kept
-    whose gates, shifted and scaled to [0, 1] over a scope, hold a share of their sum, the own block
-    counted first. The threshold is no share of attention mass: gates are similarities.
+    The gate is the product of a query with the mean key of a block, without scale. Gates are
+    shifted and scaled to [0, 1] over a scope. The smallest set of blocks whose gates hold a share
+    of their sum is kept; the own block counts first. The share is not one of attention mass,
+    because gates are similarities.
 
     Args:
         partition: ``"1d"``, ``"2d"`` or ``"3d"``; ``for_layers`` gives the published cycle.
-        frames: of a 1-D block; window: rows and columns of a 2-D block; box: sides of a 3-D one.
-        share: of the sum of gates, or None for ``keep``.
-        keep: blocks of a row, the own one among them: a number, or a share.
-        scope: what competes, as in GateMass; with ``keep``, ``"query"`` or ``"head"``.
+        frames: frames of a 1-D block.
+        window: rows and columns of a 2-D block.
+        box: sides of a 3-D block, (frames, height, width) in tokens.
+        share: share of the sum of gates, or None to use ``keep``.
+        keep: number of blocks of a row, including its own, or the share of them.
+        scope: what competes: ``"query"`` (the blocks of a row), ``"block"`` (all heads and queries
+            of a key block), ``"head"`` (all pairs of a head) or ``"overall"`` (all heads of a batch
+            item). With ``keep``, only ``"query"`` or ``"head"``.
         queries: queries that choose together by their mean; 1 is the published gate.
-        more: with ``share``, each scope gets at least one block beyond the own ones, as in the
-            code; False is the paper's rule, the smallest set with the share.
+        more: with ``share``, each scope keeps at least one block besides the own ones, as in the
+            code. False is the paper's rule: the smallest set with the share.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import VMoBA
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, VMoBA("3d", box=(2, 4, 4), queries=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Wu et al. (2025), "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", arXiv
@@ -162,7 +179,7 @@ class VMoBA(BlockSelector):
 
     @classmethod
     def for_layers(cls, layers: int, dense: int = 0, **options: object) -> tuple[VMoBA | None, ...]:
-        """The cycle 1-D, 2-D, 3-D over the layers, after ``dense`` ones, which are None."""
+        """Return the cycle 1-D, 2-D, 3-D over the layers; the first ``dense`` layers are None."""
         check_count("layers", layers, 1)
         check_count("dense", dense, 0)
         return tuple(
@@ -173,7 +190,7 @@ class VMoBA(BlockSelector):
         )
 
     def key_order(self, grid: Grid) -> tuple[Order, int]:
-        """The order of a grid's keys and the most tokens of a block."""
+        """Return the order of a grid's keys and the most tokens of a block."""
         plane = grid.height * grid.width
         if self.partition == "1d":
             return LineOrder(), min(self.frames, grid.frames) * plane

@@ -18,14 +18,27 @@ __all__ = ["XAttention"]
 
 @dataclass(frozen=True, eq=False)
 class XAttention(BlockSelector):
-    """Antidiagonals of the logits, one in every cell of ``stride`` x ``stride``, as a measure of a
-    block; the smallest set with a share of the mass.
+    """Blocks scored by sums of logits along antidiagonals, up to a share of the mass.
+
+    The score of a block uses one antidiagonal in each cell of ``stride`` x ``stride`` tokens. The
+    smallest set of blocks that holds the share is kept.
 
     Args:
-        mass: the share; stride: of the antidiagonals, which divides blocks; block: their tokens.
-        sink: keep the first block of the keys for all queries, as the code does, though its mask
-            that is not causal seems to do so by accident.
-        own: keep the query's own block.
+        mass: the share of the mass.
+        stride: distance of the antidiagonals in tokens; divides ``block``.
+        block: tokens of a block.
+        sink: keep the first key block for all queries. The authors' code does so for masks that are
+            not causal, apparently by accident.
+        own: always keep the query's own block.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.selectors import XAttention
+        >>> layout = TokenLayout(Grid(2, 8, 8))
+        >>> q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+        >>> sparse_attention(q, k, v, XAttention(mass=0.6, stride=4, block=16), layout).shape
+        torch.Size([1, 2, 128, 16])
 
     Source:
         Xu et al. (2025), "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv
