@@ -38,9 +38,17 @@ WAITING = set(map(part_of, MODULES)) - {
     "media",
     "plan",
     "runtime",
+    "selectors",
+}
+# Parameters of public classes, ``(class, parameter)``: their names stay as they are.
+PUBLIC_NAMES = Path(__file__).parent / "support" / "public_names.txt"
+PUBLIC_PARAMETERS = {
+    (signature[1], name)
+    for signature in re.finditer(r"\.(\w+)\((.*)\)", PUBLIC_NAMES.read_text(encoding="utf-8"))
+    for name in signature[2].split(", ")
 }
 # Packages of waiting parts whose words are mended already.
-MENDED = ("visattn.guidance.edits", "visattn.selectors.attend", "visattn.selectors.stages")
+MENDED = ("visattn.guidance.edits",)
 MENDED_PREFIXES = tuple(f"{package}." for package in MENDED)
 PARTS = sorted(set(map(part_of, MODULES)))
 
@@ -57,12 +65,24 @@ def mended_files_of(part: str) -> list[Path]:
 
 
 def empty_names(source: str) -> list[str]:
-    """Return ``line: name`` for each variable or parameter with a name of EMPTY_NAMES."""
+    """Return ``line: name`` for each variable or parameter with a name of EMPTY_NAMES.
+
+    The fields of a class that are its public parameters are not among them.
+    """
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    public = {
+        id(field.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if (node.name, field.target.id) in PUBLIC_PARAMETERS
+    }
+    for node in ast.walk(tree):
         name = node.arg if isinstance(node, ast.arg) else getattr(node, "id", None)
         stored = isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
-        if stored and name in EMPTY_NAMES:
+        if stored and name in EMPTY_NAMES and id(node) not in public:
             lines.append(f"{node.lineno}: {name}")
     return lines
 
@@ -99,6 +119,10 @@ def test_what_is_to_be_found_is_found():
         "1: own",
         "3: at",
         "2: wide",
+    ]
+    assert empty_names("class ASA:\n    own: bool = True\n    at: int = 0\nown: int = 1") == [
+        "4: own",
+        "3: at",
     ]
     assert constructions('x = 1  # equal to the bit\ny = "a row beside it"') == [
         "1: to the bit",
