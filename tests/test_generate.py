@@ -127,7 +127,7 @@ def test_several_videos_have_the_seeds_that_follow(capsys):
 
 def test_what_the_pipeline_rounds_is_said(capsys):
     out = good(capsys, *GENERATE, "--num-frames", "10", "-o", "clip")
-    assert "note: num_frames is 9, not the 10 that was asked for\n" in out
+    assert "note: num_frames is 9 instead of the requested 10\n" in out
     assert "note: diffusers: `num_frames - 1` has to be divisible by 4" in out
     assert read_record("clip")["notes"]
 
@@ -207,7 +207,7 @@ def test_lora_is_put_on_both_denoisers_or_on_the_one_that_is_named(capsys):
     save_lora("high", 9)
     save_lora("low", 10)
     out = good(capsys, *GENERATE, "--model", "wan22", "-o", "clip", "--lora", "high")
-    note = "lora 'high' is on transformer and transformer_2; its key 'role' puts it on one"
+    note = "lora 'high' is on transformer and transformer_2; its key 'role' selects one"
     assert f"note: {note}\n" in out and read_record("clip")["notes"] == [note]
     both = load_pipeline(Loading("wan22", loras=(Lora("high", 0.5),)))
     files = {"transformer": Lora("high", 0.5, role="transformer")}
@@ -384,7 +384,7 @@ def test_an_error_of_any_type_ends_one_item_alone(capsys, monkeypatch):
     monkeypatch.setattr(WanTransformer3DModel, "forward", broken)
     code, out, err = run(capsys, *prompts('{"prompt": "a"}', '{"prompt": "a", "output": "b"}'))
     assert (code, out.startswith("wrote all/b: ")) == (1, True)
-    told = "visattn: error: line 1: WanPipeline broke down: NameError: name 'ftfy' is not defined"
+    told = "visattn: error: line 1: WanPipeline failed: NameError: name 'ftfy' is not defined"
     assert err.splitlines()[-1] == told
 
     def refused(*args, **options):
@@ -413,7 +413,7 @@ ODD_LINES = {  # a line, and the words about it
     '{"prompt": "a", "output": ["a"]}': "must be the name",
     '{"prompt": "a", "output": "a\\u001b[31m.png"}': "must be a name of printable characters",
     '{"prompt": "a", "output": "a\\nb.png"}': "must be a name of printable characters",
-    '{"prompt": "a", "output": "link/a.png"}': "leads out of the output folder by a link",
+    '{"prompt": "a", "output": "link/a.png"}': "is a link that leads out of the output folder",
     f'{{"prompt": "a", "output": "{LONG}"}}': "too long",
     f'{{"prompt": "a", "{LONG}": 1}}': "it has the unknown key 'xxx",
     f'{{"prompt": "a", "image": "{LONG}"}}': "too long",
@@ -577,12 +577,12 @@ def test_result_holds_frames_before_any_encoding(pipe):
 
 def test_what_breaks_in_a_pipeline_is_one_sentence(pipe, monkeypatch):
     faults = {
-        "broke down: RuntimeError: two lines": RuntimeError("two\nlines"),
-        "broke down: IndexError": IndexError(),
-        "broke down: NameError: 'ftfy' is not defined": NameError("'ftfy' is not defined"),
-        "broke down: AssertionError$": AssertionError(),
-        "broke down: ModuleNotFoundError: no x": ModuleNotFoundError("no x"),
-        "broke down: Exception: limit": Exception("limit"),
+        "failed: RuntimeError: two lines": RuntimeError("two\nlines"),
+        "failed: IndexError": IndexError(),
+        "failed: NameError: 'ftfy' is not defined": NameError("'ftfy' is not defined"),
+        "failed: AssertionError$": AssertionError(),
+        "failed: ModuleNotFoundError: no x": ModuleNotFoundError("no x"),
+        "failed: Exception: limit": Exception("limit"),
         "out of memory: 3 GiB": torch.OutOfMemoryError("3 GiB"),
     }
     for words, fault in faults.items():

@@ -142,7 +142,7 @@ BAD = {
     "output in no folder": ([*GENERATE, "-o", "no/new.mp4"], "No such file"),
     "output in a file": ([*GENERATE, "-o", "text.json/new.mp4"], "Not a directory"),
     "wrong suffix": ([*GENERATE, "-o", "new.gif"], "must end in .mp4 or .png"),
-    "png of several frames": ([*GENERATE, "-o", "new.png"], "holds one frame"),
+    "png of several frames": ([*GENERATE, "-o", "new.png"], "can hold one frame only"),
     "output over a folder": ([*GENERATE, "-o", "dir.mp4"], "is a folder"),
     "output over a file": ([*GENERATE, "-o", "text.json/"], "must end in|is a file"),
     "folder with other files": ([*GENERATE, "-o", "full"], "notes.txt"),
@@ -166,8 +166,8 @@ BAD = {
     "no video": (own("--num-videos-per-prompt", "0"), "at least 1"),
     "unknown dtype": (own("--dtype", "int8"), "dtype='int8'"),
     "unknown device": (own("--device", "gpu"), "device='gpu'"),
-    "device that is not there": (own("--device", "cuda:77"), "cuda:77.*not there"),
-    "device of no use": (own("--device", "meta"), "not there"),
+    "device that is not there": (own("--device", "cuda:77"), "cuda:77.*not available"),
+    "device of no use": (own("--device", "meta"), "not available"),
     "two devices": (own("--device", "cpu", "--device-map", "cpu"), "exclude each other"),
     "device map of parts": (own("--device-map", '{"vae": "cpu"}'), "--device-map"),
     "unknown offload": (own("--cpu-offload", "disk"), "cpu_offload='disk'"),
@@ -180,22 +180,22 @@ BAD = {
     "no image": (own("--image", "text.png"), "is no image"),
     "truncated image": (own("--image", "cut.png"), "cut.png"),
     "image for text alone": (own("--image", "image.png"), "WanPipeline takes no image"),
-    "no image for image to video": (model("i2v"), "needs the image"),
+    "no image for image to video": (model("i2v"), "needs an image"),
     "true guidance of another model": (own("--true-cfg-scale", "2"), "takes no true_cfg_scale"),
     "negative prompt that is not looked at": (
         model("hunyuanvideo", "--negative-prompt", "blue"),
-        "negative_prompt is not looked at by HunyuanVideoPipeline at true_cfg_scale=1; give",
+        "HunyuanVideoPipeline ignores negative_prompt at true_cfg_scale=1; give",
     ),
     **{
         f"negative prompt of {name} without guidance": (
             model(name, "--negative-prompt", "blue", "--guidance-scale", "1"),
-            "negative_prompt is not looked at by .*Pipeline at guidance_scale=1; .*NAG",
+            "Pipeline ignores negative_prompt at guidance_scale=1; .*NAG",
         )
         for name in ("wan", "wan22", "cogvideox")
     },
     "true guidance from nothing": (
         model("hunyuanvideo", "--true-cfg-scale", "2"),
-        "true_cfg_scale=2 guides away from a negative_prompt.*give negative_prompt",
+        "ignores true_cfg_scale=2 without a negative_prompt; give a negative_prompt",
     ),
     "missing lora": (own("--lora", "./no-lora"), "no-lora"),
     "missing hub lora": (own("--lora", "user/no-such"), "user/no-such"),
@@ -211,11 +211,11 @@ BAD = {
     ),
     "lora of a denoiser that is not there": (
         own("--lora", '{"lora_id": "a", "role": "transformer_2"}'),
-        "lora 'a' is for role 'transformer_2', but WanPipeline takes a LoRA for transformer$",
+        "lora 'a' has role='transformer_2', but WanPipeline takes a LoRA for transformer$",
     ),
     "loras of one name": (
         own(*["--lora", '{"lora_id": "a", "adapter_name": "b"}'] * 2),
-        "adapter_name='b' is that of two LoRAs",
+        "adapter_name='b' is used by two LoRAs",
     ),
     "second guidance scale of one denoiser": (own("--guidance-scale-2", "2"), "guidance_scale_2"),
     "missing prompts": ([*PLAIN, "--prompts", "no.jsonl", "-o", "new"], "no.jsonl"),
@@ -226,12 +226,12 @@ BAD = {
     "prompts of one cut line": ([*PLAIN, "--prompts", "cut.jsonl", "-o", "new"], "not JSON"),
     "prompts with a comma": (
         [*PLAIN, "--prompts", "comma.jsonl", "-o", "new"],
-        "line 1: it ends in a comma; a line is a JSON object and nothing else$",
+        "line 1: it ends in a comma; a line must be one JSON object$",
     ),
     **{
         f"prompts as {name}": (
             [*PLAIN, "--prompts", f"{name}.jsonl", "-o", "new"],
-            "must hold a JSON object a line",
+            "write one JSON object on each line",
         )
         for name in ("array", "pretty", "pretty-array")
     },
@@ -241,7 +241,7 @@ BAD = {
     ),
     "bytes that are no UTF-8": (
         ["generate", "caf\udce9", "--model", "wan", *SIZE],
-        r"prompt='caf\\udce9' holds '\\udce9', which is no character of Unicode",
+        r"prompt='caf\\udce9' contains '\\udce9', which is no Unicode character",
     ),
     "guidance no Unicode": (own("--guidance", "NAG('\udce9')"), "no character"),
     "prompts to nowhere": ([*PLAIN, "--prompts", "fine.jsonl"], "needs --output"),

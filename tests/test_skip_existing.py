@@ -59,7 +59,7 @@ def test_other_files_are_no_records(capsys, text):
     Path("clip.png.json").write_text(text)
     for options in ((), ("--skip-existing",)):
         (line,) = refused(capsys, *STILL, "-o", "clip.png", *options)
-        assert "'clip.png.json' is there and is no record of visattn" in line
+        assert "'clip.png.json' exists and is no record of visattn" in line
     assert Path("clip.png.json").read_text() == text
 
 

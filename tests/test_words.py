@@ -35,6 +35,7 @@ PATTERN = re.compile("|".join(CONSTRUCTIONS), re.IGNORECASE)
 WAITING = set(map(part_of, MODULES)) - {
     "bench",
     "cost",
+    "generation",
     "media",
     "plan",
     "runtime",

@@ -1,4 +1,4 @@
-"""Pipelines loaded, run once per prompt, and what made each result written beside it."""
+"""Load pipelines, run them once for each prompt, and write a record next to each output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many generations with one pipeline: a file of prompts, what is there already, and what fails."""
+"""Many generations with one pipeline: files of prompts, existing outputs, failures."""
 
 from __future__ import annotations
 
@@ -40,9 +40,19 @@ JOB_KEYS = tuple(field.name for field in fields(Job))
 
 @dataclass(frozen=True)
 class Item:
-    """A generation and where its frames go; ``label`` is where it comes from, as in ``line 3``.
+    """A generation and its output.
 
-    ``job`` is None where the label's line could not be read, and ``error`` says why.
+    Attributes:
+        label: where the item comes from, such as ``line 3``.
+        output: the file or folder of the frames.
+        job: the generation; None if the line could not be read.
+        error: why the line could not be read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from visattn.generation import Item, Job
+        >>> Item("line 1", Path("clip.mp4"), Job("a cat")).job.seed
+        0
     """
 
     label: str
@@ -53,7 +63,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an item: made, kept because it was there, or failed with ``error``."""
+    """The result of an item.
+
+    Attributes:
+        item: the item.
+        status: ``made``, ``kept`` (the output existed already) or ``failed``.
+        error: why it failed.
+        record: the record of the output, as JSON values.
+
+    Example:
+        >>> from visattn.generation import Item, Outcome
+        >>> Outcome(Item("line 1", None, None), "failed", "it has no prompt").numbers()["error"]
+        'it has no prompt'
+    """
 
     item: Item
     status: Literal["made", "kept", "failed"]
@@ -61,7 +83,7 @@ class Outcome:
     record: Mapping[str, Any] | None = None
 
     def numbers(self) -> dict[str, Any]:
-        """The outcome as JSON values."""
+        """Return the outcome as JSON values."""
         item, record = self.item, self.record or {}
         output, job = record.get("output", {}), item.job
         return {
@@ -79,14 +101,17 @@ class Outcome:
 
 
 def seeded(item: Item, count: int) -> list[Item]:
-    """The item, or for ``count`` above 1 as many of it with the seeds from its own on, each with
-    its seed in the name of its output: ``clip-seed7.mp4``. They run one after the other, for not
-    every pipeline heeds ``num_videos_per_prompt`` (CogVideoX sets it to 1 in its call)."""
+    """Return ``count`` copies of an item with consecutive seeds, and the seed in the name of the
+    output, such as ``clip-seed7.mp4``; for a count of 1 the item itself.
+
+    The copies run one after the other because some pipelines ignore ``num_videos_per_prompt``
+    (CogVideoX sets it to 1).
+    """
     if count == 1 or item.job is None or item.output is None:
         return [item]
-    own, output = item.job, item.output
+    first, output = item.job, item.output
     jobs = [
-        Job(**{**{key: getattr(own, key) for key in JOB_KEYS}, "seed": own.seed + number})
+        Job(**{**{key: getattr(first, key) for key in JOB_KEYS}, "seed": first.seed + number})
         for number in range(count)
     ]
     return [
@@ -98,23 +123,35 @@ def seeded(item: Item, count: int) -> list[Item]:
 def read_prompts(
     path: str | os.PathLike[str], folder: str | os.PathLike[str], defaults: Mapping[str, Any]
 ) -> list[Item]:
-    """The generations of a JSONL file: an object a line, with ``prompt``, any other field of a Job,
-    and ``output``, a name inside ``folder``; without one, ``0001.mp4`` for line 1, or ``0001.png``
-    where the line asks for one frame. Empty lines are left out.
+    """Read the generations of a JSONL file.
+
+    Each line is a JSON object with ``prompt``, any other field of a ``Job``, and ``output``, a name
+    inside ``folder``. The default output of line 1 is ``0001.mp4``, or ``0001.png`` if the line
+    asks for one frame. Empty lines are ignored.
 
     Args:
-        path: of the file; folder: where outputs go; defaults: fields of the lines that lack them.
+        path: the JSONL file.
+        folder: the folder of the outputs.
+        defaults: fields of a ``Job`` for the lines that do not have them.
 
     Returns:
-        An item for each line; one that cannot be read has its error and no job.
+        An item for each line. If a line cannot be read, its item has an error and no job.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no text, holds no line, or not one that can be read.
+        ValueError: the file is no text, is empty, or has no valid line.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from visattn.generation import read_prompts
+        >>> _ = Path("prompts.jsonl").write_text('{"prompt": "a cat", "seed": 3}')
+        >>> (item,) = read_prompts("prompts.jsonl", "clips", {"num_inference_steps": 20})
+        >>> item.label, item.output.name, item.job.seed
+        ('line 1', '0001.mp4', 3)
     """
     text = read_text(path, "prompts file")
     _check_lines(text, str(path))
-    items, taken = [], set[Path]()
+    items, outputs = [], set[Path]()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -122,19 +159,18 @@ def read_prompts(
         try:
             job, output = _read_line(line, number, Path(folder), defaults)
             place = output.resolve()
-            if place in taken:
+            if place in outputs:
                 raise ValueError(f"output {shown(str(output))} is that of an earlier line")
-            taken.add(place)
+            outputs.add(place)
         except (TypeError, ValueError) as error:
             items.append(Item(label, None, None, str(error)))
         else:
             items.append(Item(label, output, job))
     if not items:
-        raise ValueError(f"prompts file {str(path)!r} is empty; it holds a JSON object a line")
+        raise ValueError(f"prompts file {str(path)!r} is empty; write one JSON object on each line")
     if all(item.job is None for item in items):
         raise ValueError(
-            f"prompts file {str(path)!r} has no line that can be read; {items[0].label}: "
-            f"{items[0].error}"
+            f"prompts file {str(path)!r} has no valid line; {items[0].label}: {items[0].error}"
         )
     return items
 
@@ -143,7 +179,7 @@ def _read_line(
     line: str, number: int, folder: Path, defaults: Mapping[str, Any]
 ) -> tuple[Job, Path]:
     if line.rstrip().endswith(","):
-        raise ValueError("it ends in a comma; a line is a JSON object and nothing else")
+        raise ValueError("it ends in a comma; a line must be one JSON object")
     value = parse_json(line, "it")
     for key in value:
         if key not in (*JOB_KEYS, "output"):
@@ -152,7 +188,7 @@ def _read_line(
     if value.get("prompt") is None:
         raise ValueError("it has no prompt")
     output = value.pop("output", None)
-    job = Job(**{**defaults, **{key: own for key, own in value.items() if own is not None}})
+    job = Job(**{**defaults, **{key: field for key, field in value.items() if field is not None}})
     if output is None:
         output = f"{number:04d}.{'png' if job.num_frames == 1 else 'mp4'}"
     if not isinstance(output, str) or not output.strip("/"):
@@ -162,20 +198,20 @@ def _read_line(
     if Path(output).is_absolute() or ".." in Path(output).parts:
         raise ValueError(f"output={shown(output)} must be a name inside the output folder")
     if not (folder / output).parent.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"output={shown(output)} leads out of the output folder by a link")
+        raise ValueError(f"output={shown(output)} is a link that leads out of the output folder")
     return job, folder / output
 
 
 def _check_lines(text: str, path: str) -> None:
-    """Refuse JSON of other forms with one sentence for all of its lines."""
+    """Refuse a JSON array, or JSON over several lines, with one error for the whole file."""
     first = next((line.strip() for line in text.split("\n") if line.strip()), "")
     with suppress(ValueError, RecursionError):
         if first == "{" or isinstance(json.loads(text), list):
             first = "["
     if first == "[":
         raise ValueError(
-            f"prompts file {path!r} holds JSON over several lines, or a JSON array; it must hold a "
-            "JSON object a line, without commas between them, as `jq -c '.[]'` writes an array"
+            f"prompts file {path!r} is JSON over several lines, or a JSON array; write one JSON "
+            "object on each line, without commas between them; `jq -c '.[]'` converts an array"
         )
 
 
@@ -190,24 +226,38 @@ def generate_all(
     new_folders: bool = False,
     progress: Callable[[Item], Progress] | None = None,
 ) -> list[Outcome]:
-    """Generate items in their order with one pipeline, which is loaded when the first needs it.
+    """Generate items in order with one pipeline.
+
+    The pipeline is loaded when the first item needs it.
 
     Args:
-        items: of ``read_prompts``, or made by hand.
-        loading, plan, backend: of the pipeline; plan None is dense.
-        skip_existing: keep an output that is as it was written, with a record of the same request:
-            the same options, and the same files of the model and the adapters.
-        keep_going: let the other items go on when one fails; else its error is raised.
-        new_folders: make the folders of outputs that are missing.
-        progress: returns for an item the function that is called after each of its steps.
+        items: the items, for example of ``read_prompts``.
+        loading: the pipeline to load.
+        plan: the plan of the pipeline; None for dense attention.
+        backend: the backend of sparse attention.
+        skip_existing: whether to keep an existing output that is unchanged and whose record has the
+            same request: the same options, and the same files of the model and the adapters.
+        keep_going: whether to continue with the other items when one fails. Otherwise the error is
+            raised.
+        new_folders: whether to make missing folders of outputs.
+        progress: called with each item; returns the function that is called after its steps.
 
     Returns:
-        What became of each item.
+        The outcome of each item.
 
     Raises:
-        ValueError, OSError, BackendUnavailable: the pipeline cannot be loaded, or the plan is not
-            for it; or an item failed.
-        TypeError, GenerationError: an item failed.
+        TypeError: an item failed.
+        ValueError: the pipeline cannot be loaded, the plan is for another one, or an item failed.
+        OSError: a file cannot be read or written.
+        BackendUnavailable: the backend cannot run on the device.
+        GenerationError: an item failed.
+
+    Example:
+        >>> from visattn.generation import Item, Loading, generate_all
+        >>> unreadable = Item("line 1", None, None, "it has no prompt")
+        >>> (outcome,) = generate_all([unreadable], Loading("folder/of/a/model"), None)
+        >>> outcome.status
+        'failed'
     """
     session = _Session(loading, plan, backend, new_folders)
     outcomes = []
@@ -220,16 +270,16 @@ def generate_all(
             if record is not None:
                 outcomes.append(Outcome(item, "kept", record=record))
                 continue
-        except Exception as error:  # the other items go on
+        except Exception as error:  # the other items are still generated
             if not keep_going:
                 raise
             outcomes.append(Outcome(item, "failed", sentence(error)))
             continue
-        session.load()  # an error here is that of all items
+        session.load()  # an error here concerns all items
         try:
             record = session.generate(item, None if progress is None else progress(item))
             outcomes.append(Outcome(item, "made", record=record))
-        except Exception as error:  # the other items go on
+        except Exception as error:  # the other items are still generated
             if not keep_going:
                 raise
             outcomes.append(Outcome(item, "failed", sentence(error)))
@@ -237,14 +287,14 @@ def generate_all(
 
 
 def _hash_in(record: Mapping[str, Any]) -> str:
-    """The hash of the output that a record is of; no hash where it has none."""
+    """Return the hash of the output in a record, or an empty text if it has none."""
     output = record.get("output")
-    found = output.get("sha256") if isinstance(output, Mapping) else None
-    return found if isinstance(found, str) else ""
+    sha256 = output.get("sha256") if isinstance(output, Mapping) else None
+    return sha256 if isinstance(sha256, str) else ""
 
 
 class _Session:
-    """A pipeline that is loaded once, and the requests that it serves."""
+    """A pipeline that is loaded once and runs many jobs."""
 
     def __init__(
         self, loading: Loading, plan: Plan | None, backend: str, new_folders: bool
@@ -256,28 +306,29 @@ class _Session:
         self.notes: list[str] = []
 
     def request(self, job: Job) -> dict[str, Any]:
-        own = request_of(job, self.loading, self.plan, self.backend, self.origin)
-        plain: dict[str, Any] = json.loads(json.dumps(own))
+        request = request_of(job, self.loading, self.plan, self.backend, self.origin)
+        plain: dict[str, Any] = json.loads(json.dumps(request))
         return plain
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
-        """What the pipeline is loaded from, read once before it is loaded."""
+        """The hashes of the files of the pipeline, computed once before it is loaded."""
         return origin_of(self.loading)
 
     def prepare(self, item: Item, skip_existing: bool) -> Mapping[str, Any] | None:
-        """The record of an item that need not be made; else its target is checked."""
+        """Return the record of an output that can be kept; otherwise check that it can be
+        written."""
         from visattn.media.video import check_target, read_picture
 
         assert item.job is not None and item.output is not None
         if item.job.image is not None:
             read_picture(item.job.image)
-        found = read_record(item.output) if skip_existing and item.output.exists() else None
-        if found is not None:
+        record = read_record(item.output) if skip_existing and item.output.exists() else None
+        if record is not None:
             request = self.request(item.job)
-            same = {key: found.get(key) for key in request} == request
-            if same and _hash_in(found) == output_hash(item.output):
-                return found
+            same = {key: record.get(key) for key in request} == request
+            if same and _hash_in(record) == output_hash(item.output):
+                return record
         check_target(item.output, new_folders=self.new_folders)
         check_record_path(item.output)
         return None
@@ -293,26 +344,26 @@ class _Session:
         self.pipe = pipe
 
     def apply(self, pipe: Any) -> list[str]:
-        """Put the plan on the pipeline; what is said of it."""
-        with quiet() as said:
+        """Apply the plan to the pipeline and return the log lines."""
+        with quiet() as log_lines:
             if self.plan is not None:
                 apply_plan(pipe, self.plan, backend=self.backend)
-        return said
+        return log_lines
 
     def generate(self, item: Item, progress: Progress | None) -> Mapping[str, Any]:
-        """Make an item and write it; its record."""
+        """Generate an item, write it and return its record."""
         from visattn.media.video import kind_of
 
         assert item.job is not None and item.output is not None
         request = self.request(item.job)
         if kind_of(item.output) == "png" and self.frames_of(item.job) > 1:
             raise ValueError(
-                f"{str(item.output)!r} holds one frame: give --num-frames 1, or name a folder or a "
-                f"file .mp4"
+                f"output {str(item.output)!r} can hold one frame only; give --num-frames 1, or "
+                "name a folder or an .mp4 file"
             )
-        said = self.apply(self.pipe)  # anew, so that the calls of this item are counted
+        log_lines = self.apply(self.pipe)  # for each item, so that its calls are counted from 0
         result = run_job(self.pipe, item.job, progress=progress)
-        result = replace(result, notes=(*self.notes, *said, *result.notes))
+        result = replace(result, notes=(*self.notes, *log_lines, *result.notes))
         numbers = None if self.plan is None else summary(self.pipe).numbers()
         record = make_record(
             request,
@@ -326,7 +377,8 @@ class _Session:
         return record
 
     def frames_of(self, job: Job) -> int:
-        """How many frames the pipeline will make, by the job or its own default; 1 of an image."""
+        """Return the number of frames that the pipeline will make: that of the job, or the default
+        of the pipeline; 1 for an image."""
         parameter = inspect.signature(type(self.pipe).__call__).parameters.get("num_frames")
         if parameter is None:
             return 1
@@ -338,6 +390,6 @@ class _Session:
 
         if self.new_folders:
             output.parent.mkdir(parents=True, exist_ok=True)
-        record_path(output).unlink(missing_ok=True)  # it would be that of other frames
+        record_path(output).unlink(missing_ok=True)  # the record of the previous frames
         write_video(result.frames, output, fps=result.settings.get("fps", FPS))
         write_record(output, record)

@@ -1,4 +1,4 @@
-"""Checksums of a model's files: a folder that brings them is held to them when it is loaded."""
+"""Checksums of the files of a model, which are verified when it is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_BYTES = 16 << 20
 
 
 def write_checksums(folder: str | os.PathLike[str]) -> None:
-    """Write ``checksums.json``: the SHA-256 of every other file of a folder but its card."""
+    """Write ``checksums.json`` with the SHA-256 of every file of a folder except README.md."""
     root = Path(folder)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     sums = {
@@ -27,15 +27,15 @@ def write_checksums(folder: str | os.PathLike[str]) -> None:
 
 
 def check_checksums(folder: str | os.PathLike[str]) -> None:
-    """Hold the files of a folder to its checksums, where it has some.
+    """Verify the files of a folder by its ``checksums.json`` if it has one.
 
     Raises:
-        ValueError: a file is missing or is not what it was.
+        ValueError: a file is missing or has changed.
     """
     root = Path(folder)
     if not (root / CHECKSUMS).exists():
         return
-    remedy = "take the folder anew from where it came"
+    remedy = "download or copy the folder again"
     try:
         sums = json.loads(read_limited(root / CHECKSUMS, MOST_BYTES))
     except (ValueError, RecursionError):

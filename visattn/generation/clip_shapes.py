@@ -1,4 +1,4 @@
-"""Named shapes of a model: the sizes, steps and guidance that its makers recommend."""
+"""Named shapes of a model: the sizes, steps and guidance scales that its authors recommend."""
 
 from __future__ import annotations
 
@@ -21,13 +21,26 @@ assert set(KEYS) <= {field.name for field in fields(Job)}
 
 
 def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """The shapes that lie in a model's folder, by name: ``visattn_shapes.json`` holds an object of
-    objects with ``height``, ``width``, ``num_frames``, ``num_inference_steps``,
-    ``guidance_scale``, ``guidance_scale_2`` and ``true_cfg_scale``. A folder without it, or a hub
-    id, has none.
+    """Read the named shapes of a model from ``visattn_shapes.json`` in its folder.
+
+    Each shape is an object with any of ``height``, ``width``, ``num_frames``,
+    ``num_inference_steps``, ``guidance_scale``, ``guidance_scale_2`` and ``true_cfg_scale``.
+
+    Args:
+        model: folder or hub id of a pipeline.
+
+    Returns:
+        The shapes by name; none for a hub id or a folder without the file.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is invalid.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from visattn.generation import read_shapes
+        >>> _ = Path("visattn_shapes.json").write_text('{"small": {"height": 64, "width": 64}}')
+        >>> read_shapes(".")
+        {'small': {'height': 64, 'width': 64}}
     """
     path = Path(model) / SHAPES_FILE
     if not path.exists():
@@ -46,11 +59,24 @@ def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def shape_of(model: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
-    """The shape of a model by its name, as arguments of its pipeline; without a name its default,
-    which is empty where the model has none.
+    """Return a named shape of a model.
+
+    Args:
+        model: folder or hub id of a pipeline.
+        name: name of the shape; None for the default of the model.
+
+    Returns:
+        Arguments of the pipeline; empty if the model has no default shape.
 
     Raises:
         ValueError: the model has no such shape.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from visattn.generation import shape_of
+        >>> _ = Path("visattn_shapes.json").write_text('{"default": {"num_frames": 9}}')
+        >>> shape_of(".")
+        {'num_frames': 9}
     """
     shapes = read_shapes(model)
     if name is None:

@@ -1,4 +1,4 @@
-"""What the tokenizers of a pipeline cut off: not every pipeline says it."""
+"""Prompts that the tokenizers of a pipeline truncate; some pipelines do not report this."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["cut_texts"]
 
 @contextmanager
 def cut_texts(pipe: Any) -> Iterator[list[str]]:
-    """Inside a ``with`` block, each text that a tokenizer of the pipeline cuts gets a line, with
-    the number of tokens over the limit and the words that are cut off."""
+    """Collect a line for each text that a tokenizer of the pipeline truncates in a ``with`` block,
+    with the number of tokens over the limit and the words that are cut off."""
     from transformers import PreTrainedTokenizerBase
 
     lines: list[str] = []
@@ -32,14 +32,14 @@ def cut_texts(pipe: Any) -> Iterator[list[str]]:
 
 
 def _watched(kind: Any, name: str, lines: list[str]) -> Any:
-    """The class of a tokenizer, with a call that looks at what it cuts."""
+    """Return a subclass of a tokenizer class whose call checks for truncated texts."""
 
     def call(self: Any, text: Any = None, *args: Any, **options: Any) -> Any:
         out = kind.__call__(self, text, *args, **options)
         limit = options.get("max_length") or self.model_max_length
         texts = [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else ()
-        for own in texts if options.get("truncation") else ():
-            line = _cut(kind, self, own, limit) if isinstance(own, str) else None
+        for each in texts if options.get("truncation") else ():
+            line = _cut(kind, self, each, limit) if isinstance(each, str) else None
             if line is not None and f"{name} {line}" not in lines:
                 lines.append(f"{name} {line}")
         return out
@@ -49,16 +49,16 @@ def _watched(kind: Any, name: str, lines: list[str]) -> Any:
 
 
 def _cut(kind: Any, tokenizer: Any, text: str, limit: int) -> str | None:
-    """What is cut off a text by a limit in tokens, or None."""
+    """Return a line about what a limit in tokens cuts off a text, or None if it fits."""
 
     def ids(special: bool) -> list[int]:
-        found = kind.__call__(tokenizer, text, add_special_tokens=special, verbose=False)
-        return list(found["input_ids"])
+        encoding = kind.__call__(tokenizer, text, add_special_tokens=special, verbose=False)
+        return list(encoding["input_ids"])
 
     cut = len(ids(True)) - limit
     if cut <= 0:
         return None
-    own = ids(False)
-    lost = own[:cut] if tokenizer.truncation_side == "left" else own[-cut:]
+    words_ids = ids(False)
+    lost = words_ids[:cut] if tokenizer.truncation_side == "left" else words_ids[-cut:]
     words = shown(tokenizer.decode(lost, skip_special_tokens=True))
     return f"takes {limit} tokens; {cut} more of a text are cut off: {words}"

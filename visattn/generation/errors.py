@@ -1,4 +1,4 @@
-"""Errors as they are told: one line, whatever library raised them."""
+"""Errors of this package and of other libraries as one line of text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ __all__ = ["REFUSALS", "GenerationError", "reason", "sentence"]
 
 
 class GenerationError(RuntimeError):
-    """A pipeline could not make its frames; the message says why in a line."""
+    """A pipeline could not make its frames; the message is one line with the reason.
+
+    Example:
+        >>> from visattn.generation import GenerationError
+        >>> str(GenerationError("WanPipeline made frames that are not finite"))
+        'WanPipeline made frames that are not finite'
+    """
 
 
-# Errors whose message is a sentence for the user. An error of any other type is named by its type.
+# Errors whose message is written for the user. For other errors the name of the type is shown too.
 REFUSALS = (ValueError, TypeError, OSError, BackendUnavailable, GenerationError)
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, in one line of readable length."""
+    """Return the message of an error of another library as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     if isinstance(error, (LookupError, AttributeError)) or not text:
         text = f"{type(error).__name__} {text}".strip()
@@ -24,7 +30,7 @@ def reason(error: BaseException) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """What is told of an error: its message, behind its type where it is no refusal."""
+    """Return the message of an error, with the name of its type if it is not one of REFUSALS."""
     text = " ".join(str(error).split())
     if isinstance(error, REFUSALS) and text:
         return text

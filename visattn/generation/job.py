@@ -1,4 +1,4 @@
-"""One generation: what it is asked for, and the frames that a pipeline makes of it."""
+"""One generation: its prompt and options, and the frames that a pipeline makes."""
 
 from __future__ import annotations
 
@@ -27,32 +27,44 @@ from visattn.runtime.progress import Progress
 __all__ = ["FPS", "Job", "Result", "run_job"]
 
 COUNTS = ("height", "width", "num_frames", "num_inference_steps")
-# Fields of a job that go into the pipeline's call under their own names, when they are given.
 SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
+# Fields of a job that are passed to the pipeline's call under the same names if they are given.
 CALL = ("prompt", "negative_prompt", *COUNTS, *SCALES, "image")
 MAX_SEED = 2**63 - 1
-FPS = 16.0  # of a pipeline whose family has no rate of its own
+FPS = 16.0  # frames per second for pipelines of unknown families
 
 
 @dataclass(frozen=True)
 class Job:
-    """One generation. What is None is left to the pipeline.
+    """One generation. Fields that are None use the default of the pipeline.
 
     Args:
-        prompt, negative_prompt: text.
-        seed: of a generator on the CPU, so that the noise is the same on every device; at least 0
-            and below 2^63.
-        height, width: in pixels; num_frames; num_inference_steps: denoising steps; each at least 1.
-        guidance_scale, true_cfg_scale: finite; where a pipeline takes both, the first is what its
-            model is told, and the second that of classifier-free guidance.
-        guidance_scale_2: of the second denoiser, where there are two; None is ``guidance_scale``.
+        prompt: the prompt.
+        negative_prompt: the negative prompt.
+        seed: seed of the noise, at least 0 and below 2^63. The generator is on the CPU, so that the
+            noise is the same on every device.
+        height: height in pixels, at least 1.
+        width: width in pixels, at least 1.
+        num_frames: number of frames, at least 1.
+        num_inference_steps: number of denoising steps, at least 1.
+        guidance_scale: scale of classifier-free guidance. For guidance-distilled models
+            (HunyuanVideo, Flux.1) it is an embedded input of the model.
+        guidance_scale_2: guidance scale of the second denoiser, if there are two. The default is
+            ``guidance_scale``.
+        true_cfg_scale: scale of classifier-free guidance for guidance-distilled models.
         image: file of the first frame, for image-to-video pipelines.
-        fps: frames per second of an mp4, above 0 and at most 1000; None is that of the model.
-        guidance: guidances and edits of ``visattn.guidance``, one or several, as objects or in
-            their text form.
+        fps: frames per second of an mp4, above 0 and at most 1000. The default is that of the
+            model.
+        guidance: guidances and edits of ``visattn.guidance``, as objects or in written form.
 
     Raises:
-        TypeError, ValueError: a field is something else.
+        TypeError: a field has another type.
+        ValueError: a field is out of its range.
+
+    Example:
+        >>> from visattn.generation import Job
+        >>> Job("a cat", seed=7, num_frames=9).record()["num_frames"]
+        9
     """
 
     prompt: str
@@ -95,41 +107,48 @@ class Job:
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must be above 0 and at most 1000")
         object.__setattr__(self, "guidance", parse_guidances(self.guidance))
-        for own in self.guidance:
-            _check_unicode("guidance", guidance_text(own))
+        for guidance in self.guidance:
+            _check_unicode("guidance", guidance_text(guidance))
 
     def record(self) -> dict[str, Any]:
-        """The fields as JSON values, and the hash of the image file."""
+        """Return the fields as JSON values, with the hash of the image file."""
         out = asdict(replace(self, guidance=()))
-        out["guidance"] = [guidance_text(own) for own in self.guidance]
+        out["guidance"] = [guidance_text(guidance) for guidance in self.guidance]
         if self.image is not None:
             out["image_sha256"] = sha256_of(self.image)
         return out
 
 
 def _check_unicode(name: str, text: str) -> None:
-    """Refuse text that no tokenizer takes: half of a surrogate pair, and bytes that Python could
-    not read as UTF-8 and keeps as such."""
+    """Refuse text that tokenizers cannot encode: unpaired surrogates, which Python also uses for
+    bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name}={shown(text)} holds {text[error.start]!r}, which is no character of Unicode; "
+            f"{name}={shown(text)} contains {text[error.start]!r}, which is no Unicode character; "
             "write it in UTF-8"
         ) from None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a pipeline made.
+    """The frames of a generation, with times and notes.
 
-    Args:
+    Attributes:
         frames: float32 ``[T, H, W, 3]`` in [0, 1] on the CPU, before any encoding.
-        seconds: of the whole call: text encoder, denoising, decoder.
-        step_seconds: of each denoising step but the first, whose beginning is not seen.
-        settings: the values that the call ran with, the pipeline's defaults among them, and of a
-            video its frames per second.
-        notes: what diffusers and visattn had to say, and what differs from what was asked for.
+        seconds: time of the whole call: text encoder, denoising, decoder.
+        step_seconds: time of each denoising step except the first, whose start is not observed.
+        settings: the arguments of the call, with the defaults of the pipeline, and the frames per
+            second of a video.
+        notes: warnings of diffusers and visattn, and differences from the requested sizes.
+
+    Example:
+        >>> from visattn.generation import Job, run_job
+        >>> job = Job("a cat", height=32, width=32, num_frames=5, num_inference_steps=2)
+        >>> result = run_job(pipe, job)
+        >>> len(result.step_seconds), result.settings["num_inference_steps"]
+        (1, 2)
     """
 
     frames: torch.Tensor
@@ -142,11 +161,26 @@ class Result:
 def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
     """Run a diffusers pipeline once.
 
+    Args:
+        pipe: the pipeline.
+        job: the prompt and its options.
+        progress: called after each denoising step.
+
+    Returns:
+        The frames, with times and notes.
+
     Raises:
-        TypeError, ValueError: the pipeline refuses the job, or takes no such option; its plan does
-            not fit the grid; a guidance names what there is not, or changed nothing.
+        TypeError: the pipeline refuses an argument.
+        ValueError: the pipeline refuses an argument or does not have it, its plan does not fit the
+            grid, or a guidance does not fit the model or was never applied.
         OSError: the image cannot be read.
-        GenerationError: the pipeline broke down, ran out of memory, or made no finite frames.
+        GenerationError: the pipeline failed, ran out of memory, or made frames that are not finite.
+
+    Example:
+        >>> from visattn.generation import Job, run_job
+        >>> job = Job("a cat", height=32, width=32, num_frames=5, num_inference_steps=1)
+        >>> run_job(pipe, job).frames.shape
+        torch.Size([5, 32, 32, 3])
     """
     options = _call_options(pipe, job)
     settings = _settings(pipe, options)
@@ -155,7 +189,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
     options["generator"] = torch.Generator("cpu").manual_seed(job.seed)
     options["output_type"] = "pt"
     bars = getattr(pipe, "_progress_bar_config", None)
-    with quiet() as said, cut_texts(pipe) as cut:
+    with quiet() as log_lines, cut_texts(pipe) as cut:
         started = time.perf_counter()
         ends: list[float] = []
         if "callback_on_step_end" in _parameters(pipe):
@@ -172,8 +206,8 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
             ) from error
         except REFUSALS:
             raise
-        except Exception as error:  # libraries raise all kinds
-            raise GenerationError(f"{type(pipe).__name__} broke down: {sentence(error)}") from error
+        except Exception as error:  # libraries raise errors of many types
+            raise GenerationError(f"{type(pipe).__name__} failed: {sentence(error)}") from error
         finally:
             pipe._progress_bar_config = bars if bars is not None else {}
         seconds = time.perf_counter() - started
@@ -182,13 +216,13 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
         seconds=seconds,
         step_seconds=tuple(b - a for a, b in itertools.pairwise(ends)),
         settings=settings,
-        notes=(*said, *cut, *_differences(job, frames)),
+        notes=(*log_lines, *cut, *_differences(job, frames)),
     )
 
 
 def frame_rate(pipe: Any) -> float:
-    """Frames per second of the videos that a pipeline makes: as its family's authors have it, and
-    16 for a family that is not known."""
+    """Return the frames per second of the videos of a pipeline: those of its family, or 16 if the
+    family is not known."""
     families = filter(None, map(family_of, models_of(pipe).values()))
     return next((family.frame_rate(pipe) for family in families), FPS)
 
@@ -198,44 +232,44 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 
 def _call_options(pipe: Any, job: Job) -> dict[str, Any]:
-    """The arguments of the pipeline's call that the job gives."""
+    """Return the arguments of the pipeline's call that the job has."""
     from visattn.media.video import read_picture
 
     parameters, kind = _parameters(pipe), type(pipe).__name__
     options = {name: value for name in CALL if (value := getattr(job, name)) is not None}
     for name in options:
         if name not in parameters:
-            remedy = "; take an image-to-video model" if name == "image" else ""
+            remedy = "; or use an image-to-video model" if name == "image" else ""
             raise ValueError(f"{kind} takes no {name}; leave it out{remedy}")
     if job.negative_prompt is not None and "true_cfg_scale" in parameters:
         scale = options.get("true_cfg_scale", parameters["true_cfg_scale"].default)
         if not scale > 1:
             raise ValueError(
-                f"negative_prompt is not looked at by {kind} at true_cfg_scale={scale:g}; give a "
-                "true_cfg_scale above 1, which takes a second pass, or leave negative_prompt out"
+                f"{kind} ignores negative_prompt at true_cfg_scale={scale:g}; give a "
+                "true_cfg_scale above 1, which runs a second pass, or leave negative_prompt out"
             )
     elif job.true_cfg_scale is not None and job.true_cfg_scale > 1:
         raise ValueError(
-            f"true_cfg_scale={job.true_cfg_scale:g} guides away from a negative_prompt, without "
-            f"which {kind} does not look at it; give negative_prompt, if only an empty one"
+            f"{kind} ignores true_cfg_scale={job.true_cfg_scale:g} without a negative_prompt; give "
+            "a negative_prompt, which may be empty"
         )
     elif (job.negative_prompt or "").strip() and "guidance_scale" in parameters:
         scale = options.get("guidance_scale", parameters["guidance_scale"].default)
         if isinstance(scale, (int, float)) and not scale > 1:
             raise ValueError(
-                f"negative_prompt is not looked at by {kind} at guidance_scale={scale:g}; give a "
-                "guidance_scale above 1, which takes a second pass, or leave negative_prompt out "
-                "and give --guidance \"NAG(negative_prompt='TEXT')\", which takes none"
+                f"{kind} ignores negative_prompt at guidance_scale={scale:g}; give a "
+                "guidance_scale above 1, which runs a second pass, or use --guidance "
+                "\"NAG(negative_prompt='TEXT')\", which runs none, instead of negative_prompt"
             )
     if job.image is not None:
         options["image"] = read_picture(job.image)
     elif "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
-        raise ValueError(f"{kind} needs the image that it begins with; give --image FILE")
+        raise ValueError(f"{kind} needs an image for the first frame; give --image FILE")
     return options
 
 
 def _settings(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, and the defaults of what was left out, as far as they are JSON values."""
+    """Return the arguments and the defaults of those not given, as far as they are JSON values."""
     defaults = {
         name: parameter.default
         for name, parameter in _parameters(pipe).items()
@@ -250,7 +284,8 @@ def _settings(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _watcher(
     ends: list[float], job: Job, progress: Progress | None
 ) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    """The callback after a denoising step; it waits for the device, so that times are true."""
+    """Return the callback after a denoising step. It waits for the device, so that the times are
+    correct."""
 
     def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         device = torch.device(getattr(pipe, "_execution_device", None) or "cpu")
@@ -260,21 +295,21 @@ def _watcher(
         total = getattr(pipe, "num_timesteps", None) or job.num_inference_steps or step + 1
         if progress is not None:
             mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
-            left = None if mean is None else mean * (total - step - 1)
-            progress("step", step + 1, total, left)
+            seconds_left = None if mean is None else mean * (total - step - 1)
+            progress("step", step + 1, total, seconds_left)
         return kwargs
 
     return on_step_end
 
 
 def _frames(pipe: Any, output: Any) -> torch.Tensor:
-    """``[T, H, W, 3]`` of the first video or image of a pipeline's output."""
-    found = getattr(output, "frames", None)
-    if found is None:
-        found = getattr(output, "images", None)
-    if not isinstance(found, torch.Tensor) or found.ndim not in (4, 5):
-        raise GenerationError(f"{type(pipe).__name__} made no frames but {type(found).__name__}")
-    first = found[0] if found.ndim == 5 else found[:1]  # [T, C, H, W]
+    """Return the frames ``[T, H, W, 3]`` of the first video or image of a pipeline's output."""
+    videos = getattr(output, "frames", None)
+    if videos is None:
+        videos = getattr(output, "images", None)
+    if not isinstance(videos, torch.Tensor) or videos.ndim not in (4, 5):
+        raise GenerationError(f"{type(pipe).__name__} made no frames but {type(videos).__name__}")
+    first = videos[0] if videos.ndim == 5 else videos[:1]  # [T, C, H, W]
     frames = first.permute(0, 2, 3, 1).float().cpu().contiguous()
     if not bool(torch.isfinite(frames).all()):
         raise GenerationError(
@@ -284,10 +319,10 @@ def _frames(pipe: Any, output: Any) -> torch.Tensor:
 
 
 def _differences(job: Job, frames: torch.Tensor) -> list[str]:
-    """Where the pipeline rounded what it was asked for."""
+    """Return a note for each size that the pipeline rounded."""
     made = dict(zip(("num_frames", "height", "width"), frames.shape[:3], strict=True))
     return [
-        f"{name} is {value}, not the {getattr(job, name)} that was asked for"
+        f"{name} is {value} instead of the requested {getattr(job, name)}"
         for name, value in made.items()
         if getattr(job, name) not in (None, value)
     ]

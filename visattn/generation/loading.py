@@ -1,10 +1,8 @@
-"""A diffusers pipeline, loaded as the options of ``diffusers-cli run`` say."""
+"""Load a diffusers pipeline with the options of ``diffusers-cli run``."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 
 import torch
 
-from visattn._arguments import is_number
 from visattn.generation.checksums import check_checksums
 from visattn.generation.errors import reason
+from visattn.generation.lora import Lora
 from visattn.generation.silence_logs import quiet
 from visattn.plan import ROLES
 from visattn.runtime.processes import device_of_process, one_process, processes
@@ -41,95 +39,61 @@ DTYPES = {
 OFFLOADS = ("model", "group", "sequential")
 INDEX = "model_index.json"
 SMALL_MODEL = Path(__file__).resolve().parents[2] / "assets" / "models" / "tiny-wan"
-# By its authors' advice this VAE decodes in float32 whatever the denoiser runs in.
+# The authors advise that this VAE decodes in float32, whatever the dtype of the denoiser.
 FLOAT32_VAE = "AutoencoderKLWan"
 
 
 def default_model() -> str:
-    """The model of those who name none: the small one that lies in a checkout of visattn.
+    """Return the default model: the folder of the small model in a checkout of visattn.
 
     Raises:
-        ValueError: this is no checkout, or one without it.
+        ValueError: visattn does not run from a checkout, or the small model is missing.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from visattn.generation import default_model
+        >>> Path(default_model()).name
+        'tiny-wan'
     """
     if not (SMALL_MODEL / INDEX).is_file():
         raise ValueError(
-            "no --model is given, and this installation has no small model of its own: give the "
-            "folder or the hub id of a diffusers pipeline, or run from a checkout that has "
-            "assets/models/tiny-wan"
+            "no --model is given, and this installation has no small model; give the folder or the "
+            "hub id of a diffusers pipeline, or run from a checkout with assets/models/tiny-wan"
         )
     return str(SMALL_MODEL)
 
 
 @dataclass(frozen=True)
-class Lora:
-    """A LoRA adapter: folder, file or hub id, its weight, and names where there are several.
-
-    ``role`` is the denoiser that it is for, such as ``"transformer_2"``. With None it is put on
-    every denoiser of the pipeline: Wan 2.2 has two.
-    """
-
-    lora_id: str
-    lora_scale: float = 1.0
-    adapter_name: str | None = None
-    weight_name: str | None = None
-    role: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.lora_id, str) or not self.lora_id:
-            raise ValueError(f"lora_id={self.lora_id!r} of a LoRA must be a path or a hub id")
-        scale = self.lora_scale
-        if not is_number(scale) or not math.isfinite(scale):
-            raise ValueError(f"lora_scale={scale!r} of a LoRA must be a finite number")
-        for name in ("adapter_name", "weight_name"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise ValueError(f"{name}={getattr(self, name)!r} of a LoRA must be a string")
-        if self.role is not None and self.role not in ROLES:
-            raise ValueError(f"role={self.role!r} of a LoRA must be one of {', '.join(ROLES)}")
-
-    @classmethod
-    def read(cls, text: str) -> Lora:
-        """``"path"``, or a JSON object with ``lora_id`` and any of the other fields.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        if not text.lstrip().startswith("{"):
-            return cls(text)
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"lora {text!r} is no JSON object: {error}") from None
-        unknown = sorted(set(value) - set(cls.__dataclass_fields__))
-        if unknown or "lora_id" not in value:
-            wrong = f"has the unknown key {unknown[0]!r}" if unknown else "lacks the key 'lora_id'"
-            raise ValueError(
-                f"lora {text!r} {wrong}; its keys are {', '.join(cls.__dataclass_fields__)}"
-            )
-        return cls(**value)
-
-
-@dataclass(frozen=True)
 class Loading:
-    """Which pipeline, and how it is loaded; the names are those of ``diffusers-cli run``.
+    """A pipeline and the options for loading it, named as in ``diffusers-cli run``.
 
     Args:
         model: folder or hub id of a diffusers pipeline.
-        dtype: a key of ``DTYPES``, or ``"auto"``: float32 on a CPU, else bfloat16 and the VAE of
-            Wan in float32.
-        device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``; None is the accelerator, or the CPU
-            where there is none; ``"balanced"`` spreads the parts over all GPUs. Without an index
-            each of several processes has a device of its own, by its rank on the machine.
-        cpu_offload: one of ``OFFLOADS``: keep parts of the model in the memory of the CPU.
-        loras: adapters, all active together.
-        variant, revision, token, trust_remote_code: as diffusers takes them; the token is in no
-            record.
-        attention_backend: of diffusers, for whatever is dense; None leaves it.
-        vae_tiling, vae_slicing: decode in parts, to save memory.
-        compile: arguments of ``torch.compile`` for the repeated blocks of the denoisers; None runs
-            them as they are.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU,
+            elsewhere bfloat16 with the VAE of Wan in float32.
+        device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; None for the accelerator, or the
+            CPU if there is none; ``"balanced"`` spreads the parts over all GPUs. If several
+            processes run, a device without an index is a different one for each process.
+        cpu_offload: ``"model"``, ``"group"`` or ``"sequential"``, to keep parts of the model in the
+            memory of the CPU; None for no offloading.
+        loras: adapters, which are all active.
+        variant: variant of the weights, as in ``"fp16"``.
+        revision: branch, tag or commit of the model.
+        token: token for the Hugging Face hub; it is not recorded.
+        trust_remote_code: whether code of the model's repository may run.
+        attention_backend: attention backend of diffusers for dense attention; None for the default.
+        vae_tiling: whether to decode in tiles, which saves memory.
+        vae_slicing: whether to decode one video after the other, which saves memory.
+        compile: arguments of ``torch.compile`` for the repeated blocks of the denoisers; None for
+            no compilation.
 
     Raises:
-        ValueError: an unknown dtype or offload.
+        ValueError: a field is invalid.
+
+    Example:
+        >>> from visattn.generation import Loading
+        >>> Loading("user/model", dtype="bfloat16").record()["dtype"]
+        'bfloat16'
     """
 
     model: str
@@ -159,68 +123,82 @@ class Loading:
         names = self.adapters()
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"adapter_name={twice!r} is that of two LoRAs; give each its own")
+            raise ValueError(f"adapter_name={twice!r} is used by two LoRAs; give each another name")
 
     def adapters(self) -> list[str]:
-        """The names of the LoRAs as adapters."""
-        return [own.adapter_name or f"lora_{number}" for number, own in enumerate(self.loras)]
+        """Return the adapter names of the LoRAs."""
+        return [lora.adapter_name or f"lora_{number}" for number, lora in enumerate(self.loras)]
 
     def record(self) -> dict[str, Any]:
-        """The fields as JSON values, without the token."""
+        """Return the fields as JSON values, without the token."""
         fields = {name: value for name, value in asdict(self).items() if name != "token"}
         return {**fields, "loras": list(fields["loras"])}
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or, for None, the accelerator or else the CPU.
+    """Return the device of a name; for None the accelerator, or the CPU if there is none.
 
     Raises:
-        ValueError: no such device, or it is not there.
+        ValueError: the name is invalid, or there is no such device.
     """
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    available = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if available else None
     if name is None:
-        return torch.device("cpu") if here is None else device_of_process(here)
+        return torch.device("cpu") if accelerator is None else device_of_process(accelerator)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} must be cpu, cuda, cuda:1 or mps") from None
     if device.type == "cpu":
         return device
-    if here is None or device.type != here.type:
+    if accelerator is None or device.type != accelerator.type:
         raise ValueError(
-            f"device={name!r} is not there: torch {torch.__version__} sees "
-            f"{'no accelerator' if here is None else here.type}; use device='cpu'"
+            f"device={name!r} is not available: torch {torch.__version__} finds "
+            f"{'no accelerator' if accelerator is None else accelerator.type}; use device='cpu'"
         )
     count = torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
-        raise ValueError(f"device={name!r} is not there: torch sees {count} of that kind")
+        raise ValueError(
+            f"device={name!r} is not available: torch finds {count} devices of that type"
+        )
     return device_of_process(device)
 
 
 def load_pipeline(loading: Loading) -> Any:
-    """The diffusers pipeline, on its device and ready to run.
+    """Load a diffusers pipeline and move it to its device.
 
-    Weights are read from safetensors files alone: no pickle is opened.
+    Weights are read from safetensors files only; pickle files are never opened.
+
+    Args:
+        loading: the pipeline and the options.
+
+    Returns:
+        The diffusers pipeline.
 
     Raises:
-        ValueError: the model, a LoRA or the device is not there, cannot be loaded, or has no such
-            option.
+        ValueError: the model, a LoRA or the device is missing, cannot be loaded, or does not have
+            an option.
+
+    Example:
+        >>> from visattn.generation import Loading, default_model, load_pipeline
+        >>> type(load_pipeline(Loading(default_model(), device="cpu"))).__name__
+        'WanPipeline'
     """
     if loading.device == "balanced":
-        one_process("a pipeline that is balanced over all devices")
+        one_process("a pipeline balanced over all devices")
         device = torch.device("cpu")
     else:
         device = pick_device(loading.device)
     if device.index is not None and processes().world > 1:
-        torch.accelerator.set_device_index(device.index)  # for what names no device
+        torch.accelerator.set_device_index(device.index)  # for tensors without an explicit device
     if loading.cpu_offload is not None and device.type == "cpu":
         raise ValueError("cpu_offload needs an accelerator to compute on; the device is cpu")
     if loading.loras and importlib.util.find_spec("peft") is None:
         raise ValueError("a LoRA needs the package peft: pip install peft")
     _check_model(loading.model)
-    with quiet() as said:
+    with quiet() as log_lines:
         pipe = _from_pretrained(loading, device)
-        random = next((line for line in said if "newly initialized" in line), None)
+        random = next((line for line in log_lines if "newly initialized" in line), None)
         if random is not None:
             raise ValueError(
                 f"model {loading.model!r} lacks weights, which would be random: {random[:300]}"
@@ -232,7 +210,7 @@ def load_pipeline(loading: Loading) -> Any:
 
 
 def _check_model(model: str) -> None:
-    """Refuse what is neither a pipeline's folder nor a hub id, before anything is imported."""
+    """Refuse what is neither a folder of a pipeline nor a hub id, before diffusers is imported."""
     if Path(model).is_dir():
         if not (Path(model) / INDEX).is_file():
             raise ValueError(f"model {model!r} has no {INDEX}; name the folder of a whole pipeline")
@@ -262,12 +240,12 @@ def _from_pretrained(loading: Loading, device: torch.device) -> Any:
         if not isinstance(index, dict) or "_class_name" not in index:
             raise ValueError(f"its {INDEX} names no pipeline class")
         return kind.from_pretrained(model, dtype=_dtype(loading, device, index), **options)
-    except Exception as error:  # of any library that reads a part
+    except Exception as error:  # libraries raise errors of many types
         raise ValueError(f"model {model!r} cannot be loaded: {reason(error)}") from error
 
 
 def _dtype(loading: Loading, device: torch.device, index: Mapping[str, Any]) -> Any:
-    """What ``from_pretrained`` takes: one dtype, or one by part."""
+    """Return the dtype argument of ``from_pretrained``: one dtype, or a dtype for each part."""
     if loading.dtype != "auto":
         return DTYPES[loading.dtype]
     if device.type == "cpu" and loading.device != "balanced":
@@ -296,38 +274,38 @@ def _load_loras(pipe: Any, loading: Loading) -> None:
                     token=loading.token,
                     **({"load_into_transformer_2": True} if role == "transformer_2" else {}),
                 )
-        except Exception as error:  # of diffusers, peft or safetensors
+        except Exception as error:  # diffusers, peft or safetensors
             raise ValueError(f"lora {lora.lora_id!r} cannot be loaded: {reason(error)}") from error
-        if not any(name in own for own in pipe.get_list_adapters().values()):
+        if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
             raise ValueError(
-                f"lora {lora.lora_id!r} holds no weights for the parts of {type(pipe).__name__}"
+                f"lora {lora.lora_id!r} has no weights for the parts of {type(pipe).__name__}"
             )
     pipe.set_adapters(names, adapter_weights=[float(lora.lora_scale) for lora in loading.loras])
 
 
 def _roles_of_lora(pipe: Any, lora: Lora) -> list[str]:
-    """The denoisers that a LoRA is put on."""
+    """Return the roles of the denoisers that get a LoRA."""
     adaptable = getattr(pipe, "_lora_loadable_modules", ROLES)
     roles = [role for role in ROLES if role in adaptable and getattr(pipe, role, None) is not None]
     if lora.role is None:
         return roles
     if lora.role not in roles:
         raise ValueError(
-            f"lora {lora.lora_id!r} is for role {lora.role!r}, but {type(pipe).__name__} takes a "
-            f"LoRA for {' or '.join(roles) or 'none'}"
+            f"lora {lora.lora_id!r} has role={lora.role!r}, but {type(pipe).__name__} takes a LoRA "
+            f"for {' or '.join(roles) or 'none'}"
         )
     return [lora.role]
 
 
 def lora_notes(pipe: Any, loading: Loading) -> list[str]:
-    """A line for each LoRA that was put on several denoisers, as no role was asked for."""
-    found: Mapping[str, list[str]] = pipe.get_list_adapters() if loading.loras else {}
+    """Return a line for each LoRA without a role that is on several denoisers."""
+    active: Mapping[str, list[str]] = pipe.get_list_adapters() if loading.loras else {}
     notes = []
     for name, lora in zip(loading.adapters(), loading.loras, strict=True):
-        roles = [role for role in ROLES if name in found.get(role, ())]
+        roles = [role for role in ROLES if name in active.get(role, ())]
         if lora.role is None and len(roles) > 1:
             notes.append(
-                f"lora {lora.lora_id!r} is on {' and '.join(roles)}; its key 'role' puts it on one"
+                f"lora {lora.lora_id!r} is on {' and '.join(roles)}; its key 'role' selects one"
             )
     return notes
 
@@ -343,10 +321,13 @@ def _set_options(pipe: Any, loading: Loading) -> None:
     backend = loading.attention_backend
     for denoiser in denoisers if backend is not None else ():
         if not hasattr(denoiser, "set_attention_backend"):
-            raise ValueError(f"{type(denoiser).__name__} has no choice of attention backends")
+            raise ValueError(
+                f"attention_backend={backend!r}: {type(denoiser).__name__} cannot change "
+                "its attention backend; leave attention_backend out"
+            )
         try:
             denoiser.set_attention_backend(backend)
-        except Exception as error:  # of the package behind the backend
+        except Exception as error:  # errors of the package of the backend
             raise ValueError(
                 f"attention_backend={backend!r} cannot be used: {reason(error)}"
             ) from error
@@ -358,7 +339,7 @@ def _set_options(pipe: Any, loading: Loading) -> None:
                 denoiser.compile_repeated_blocks(**loading.compile)
             else:
                 denoiser.compile(**loading.compile)
-        except Exception as error:  # of torch.compile
+        except Exception as error:  # torch.compile raises errors of many types
             raise ValueError(
                 f"compile={dict(loading.compile)!r} is refused: {reason(error)}"
             ) from error
@@ -369,10 +350,10 @@ def _place(pipe: Any, loading: Loading, device: torch.device) -> None:
         return
     try:
         _move(pipe, loading, device)
-    except Exception as error:  # of torch, or of accelerate's hooks
+    except Exception as error:  # torch or hooks of accelerate
         raise ValueError(
-            f"model {loading.model!r} cannot be put on {device}: {reason(error)}; --cpu-offload "
-            f"keeps parts of it in the memory of the CPU"
+            f"model {loading.model!r} cannot be moved to {device}: {reason(error)}; --cpu-offload "
+            "keeps parts of it in the memory of the CPU"
         ) from error
 
 

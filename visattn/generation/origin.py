@@ -1,5 +1,5 @@
-"""What a pipeline is loaded from: by content and not by name, so that other weights under the same
-name are told apart without loading them."""
+"""Hashes of the files of a pipeline, which distinguish other weights of the same name without
+loading them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from visattn.generation.loading import Loading
 
 __all__ = ["origin_of"]
 
-KINDS = (".safetensors", ".json", ".txt", ".model", ".py")  # that a pipeline is loaded from
-OURS = ("visattn_", "checksums.json")  # beginnings of names that it is not
-PIECES, PIECE = 16, 65536  # of a file that are read, and their bytes
+SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".py")  # files that a pipeline loads
+IGNORED = ("visattn_", "checksums.json")  # prefixes of names of files that it does not load
+PIECES, PIECE = 16, 65536  # number of pieces of a file that are read, and their bytes
 
 
 def origin_of(loading: Loading) -> dict[str, Any]:
-    """Hashes of the model and of the adapters, and the attention backend that the environment names
-    where the loading names none; as JSON values."""
-    own = loading.attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND")
+    """Return hashes of the model and the adapters, and the attention backend of the loading or else
+    of the environment, as JSON values."""
+    backend = loading.attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND")
     return {
         "model": _content(loading.model, loading.revision),
         "loras": [_content(lora.lora_id, None) for lora in loading.loras],
-        "attention_backend": own,
+        "attention_backend": backend,
     }
 
 
 def _content(name: str, revision: str | None) -> str | None:
-    """A hash of a file or folder, or the commit of a hub id as it lies here; None where it does
-    not."""
+    """Return a hash of a file or folder, or the cached commit of a hub id, or None if there is
+    none."""
     path = Path(name)
     if path.is_file():
         return _hash([path], path.parent)
     if path.is_dir():
-        files = [own for own in path.rglob("*") if own.suffix in KINDS and own.is_file()]
-        return _hash([own for own in files if not own.name.startswith(OURS)], path)
+        files = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
+        return _hash([file for file in files if not file.name.startswith(IGNORED)], path)
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
@@ -49,15 +49,15 @@ def _content(name: str, revision: str | None) -> str | None:
 
 
 def _hash(files: list[Path], root: Path) -> str:
-    """Of names, sizes and some pieces of files, spread over each."""
-    found = hashlib.sha256()
+    """Return a hash of the names and sizes of files, and of pieces spread over each file."""
+    sha256 = hashlib.sha256()
     for path in sorted(files):
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            found.update(f"{path.relative_to(root).as_posix()} {size} ".encode())
+            sha256.update(f"{path.relative_to(root).as_posix()} {size} ".encode())
             for number in range(PIECES):
                 file.seek(max(0, size - PIECE) * number // (PIECES - 1))
-                found.update(file.read(PIECE))
+                sha256.update(file.read(PIECE))
                 if size <= PIECE:
                     break
-    return found.hexdigest()
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""Prompts from files: one a line, or those that lie beside a model."""
+"""Prompts from text files, and the prompts in the folder of a model."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ PROMPTS_FILE = "visattn_prompts.json"
 
 
 def read_prompt_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out.
+    """Read the prompts of a text file, one on each line. Empty lines are ignored.
 
     Raises:
-        OSError: it cannot be read; ValueError: it is no text, or holds none.
+        OSError: the file cannot be read.
+        ValueError: the file is no text, or contains no prompt.
     """
     text = read_text(path, "prompts file")
-    found = [line.strip() for line in text.split("\n") if line.strip()]
-    if not found:
-        raise ValueError(f"prompts file {str(path)!r} is empty; it holds a prompt a line")
-    return found
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts file {str(path)!r} is empty; write one prompt on each line")
+    return prompts
 
 
 def model_prompts(model: str | os.PathLike[str]) -> tuple[list[str], list[str]] | None:
-    """Prompts to calibrate on and held-out ones, from ``visattn_prompts.json`` in a model's folder;
-    None where there is none.
+    """Read the calibration prompts and the held-out prompts from ``visattn_prompts.json`` in the
+    folder of a model; None if there is no such file.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file is invalid.
     """
     path = Path(model) / PROMPTS_FILE
     if not path.is_file():
@@ -40,5 +41,7 @@ def model_prompts(model: str | os.PathLike[str]) -> tuple[list[str], list[str]] 
     value = parse_json(read_text(path, "prompts file"), f"prompts file {str(path)!r}")
     lists: list[Any] = [value.get(key) for key in ("calibration", "held_out")]
     if not all(isinstance(x, list) and x and all(isinstance(y, str) for y in x) for x in lists):
-        raise ValueError(f"{str(path)!r} must hold the lists calibration and held_out of prompts")
+        raise ValueError(
+            f"{str(path)!r} must contain the lists calibration and held_out of prompts"
+        )
     return lists[0], lists[1]

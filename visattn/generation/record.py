@@ -1,4 +1,4 @@
-"""The JSON file beside each output, with everything that made it."""
+"""The JSON record of each output, with all settings and versions that produced it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,25 @@ __all__ = [
 ]
 
 SCHEMA = "visattn.generation/1"
-START = b'{\n  "backend": '  # of every record
-MOST_BYTES = 1 << 28  # of a record: a plan of the most bytes, a value on each line
+START = b'{\n  "backend": '  # the first bytes of every record
+MOST_BYTES = 1 << 28  # size limit of a record: the largest plan, with one value on each line
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "imageio-ffmpeg")
 
 
 def record_path(output: str | os.PathLike[str]) -> Path:
-    """Where the record of an output lies: ``clip.mp4.json`` beside ``clip.mp4``, ``frames.json``
-    beside the folder ``frames``."""
+    """Return the path of the record of an output, in the same folder.
+
+    Args:
+        output: a file or a folder of frames.
+
+    Returns:
+        ``clip.mp4.json`` for ``clip.mp4``, ``frames.json`` for the folder ``frames``.
+
+    Example:
+        >>> from visattn.generation import record_path
+        >>> record_path("clips/clip.mp4").name
+        'clip.mp4.json'
+    """
     target = Path(output)
     return target.with_name(f"{target.name}.json")
 
@@ -47,11 +58,15 @@ def record_path(output: str | os.PathLike[str]) -> Path:
 def request_of(
     job: Job, loading: Loading, plan: Plan | None, backend: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What was asked for, as JSON values: two generations with the same request make the same
-    frames on the same machine with the same versions. The token is not in it.
+    """Return the request of a generation as JSON values. Two generations with the same request make
+    the same frames on the same machine with the same versions. The request has no token.
 
     Args:
-        origin: of ``origin_of(loading)``.
+        job: the prompt and its options.
+        loading: the pipeline.
+        plan: the plan, or None.
+        backend: the name of the backend.
+        origin: the result of ``origin_of(loading)``.
     """
     return {
         "job": job.record(),
@@ -71,13 +86,15 @@ def make_record(
     summary: Mapping[str, Any] | None,
     load_seconds: float,
 ) -> dict[str, Any]:
-    """The record of a result, as JSON values.
+    """Return the record of a result as JSON values.
 
     Args:
-        request: of ``request_of``; pipe: the pipeline that ran; result: of ``run_job``.
-        output: where the frames were written; only its name is recorded.
-        summary: the numbers of ``visattn.inject.layer_summary``, or None without a plan.
-        load_seconds: that loading the pipeline took.
+        request: the request, of ``request_of``.
+        pipe: the pipeline that ran.
+        result: the result of ``run_job``.
+        output: the file or folder of the frames; only its name is recorded.
+        summary: the numbers of ``visattn.inject.summary``, or None without a plan.
+        load_seconds: the seconds that it took to load the pipeline.
     """
     device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
     return {
@@ -108,10 +125,10 @@ def make_record(
 
 
 def write_record(output: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
-    """Write the record beside its output, which is there, whole or not at all; its path.
+    """Write the record of an existing output atomically and return its path.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the record cannot be written.
     """
     path = record_path(output)
     whole = {**record, "output": {**record["output"], "sha256": output_hash(output)}}
@@ -121,7 +138,19 @@ def write_record(output: str | os.PathLike[str], record: Mapping[str, Any]) -> P
 
 
 def read_record(output: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record beside an output, or None where there is none that can be read."""
+    """Read the record of an output.
+
+    Args:
+        output: the file or folder of the frames.
+
+    Returns:
+        The record as JSON values, or None if there is no valid record.
+
+    Example:
+        >>> from visattn.generation import read_record
+        >>> read_record("clip.mp4") is None
+        True
+    """
     try:
         value = json.loads(read_limited(record_path(output), MOST_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -138,11 +167,11 @@ def read_record(output: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def check_record_path(output: str | os.PathLike[str]) -> None:
-    """Refuse to write the record of an output over something else. A record that is damaged, so
-    that it is empty, holds zeros or ends early, may be written over.
+    """Refuse to replace a file that is no record. A damaged record, which is empty, contains zeros
+    or is truncated, may be replaced.
 
     Raises:
-        ValueError: there is something else.
+        ValueError: there is another file at the path of the record.
     """
     path = record_path(output)
     if not path.exists() or read_record(output) is not None:
@@ -152,7 +181,7 @@ def check_record_path(output: str | os.PathLike[str]) -> None:
             start = file.read(len(START))
         if START.startswith(start.rstrip(b"\0")) and not _is_json(path):
             return
-    raise ValueError(f"{str(path)!r} is there and is no record of visattn; name another output")
+    raise ValueError(f"{str(path)!r} exists and is no record of visattn; name another output")
 
 
 def _is_json(path: Path) -> bool:
@@ -164,21 +193,21 @@ def _is_json(path: Path) -> bool:
 
 
 def output_hash(output: str | os.PathLike[str]) -> str | None:
-    """The SHA-256 of an output: of its file, or of the names and contents of its frames; None where
-    it cannot be read."""
-    target, found = Path(output), hashlib.sha256()
+    """Return the SHA-256 of an output (of the file, or of the names and contents of all frames), or
+    None if it cannot be read."""
+    target, sha256 = Path(output), hashlib.sha256()
     try:
         if target.is_file():
             return sha256_of(target)
         for path in sorted(target.iterdir()):
-            found.update(f"{path.name} {sha256_of(path)} ".encode())
+            sha256.update(f"{path.name} {sha256_of(path)} ".encode())
     except (OSError, ValueError):
         return None
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 def _describe(pipe: Any) -> dict[str, Any]:
-    """Class, scheduler and parts of a pipeline."""
+    """Return the class, the parts and the scheduler of a pipeline."""
     parts = {
         name: {
             "class": type(part).__name__,

@@ -1,4 +1,4 @@
-"""Other libraries kept quiet, and what they would have said kept."""
+"""Silence other libraries and collect their log lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBRARIES = ("visattn", "diffusers", "transformers", "huggingface_hub", "acceler
 
 
 class Collector(logging.Handler):
-    """Keeps each line once, in the order in which they came."""
+    """Collects each line once, in order of arrival."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__(logging.WARNING)
@@ -29,7 +29,8 @@ class Collector(logging.Handler):
 
 
 def _prints(handler: logging.Handler) -> bool:
-    """Whether it writes to the terminal; a FileHandler is a kind of StreamHandler."""
+    """Return whether a handler writes to the terminal; FileHandler is a subclass of
+    StreamHandler."""
     return isinstance(handler, logging.StreamHandler) and not isinstance(
         handler, logging.FileHandler
     )
@@ -37,12 +38,12 @@ def _prints(handler: logging.Handler) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """No progress bars, printed log lines and warnings of diffusers and the libraries below it
-    inside a ``with`` block; everything is afterwards as it was.
+    """Switch off progress bars, printed log lines and warnings of diffusers and its libraries in a
+    ``with`` block. Progress bars of downloads remain if stderr is a terminal.
 
-    Returns:
-        The log lines of at least level WARNING, as ``"diffusers: what it says"``, each once. Bars
-        of downloads stay where stderr is a terminal.
+    Yields:
+        A list that collects the log lines of level WARNING and above, such as
+        ``"diffusers: the message"``, each once.
     """
     of_diffusers: Any = importlib.import_module("diffusers.utils.logging")
     of_hub: Any = importlib.import_module("huggingface_hub.utils")
@@ -51,7 +52,7 @@ def quiet() -> Iterator[list[str]]:
     collector = Collector(lines)
     root = logging.getLogger()
     loggers = [logging.getLogger(name) for name in LIBRARIES]
-    if not root.handlers:  # what comes to it would be printed
+    if not root.handlers:  # its messages would be printed
         loggers.append(root)
     handlers = [(logger, logger.handlers[:]) for logger in loggers]
     bars = (
@@ -60,19 +61,19 @@ def quiet() -> Iterator[list[str]]:
         not of_hub.are_progress_bars_disabled(),
     )
     of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()  # switches the hub's off too
+    of_transformers.disable_progress_bar()  # switches the bars of huggingface_hub off too
     if bars[2] and sys.stderr.isatty():
         of_hub.enable_progress_bars()
-    for logger, own in handlers:
-        kept = [each for each in own if logger.name == "visattn" or not _prints(each)]
+    for logger, previous in handlers:
+        kept = [each for each in previous if logger.name == "visattn" or not _prints(each)]
         logger.handlers[:] = [*kept, collector]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(?!visattn)")
             yield lines
     finally:
-        for logger, own in handlers:
-            logger.handlers[:] = own
+        for logger, previous in handlers:
+            logger.handlers[:] = previous
         if bars[0]:
             of_diffusers.enable_progress_bar()
         if bars[1]:
