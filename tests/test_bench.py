@@ -76,7 +76,7 @@ def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (("--pattern", "radial"), "--pattern radial is static"),
-        (("--pattern", "reuse(jenga())"), "measure the selector within"),
+        (("--pattern", "reuse(jenga())"), "give the selector inside it"),
         (("--grid", "8"), "--grid '8' must be"),
         (("--repeats", "0"), "--repeats 0 must be at least 1"),
         (("--heads", "-1"), "--heads -1 must be at least 1"),
@@ -180,7 +180,7 @@ def test_attention_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--pattern", "jenga()"), "--pattern jenga() is dynamic"),
         (("--pattern", "scattered:2"), "share=2.0 must be above 0"),
-        (("--shape", "hunyuan-720p", "--device", "cpu"), "on which a CPU works for minutes"),
+        (("--shape", "hunyuan-720p", "--device", "cpu"), "which take minutes on a CPU"),
         (("--device", "cuda:9"), "--device cuda:9 cannot be used"),
         (("--repeats", "0"), "--repeats 0 must be at least 1"),
     ],

@@ -285,7 +285,7 @@ def test_fewer_layers_are_said_and_what_fails_does_not_end_it(
         (("--plan", "none"), "--plan none is dense"),
         (
             (*PART_OF_HUNYUANVIDEO, "--plan", PRESET),
-            "hunyuanvideo-radial is for all of its 60 layers; leave --layers out",
+            "hunyuanvideo-radial is for 60 layers; leave --layers out",
         ),
         (("--plan", "nothing(3)"), "unknown pattern 'nothing'"),
         (("--repeats", "0"), "--repeats 0 must be at least 1"),

@@ -80,7 +80,7 @@ def test_show_lists_every_pattern(capsys):
 @pytest.mark.usefixtures("alone")
 def test_show_says_that_a_dynamic_pattern_has_no_mask(capsys):
     [line] = refused(capsys, "show", "vsa()")
-    assert "chooses its blocks from the queries and keys of a call" in line
+    assert "its blocks depend on the queries and keys of a call" in line
 
 
 def test_env_names_versions_and_no_secrets(capsys, monkeypatch):

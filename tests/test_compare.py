@@ -147,7 +147,7 @@ BAD = {
     "unknown plan": ([*PAIR[:-1], "radiall(1)"], "radiall"),
     "plan for another grid": ([*PAIR, "--plan", "diagonal(99999)"], "does not fit the grid"),
     "no frames": ([*PAIR, "--num-frames", "0"], "num_frames=0"),
-    "report in no folder": (["compare", "a", "b", "-o", "no/r.json"], "not there"),
+    "report in no folder": (["compare", "a", "b", "-o", "no/r.json"], "does not exist"),
     "report over a folder": (["compare", "a", "b", "-o", "dir.json"], "is a folder"),
     "wrong suffix": (["compare", "a", "b", "-o", "r.txt"], "must end in"),
     "png of several frames": (["compare", "a", "b", "-o", "r.png"], "one frame"),

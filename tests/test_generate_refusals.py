@@ -246,7 +246,7 @@ BAD = {
     "guidance no Unicode": (own("--guidance", "NAG('\udce9')"), "no character"),
     "prompts to nowhere": ([*PLAIN, "--prompts", "fine.jsonl"], "needs --output"),
     "prompts to a file": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "a.mp4"], "must be a folder"),
-    "prompts to no folder": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "no/new"], "not there"),
+    "prompts to no folder": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "no/new"], "does not exist"),
 }
 
 

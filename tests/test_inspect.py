@@ -161,17 +161,17 @@ PNG = ["--output", "a.png"]
 BAD = {
     "no prompt": (["inspect", "--model", "wan21"], "PROMPT"),
     "missing model": (["inspect", PROMPT, "--model", "no-such"], "is no folder"),
-    "layer too far": (own("--layer", "3"), "'3' is not there.* layers 0 to 2"),
-    "negative layer": (own("--layer", "-1"), "'-1' is not there"),
-    "unknown layer": (own("--layer", "blocks.0.attn2"), "'blocks.0.attn2' is not there"),
-    "one layer unknown": (own("--layer", "0", "x\ny"), "is not there"),
-    "layer of no denoiser": (own("--layer", "transformer_2.blocks.0.attn1"), "is not there"),
+    "layer too far": (own("--layer", "3"), "'3' does not exist.* layers 0 to 2"),
+    "negative layer": (own("--layer", "-1"), "'-1' does not exist"),
+    "unknown layer": (own("--layer", "blocks.0.attn2"), "'blocks.0.attn2' does not exist"),
+    "one layer unknown": (own("--layer", "0", "x\ny"), "does not exist"),
+    "layer of no denoiser": (own("--layer", "transformer_2.blocks.0.attn1"), "does not exist"),
     "no layer": (own("--layer"), "expected at least one"),
-    "head too far": (own("--head", "4"), "--head 4 is not there.* heads 0 to 3"),
+    "head too far": (own("--head", "4"), "--head 4 does not exist.* heads 0 to 3"),
     "negative head": (own("--head", "-1"), "heads=-1"),
     "head no number": (own("--head", "first"), "invalid int"),
-    "step too far": (own("--step", "3"), "--step 3 is not there; the steps are 0 to 2"),
-    "negative step": (own("--step", "-1"), "--step -1 is not there"),
+    "step too far": (own("--step", "3"), "--step 3 does not exist; the steps are 0 to 2"),
+    "negative step": (own("--step", "-1"), "--step -1 does not exist"),
     "step that is no more": (own("--step", "2", "--num-inference-steps", "2"), "0 to 1"),
     "unknown pass": (own("--pass", "both"), "invalid choice"),
     "window of two": (own("--window", "3,5"), "three odd"),
@@ -206,5 +206,5 @@ BAD = {
 def test_wrong_input_is_one_line_and_exit_code_2(argv, words, capsys):
     Path("folder.png").mkdir()
     *steps, line = refused(capsys, *argv)
-    assert all(step.startswith("step ") for step in steps)
+    assert all(step.startswith("step: ") for step in steps)
     assert re.search(words, line), line

@@ -1,9 +1,9 @@
 """The command ``visattn``: a table of sub-commands, which read arguments and return their output.
 
-Wrong input ends with exit code 2 and one line on stderr; nothing is printed on stdout before a
-command ends. Where parts of the work failed and the rest was done, the exit code is 1 and stderr
-has a line for each. An error of any type is one line; with ``VISATTN_DEBUG=1`` in the environment
-its traceback is shown before it.
+Wrong input gives exit code 2 and one line on stderr. Output is printed only when a command ends. If
+some parts of the work failed and the others were done, the exit code is 1 and stderr has one line
+for each failure. Errors of all types are one line; with ``VISATTN_DEBUG=1`` in the environment the
+traceback is printed before it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ PARTLY_FAILED, FAILED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 130, 141, 14
 
 
 class Command(NamedTuple):
-    """A sub-command: its line in the help, its arguments, what it prints, and whether several
-    processes may run it at once: they share its work, or it has none."""
+    """A sub-command.
+
+    Attributes:
+        summary: the line in the help.
+        add_arguments: adds the arguments to a parser.
+        run: runs the command and returns its output.
+        shared: whether several processes may run it together, to share its work.
+    """
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -43,19 +49,21 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command(
-        "make a video from a prompt, dense or by a plan",
+        "generate a video from a prompt, with dense attention or a plan",
         generate.add_arguments,
         generate.run,
         shared=True,
     ),
     "compare": Command(
-        "measure how far two outputs or two plans are apart", compare.add_arguments, compare.run
+        "measure the difference between two outputs or two plans",
+        compare.add_arguments,
+        compare.run,
     ),
     "inspect": Command(
         "show what the attention heads of a model look at", inspect.add_arguments, inspect.run
     ),
     "search": Command(
-        "find which attention each head needs: a plan, and a receipt of what it costs",
+        "search a plan for a pipeline, and write it with a report of its speed and quality",
         search.add_arguments,
         search.run,
         shared=True,
@@ -67,7 +75,7 @@ COMMANDS = {
         shared=True,
     ),
     "show": Command(
-        "show a pattern, a plan, or what is different in another", show.add_arguments, show.run
+        "show a pattern, a plan, or the differences of two plans", show.add_arguments, show.run
     ),
     "bench": Command("measure on this machine", bench.add_arguments, bench.run),
     "env": Command(
@@ -77,14 +85,14 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that prints errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, error_line(f"{message}; see '{self.prog} --help'"))
 
 
 def make_parser() -> Parser:
-    """The parser of the whole command line."""
+    """Return the parser of the whole command line."""
     parser = Parser("visattn", description="Sparse attention for image and video diffusion models.")
     parser.add_argument("--version", action="version", version=f"visattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -100,23 +108,22 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     with _tidy_when_terminated():
         return _run(argv)
 
 
 @contextmanager
 def _tidy_when_terminated() -> Iterator[None]:
-    """Inside, SIGTERM ends the command as an exception, so that no file is left that is not
-    whole."""
+    """Turn SIGTERM into an exception in a ``with`` block, so that no incomplete file is left."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(TERMINATED)
 
-    own = threading.current_thread() is threading.main_thread()
-    with suppress(ValueError):  # a process that waits for others sees no exception
-        own = own and processes().world == 1
-    if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    can_handle = threading.current_thread() is threading.main_thread()
+    with suppress(ValueError):  # a process that waits for others gets no exception
+        can_handle = can_handle and processes().world == 1
+    if not can_handle or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, stop)
@@ -138,7 +145,7 @@ def _run(argv: Sequence[str] | None) -> int:
             close_bars()  # before an error is written
         text, failures, elsewhere = output if isinstance(output, Output) else Output(output)
         encoding = sys.stdout.encoding or "utf-8"
-        if text:  # in one piece, between the lines of other processes
+        if text:  # one write, so that lines of other processes do not mix in
             whole = f"{plain(text)}\n"
             sys.stdout.write(whole.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
@@ -150,7 +157,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return PIPE_CLOSED
-    except Exception as error:  # libraries raise all kinds
+    except Exception as error:  # libraries raise errors of many types
         debug = bool(os.environ.get(DEBUG))
         if debug:
             traceback.print_exc()

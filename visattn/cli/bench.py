@@ -1,4 +1,4 @@
-"""``visattn bench``: measurements on this machine."""
+"""``visattn bench``: benchmarks on this machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
     attention = kinds.add_parser(
         "attention",
-        help="attention by patterns beside dense attention and FlexAttention",
+        help="time attention by patterns, dense attention and FlexAttention",
         allow_abbrev=False,
     )
     bench_attention.add_arguments(attention)
     selection = kinds.add_parser(
         "selection",
-        help="what choosing the blocks of dynamic patterns costs beside dense attention",
+        help="time the selection of blocks by dynamic patterns, and dense attention",
         allow_abbrev=False,
     )
     bench_selection.add_arguments(selection)
     pipeline = kinds.add_parser(
         "pipeline",
-        help="a denoising step and a generation of published models, dense and by plans",
+        help="time a denoising step and a generation of published models, dense and with plans",
         allow_abbrev=False,
     )
     bench_pipeline.add_arguments(pipeline)

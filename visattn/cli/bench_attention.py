@@ -1,4 +1,4 @@
-"""``visattn bench attention``: how long attention by patterns takes."""
+"""``visattn bench attention``: times of attention by patterns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visattn.cost import calibration_of
 from visattn.patterns import Pattern, parse_pattern
 
 SCATTERED = "scattered:"
-# Bands of whole blocks and of tokens, tile-aligned boxes, radial: maps that run as they are.
+# Bands of whole blocks and of tokens, tile-aligned boxes, radial: no order of tokens is needed.
 CPU_PATTERNS = {
     "cpu-8k": (
         "neighborhood((8, 12, 12), stride=(8, 4, 8))",
@@ -40,7 +40,7 @@ PATTERNS = (
     "scattered:0.05",
     "scattered:0.25",
 )
-LONG = 16384  # tokens from which dense attention on a CPU takes minutes
+LONG = 16384  # with more tokens, dense attention on a CPU takes minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         choices=SHAPES,
         metavar="NAME",
-        help=f"of {', '.join(SHAPES)} (default: {' '.join(CPU_SHAPES)}; on a GPU "
+        help=f"one of {', '.join(SHAPES)} (default: {' '.join(CPU_SHAPES)}; on a GPU "
         f"{' '.join(GPU_SHAPES)})",
     )
     parser.add_argument(
@@ -58,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="PATTERN",
-        help="static patterns in written form, or scattered:SHARE for blocks at random (default: "
-        f"{' '.join(PATTERNS)}; on a CPU some of each shape)",
+        help="static patterns in written form, or scattered:SHARE for random blocks (default: "
+        f"{' '.join(PATTERNS)}; on a CPU a few for each shape)",
     )
-    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    parser.add_argument("--no-flex", action="store_true", help="do not time FlexAttention")
     add_machine(parser, repeats=7)
 
 
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> Output:
     for name in names:
         if not machine.gpu and SHAPES[name].layout.length > LONG:
             raise ValueError(
-                f"--shape {name} has {SHAPES[name].layout.length} tokens, on which a CPU works for "
-                f"minutes; use {', '.join(CPU_SHAPES)} or --device cuda"
+                f"--shape {name} has {SHAPES[name].layout.length} tokens, which take minutes on a "
+                f"CPU; use {', '.join(CPU_SHAPES)} or --device cuda"
             )
-    found: dict[str, list[AttentionTime]] = {}
+    results: dict[str, list[AttentionTime]] = {}
     wrong: list[str] = []
     for name in names:
         usual = PATTERNS if machine.gpu else CPU_PATTERNS.get(name, PATTERNS)
@@ -94,18 +94,18 @@ def run(args: argparse.Namespace) -> Output:
             except WrongResult as error:
                 wrong.append(f"{name}: {error}")
                 continue
-            found.setdefault(name, []).append(time)
+            results.setdefault(name, []).append(time)
     if args.json:
-        times = {name: [x.numbers() for x in own] for name, own in found.items()}
+        times = {name: [row.numbers() for row in rows] for name, rows in results.items()}
         return Output(json.dumps(machine.where() | {"times": times}, indent=2), tuple(wrong))
-    return Output(table(machine, found), tuple(wrong))
+    return Output(table(machine, results), tuple(wrong))
 
 
 def read_pattern(text: str) -> Pattern:
-    """A static pattern.
+    """Read a static pattern.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no static pattern.
     """
     if text.startswith(SCATTERED):
         try:
@@ -115,15 +115,15 @@ def read_pattern(text: str) -> Pattern:
     pattern = parse_pattern(text)
     if not isinstance(pattern, Pattern):
         raise ValueError(
-            f"--pattern {text} is dynamic; 'visattn bench selection' measures what choosing costs"
+            f"--pattern {text} is dynamic; 'visattn bench selection' times its selection"
         )
     return pattern
 
 
-def table(machine: Machine, found: dict[str, list[AttentionTime]]) -> str:
-    """The numbers, shape by shape."""
+def table(machine: Machine, results: dict[str, list[AttentionTime]]) -> str:
+    """Return the times as text, with a table for each shape."""
     lines = [", ".join(f"{name} {value}" for name, value in machine.where().items())]
-    for name, rows in found.items():
+    for name, rows in results.items():
         first = rows[0]
         lines += ["", f"{name}: {first.tokens} tokens, {first.heads} heads of {first.head_size}"]
         lines.append(

@@ -1,4 +1,4 @@
-"""``visattn bench pipeline``: how long a denoising step and a generation take by plans."""
+"""``visattn bench pipeline``: times of a denoising step and a generation with plans."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from visattn.plan import Plan, read_plan
 CPU_MODELS = ("tiny-wan",)
 GPU_MODELS = ("wan2.1-1.3b", "cogvideox-5b")
 PLANS = ("neighborhood((0.5, 0.5, 0.5))", "top_blocks(0.25)")
-# Of a step and of weights on a CPU; more takes minutes a step, and more memory than most have.
+# Limits on a CPU for the operations of a step and the bytes of weights: above them a step takes
+# minutes, or the weights do not fit the memory of most machines.
 MOST_OPERATIONS, MOST_BYTES = 1e12, 8e9
 PROMPT = "a red square moves right over the night"
-# Of the denoiser, in a step with classifier-free guidance.
 
 
 class Row(NamedTuple):
-    """What was measured of a plan, as it was written, on a model."""
+    """The times of a plan on a model; ``plan`` is the text of the option."""
 
     plan: str
     step: StepTime
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         choices=ARCHITECTURES,
         metavar="NAME",
-        help=f"of {', '.join(ARCHITECTURES)}: their real configurations with random weights, but "
-        f"tiny-wan, which is trained (default: {' '.join(CPU_MODELS)}; on a GPU "
+        help=f"one of {', '.join(ARCHITECTURES)}, with the published configuration and random "
+        f"weights; tiny-wan is trained (default: {' '.join(CPU_MODELS)}; on a GPU "
         f"{' '.join(GPU_MODELS)})",
     )
     parser.add_argument(
@@ -59,10 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("height", "width", "num-frames"):
         parser.add_argument(
-            f"--{name}", type=int, metavar="N", help="of the video (default: the model's)"
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"{name.replace('-', ' ')} of the video (default: the model's)",
         )
     parser.add_argument(
-        "--layers", type=int, metavar="N", help="run only so many layers (default: all)"
+        "--layers", type=int, metavar="N", help="number of layers that run (default: all)"
     )
     parser.add_argument(
         "--generate", action="store_true", help="time whole generations too (tiny-wan only)"
@@ -84,10 +87,10 @@ def run(args: argparse.Namespace) -> Output:
         for denoiser in plan.denoisers.values():
             if args.layers is not None and denoiser.layers != args.layers:
                 raise ValueError(
-                    f"--layers {args.layers} runs a part of the model, and --plan {text} is for "
-                    f"all of its {denoiser.layers} layers; leave --layers out, or give a pattern"
+                    f"--layers {args.layers} runs a part of the model, but --plan {text} is for "
+                    f"{denoiser.layers} layers; leave --layers out, or give a pattern"
                 )
-    found: dict[str, list[Row]] = {}
+    results: dict[str, list[Row]] = {}
     failed: list[str] = []
     for name, architecture in models.items():
         try:
@@ -108,19 +111,19 @@ def run(args: argparse.Namespace) -> Output:
             except (WrongResult, ValueError) as error:
                 failed.append(f"{name}, {text}: {error}")
             else:
-                found.setdefault(name, []).append(Row(text, step, whole))
-        del model  # before the next one is made
+                results.setdefault(name, []).append(Row(text, step, whole))
+        del model  # frees its memory before the next model is made
     if args.json:
-        own = {name: numbers(models[name], rows) for name, rows in found.items()}
-        return Output(json.dumps(where(machine) | {"models": own}, indent=2), failed)
-    return Output(table(machine, models, found) if found else "", failed)
+        by_model = {name: numbers(models[name], rows) for name, rows in results.items()}
+        return Output(json.dumps(where(machine) | {"models": by_model}, indent=2), failed)
+    return Output(table(machine, models, results) if results else "", failed)
 
 
 def read_model(name: str, args: argparse.Namespace, machine: Machine) -> Architecture:
-    """A model at the size that is asked for.
+    """Return a model at the size of the arguments.
 
     Raises:
-        ValueError: it takes no such size, has fewer layers, or is too large for a CPU.
+        ValueError: the model does not accept the size, has fewer layers, or is too large for a CPU.
     """
     known = ARCHITECTURES[name]
     try:
@@ -144,10 +147,12 @@ def read_model(name: str, args: argparse.Namespace, machine: Machine) -> Archite
 
 
 def read_one(text: str) -> Plan:
-    """A plan.
+    """Read a plan.
 
     Raises:
-        TypeError, ValueError, OSError: it is none.
+        TypeError: the plan is invalid.
+        ValueError: there is no such plan, or it is dense.
+        OSError: a file cannot be read.
     """
     plan = read_plan(text)
     if plan is None:
@@ -162,7 +167,7 @@ def out_of_memory(error: BaseException) -> str:
 def generation(
     architecture: Architecture, plan: Plan, args: argparse.Namespace, machine: Machine
 ) -> GenerationTime:
-    """The times of whole generations of the small model."""
+    """Return the times of whole generations of the small model."""
     loading = Loading(default_model(), dtype=args.dtype or "auto", device=machine.device)
     size = {name: getattr(architecture, name) for name in ("height", "width", "num_frames")}
     job = Job(PROMPT, **shape_of(default_model()) | size)
@@ -170,31 +175,31 @@ def generation(
 
 
 def where(machine: Machine) -> dict[str, object]:
-    """What the numbers are of."""
+    """Return the device and the versions of the measurement."""
     return machine.where() | {"diffusers": version_of("diffusers")}
 
 
 def numbers(architecture: Architecture, rows: list[Row]) -> dict[str, Any]:
-    """What was measured of a model, as JSON values."""
-    own: dict[str, Any] = {
+    """Return the results of a model as JSON values."""
+    values: dict[str, Any] = {
         name: getattr(architecture, name)
         for name in ("height", "width", "num_frames", "text", "trained")
     }
-    own["all_layers"] = architecture.layers
-    own["plans"] = {
+    values["all_layers"] = architecture.layers
+    values["plans"] = {
         row.plan: {
             "step": row.step.numbers(),
             "generation": None if row.generation is None else row.generation.numbers(),
         }
         for row in rows
     }
-    return own
+    return values
 
 
-def table(machine: Machine, models: dict[str, Architecture], found: dict[str, list[Row]]) -> str:
-    """The numbers, model by model."""
+def table(machine: Machine, models: dict[str, Architecture], results: dict[str, list[Row]]) -> str:
+    """Return the times as text, with a table for each model."""
     lines = [", ".join(f"{name} {value}" for name, value in where(machine).items())]
-    for name, rows in found.items():
+    for name, rows in results.items():
         first, architecture = rows[0].step, models[name]
         weights = "trained" if architecture.trained else "random weights"
         part = "" if first.layers == architecture.layers else f" of {architecture.layers}"

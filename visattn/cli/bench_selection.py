@@ -1,4 +1,4 @@
-"""``visattn bench selection``: what choosing blocks costs."""
+"""``visattn bench selection``: times of the selection of blocks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import parse_pattern
 from visattn.selectors import SELECTORS, Reuse, Selector, SkipList
 
-# Shapes of tokens: what a CPU can do in a minute, and those of video models.
+# Token grids: those that a CPU finishes in a minute, and those of video models.
 CPU_GRIDS = ("8x32x32", "16x32x32")
 GPU_GRIDS = ("21x30x52", "21x45x80", "33x45x80")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is measured, on what."""
+    """The selectors, the sizes and the device of a measurement."""
 
     layouts: list[TokenLayout]
     selectors: list[Selector]
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="PATTERN",
-        help="dynamic patterns in written form (default: all, with their own parameters)",
+        help="dynamic patterns in written form (default: all, with their default parameters)",
     )
     parser.add_argument(
         "--grid",
@@ -44,14 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TxHxW",
         help=f"token grids (default: {' '.join(CPU_GRIDS)}; on a GPU {' '.join(GPU_GRIDS)})",
     )
-    parser.add_argument("--heads", type=int, default=4, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--head-size", type=int, metavar="N", help="(default 64; on a GPU 128)")
+    parser.add_argument(
+        "--heads", type=int, default=4, metavar="N", help="number of heads (default %(default)s)"
+    )
+    parser.add_argument(
+        "--head-size", type=int, metavar="N", help="channels of a head (default 64; on a GPU 128)"
+    )
     add_machine(parser, repeats=5)
 
 
 def run(args: argparse.Namespace) -> str:
     request = read(args)
-    found = [
+    results = [
         time_selection(
             selector,
             layout,
@@ -65,15 +69,15 @@ def run(args: argparse.Namespace) -> str:
         for selector in request.selectors
     ]
     if args.json:
-        return json.dumps(where(request) | {"times": [x.numbers() for x in found]}, indent=2)
-    return table(request, found)
+        return json.dumps(where(request) | {"times": [x.numbers() for x in results]}, indent=2)
+    return table(request, results)
 
 
 def read(args: argparse.Namespace) -> Request:
-    """The request of the arguments.
+    """Read the arguments.
 
     Raises:
-        ValueError: a pattern is not dynamic, a grid is none, or a number is not above 0.
+        ValueError: a pattern is not dynamic, a grid is invalid, or a number is below 1.
     """
     machine = read_machine(args)
     at_least_one(args, "heads", "head_size")
@@ -82,12 +86,12 @@ def read(args: argparse.Namespace) -> Request:
         selector = parse_pattern(text)
         if not isinstance(selector, Selector):
             raise ValueError(
-                f"--pattern {text} is static, and nothing of it is chosen at run time; use one of "
+                f"--pattern {text} is static, so no blocks are selected at run time; use one of "
                 f"{', '.join(SELECTORS)}"
             )
         if isinstance(selector, Reuse | SkipList) and args.pattern:
             raise ValueError(
-                f"--pattern {text} costs nothing at most steps; measure the selector within"
+                f"--pattern {text} selects no blocks at most steps; give the selector inside it"
             )
         if not isinstance(selector, SkipList):
             selectors.append(selector)
@@ -104,15 +108,15 @@ def read(args: argparse.Namespace) -> Request:
 
 
 def where(request: Request) -> dict[str, object]:
-    """What the numbers are of."""
+    """Return the device, the versions and the sizes of the measurement."""
     return request.machine.where() | {"heads": request.heads, "head_size": request.dim}
 
 
-def table(request: Request, found: list[SelectionTime]) -> str:
-    """The numbers, cheapest first at each size."""
+def table(request: Request, results: list[SelectionTime]) -> str:
+    """Return the times as text, the fastest selector first at each size."""
     head = ", ".join(f"{name} {value}" for name, value in where(request).items())
     lines = [head, "", "tokens    dense ms  choice ms  of dense  (quartiles)     density  pattern"]
-    for row in sorted(found, key=lambda x: (x.tokens, x.share)):
+    for row in sorted(results, key=lambda x: (x.tokens, x.share)):
         lines.append(
             f"{row.tokens:<8}{1e3 * row.dense:>10.1f}{1e3 * row.selection:>11.2f}"
             f"{row.share:>10.1%}  ({row.share_low:.1%} to {row.share_high:.1%})"

@@ -1,4 +1,4 @@
-"""``visattn compare``: how far two outputs, or the outputs of two plans, are apart."""
+"""``visattn compare``: the difference of two outputs, or of the outputs of two plans."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="A B | PROMPT",
-        help="two outputs, A the reference (mp4, PNG, or folder of PNG files); or with --model a "
-        "prompt, which --plan (A) and --plan-b (B) generate from the same noise",
+        help="two outputs to compare, A is the reference (mp4, PNG, or folder of PNG files); or, "
+        "with --model, a prompt to generate with --plan (A) and --plan-b (B) from the same noise",
     )
-    parser.add_argument("--plan-b", metavar="PLAN", help="the plan of B, written as --plan is")
-    parser.add_argument("--per-frame", action="store_true", help="print every frame too")
+    parser.add_argument("--plan-b", metavar="PLAN", help="plan of B, in the same form as --plan")
+    parser.add_argument(
+        "--per-frame", action="store_true", help="print the numbers of every frame too"
+    )
     parser.add_argument(
         "--output",
         "-o",
         metavar="OUT",
-        help="FILE.html for a page with both, FILE.json for the numbers; FILE.mp4, FILE.png or a "
-        "folder for A and B side by side",
+        help="FILE.html writes a page with both, FILE.json the numbers, FILE.mp4, FILE.png or a "
+        "folder A and B side by side",
     )
     add_job_arguments(parser)
     add_model_arguments(parser)
@@ -62,26 +64,26 @@ def run(args: argparse.Namespace) -> str:
     if a.shape != b.shape:
         sizes = " and ".join(f"{t} frames of {h}x{w}" for t, h, w, _ in (a.shape, b.shape))
         raise ValueError(f"A and B have {sizes}; only equal shapes can be compared")
-    found = compare_frames(b, a)
+    comparison = compare_frames(b, a)
     numbers: dict[str, Any] = {
-        **found.numbers(per_frame=args.per_frame),
+        **comparison.numbers(per_frame=args.per_frame),
         **dict(zip(("frames", "height", "width"), a.shape[:3], strict=True)),
         **sides,
     }
     text = json.dumps(numbers, indent=2, sort_keys=True, allow_nan=False)
     if args.output is not None:
-        write_output(args, a, b, found, numbers, text)
-    return text if args.json else report(found, numbers, args.per_frame)
+        write_output(args, a, b, comparison, numbers, text)
+    return text if args.json else report(comparison, numbers, args.per_frame)
 
 
 def check_output(path: str) -> None:
-    """Refuse an output that could not be written, before anything is computed."""
+    """Refuse an output that cannot be written, before the computation."""
     from visattn.media.video import check_target
 
     if Path(path).suffix.lower() not in (".json", ".html"):
         check_target(path)
     elif not Path(path).parent.is_dir() or Path(path).is_dir():
-        raise ValueError(f"--output {path!r} is a folder, or lies in one that is not there")
+        raise ValueError(f"--output {path!r} is a folder, or is in a folder that does not exist")
     else:
         check_writable(path)
 
@@ -90,21 +92,21 @@ def write_output(
     args: argparse.Namespace,
     a: torch.Tensor,
     b: torch.Tensor,
-    found: Comparison,
+    comparison: Comparison,
     numbers: dict[str, Any],
     text: str,
 ) -> None:
-    """The numbers, a page, or A and B side by side."""
+    """Write the numbers, a page, or A and B side by side."""
     from visattn.media.video import read_rate, write_video
 
     if args.fps is not None:
         fps = float(args.fps)
-    elif "settings" in numbers:  # of the pipeline that made them
+    elif "settings" in numbers:  # the frame rate of the pipeline
         fps = float(numbers["settings"].get("fps", FPS))
     else:
         fps = read_rate(args.inputs[0]) or read_rate(args.inputs[1]) or FPS
     if Path(args.output).suffix.lower() == ".html":
-        page = page_of(a, b, found, numbers, fps)
+        page = page_of(a, b, comparison, numbers, fps)
         write_page(page, args.output)
     elif Path(args.output).suffix.lower() == ".json":
         write_whole(args.output, f"{text}\n".encode())
@@ -113,7 +115,7 @@ def write_output(
 
 
 def read_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """The frames of two outputs, and what they are."""
+    """Return the frames of two outputs, and their paths as JSON values."""
     from visattn.media.video import read_video
 
     unused = [flag for flag in given_options(args) if flag != "--fps"]
@@ -126,7 +128,8 @@ def read_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dic
 
 
 def generate_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """The frames that two plans make of a prompt, and what they took."""
+    """Generate a prompt with two plans; return the frames, and times and settings as JSON
+    values."""
     if len(args.inputs) != 1 or args.plan_b is None:
         raise ValueError("with --model give one prompt, and --plan-b with the plan of B")
     job = Job(prompt=args.inputs[0], **job_fields(args))
@@ -158,28 +161,28 @@ def generate_pair(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor,
     return frames["a"], frames["b"], {**sides, **extra}
 
 
-def report(found: Comparison, numbers: dict[str, Any], per_frame: bool) -> str:
-    """The comparison for a terminal."""
+def report(comparison: Comparison, numbers: dict[str, Any], per_frame: bool) -> str:
+    """Return the comparison as text for a terminal."""
     lines = [_side(name, numbers[name.lower()]) for name in "AB"]
     for name in "ab":
         lines += [f"note: {name.upper()}: {note}" for note in numbers[name].get("notes", ())]
-    flickers = (found.flicker.clip, found.reference_flicker.clip)
+    flickers = (comparison.flicker.clip, comparison.reference_flicker.clip)
     lines += [
         f"{numbers['frames']} frames of {numbers['height']}x{numbers['width']}, B against A",
-        f"PSNR       {_value(found.psnr.clip, '.2f')} dB",
-        f"SSIM       {_value(found.ssim.clip, '.4f')}",
-        f"max error  {_value(found.max_error.clip, '.4f')}",
+        f"PSNR       {_value(comparison.psnr.clip, '.2f')} dB",
+        f"SSIM       {_value(comparison.ssim.clip, '.4f')}",
+        f"max error  {_value(comparison.max_error.clip, '.4f')}",
         "flicker    {}, A {}".format(*(_value(value, ".4f") for value in flickers))
-        + f", ratio {_value(found.flicker_ratio, '.3f')}",
+        + f", ratio {_value(comparison.flicker_ratio, '.3f')}",
     ]
     if per_frame:
         lines.append("frame    PSNR    SSIM  max error  flicker  flicker of A")
         rows = zip(
-            found.psnr.frames,
-            found.ssim.frames,
-            found.max_error.frames,
-            found.flicker.frames,
-            found.reference_flicker.frames,
+            comparison.psnr.frames,
+            comparison.ssim.frames,
+            comparison.max_error.frames,
+            comparison.flicker.frames,
+            comparison.reference_flicker.frames,
             strict=True,
         )
         forms, widths = (".2f", ".4f", ".4f", ".4f", ".4f"), (8, 8, 11, 9, 14)

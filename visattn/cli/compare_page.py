@@ -1,4 +1,4 @@
-"""The page of ``visattn compare``: two clips in step, and how far they are apart."""
+"""The page of ``visattn compare``: two synchronised clips and their difference."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ __all__ = ["page_of"]
 
 
 def page_of(
-    a: torch.Tensor, b: torch.Tensor, found: Comparison, numbers: Mapping[str, Any], fps: float
+    a: torch.Tensor, b: torch.Tensor, comparison: Comparison, numbers: Mapping[str, Any], fps: float
 ) -> dict[str, Any]:
-    """The page as ``visattn.report`` draws it.
+    """Return the page as JSON values for ``visattn.report``.
 
     Args:
-        a, b: frames ``[T, H, W, 3]`` in [0, 1]; found: of B against A; numbers: what ``--json``
-            prints.
+        a: frames ``[T, H, W, 3]`` in [0, 1].
+        b: frames of the same shape.
+        comparison: the comparison of B with A.
+        numbers: the values that ``--json`` prints.
+        fps: frames per second.
 
     Raises:
         ValueError: the frames cannot be encoded as an mp4.
@@ -32,14 +35,14 @@ def page_of(
     sides = {name: numbers[name] for name in "ab"}
     labels = {name: str(side.get("path") or side.get("plan")) for name, side in sides.items()}
     seconds = {name: side.get("seconds") for name, side in sides.items()}
-    psnr = "equal" if found.psnr.clip == float("inf") else f"{found.psnr.clip:.2f} dB"
+    psnr = "equal" if comparison.psnr.clip == float("inf") else f"{comparison.psnr.clip:.2f} dB"
     tiles = [
         {"label": "PSNR, B against A", "value": psnr, "note": ""},
-        {"label": "SSIM", "value": _round(found.ssim.clip), "note": ""},
+        {"label": "SSIM", "value": _round(comparison.ssim.clip), "note": ""},
         {
             "label": "flicker",
-            "value": _round(found.flicker.clip),
-            "note": f"A {_words(found.reference_flicker.clip)}",
+            "value": _round(comparison.flicker.clip),
+            "note": f"A {_words(comparison.reference_flicker.clip)}",
         },
     ]
     if seconds["a"] and seconds["b"]:
@@ -53,13 +56,13 @@ def page_of(
         for name, frames in (("dense", a), ("sparse", b))
     }
     metrics = [
-        {"name": "PSNR", "value": _finite(found.psnr.clip), "unit": "dB", "dense": None},
-        {"name": "SSIM", "value": _round(found.ssim.clip), "unit": "", "dense": None},
+        {"name": "PSNR", "value": _finite(comparison.psnr.clip), "unit": "dB", "dense": None},
+        {"name": "SSIM", "value": _round(comparison.ssim.clip), "unit": "", "dense": None},
         {
             "name": "flicker",
-            "value": _round(found.flicker.clip),
+            "value": _round(comparison.flicker.clip),
             "unit": "",
-            "dense": _round(found.reference_flicker.clip),
+            "dense": _round(comparison.reference_flicker.clip),
         },
     ]
     return {

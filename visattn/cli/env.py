@@ -1,4 +1,4 @@
-"""``visattn env``: what a bug report should hold. Versions and devices; no paths, no variables."""
+"""``visattn env``: versions and devices for a bug report; no paths and no variables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def environment() -> dict[str, object]:
-    """What the package runs on, by name; only torch is imported to find out."""
+    """Return versions and devices by name; of the packages only torch is imported."""
     info: dict[str, object] = {
         "visattn": __version__,
         "Python": platform.python_version(),
@@ -64,7 +64,7 @@ def environment() -> dict[str, object]:
 
 
 def can_run(backend: str, sample: torch.Tensor) -> bool:
-    """Whether a backend runs on tensors like the sample."""
+    """Return whether a backend runs on tensors like the sample."""
     try:
         choose_backend(backend, sample)
     except BackendUnavailable:
@@ -73,7 +73,7 @@ def can_run(backend: str, sample: torch.Tensor) -> bool:
 
 
 def devices() -> list[str]:
-    """Names of the accelerators that torch sees."""
+    """Return the names of the accelerators that torch finds."""
     if torch.cuda.is_available():  # true for HIP as well
         properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [f"{item.name} ({item.total_memory / 2**30:.0f} GiB)" for item in properties]
@@ -81,7 +81,7 @@ def devices() -> list[str]:
 
 
 def version_of(name: str) -> str:
-    """The version of an installed package, which is not imported."""
+    """Return the version of an installed package without importing it."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,5 +1,6 @@
-"""``visattn generate``: a video from a prompt, or many from a file of prompts, which several
-processes share (``torchrun --nproc_per_node N -m visattn generate --prompts FILE.jsonl ...``)."""
+"""``visattn generate``: a video from a prompt, or many from a file of prompts, whose lines several
+processes can share (``torchrun --nproc_per_node N -m visattn generate --prompts FILE.jsonl
+...``)."""
 
 from __future__ import annotations
 
@@ -26,34 +27,34 @@ OUTPUT = "visattn.mp4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what should be seen")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text that describes the video")
     parser.add_argument(
         "--prompts",
         metavar="FILE.jsonl",
-        help="a JSON object a line: prompt, and any of negative_prompt, seed, height, width, "
-        "num_frames, num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale, fps, "
-        "image, guidance, output; several processes share the lines, started as torchrun "
-        "--nproc_per_node N -m visattn generate",
+        help="file with a JSON object on each line: prompt, and any of negative_prompt, seed, "
+        "height, width, num_frames, num_inference_steps, guidance_scale, guidance_scale_2, "
+        "true_cfg_scale, fps, image, guidance, output; several processes share the lines if "
+        "started by torchrun --nproc_per_node N -m visattn generate",
     )
     parser.add_argument(
         "--output",
         "-o",
         metavar="OUT",
         help="FILE.mp4, FILE.png for one frame, or a folder for lossless PNG frames (default "
-        f"{OUTPUT}); with --prompts the folder of all outputs. OUT.json beside it says all that "
-        "made it",
+        f"{OUTPUT}); with --prompts the folder of all outputs. OUT.json records all settings "
+        "and versions",
     )
     parser.add_argument(
         "--num-videos-per-prompt",
         type=int,
         default=1,
         metavar="N",
-        help="one after the other, with the seeds SEED, SEED + 1, ... (default 1)",
+        help="number of videos, with the seeds SEED, SEED + 1, ... (default 1)",
     )
     parser.add_argument(
         "--skip-existing",
         action="store_true",
-        help="keep an output that the same options made of the same model before, if it is whole",
+        help="keep complete outputs that were made with the same options and the same model",
     )
     parser.add_argument(
         "--guidance",
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> str | Output:
 
 
 def generate_own(args: argparse.Namespace, group: ProcessGroup) -> Output:
-    """Every process makes the items that are its own, and waits for the others, as what started
-    them may end all when one of them ends with an error."""
+    """Generate the items of this process and wait for the other processes, because a launcher may
+    end all processes when one of them ends with an error."""
     items = read_items(args)[group.process.rank :: group.process.world]
     loading = read_loading(args)
     backend = args.backend or "auto"
@@ -94,7 +95,11 @@ def generate_own(args: argparse.Namespace, group: ProcessGroup) -> Output:
         new_folders=args.prompts is not None,
         progress=lambda item: ProgressBar(item.label, every=True),
     )
-    failures = [f"{own.item.label}: {own.error}" for own in outcomes if own.status == "failed"]
+    failures = [
+        f"{outcome.item.label}: {outcome.error}"
+        for outcome in outcomes
+        if outcome.status == "failed"
+    ]
     elsewhere = any(group.gather(bool(failures)))
     if args.json:
         numbers = [outcome.numbers() for outcome in outcomes]
@@ -104,10 +109,12 @@ def generate_own(args: argparse.Namespace, group: ProcessGroup) -> Output:
 
 
 def read_items(args: argparse.Namespace) -> list[Item]:
-    """What the command line asks for, one item for each output.
+    """Return one item for each output that the arguments ask for.
 
     Raises:
-        TypeError, ValueError, OSError: it asks for nothing, or for what cannot be.
+        TypeError: an option is invalid.
+        ValueError: an option is invalid, or there is no prompt.
+        OSError: a file cannot be read.
     """
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE.jsonl")
@@ -121,36 +128,40 @@ def read_items(args: argparse.Namespace) -> list[Item]:
             raise ValueError("--prompts needs --output with the folder of all outputs")
         folder = Path(args.output)
         if folder.suffix.lower() in (".mp4", ".png") or (folder.exists() and not folder.is_dir()):
-            raise ValueError(f"--output {args.output!r} must be a folder, for --prompts makes many")
+            raise ValueError(
+                f"--output {args.output!r} must be a folder: --prompts writes many files"
+            )
         if not folder.parent.is_dir():
-            raise ValueError(f"--output {args.output!r} lies in a folder that is not there")
+            raise ValueError(
+                f"--output {args.output!r} is in a folder that does not exist; make it first"
+            )
         items = read_prompts(args.prompts, folder, _fields(args))
-    return [own for item in items for own in seeded(item, args.num_videos_per_prompt)]
+    return [copy for item in items for copy in seeded(item, args.num_videos_per_prompt)]
 
 
 def _fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Job that the command line gives."""
+    """Return the fields of a Job from the arguments."""
     return job_fields(args) | {"guidance": parse_guidances(args.guidance)}
 
 
 def guidance_list(as_json: bool) -> str:
-    """The guidances that have a name."""
-    found = listed_guidances()
+    """Return the named guidances as text or JSON."""
+    rows = listed_guidances()
     if as_json:
-        return json.dumps(found, indent=2)
+        return json.dumps(rows, indent=2)
     blocks = [
         [
-            f"{own['name']}: {own['summary']}",
-            f'    --guidance "{own["example"]}"',
-            f"    parameters: {', '.join(own['parameters'])}",
+            f"{row['name']}: {row['summary']}",
+            f'    --guidance "{row["example"]}"',
+            f"    parameters: {', '.join(row['parameters'])}",
         ]
-        for own in found
+        for row in rows
     ]
     return "\n".join(line for block in blocks for line in block)
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:
-    """What is printed of an outcome; a failure stands on stderr."""
+    """Return the lines that are printed for an outcome; failures are printed on stderr."""
     numbers = outcome.numbers()
     if outcome.status == "failed":
         return []

@@ -23,18 +23,23 @@ __all__ = [
 ]
 
 JOB_OPTIONS = {
-    "negative_prompt": (str, "TEXT", "what should not be seen"),
+    "negative_prompt": (str, "TEXT", "text that describes what the video must not show"),
     "seed": (int, "N", "seed of the noise (default 0)"),
     "height": (int, "N", "pixels (default: the model's)"),
     "width": (int, "N", "pixels (default: the model's)"),
     "num_frames": (int, "N", "frames (default: the model's)"),
     "num_inference_steps": (int, "N", "denoising steps (default: the model's)"),
     "guidance_scale": (float, "X", "guidance scale (default: the model's)"),
-    "guidance_scale_2": (float, "X", "that of the second denoiser (default: guidance scale)"),
+    "guidance_scale_2": (
+        float,
+        "X",
+        "guidance scale of the second denoiser (default: --guidance-scale)",
+    ),
     "true_cfg_scale": (
         float,
         "X",
-        "scale away from the negative prompt, for models that are told the other",
+        "classifier-free guidance scale for guidance-distilled models (HunyuanVideo, Flux.1), "
+        "whose --guidance-scale is an embedded input",
     ),
     "fps": (float, "X", "frames per second of an mp4 (default: the model's)"),
     "image": (str, "FILE", "the first frame, for image-to-video pipelines"),
@@ -48,30 +53,34 @@ MODEL_OPTIONS = {
     ),
     "device": (None, "DEVICE", "cuda, cuda:1, mps, cpu (default: the accelerator, else the CPU)"),
     "device_map": (None, "MAP", "'balanced' over all GPUs, or a device"),
-    "cpu_offload": (None, "HOW", "model, group or sequential: keep parts in the CPU's memory"),
+    "cpu_offload": (
+        None,
+        "HOW",
+        "model, group or sequential: keep parts of the model in CPU memory",
+    ),
     "variant": (None, "NAME", "variant of the weights, as in fp16"),
     "revision": (None, "REV", "branch, tag or commit of the model"),
-    "token": (None, "TOKEN", "Hugging Face token; it is in no record"),
-    "attention_backend": (None, "NAME", "diffusers' attention backend for what is dense"),
+    "token": (None, "TOKEN", "Hugging Face token; it is not recorded"),
+    "attention_backend": (None, "NAME", "attention backend of diffusers for dense attention"),
 }
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is generated."""
-    group = parser.add_argument_group("what is generated")
+    """Add the options of a Job."""
+    group = parser.add_argument_group("options of the generation")
     group.add_argument(
         "--shape",
         metavar="NAME",
-        help="sizes, steps and guidance by a name that the model's folder has in "
-        "visattn_shapes.json (default: its 'default', where it has one)",
+        help="named sizes, steps and guidance scales from visattn_shapes.json in the model's "
+        "folder (default: 'default', if the file has it)",
     )
     for name, (kind, metavar, text) in JOB_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What generates it."""
-    group = parser.add_argument_group("what generates it")
+    """Add the options of the pipeline and the plan."""
+    group = parser.add_argument_group("options of the pipeline")
     for name, (short, metavar, text) in MODEL_OPTIONS.items():
         group.add_argument(*filter(None, (_flag(name), short)), metavar=metavar, help=text)
     group.add_argument(
@@ -79,12 +88,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LORA",
         help='path or hub id, or \'{"lora_id": ..., "lora_scale": 0.8}\', with "weight_name" for a '
-        'file of a folder and "role" for one of two denoisers (default: both); repeat to stack',
+        'file of a folder and "role" for one of two denoisers (default: both); repeat for several',
     )
     for name, text in (
-        ("trust_remote_code", "allow code of the model's repository to run"),
+        ("trust_remote_code", "run code of the model's repository"),
         ("vae_tiling", "decode in tiles, to save memory"),
-        ("vae_slicing", "decode one by one, to save memory"),
+        ("vae_slicing", "decode videos one by one, to save memory"),
     ):
         group.add_argument(_flag(name), action="store_true", default=None, help=text)
     group.add_argument(
@@ -97,16 +106,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plan",
         metavar="PLAN",
-        help="'none' (the default: dense), 'auto' (the plan beside the model), a plan's file, "
+        help="'none' (the default: dense), 'auto' (the plan in the model's folder), a plan's file, "
         "folder or hub id, or a pattern such as 'radial(decay=0.2)'",
     )
     group.add_argument(
-        "--backend", choices=BACKENDS, help="what computes sparse attention (default auto)"
+        "--backend", choices=BACKENDS, help="backend of sparse attention (default auto)"
     )
 
 
 def given_options(args: argparse.Namespace) -> list[str]:
-    """Flags of the groups above that the command line holds."""
+    """Return the flags of the groups above that were given."""
     names = (
         "shape",
         *JOB_OPTIONS,
@@ -117,7 +126,7 @@ def given_options(args: argparse.Namespace) -> list[str]:
 
 
 def job_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Job that the command line gives, over those of the model's shape.
+    """Return the fields of a Job: those that were given, else those of the model's shape.
 
     Raises:
         ValueError: the model has no such shape.
@@ -131,15 +140,15 @@ def _model(args: argparse.Namespace) -> str:
 
 
 def read_loading(args: argparse.Namespace) -> Loading:
-    """The pipeline that the command line names.
+    """Return the pipeline of the arguments.
 
     Raises:
-        ValueError: an option holds what it cannot.
+        ValueError: an option is invalid.
     """
     if args.device is not None and args.device_map is not None:
-        raise ValueError("--device and --device-map exclude each other")
+        raise ValueError("--device and --device-map exclude each other; give one of them")
     if args.device_map is not None and args.device_map.lstrip().startswith("{"):
-        raise ValueError("--device-map takes 'balanced' or a device; diffusers takes no more")
+        raise ValueError(f"--device-map {args.device_map} must be 'balanced' or a device")
     return Loading(
         model=_model(args),
         dtype=args.dtype or "auto",
@@ -158,17 +167,19 @@ def read_loading(args: argparse.Namespace) -> Loading:
 
 
 def read_one_plan(text: str | None, loading: Loading, backend: str) -> Plan | None:
-    """The plan of an option, or None; what cannot run here is refused before a model is loaded.
+    """Read the plan of an option, or None, and check the backend before a model is loaded.
 
     Raises:
-        TypeError, ValueError, OSError: it is no plan.
+        TypeError: the plan is invalid.
+        ValueError: there is no such plan.
+        OSError: a file cannot be read.
         BackendUnavailable: the backend cannot run on the device.
     """
     device = None if loading.device == "balanced" else loading.device
     choose_backend(backend, torch.empty(1, 1, 1, 64, device=pick_device(device)))
     if text is None:
         return None
-    revision = loading.revision if text.lower() == "auto" else None  # that of the model
+    revision = loading.revision if text.lower() == "auto" else None  # the revision of the model
     return read_plan(text, model_path=loading.model, revision=revision, token=loading.token)
 
 

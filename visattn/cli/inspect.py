@@ -1,4 +1,4 @@
-"""``visattn inspect``: the attention of a pipeline, as a table of its heads and as pictures."""
+"""``visattn inspect``: the attention of the heads of a pipeline, as a table and as pictures."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from visattn.readout.tiles import MOST_TOKENS
 from visattn.runtime.progress import ProgressBar
 
 PASSES = ("cond", "uncond", "all")
-SPREAD = 4  # steps that are read where none are named
+SPREAD = 4  # number of steps that are read by default
 # Columns of the table: name, field of Shares, width, meaning.
 COLUMNS = (
     ("frame", "frame", 7, "mass in the query's own frame"),
     ("place", "same_place", 7, "mass at the query's place in the other frames"),
-    ("window", "window", 8, "mass in a window of {window} tokens about the query"),
+    ("window", "window", 8, "mass in a window of {window} tokens around the query"),
     ("columns", "columns", 9, "mass in the 1/64 of the keys that all queries share most"),
     ("text", "text", 7, "mass in text tokens"),
     ("tiles", "tile_share", 7, "share of the key tiles that hold 90 % of the mass"),
@@ -55,11 +55,13 @@ class Place(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="what is generated while it is inspected")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", help="prompt of the generation that is inspected"
+    )
     for name, kind, metavar, text in (
         ("layer", str, "LAYER", "layers by number or module path (default: all)"),
         ("head", int, "N", "heads (default: all)"),
-        ("step", int, "N", f"denoising steps, from 0 (default: {SPREAD}, spread over all)"),
+        ("step", int, "N", f"denoising steps, from 0 (default: {SPREAD} of them, evenly spaced)"),
     ):
         parser.add_argument(
             f"--{name}", type=kind, nargs="+", action="extend", metavar=metavar, help=text
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> str:
         check_output(args.output)
     job = Job(prompt=args.prompt, **job_fields(args))
     options = read_options(args)
-    Sampler(**options)  # so that what it refuses costs no loading
+    Sampler(**options)  # refuses invalid options before the pipeline is loaded
     loading, backend = read_loading(args), args.backend or "auto"
     plan = read_one_plan(args.plan, loading, backend)
     pipe = load_pipeline(loading)
@@ -150,11 +152,11 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join([*report(facts, sampler), *lines])
 
 
-# ---- what is asked for
+# ---- arguments
 
 
 def check_output(path: str) -> None:
-    """Refuse a picture that could not be written, before anything is computed."""
+    """Refuse a picture that cannot be written, before the computation."""
     from visattn.media.video import check_target
 
     if Path(path).suffix.lower() != ".png":
@@ -163,7 +165,7 @@ def check_output(path: str) -> None:
 
 
 def read_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of the sampler, besides layers and steps."""
+    """Return the arguments of the sampler, without layers and steps."""
     return {
         "passes": None if args.pass_ == "all" else [args.pass_],
         "heads": args.head,
@@ -182,7 +184,7 @@ def read_window(text: str) -> Triple:
 
 
 def choose_layers(pipe: Any, texts: Sequence[str] | None) -> list[Place]:
-    """The layers that the command line names, or all."""
+    """Return the layers of ``--layer``, or all."""
     known = [
         Place(role, number, path, int(module.heads))
         for role, model in models_of(pipe).items()
@@ -190,56 +192,56 @@ def choose_layers(pipe: Any, texts: Sequence[str] | None) -> list[Place]:
         for number, (path, module) in enumerate(attention_layers(model, family).items())
     ]
     if not known:
-        raise ValueError(f"{type(pipe).__name__} has no denoiser whose attention is known")
+        raise ValueError(f"{type(pipe).__name__} has no denoiser of a known family")
     chosen = []
     for text in texts or ():
-        found = [p for p in known if text in (str(p.number), p.path, p.name)]
-        if not found:
+        matches = [p for p in known if text in (str(p.number), p.path, p.name)]
+        if not matches:
             last = max(place.number for place in known)
             raise ValueError(
-                f"--layer {text!r} is not there; {type(pipe).__name__} has the layers 0 to {last}, "
+                f"--layer {text!r} does not exist; {type(pipe).__name__} has layers 0 to {last}, "
                 f"such as {known[0].path} or {known[-1].name}"
             )
-        chosen += found
+        chosen += matches
     return [place for place in known if texts is None or place in chosen]
 
 
 def check_heads(places: Sequence[Place], heads: Sequence[int] | None) -> None:
-    """Refuse heads that a layer does not have."""
+    """Refuse heads that do not exist in a layer."""
     for place in places:
         for head in heads or ():
             if head >= place.heads:
                 raise ValueError(
-                    f"--head {head} is not there; {place.path} of {place.role} has the heads 0 to "
+                    f"--head {head} does not exist; {place.path} of {place.role} has heads 0 to "
                     f"{place.heads - 1}"
                 )
 
 
 def count_steps(pipe: Any, job: Job) -> int:
-    """Denoising steps of the job, as far as can be told before it runs."""
+    """Return the number of denoising steps of a job before it runs."""
     if job.num_inference_steps is not None:
         return job.num_inference_steps
-    own = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    if own is None or not isinstance(own.default, int):
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    if parameter is None or not isinstance(parameter.default, int):
         raise ValueError(f"give --num-inference-steps; {type(pipe).__name__} has no default")
-    return own.default
+    return parameter.default
 
 
 def choose_steps(total: int, steps: Sequence[int] | None) -> list[int]:
-    """The steps that the command line names, or some that are spread over all."""
+    """Return the steps of ``--step``, or some evenly spaced ones."""
     for step in steps or ():
         if not 0 <= step < total:
-            raise ValueError(f"--step {step} is not there; the steps are 0 to {total - 1}")
+            raise ValueError(f"--step {step} does not exist; the steps are 0 to {total - 1}")
     return sorted(set(steps or ((2 * n + 1) * total // (2 * SPREAD) for n in range(SPREAD))))
 
 
-# ---- what is printed and drawn
+# ---- output
 
 
 def read_facts(
     args: argparse.Namespace, loading: Loading, job: Job, sampler: Sampler, result: Result
 ) -> dict[str, Any]:
-    """What was read, as JSON values."""
+    """Return the settings of the measurement as JSON values."""
     sample = sampler.measures.sample
     return {
         "model": loading.record(),
@@ -265,7 +267,7 @@ def read_facts(
 
 
 def numbers(facts: dict[str, Any], sampler: Sampler) -> dict[str, Any]:
-    """All numbers, ready for JSON."""
+    """Return all numbers as JSON values."""
     steps: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in sampler.table(by_step=True):
         steps.setdefault(_whose(line), []).append(
@@ -284,9 +286,10 @@ def _whose(line: HeadReadout) -> tuple[Any, ...]:
 
 
 def report(facts: dict[str, Any], sampler: Sampler) -> list[str]:
-    """The table for a terminal."""
+    """Return the table as lines for a terminal."""
     table, window = sampler.table(), "x".join(map(str, sampler.window))
-    columns = [own for own in COLUMNS if own[0] != "text" or sampler.measures.sample.layout.texts]
+    has_text = bool(sampler.measures.sample.layout.texts)
+    columns = [column for column in COLUMNS if column[0] != "text" or has_text]
     groups = len({(line.role, line.pass_) for line in table}) > 1
     first = max(len("uniform"), *(len(_first(line, groups)) for line in table))
     lines = [
@@ -308,20 +311,20 @@ def report(facts: dict[str, Any], sampler: Sampler) -> list[str]:
         f"{few} of {len(table)} heads hold 90 % of their mass in {100 * FEW_TILES:.0f} % of the "
         f"tiles, of at most {facts['tile_size']} tokens",
         *(f"{name:<8} {text.format(window=window)}" for name, _, _, text in columns),
-        "shape    of the tiles that need the smallest share; uniform: attention to all keys alike",
+        "shape    shape of the tiles with the smallest share; uniform: equal attention to all keys",
         *(f"note: {note}" for note in facts["notes"]),
     ]
     return lines
 
 
 def _first(line: HeadReadout, groups: bool) -> str:
-    """The first columns of a line."""
-    own = f"{line.number:5d} {line.head:4d}"
-    return f"{line.role} {line.pass_} {own}" if groups else own
+    """Return the first columns of a line."""
+    numbers = f"{line.number:5d} {line.head:4d}"
+    return f"{line.role} {line.pass_} {numbers}" if groups else numbers
 
 
 def _when(facts: dict[str, Any]) -> str:
-    """Steps and passes in words."""
+    """Return the steps and passes in words."""
     steps, total = facts["steps"], facts["settings"].get("num_inference_steps")
     words = f"step{'s' if len(steps) > 1 else ''} {_listed(steps)}"
     return f"{words}{'' if total is None else f' of {total}'}, pass {_listed(facts['passes'])}"
@@ -332,7 +335,7 @@ def _listed(values: Sequence[object] | None) -> str:
 
 
 def draw(path: str, facts: dict[str, Any], sampler: Sampler, result: Result | None) -> None:
-    """Draw all heads, or with the result of a generation the one that was read."""
+    """Draw all heads, or, with the result of a generation, the one head that was read."""
     from visattn.draw.canvas import save_png  # Pillow is loaded for pictures only
     from visattn.readout.detail import draw_detail
     from visattn.readout.overview import draw_overview

@@ -1,4 +1,4 @@
-"""Where and how often something is measured: the options that all benchmarks share."""
+"""The device, dtype and repeats of a measurement: options of all benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, the dtype of what is computed there, and how often it is."""
+    """A device, the name of the dtype, and the number of repeats of a measurement."""
 
     device: str
     name: str
@@ -33,7 +33,7 @@ class Machine:
         return DTYPES[self.name]
 
     def where(self) -> dict[str, object]:
-        """What numbers are of."""
+        """Return the device, the dtype and the versions as JSON values."""
         return {
             "visattn": __version__,
             "torch": torch.__version__,
@@ -46,20 +46,26 @@ class Machine:
 
 
 def add_machine(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Add the options."""
-    parser.add_argument("--dtype", choices=DTYPES, help="(default float32; on a GPU bfloat16)")
-    parser.add_argument("--device", help="(default: a GPU where there is one)")
+    """Add the options to a parser."""
     parser.add_argument(
-        "--repeats", type=int, default=repeats, metavar="N", help="of each (default %(default)s)"
+        "--dtype", choices=DTYPES, help="dtype of tensors (default float32; on a GPU bfloat16)"
+    )
+    parser.add_argument("--device", help="device that computes (default: a GPU if there is one)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=repeats,
+        metavar="N",
+        help="timed repeats (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below 1.
+    """Refuse arguments below 1.
 
     Raises:
-        ValueError: one is.
+        ValueError: an argument is below 1.
     """
     for name in names:
         value = getattr(args, name)
@@ -68,7 +74,7 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def read_machine(args: argparse.Namespace) -> Machine:
-    """The machine of the arguments.
+    """Return the machine of the arguments.
 
     Raises:
         ValueError: there is no such device, or the number of repeats is below 1.
@@ -79,8 +85,8 @@ def read_machine(args: argparse.Namespace) -> Machine:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"--device {device} cannot be used: {str(error).splitlines()[0]}; leave it out for "
-            "what there is"
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}; leave it out "
+            "for the default"
         ) from None
     gpu = device.startswith("cuda")
     return Machine(device, args.dtype or ("bfloat16" if gpu else "float32"), args.repeats)

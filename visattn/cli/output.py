@@ -1,4 +1,4 @@
-"""What a command prints: its result, and a line for each part that failed."""
+"""The output of a command: its result, and a line for each failure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import NamedTuple
 
 __all__ = ["Output", "error_line", "plain"]
 
-# What moves the cursor of a terminal, or turns the order of its letters.
+# Characters that move the cursor of a terminal or change the direction of text.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-MOST = 2000  # characters of a line of stderr
+MOST = 2000  # length limit of a line on stderr
 
 
 class Output(NamedTuple):
-    """The text for stdout, and a sentence for each part of the work that failed.
+    """The text for stdout, and the failures.
 
     Attributes:
-        elsewhere: whether a part failed in another process, which has the sentence.
+        text: the text for stdout.
+        failures: a line for each part of the work that failed.
+        elsewhere: whether a part failed in another process, which prints the line.
     """
 
     text: str
@@ -26,11 +28,11 @@ class Output(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """A text for a terminal: control characters but tabs and ends of lines as their escapes."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return a text for a terminal: control characters except tabs and newlines are escaped."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def error_line(message: str) -> str:
-    """One line for stderr, of a readable length, whatever the message holds."""
+    """Return a message as one line for stderr, of limited length."""
     line = plain(" ".join(message.split()))
     return f"visattn: error: {line if len(line) <= MOST else f'{line[:MOST]}...'}\n"

@@ -17,67 +17,73 @@ from visattn.cli.generation_options import (
     read_loading,
 )
 from visattn.cli.output import Output
+from visattn.cli.prompt_options import add_prompt_arguments, read_prompts
 from visattn.generation import load_pipeline
-from visattn.generation.prompts import model_prompts, read_prompt_lines
+from visattn.generation.prompts import read_prompt_lines
 from visattn.generation.silence_logs import quiet
 from visattn.runtime.processes import processes
 from visattn.runtime.progress import ProgressBar
 
-KEPT = "kept"  # the folder of what is found, in that of the output
+KEPT = "kept"  # the folder of intermediate results, inside the output folder
 UNUSED = ("plan", "backend", "compile", "image", "fps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompt",
-        nargs="*",
-        metavar="PROMPT",
-        help="prompts to calibrate on (default: those that lie beside the small model)",
-    )
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="a file of prompts to calibrate on, one a line"
-    )
+    add_prompt_arguments(parser, "for the calibration")
     parser.add_argument(
         "--held-out",
         metavar="FILE",
-        help="a file of prompts to validate on (default: every second prompt is held out)",
+        help="file of prompts for the validation (default: every second prompt)",
     )
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument(
-        "--target-speedup", type=float, metavar="X", help="of a whole generation, as in 1.35"
+        "--target-speedup",
+        type=float,
+        metavar="X",
+        help="speedup of a whole generation, as in 1.35",
     )
     goal.add_argument(
         "--max-error",
         type=float,
         metavar="X",
-        help="the fastest plan with at most this relative error of the denoiser's output "
+        help="find the fastest plan with at most this relative error of the denoiser's output "
         "(default 0.05)",
     )
     goal.add_argument(
-        "--min-psnr", type=float, metavar="DB", help="the fastest plan with this PSNR"
+        "--min-psnr", type=float, metavar="DB", help="find the fastest plan with at least this PSNR"
     )
     parser.add_argument(
-        "--budget", metavar="TIME", help="90s, 10m, 2h: then no further clip is validated"
+        "--budget",
+        metavar="TIME",
+        help="time limit such as 90s, 10m or 2h, after which no further clip is validated",
     )
     parser.add_argument(
-        "--phases", type=int, default=1, metavar="N", help="parts of the steps (default 1)"
+        "--phases",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of parts of the steps with different patterns (default 1)",
     )
     parser.add_argument(
         "--candidate",
         action="append",
         metavar="NAME",
-        help="a family or a pattern that is tried; repeat it (default: all)",
+        help="family or pattern to try; repeat for several (default: all)",
     )
     parser.add_argument(
-        "--pairs", type=int, default=20, metavar="N", help="clips of the validation (default 20)"
+        "--pairs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="number of clips of the validation (default 20)",
     )
     parser.add_argument(
         "--output",
         "-o",
         required=True,
         metavar="FOLDER",
-        help="for the plan, report.html, report.json, and what is found on the way: the same "
-        "command goes on from there; several processes share the work, started as torchrun "
+        help="folder of the plan, report.html, report.json and intermediate results; rerun the "
+        "same command to resume; several processes share the work if started by torchrun "
         "--nproc_per_node N -m visattn search",
     )
     add_job_arguments(parser)
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> Output:
 
     for name in UNUSED:
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is not for a search; leave it out")
+            raise ValueError(f"--{name} cannot be used in a search; leave it out")
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs} must be at least 1")
     folder = Path(args.output)
@@ -98,13 +104,15 @@ def run(args: argparse.Namespace) -> Output:
         raise ValueError(f"--output {args.output!r} is a file; name a folder")
     check_folder(folder)
     loading = read_loading(args)
-    used, unseen = read_prompts(args, loading.model)
+    prompts, held_out = read_prompts(args, loading.model)
+    if args.held_out is not None:
+        held_out = read_prompt_lines(args.held_out)
     fields = {k: v for k, v in job_fields(args).items() if k not in ("seed", "fps")}
     pipe = load_pipeline(loading)
-    with quiet() as said:
+    with quiet() as log_lines:
         result = search(
             pipe,
-            used,
+            prompts,
             call=fields,
             target_speedup=args.target_speedup,
             max_error=args.max_error,
@@ -113,14 +121,14 @@ def run(args: argparse.Namespace) -> Output:
             phases=args.phases,
             candidates=args.candidate,
             seeds=(args.seed or 0,),
-            held_out=unseen,
+            held_out=held_out,
             resume=folder / KEPT,
             settings=Settings(pairs=args.pairs),
             model=loading.model if args.model else "tiny-wan",
             command=f"visattn {shlex.join(sys.argv[1:])}" if sys.argv[1:] else None,
             progress=ProgressBar(),
         )
-    if not processes().first:  # the first one writes and tells
+    if not processes().first:  # the first process writes and prints
         return Output("")
     page = result.save(folder)
     report = result.report
@@ -129,14 +137,14 @@ def run(args: argparse.Namespace) -> Output:
         keys = ("title", "headline", "claims", "speed", "table", "notes", "failures", "time")
         numbers = {key: report[key] for key in keys} | {"page": str(page)}
         return Output(json.dumps(numbers, indent=2, sort_keys=True), tuple(failures))
-    return Output(text_of(report, page, list(said)), tuple(failures))
+    return Output(text_of(report, page, list(log_lines)), tuple(failures))
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that could not be made or written, before the search.
+    """Refuse a folder that cannot be made or written, before the search.
 
     Raises:
-        OSError: it names the place that cannot be written.
+        OSError: the folder cannot be written.
     """
     place = folder / "report.json"
     while not place.parent.exists():
@@ -144,29 +152,8 @@ def check_folder(folder: Path) -> None:
     check_writable(place)
 
 
-def read_prompts(args: argparse.Namespace, model: str) -> tuple[list[str], list[str] | None]:
-    """Prompts to calibrate on, and held-out ones or None.
-
-    Raises:
-        ValueError, OSError: none are given, twice, or a file cannot be read.
-    """
-    if args.prompt and args.prompts is not None:
-        raise ValueError("give prompts, or --prompts with a file of them, not both")
-    unseen = None if args.held_out is None else read_prompt_lines(args.held_out)
-    if args.prompts is not None:
-        return read_prompt_lines(args.prompts), unseen
-    if args.prompt:
-        return list(args.prompt), unseen
-    known = model_prompts(model)
-    if known is None:
-        raise ValueError(
-            f"model {model!r} has no prompts of its own; give some to calibrate on, or --prompts"
-        )
-    return known[0], unseen or known[1]
-
-
-def text_of(report: dict[str, Any] | Any, page: Path, said: list[str]) -> str:
-    """The receipt for a terminal."""
+def text_of(report: dict[str, Any] | Any, page: Path, log_lines: list[str]) -> str:
+    """Return the receipt as text for a terminal."""
     lines = [report["title"], ""]
     for tile in report["headline"]:
         note = f"  ({tile['note']})" if tile["note"] else ""
@@ -177,5 +164,5 @@ def text_of(report: dict[str, Any] | Any, page: Path, said: list[str]) -> str:
         lines.append(f"{words[claim['holds']]}: {claim['text']}: {claim['figures']}")
         if claim["cause"]:
             lines.append(f"    {claim['cause']}")
-    lines += [f"note: {note}" for note in (*report["notes"], *said)]
+    lines += [f"note: {note}" for note in (*report["notes"], *log_lines)]
     return "\n".join([*lines, "", f"wrote {page}"])

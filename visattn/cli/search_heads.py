@@ -19,8 +19,8 @@ from visattn.cli.generation_options import (
     read_one_plan,
 )
 from visattn.cli.output import Output
+from visattn.cli.prompt_options import add_prompt_arguments, read_prompts
 from visattn.generation import load_pipeline
-from visattn.generation.prompts import model_prompts, read_prompt_lines
 from visattn.generation.silence_logs import quiet
 from visattn.guidance.guiders.soft_pag import SoftPAG
 from visattn.guidance.head_search.driver import search_heads
@@ -37,43 +37,39 @@ MAX_SEEDS = 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompt",
-        nargs="*",
-        metavar="PROMPT",
-        help="prompts to search with (default: those that lie beside the small model)",
-    )
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="a file of prompts to search with, one a line"
-    )
+    add_prompt_arguments(parser, "of the search")
     parser.add_argument(
         "--seeds",
         default="0",
         metavar="N,...",
-        help="every prompt is generated with each, as in 0,1,2 or 0-4 (default 0)",
+        help="seeds of every prompt, as in 0,1,2 or 0-4 (default 0)",
     )
     parser.add_argument(
         "--objective",
         default=SCORER,
         metavar="MODULE:FUNCTION",
-        help="of frames [T, H, W, 3] in [0, 1] and their prompt: a number, larger for better ones; "
-        f"or {SCORER}: what captions of the small model say (default {SCORER})",
+        help="function of frames [T, H, W, 3] in [0, 1] and their prompt, which returns a larger "
+        f"number for better frames; or {SCORER}, for captions of the small model (default)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=1, metavar="N", help="how many there are (default 1)"
+        "--rounds", type=int, default=1, metavar="N", help="number of rounds (default 1)"
     )
     parser.add_argument(
         "--top-k", type=int, default=1, metavar="N", help="heads that a round adds (default 1)"
     )
     parser.add_argument(
-        "--strength", type=float, default=1.0, metavar="X", help="of the heads (default 1)"
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="strength of the perturbation of the heads (default 1)",
     )
     parser.add_argument(
         "--scale",
         type=float,
         default=3.0,
         metavar="X",
-        help="of the guidance by the heads; that of the prompt is --guidance-scale (default 3)",
+        help="scale of the guidance by the heads (default 3); --guidance-scale is for the prompt",
     )
     parser.add_argument(
         "--policy",
@@ -85,35 +81,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         choices=("value", "uniform", "mean_query"),
         default="value",
-        help="what heads are moved towards (default value: the identity)",
+        help="target of the perturbation (default value: the identity)",
     )
     for name, text in (
         ("candidates", "heads to try, as in '{3: [2], 7: None}', or a file of heads (default all)"),
-        ("keep", "heads that are perturbed from the start, in the same form"),
+        ("keep", "heads that are perturbed in all rounds, in the same form"),
     ):
         parser.add_argument(f"--{name}", metavar="HEADS", help=text)
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="heads in one generation (default 1)"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of heads that are tried in one generation (default 1)",
     )
     parser.add_argument(
-        "--output", "-o", required=True, metavar="FILE.json", help="for the heads that are found"
+        "--output", "-o", required=True, metavar="FILE.json", help="file for the heads"
     )
     parser.add_argument(
         "--resume",
         metavar="FILE.jsonl",
-        help="every score is added to this file, and a search with the same settings goes on from "
-        "it (default: OUTPUT with the suffix .jsonl)",
+        help="file of all scores, from which a search with the same settings resumes (default: "
+        "OUTPUT with the suffix .jsonl)",
     )
     add_job_arguments(parser)
     add_model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the heads as JSON")
 
 
 def run(args: argparse.Namespace) -> Output:
     for name in UNUSED:
         if getattr(args, name) is not None:
-            remedy = "take --seeds" if name == "seed" else "leave it out"
-            raise ValueError(f"--{name} is not for a search of heads; {remedy}")
+            remedy = "use --seeds" if name == "seed" else "leave it out"
+            raise ValueError(f"--{name} cannot be used in a search of heads; {remedy}")
     for name in ("rounds", "top_k", "batch"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
@@ -126,15 +126,15 @@ def run(args: argparse.Namespace) -> Output:
     keep = read_heads("keep", args.keep)
     objective = read_objective(args.objective)
     loading = read_loading(args)
-    prompts = read_prompts(args, loading.model)
+    prompts, _ = read_prompts(args, loading.model)
     fields = job_fields(args)
     backend = args.backend or "auto"
     plan = read_one_plan(args.plan, loading, backend)
     pipe = load_pipeline(loading)
-    with quiet() as said:
+    with quiet() as log_lines:
         if plan is not None:
             apply_plan(pipe, plan, backend=backend)
-        found = search_heads(
+        heads = search_heads(
             pipe,
             objective,
             prompts,
@@ -152,21 +152,21 @@ def run(args: argparse.Namespace) -> Output:
             resume=log,
             progress=ProgressBar() if processes().first else None,
         )
-    if not processes().first:  # the first one writes and tells
+    if not processes().first:  # the first process writes and prints
         return Output("")
-    found.save(output)
-    numbers = found.provenance
+    heads.save(output)
+    numbers = heads.provenance
     failures = [f"{row['item']}: {row['error']}" for row in numbers["failures"]]
     if args.json:
-        value = {"output": str(output), "log": str(log), "heads": json.loads(found.to_json())}
+        value = {"output": str(output), "log": str(log), "heads": json.loads(heads.to_json())}
         return Output(json.dumps(value, indent=2, sort_keys=True), failures)
-    notes = [line for line in said if "search_heads left out" not in line]
-    return Output(text_of(found, output, notes), failures)
+    notes = [line for line in log_lines if "search_heads left out" not in line]
+    return Output(text_of(heads, output, notes), failures)
 
 
-def text_of(found: HeadSet, output: Path, notes: list[str]) -> str:
-    """What was found, for a terminal."""
-    numbers = found.provenance
+def text_of(head_set: HeadSet, output: Path, notes: list[str]) -> str:
+    """Return the result as text for a terminal."""
+    numbers = head_set.provenance
     lines = []
     for number, row in enumerate(numbers["rounds"], 1):
         heads = ", ".join(f"{layer}:{head} ({score:.4f})" for layer, head, score in row["added"])
@@ -183,48 +183,49 @@ def text_of(found: HeadSet, output: Path, notes: list[str]) -> str:
 
 
 def read_output(text: str) -> Path:
-    """Where the heads go.
+    """Return the file for the heads.
 
     Raises:
-        ValueError, OSError: they cannot go there, or something else lies there.
+        ValueError: the name is invalid, or the file exists and is no head set.
+        OSError: the file cannot be written.
     """
     path = Path(text)
     if path.suffix != ".json":
         raise ValueError(f"--output {text!r} must end in .json")
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--output {text!r} is a folder, or lies in one that is not there")
+        raise ValueError(f"--output {text!r} is a folder, or is in a folder that does not exist")
     if path.exists():
         try:
             HeadSet.load(path)
         except ValueError:
             raise ValueError(
-                f"--output {text!r} is there and is no head set; name another file"
+                f"--output {text!r} exists and is no head set; name another file"
             ) from None
     check_writable(path)
     return path
 
 
 def read_seeds(text: str) -> list[int]:
-    """Numbers and ranges of them.
+    """Read numbers and ranges of numbers.
 
     Raises:
-        ValueError: the text holds something else.
+        ValueError: the text is invalid.
     """
-    found: list[int] = []
+    seeds: list[int] = []
     for part in text.split(","):
         ends = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if first > last or last - first >= MAX_SEEDS:
-            raise ValueError(f"--seeds {text!r} must be numbers from 0 on, as in 0,1,2 or 0-4")
-        found += range(first, last + 1)
-    return found
+            raise ValueError(f"--seeds {text!r} must be numbers of at least 0, as in 0,1,2 or 0-4")
+        seeds += range(first, last + 1)
+    return seeds
 
 
 def read_heads(name: str, text: str | None) -> Any:
-    """Heads of an option, or None.
+    """Read the heads of an option, or None.
 
     Raises:
-        ValueError: the text says none.
+        ValueError: the text is invalid.
     """
     if text is None:
         return None
@@ -235,10 +236,10 @@ def read_heads(name: str, text: str | None) -> Any:
 
 
 def read_objective(text: str) -> Objective:
-    """The objective of a name; modules of the working folder are found too.
+    """Import an objective by its name; modules of the working folder can be imported too.
 
     Raises:
-        ValueError: there is none, or its module cannot be imported.
+        ValueError: the name is invalid, or cannot be imported.
     """
     if text == SCORER:
         return caption_score
@@ -249,35 +250,15 @@ def read_objective(text: str) -> Objective:
         )
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # it is the caller's code
+            function = getattr(function, part)
+    except Exception as error:  # code of the caller raises errors of any type
         raise ValueError(
             f"--objective {text!r} cannot be imported: {type(error).__name__}: {error}"
         ) from None
     finally:
         sys.path.pop(0)
-    if not callable(found):
-        raise ValueError(f"--objective {text!r} is no function")
-    return found  # type: ignore[no-any-return]
-
-
-def read_prompts(args: argparse.Namespace, model: str) -> list[str]:
-    """Prompts to search with.
-
-    Raises:
-        ValueError, OSError: none are given, twice, or a file cannot be read.
-    """
-    if args.prompt and args.prompts is not None:
-        raise ValueError("give prompts, or --prompts with a file of them, not both")
-    if args.prompts is not None:
-        return read_prompt_lines(args.prompts)
-    if args.prompt:
-        return list(args.prompt)
-    known = model_prompts(model)
-    if known is None:
-        raise ValueError(
-            f"model {model!r} has no prompts of its own; give some to search with, or --prompts"
-        )
-    return known[0]
+    if not callable(function):
+        raise ValueError(f"--objective {text!r} is no function; name a callable")
+    return function  # type: ignore[no-any-return]

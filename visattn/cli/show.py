@@ -1,5 +1,4 @@
-"""``visattn show``: look at a pattern on a grid, or at a plan: in the terminal, as a picture or as
-numbers."""
+"""``visattn show``: a pattern on a grid, or a plan, as text, as a picture or as numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list", action="store_true", help="list the patterns and their parameters"
     )
     parser.add_argument(
-        "--diff", metavar="PLAN", help="say what is different in this plan, head by head"
+        "--diff", metavar="PLAN", help="show the differences of this plan, head by head"
     )
     parser.add_argument(
         "--grid",
@@ -52,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"text tokens {place} the grid",
         )
     parser.add_argument(
-        "--block", metavar="N", help="tokens of a block, or QxK (default: that of sparse_attention)"
+        "--block", metavar="N", help="tokens of a block, or QxK (default: as in sparse_attention)"
     )
     parser.add_argument(
         "--partial",
         choices=("exact", "promote", "drop"),
-        help=f"what becomes of partly kept blocks (default {PARTIAL})",
+        help=f"treatment of partly kept blocks (default {PARTIAL})",
     )
     parser.add_argument(
         "--query", metavar="t,h,w", help="the query whose keys are shown (default: the middle)"
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     if args.list:
         if args.shown is not None:
-            raise ValueError("--list takes no pattern and no plan")
+            raise ValueError("--list takes no pattern and no plan; leave it out")
         return json.dumps(pattern_table(), indent=2, sort_keys=True) if args.json else list_text()
     if args.shown is None:
         raise ValueError(f"give a pattern, {EXAMPLE}, the file or folder of a plan, or --list")
@@ -79,10 +78,12 @@ def run(args: argparse.Namespace) -> str:
         return show_pattern(args)
     for option in ("block", "partial", "query"):
         if getattr(args, option) is not None:
-            raise ValueError(f"--{option} is for a pattern, and {args.shown!r} is none")
+            raise ValueError(
+                f"--{option} is for patterns, but {args.shown!r} is no pattern; leave it out"
+            )
     plan = read_shown(args.shown)
     named = args.grid is not None or args.text_before or args.text_after
-    layout = read_layout(args, plan.geometry) if named else None  # a plan has its own
+    layout = read_layout(args, plan.geometry) if named else None  # a plan may have a layout
     if args.diff is None:
         return show_plan(plan, layout, name=args.shown, output=args.output, as_json=args.json)
     if args.output is not None:
@@ -92,14 +93,14 @@ def run(args: argparse.Namespace) -> str:
 
 
 def show_pattern(args: argparse.Namespace) -> str:
-    """A pattern on a grid."""
+    """Return a pattern on a grid as text or JSON, and draw it into a file."""
     layout = read_layout(args, TokenLayout(Grid(*read_grid(GRID))))
     assert layout is not None
     pattern = parse_pattern(args.shown)
     if not isinstance(pattern, Pattern):
         raise ValueError(
-            f"{args.shown} chooses its blocks from the queries and keys of a call, so there is "
-            "no mask to show; visattn inspect shows what heads attend to"
+            f"{args.shown} is dynamic: its blocks depend on the queries and keys of a call, so "
+            "there is no mask to show; visattn inspect shows what heads attend to"
         )
     view = view_pattern(
         pattern,
@@ -119,7 +120,7 @@ def show_pattern(args: argparse.Namespace) -> str:
 
 
 def read_layout(args: argparse.Namespace, geometry: TokenLayout | None) -> TokenLayout | None:
-    """The tokens that the options name: those of a geometry, with another grid or text."""
+    """Return the token layout of the options: that of a geometry, with another grid or text."""
     text = args.text_before, args.text_after
     if args.grid is None and not any(text):
         return geometry
@@ -134,14 +135,14 @@ def read_layout(args: argparse.Namespace, geometry: TokenLayout | None) -> Token
 
 
 def read_integers(text: str, separator: str, option: str, form: str) -> tuple[int, ...]:
-    """Numbers between separators; ``form`` says what is wanted, where it is something else."""
+    """Read numbers between separators; ``form`` describes the valid text in the error message."""
     if not re.fullmatch(rf"\d{{1,9}}({separator}\d{{1,9}})*", text, re.ASCII | re.IGNORECASE):
         raise ValueError(f"{option} {text!r} must be {form}")
     return tuple(int(number) for number in re.split(separator, text, flags=re.IGNORECASE))
 
 
 def read_grid(text: str) -> tuple[int, int, int]:
-    """``"8x16x16"`` or, of one frame, ``"16x16"``."""
+    """Read ``"8x16x16"``, or ``"16x16"`` for one frame."""
     form = "frames, rows and columns as in 8x16x16, or rows and columns as in 16x16"
     sizes = read_integers(text, "x", "--grid", form)
     if len(sizes) not in (2, 3):
@@ -151,7 +152,7 @@ def read_grid(text: str) -> tuple[int, int, int]:
 
 
 def read_block(text: str) -> tuple[int, int]:
-    """``"64"`` or ``"128x64"``."""
+    """Read ``"64"`` or ``"128x64"``."""
     form = "a number of tokens as in 64, or queries and keys as in 128x64"
     sizes = read_integers(text, "x", "--block", form)
     if len(sizes) > 2:
@@ -160,8 +161,8 @@ def read_block(text: str) -> tuple[int, int]:
 
 
 def read_query(text: str) -> tuple[int, int, int]:
-    """``"4,8,8"``."""
-    form = "a place in the grid, frame, row and column as in 4,8,8"
+    """Read ``"4,8,8"``."""
+    form = "frame, row and column of a token as in 4,8,8"
     place = read_integers(text, ",", "--query", form)
     if len(place) != 3:
         raise ValueError(f"--query {text!r} must be {form}")
@@ -169,7 +170,7 @@ def read_query(text: str) -> tuple[int, int, int]:
 
 
 def pattern_table() -> list[dict[str, str]]:
-    """Name, parameters and summary of every pattern."""
+    """Return the name, parameters and summary of every pattern."""
     return [
         {
             "name": name,
@@ -181,7 +182,7 @@ def pattern_table() -> list[dict[str, str]]:
 
 
 def list_text() -> str:
-    """The table for a terminal."""
+    """Return the table as text for a terminal."""
     lines = []
     for row in pattern_table():
         lines.append(f"{row['name']}({row['parameters']})")

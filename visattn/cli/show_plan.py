@@ -1,4 +1,4 @@
-"""The part of ``visattn show`` that looks at plans."""
+"""``visattn show`` for plans."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ __all__ = ["layer_paths", "read_shown", "show_difference", "show_plan"]
 
 
 def read_shown(text: str) -> Plan:
-    """The plan of a file, a folder or a hub id, or of a pattern for all heads.
+    """Read the plan of a file, a folder or a hub id, or make one of a pattern for all heads.
 
     Raises:
-        TypeError, ValueError, OSError: there is none.
+        TypeError: the plan is invalid.
+        ValueError: there is no such plan.
+        OSError: a file cannot be read.
     """
     if not (is_pattern(text) or os.path.exists(text) or "/" in text or text.endswith(".json")):
         close = difflib.get_close_matches(text.lower()[:100], KINDS, n=1)
@@ -42,10 +44,14 @@ def read_shown(text: str) -> Plan:
 def show_plan(
     plan: Plan, layout: TokenLayout | None, *, name: str, output: str | None, as_json: bool
 ) -> str:
-    """A plan as text or JSON, and drawn into a file.
+    """Return a plan as text or JSON, and draw it into a file.
 
     Args:
-        layout: that densities are of; name: what the plan is called.
+        plan: the plan.
+        layout: the token layout of the densities.
+        name: the title of the picture.
+        output: the PNG file, or None for no picture.
+        as_json: whether to return JSON.
     """
     view = view_plan(plan, layout, layer_paths([plan]))
     if output is not None:
@@ -61,16 +67,17 @@ def show_plan(
 def show_difference(
     old: Plan, new: Plan, layout: TokenLayout | None, *, names: Sequence[str], as_json: bool
 ) -> str:
-    """What is different between two plans, as text or JSON."""
-    own = difference(old, new, layout, layer_paths([old, new]))
+    """Return the difference of two plans as text or JSON."""
+    changes = difference(old, new, layout, layer_paths([old, new]))
     if as_json:
-        return json.dumps(own.numbers(), indent=2, sort_keys=True)
-    return difference_text(own, *names)
+        return json.dumps(changes.numbers(), indent=2, sort_keys=True)
+    return difference_text(changes, *names)
 
 
 def layer_paths(plans: Sequence[Plan]) -> dict[str, list[str]]:
-    """The paths of the attention layers of the denoisers that plans name, where their family is
-    known and numbers them, or a plan names all of them."""
+    """Return the paths of the attention layers of the denoisers of plans, by role. A denoiser is
+    left out if its family is unknown, or neither the family nor a plan gives the paths of all
+    layers."""
     paths: dict[str, list[str]] = {}
     for plan in plans:
         for role, denoiser in plan.denoisers.items():
@@ -78,17 +85,17 @@ def layer_paths(plans: Sequence[Plan]) -> dict[str, list[str]]:
             if family is None:
                 continue
             form = family.layers.replace("\\.", ".")
-            own = [form.replace("\\d+", str(number)) for number in range(denoiser.layers)]
-            if not all(re.fullmatch(family.layers, path) for path in own):
+            layers = [form.replace("\\d+", str(number)) for number in range(denoiser.layers)]
+            if not all(re.fullmatch(family.layers, path) for path in layers):
                 named = {rule.layer for rule in plan.rules if rule.role in (role, ANY)} - {ANY}
-                own = sorted(named, key=functools.partial(_in_order, family))
-            if len(own) == denoiser.layers:
-                paths[role] = own
+                layers = sorted(named, key=functools.partial(_in_order, family))
+            if len(layers) == denoiser.layers:
+                paths[role] = layers
     return paths
 
 
 def _in_order(family: Family, path: str) -> tuple[int, list[tuple[int, str]]]:
-    """Where a layer stands in its denoiser: by the stack of its block, then by number."""
+    """Return the sort key of a layer: the stack of its block, then its numbers."""
     block = path.rpartition(".")[0]
-    stacks = [number for number, own in enumerate(family.blocks) if re.fullmatch(own, block)]
+    stacks = [number for number, stack in enumerate(family.blocks) if re.fullmatch(stack, block)]
     return (*stacks, len(family.blocks))[0], by_number(path)
