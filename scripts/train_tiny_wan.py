@@ -326,7 +326,7 @@ def main() -> None:
     clock = Clock(args.minutes)
     trainings = (train_autoencoder, train_decoder, train_denoiser)
     finished = all(training(preset, args.output, clock) for training in trainings)
-    say("finished" if finished else "stopped; the same command goes on")
+    say("finished" if finished else "stopped; rerun the same command to resume")
 
 
 if __name__ == "__main__":

@@ -404,8 +404,8 @@ LONG = "x" * 10**6
 ODD_LINES = {  # a line, and the words about it
     '{"prompt": null}': "it has no prompt",
     '{"prompt": 3}': "prompt=3 must be text",
-    '{"prompt": "\\ud800"}': "no character of Unicode",
-    '{"prompt": "a", "negative_prompt": "\\udfff"}': "no character of Unicode",
+    '{"prompt": "\\ud800"}': "no Unicode character",
+    '{"prompt": "a", "negative_prompt": "\\udfff"}': "no Unicode character",
     '{"prompt": "a", "prompt": "b"}': "it holds the key 'prompt' twice",
     '{"prompt": "a", "seed": true}': "seed=True must be an integer",
     '{"prompt": "a", "fps": NaN}': "it holds NaN",

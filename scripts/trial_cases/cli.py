@@ -104,11 +104,11 @@ def frame_rate_is_the_models(folder: Path) -> str:
 
 
 ODD = {
-    "a JSON array": ('[{"prompt": "a"}]', "a JSON object a line"),
+    "a JSON array": ('[{"prompt": "a"}]', "write one JSON object"),
     "commas": ('{"prompt": "a"},', "ends in a comma"),
     "no prompt": ('{"prompt": null}', "has no prompt"),
     "a key twice": ('{"prompt": "a", "prompt": "b"}', "twice"),
-    "half of a pair": ('{"prompt": "\\ud800"}', "no character of Unicode"),
+    "half of a pair": ('{"prompt": "\\ud800"}', "no Unicode character"),
     "an escape": ('{"prompt": "a", "output": "\\u001b[31m.png"}', "printable"),
     "a link": ('{"prompt": "a", "output": "link/a.png"}', "leads out"),
     "a long name": ('{"prompt": "a", "output": "%s"}' % ("x" * 10**6), "too long"),
