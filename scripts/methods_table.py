@@ -11,7 +11,7 @@ from pathlib import Path
 
 from method_docs.sources import methods_table
 
-from visattn.guidance.method_list import EDITS, METHODS
+from visattn.guidance.method_list import listed_edits, listed_methods
 from visattn.patterns import PATTERNS
 from visattn.patterns.base.head_pattern import KINDS
 
@@ -32,8 +32,8 @@ def groups() -> dict[str, list[type | object]]:
     return {
         "Static patterns": list(PATTERNS.values()),
         "Dynamic patterns": [kind for name, kind in KINDS.items() if name not in PATTERNS],
-        "Guidance": list(METHODS),
-        "Edits of attention": list(EDITS),
+        "Guidance": list(listed_methods()),
+        "Edits of attention": list(listed_edits()),
     }
 
 

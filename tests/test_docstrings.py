@@ -37,7 +37,15 @@ WAITING = set(PACKAGES) - {
     "visattn.selectors",
 }
 # Packages inside waiting ones whose docstrings are written already.
-WRITTEN = ("visattn.guidance.edits.",)
+WRITTEN = (
+    "visattn.guidance.edits.",
+    "visattn.guidance.guiders.",
+    "visattn.guidance.head_search.",
+    "visattn.guidance.head_set",
+    "visattn.guidance.modular",
+    "visattn.guidance.registry",
+    "visattn.guidance.written_form",
+)
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

@@ -136,7 +136,7 @@ WRONG = {
     "candidate": ([*SEARCH, "--candidates", "{7: [1]}"], "names the layer 7"),
     "former candidates": (
         [*SEARCH, "--candidates", "3:2,5;7:*"],
-        r"a form of older versions; write \{3: \[2, 5\], 7: None\}",
+        r"the form of older versions; write \{3: \[2, 5\], 7: None\}",
     ),
     "keep no dict": ([*SEARCH, "--keep", "{3: [1]"], "--keep: heads .* no call with literal"),
     "keep strength": ([*SEARCH, "--keep", "{3: {1: 2}}"], "strength 2 in layer 3"),

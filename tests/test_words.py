@@ -50,7 +50,18 @@ PUBLIC_PARAMETERS = {
     for name in signature[2].split(", ")
 }
 # Packages of waiting parts whose words are mended already.
-MENDED = ("visattn.guidance.edits",)
+MENDED = (
+    "visattn.guidance.edits",
+    "visattn.guidance.former_form",
+    "visattn.guidance.guider_config",
+    "visattn.guidance.guiders",
+    "visattn.guidance.head_search",
+    "visattn.guidance.head_set",
+    "visattn.guidance.method_list",
+    "visattn.guidance.modular",
+    "visattn.guidance.registry",
+    "visattn.guidance.written_form",
+)
 MENDED_PREFIXES = tuple(f"{package}." for package in MENDED)
 PARTS = sorted(set(map(part_of, MODULES)))
 

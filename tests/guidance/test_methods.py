@@ -4,7 +4,7 @@ import pytest
 from method_docs.sources import read_source
 
 import visattn.guidance
-from visattn.guidance.method_list import EDITS, METHODS
+from visattn.guidance.method_list import listed_edits, listed_methods
 from visattn.guidance.registry import GUIDANCES
 
 # what other methods are made of, or what runs them
@@ -14,9 +14,10 @@ RUNNERS = {"caption_score", "guidance_text", "guide", "guided", "parse_guidance"
 RUNNERS |= {"real_tokens", "steer", "update_latents"}
 # the guidances above as guiders of diffusers' modular pipelines
 FORMS = {"SoftPerturbedGuidance"}
+LISTED = listed_methods() + listed_edits()
 
 
-@pytest.mark.parametrize("method", METHODS + EDITS, ids=lambda own: own.__name__)
+@pytest.mark.parametrize("method", LISTED, ids=lambda method: method.__name__)
 def test_method_names_its_source(method):
     own = read_source(method)
     assert own.source and own.default
@@ -25,5 +26,5 @@ def test_method_names_its_source(method):
 def test_no_public_method_is_left_out():
     names = visattn.guidance.__all__
     public = {name for name in names if callable(getattr(visattn.guidance, name))}
-    assert public - PARTS - RUNNERS - FORMS == {own.__name__ for own in METHODS + EDITS}
-    assert set(GUIDANCES.values()) <= set(METHODS + EDITS)
+    assert public - PARTS - RUNNERS - FORMS == {method.__name__ for method in LISTED}
+    assert set(GUIDANCES.values()) <= set(LISTED)

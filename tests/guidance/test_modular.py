@@ -136,7 +136,7 @@ def test_window_is_that_of_the_guidance():
     assert close(found, classic(first))
     assert not close(found, classic(OTHERS["SLG"]))
     never = SLG(blocks=1, start=0.9, stop=0.99)
-    with pytest.raises(ValueError, match=r"SLG has start=0.9, stop=0.99, which leave none of 3"):
+    with pytest.raises(ValueError, match=r"SLG has start=0.9, stop=0.99, which select none of 3"):
         generate(modular(PerturbedGuidance(never)))
     none = PerturbedGuidance(replace(never, scale=0.0), guidance_scale=G)
     assert torch.equal(generate(modular(none)), plain())
@@ -247,7 +247,7 @@ def test_window_has_its_first_step():
     window = SoftPAG(HEADS, scale=W, start=0.5, stop=0.7)
     own = guider(perturbed_start=0.5, perturbed_stop=0.7)
     assert close(generate(modular(own)), classic(window))
-    with pytest.raises(ValueError, match=r"leave none of 3 steps"):
+    with pytest.raises(ValueError, match=r"select none of 3 steps"):
         generate(modular(guider(perturbed_start=0.7, perturbed_stop=0.9)))
 
 
@@ -315,7 +315,7 @@ def test_configurations_of_older_versions_are_read():
 
 def test_what_is_no_perturbed_guidance_is_refused():
     for given, kind, message in (
-        (CFGZeroStar(), TypeError, "give base=ClassifierFreeZeroStarGuidance"),
+        (CFGZeroStar(), TypeError, "use base=ClassifierFreeZeroStarGuidance"),
         (NAG(negative_prompt="x"), TypeError, "must be one of PAG, S2Guidance, SEG, SLG, Soft"),
         ({"sigma": 1.0}, ValueError, "must have a name"),
         ({"name": "NAG", "negative_prompt": "x"}, TypeError, "must be one of PAG"),
@@ -383,7 +383,7 @@ def test_bases_that_are_none_are_refused():
         PerturbedGuidance(PAG(), base={"name": "AutoGuidance"})
     with pytest.raises(TypeError, match="must be a guider of diffusers, or its configuration"):
         PerturbedGuidance(PAG(), base=3)
-    with pytest.raises(ValueError, match="give them to it alone"):
+    with pytest.raises(ValueError, match="give these arguments only to base"):
         PerturbedGuidance(PAG(), guidance_scale=2.0, base=ClassifierFreeGuidance(G))
 
 

@@ -6,8 +6,11 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from method_docs.sources import methods_table
 from support import tiny
+from support.cli import run
 
+import visattn.guidance
 from visattn.generation.silence_logs import quiet
 from visattn.guidance import (
     NAG,
@@ -21,6 +24,7 @@ from visattn.guidance import (
     SkipBlock,
     SoftPAG,
 )
+from visattn.guidance.method_list import listed_edits, listed_methods
 from visattn.guidance.registry import (
     GRAMMAR,
     GUIDANCES,
@@ -157,7 +161,7 @@ FORMER = {
 
 @pytest.mark.parametrize(("text", "present"), FORMER.items(), ids=FORMER)
 def test_the_former_form_is_refused_with_the_present_one(text, present):
-    with pytest.raises(ValueError, match="is in a form of older versions") as error:
+    with pytest.raises(ValueError, match="has the form of older versions") as error:
         parse_guidance(text)
     assert str(error.value).endswith(f"write {present}")
     if "my.json" not in text:
@@ -171,7 +175,7 @@ def test_several_are_read_and_what_has_no_text_form_is_refused():
     assert parse_guidances(["PAG", SEG()]) == (PAG(), SEG())
     bits = RegionMask(q_bits=torch.ones(1, dtype=torch.int64))
     for value in (bits, 3):
-        with pytest.raises(TypeError, match="has no text form; those that have one are listed"):
+        with pytest.raises(TypeError, match="has no text form; visattn generate --list"):
             parse_guidances([value])
     with pytest.raises(TypeError, match=r"layers=HeadSet.* cannot be written as a text"):
         parse_guidances(Perturb(layers=HeadSet({"a": {0: 1.0}})))
@@ -187,8 +191,9 @@ def test_list_says_what_every_name_does():
         assert all(item["parameters"].values()), item
 
 
-def test_a_class_that_is_defined_anywhere_is_read_and_run():
-    """One file adds an edit or a guidance: nothing else lists it."""
+def test_a_class_that_is_defined_anywhere_is_read_and_run(capsys, monkeypatch):
+    """One file adds an edit or a guidance: it is read, written, listed, documented and applied with
+    no other change than its public name."""
 
     @dataclass(frozen=True, kw_only=True)
     class Dampen(Edit):
@@ -196,6 +201,13 @@ def test_a_class_that_is_defined_anywhere_is_read_and_run():
 
         Args:
             factor: what the output is multiplied with.
+
+        Source:
+            This project.
+        Default:
+            own.
+        Differences:
+            none
         """
 
         factor: float = 0.5
@@ -207,7 +219,15 @@ def test_a_class_that_is_defined_anywhere_is_read_and_run():
 
     @dataclass(frozen=True, kw_only=True)
     class DampenedPass(Guidance):
-        """Dampen attention in the further pass."""
+        """Dampen attention in the further pass.
+
+        Source:
+            This project.
+        Default:
+            own.
+        Differences:
+            none
+        """
 
         factor: float = 0.5
         example: ClassVar[str] = "DampenedPass(factor=0.25, scale=2.0)"
@@ -220,18 +240,36 @@ def test_a_class_that_is_defined_anywhere_is_read_and_run():
         assert listed["Dampen"]["summary"] == "Multiply the output by a factor"
         assert listed["Dampen"]["parameters"]["factor"] == "what the output is multiplied with"
         edit, guidance = parse_guidances(["dampen(factor=0)", DampenedPass.example])
+        assert edit == Dampen(factor=0.0)
         assert guidance == DampenedPass(factor=0.25, scale=2.0)
+        for value in (edit, guidance):
+            text = guidance_text(value)
+            assert text.startswith(f"{type(value).__name__}(") and parse_guidance(text) == value
+        with pytest.raises(ValueError, match="no parameter 'factr', did you mean 'factor'"):
+            parse_guidance("Dampen(factr=0)")
+        code, out, _ = run(capsys, "generate", "--list-guidance")
+        assert code == 0
+        for kind in (Dampen, DampenedPass):
+            line = f"{kind.__name__}: {kind.summary()}\n    --guidance \"{kind.example}\"\n"
+            assert line in out
+            monkeypatch.setattr(visattn.guidance, kind.__name__, kind, raising=False)
+        names = [*visattn.guidance.__all__, "Dampen", "DampenedPass"]
+        monkeypatch.setattr(visattn.guidance, "__all__", names)
+        assert listed_edits()[-1] is Dampen and listed_methods()[-1] is DampenedPass
+        table = methods_table({"Guidance": [DampenedPass], "Edits": [Dampen]})
+        assert "| `Dampen` | This project." in table and "| `DampenedPass` |" in table
         with quiet():
             pipe = tiny.wan21()
         plain = tiny.generate(pipe, steps=1)
         for value in (edit, guidance):
             with guided(pipe, [value]):
                 assert not torch.equal(tiny.generate(pipe, steps=1), plain)
-        with guided(pipe, [parse_guidance("Dampen(factor=1)")]):
-            assert torch.equal(tiny.generate(pipe, steps=1), plain)
+        for neutral in ("Dampen(factor=1)", "DampenedPass(scale=0)"):
+            with guided(pipe, [parse_guidance(neutral)]):
+                assert torch.equal(tiny.generate(pipe, steps=1), plain)
     finally:
         Dampen.example = DampenedPass.example = ""
-    assert "Dampen" not in GUIDANCES
+    assert "Dampen" not in GUIDANCES and "DampenedPass" not in GUIDANCES
 
 
 def test_skipping_in_the_unconditional_pass_costs_no_further_one(monkeypatch):

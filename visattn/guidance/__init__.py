@@ -1,5 +1,5 @@
 """Attention-steering guidance: edits of attention calls and blocks, guidance by a perturbed pass,
-and the search for the heads that it needs."""
+and the search for the heads to perturb."""
 
 from typing import Any
 
@@ -130,7 +130,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PerturbedGuidance", "SoftPerturbedGuidance"):  # which import diffusers
+    if name in ("PerturbedGuidance", "SoftPerturbedGuidance"):  # their module imports diffusers
         from visattn.guidance import modular
 
         return getattr(modular, name)

@@ -1,5 +1,5 @@
-"""The former text form of guidances, ``softpag:heads=3:2,5;7:1,strength=0.5``, rewritten in the
-present one. Records of older versions have it."""
+"""Rewrites the former text form of guidances, ``softpag:heads=3:2,5;7:1,strength=0.5``, in the
+present form. Records of older versions have the former form."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Configurations of the guiders: guidances as texts, heads and other guiders as JSON values.
-Importing this module imports diffusers."""
+"""Reads and writes configurations of guiders of diffusers, which are JSON values. A guidance is
+written as its text form. Importing this module imports diffusers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visattn.patterns.grammar.call_grammar import Call
 
 __all__ = ["BASES", "read_base", "read_guidance", "read_heads", "written_base", "written_heads"]
 
-# The guiders of diffusers that a guider of ours can be based on.
+# The guiders of diffusers that can be the base of PerturbedGuidance.
 BASES = (
     "AdaptiveProjectedGuidance",
     "AdaptiveProjectedMixGuidance",
@@ -33,8 +33,8 @@ def written_base(base: object) -> dict[str, Any]:
         base: a guider of diffusers, or its configuration.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: it is not one of BASES.
+        TypeError: ``base`` is neither.
+        ValueError: it is no guider of BASES.
     """
     if isinstance(base, BaseGuidance):
         parameters = {key: value for key, value in base.config.items() if not key.startswith("_")}
@@ -69,7 +69,7 @@ def read_heads(heads: object) -> Mapping[int | str, object] | None:
         heads: by layer, or None.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: ``heads`` is neither.
     """
     if heads is None:
         return None
@@ -101,30 +101,30 @@ def written_heads(heads: HeadSet | Mapping[int | str, object] | None) -> dict[st
     return {str(layer): json_heads(chosen) for layer, chosen in layers.items()}
 
 
-def read_guidance(given: object) -> Guidance:
-    """Return a guidance from itself, its text form, or a configuration of an older version.
+def read_guidance(value: object) -> Guidance:
+    """Return a guidance.
 
     Args:
-        given: one of these.
+        value: a guidance, its text form, or a configuration of an older version.
 
     Raises:
-        TypeError: it is none of these, or no guidance by a perturbed pass.
-        ValueError: it names no guidance, or a value is out of range.
+        TypeError: ``value`` is something else, or no guidance by a perturbed pass.
+        ValueError: there is no such guidance, or an argument is out of range.
     """
-    guidance = given
-    if isinstance(given, str):
-        guidance = parse_guidance(given)
-    elif isinstance(given, Mapping):
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    guidance = value
+    if isinstance(value, str):
+        guidance = parse_guidance(value)
+    elif isinstance(value, Mapping):
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
         if "name" not in values:
-            raise ValueError(f"guidance={given!r} must have a name, as in {{'name': 'SEG'}}")
+            raise ValueError(f"guidance={value!r} must have a name, as in {{'name': 'SEG'}}")
         if "heads" in values:
             values["heads"] = read_heads(values["heads"])
         guidance = GRAMMAR.build(Call(str(values.pop("name")), (), cast("Any", values)))
     if not isinstance(guidance, Guidance):
         names = [name for name, kind in GUIDANCES.items() if issubclass(kind, Guidance)]
         raise TypeError(
-            f"guidance={given!r} must be one of {', '.join(names)}, or its text form; for "
-            "CFG-Zero* give base=ClassifierFreeZeroStarGuidance() of diffusers"
+            f"guidance={value!r} must be one of {', '.join(names)}, or its text form; for "
+            "CFG-Zero* use base=ClassifierFreeZeroStarGuidance() of diffusers"
         )
     return guidance

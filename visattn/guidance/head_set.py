@@ -1,4 +1,4 @@
-"""Which heads of which layers, each with a strength; JSON in and out."""
+"""``HeadSet``: heads of attention layers with strengths, and its JSON file."""
 
 from __future__ import annotations
 
@@ -35,21 +35,32 @@ KEYS = ("schema", "visattn", "layers", "size", "strength", "scale", "provenance"
 
 @dataclass(frozen=True)
 class HeadSet:
-    """Heads with strengths, as ``search_heads`` finds them.
+    """Heads with strengths, as ``search_heads`` finds them. Iteration gives (layer, head) pairs.
 
     Args:
         layers: strength in [0, 1] by head, by module path of the attention layer, as in
             ``{"blocks.3.attn1": {2: 1.0}}``.
-        model: class name of the denoiser that they are heads of; empty: any.
-        provenance: what they were found by, as JSON values.
-        strength: multiplies those of the heads, in [0, 1].
-        scale: the ``w`` of guidance by them; None: not said.
-        policy, target: of SoftPAG; empty: not said.
-        objective: what they are good for.
-        size: attention layers of the denoiser, and heads of each; None: any.
+        model: class name of the denoiser; empty means any.
+        provenance: how the heads were found, as JSON values.
+        strength: factor of the strengths of the heads, in [0, 1].
+        scale: ``w`` of SoftPAG with these heads; None means the default of SoftPAG.
+        policy: of SoftPAG; empty means the default.
+        target: of SoftPAG; empty means the default.
+        objective: name of the objective that was improved.
+        size: number of attention layers of the denoiser, and of heads in each; None means any.
 
     Raises:
-        TypeError, ValueError: an argument is something else.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn import HeadSet
+        >>> heads = HeadSet({"blocks.1.attn1": {0: 1.0, 3: 0.5}}, scale=3.0)
+        >>> list(heads)
+        [('blocks.1.attn1', 0), ('blocks.1.attn1', 3)]
+        >>> heads.save("heads.json")
+        >>> HeadSet.from_pretrained("heads.json") == heads
+        True
     """
 
     layers: Mapping[str, Mapping[int, float]]
@@ -68,16 +79,16 @@ class HeadSet:
                 f"layers={shown(self.layers)} must map paths to heads with strengths, as in "
                 "{'blocks.3.attn1': {2: 1.0}}"
             )
-        own = {path: _checked(path, heads) for path, heads in self.layers.items()}
-        object.__setattr__(self, "layers", own)
+        layers = {path: _checked(path, heads) for path, heads in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
         _check_strength("strength", self.strength)
         if self.scale is not None and not _is_finite(self.scale):
             raise ValueError(f"scale={shown(self.scale)} must be a finite number or None")
         for name in TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={shown(getattr(self, name))} must be text")
-        own_size = self.size is None or (isinstance(self.size, tuple) and len(self.size) == 2)
-        if not own_size or not all(map(_is_count, self.size or ())):
+        has_form = self.size is None or (isinstance(self.size, tuple) and len(self.size) == 2)
+        if not has_form or not all(map(_is_count, self.size or ())):
             raise ValueError(
                 f"size={shown(self.size)} must be (attention layers, heads of each), each from 1 "
                 f"to {MAX_PARTS}"
@@ -88,34 +99,42 @@ class HeadSet:
         return sum(len(heads) for heads in self.layers.values())
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        """(layer, head) pairs."""
+        """Iterate over (layer, head) pairs."""
         return ((path, head) for path, heads in self.layers.items() for head in heads)
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, int]], strength: float = 1.0) -> HeadSet:
-        """Heads of one strength from (layer, head) pairs."""
+        """Return a set of heads with the same strength.
+
+        Args:
+            pairs: (layer, head) pairs, with module paths of layers.
+            strength: of each head.
+        """
         layers: dict[str, dict[int, float]] = {}
         for path, head in pairs:
             layers.setdefault(path, {})[head] = strength
         return cls(layers)
 
     def fits(self, denoisers: Mapping[str, Denoiser]) -> None:
-        """Raise ValueError, in one sentence, when the heads are of another model than that of some
-        denoisers by role."""
-        for role, own in denoisers.items():
-            known = own.kind if self.size is None else str(own)
-            mine = self.model or own.kind
+        """Raise ValueError if the heads are of another model.
+
+        Args:
+            denoisers: denoisers of a pipeline, by role.
+        """
+        for role, denoiser in denoisers.items():
+            actual = denoiser.kind if self.size is None else str(denoiser)
+            expected = self.model or denoiser.kind
             if self.size is not None:
-                mine = str(Denoiser(mine, *self.size))
-            if mine != known:
+                expected = str(Denoiser(expected, *self.size))
+            if expected != actual:
                 raise ValueError(
-                    f"heads are of another model: of {mine}, and {role} is {known}; use heads "
+                    f"heads are of another model: of {expected}, and {role} is {actual}; use heads "
                     "that were searched for this model"
                 )
 
     def to_json(self) -> str:
-        """The set as a file holds it: sorted keys, a layer on a line; heads of strength 1 as a list
-        of numbers, others by number."""
+        """Return the content of the file of the set: sorted keys, one layer a line. The heads of a
+        layer are a list if all strengths are 1, else an object with strengths by head."""
         value: Json = {
             "schema": SCHEMA,
             "visattn": __version__,
@@ -130,11 +149,15 @@ class HeadSet:
 
     @classmethod
     def from_json(cls, text: str, what: str = "the head set") -> HeadSet:
-        """Read what ``to_json`` wrote; ``what`` names it in errors.
+        """Read a set.
+
+        Args:
+            text: from ``to_json``.
+            what: how errors name the text.
 
         Raises:
-            ValueError: it is no JSON, of another schema, has an unknown key, or a value that no
-                head set may have.
+            ValueError: the text is no JSON, has another schema or an unknown key, or a value is out
+                of range.
         """
         if not text.strip():
             raise ValueError(f"{what} is empty; a head set is a JSON object")
@@ -166,10 +189,13 @@ class HeadSet:
             raise ValueError(text if what in text else f"{what}: {text}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to a JSON file, whole or not at all.
+        """Write the set to a JSON file. After an error the former file is unchanged.
+
+        Args:
+            path: of the file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         write_whole(path, self.to_json().encode())
 
@@ -177,18 +203,25 @@ class HeadSet:
     def load(cls, path: str | os.PathLike[str]) -> HeadSet:
         """Read a JSON file.
 
+        Args:
+            path: of the file.
+
         Raises:
-            OSError: it is not there; ValueError: it holds no head set.
+            OSError: the file does not exist.
+            ValueError: it holds no head set.
         """
         if not Path(path).exists():
-            raise FileNotFoundError(f"head set {str(path)!r} is not there")
+            raise FileNotFoundError(f"head set {str(path)!r} does not exist")
         return cls.from_json(store.load(Path(path), "head set"), f"head set {str(path)!r}")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``visattn_heads.json`` into a folder, which is made when it is missing.
+        """Write ``visattn_heads.json`` into a folder.
+
+        Args:
+            folder: it is created if it does not exist.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.save(Path(folder) / HEADS_FILE)
@@ -205,11 +238,14 @@ class HeadSet:
         """Read a set from a file, a folder or a repository of the Hugging Face hub.
 
         Args:
-            source: path of a JSON file, of a folder with ``visattn_heads.json``, or a hub id.
-            revision, token, local_files_only: as diffusers takes them, for the hub.
+            source: path of a JSON file, path of a folder with ``visattn_heads.json``, or a hub id.
+            revision: of the repository, as in diffusers.
+            token: for the hub, as in diffusers.
+            local_files_only: whether only files in the cache of the hub are used.
 
         Raises:
-            OSError: there is no such file or repository; ValueError: the file holds no head set.
+            OSError: there is no such file or repository.
+            ValueError: the file holds no head set.
         """
         path = store.find(
             source,
@@ -223,7 +259,7 @@ class HeadSet:
 
 
 def _checked(path: object, heads: object) -> dict[int, float]:
-    """The heads of a layer with their strengths."""
+    """Return the checked heads of a layer with their strengths."""
     if not isinstance(path, str) or not path or not isinstance(heads, Mapping):
         raise TypeError(
             f"layers has {shown(heads)} for {shown(path)}; it must map paths to heads with "
@@ -232,7 +268,8 @@ def _checked(path: object, heads: object) -> dict[int, float]:
     for head, strength in heads.items():
         if not is_integer(head) or not 0 <= head < MAX_PARTS:
             raise ValueError(
-                f"layers[{path!r}] has head {shown(head)}; heads count from 0, below {MAX_PARTS}"
+                f"layers[{path!r}] has head {shown(head)}; heads count from 0 and are below "
+                f"{MAX_PARTS}"
             )
         _check_strength(f"layers[{path!r}][{head}]", strength)
     return {head: float(strength) for head, strength in heads.items()}
@@ -280,26 +317,27 @@ def json_heads(heads: Any) -> list[int] | dict[str, float] | None:
 
 
 def _read(value: object, path: str, what: str) -> dict[int, float]:
-    """The heads of a layer from JSON values."""
+    """Return the heads of a layer from JSON values."""
     where = f"layer {shown(path)} of {what}"
     if isinstance(value, list):
         if len(value) != len({repr(head) for head in value}):
             raise ValueError(f"{where} names a head twice: {shown(value)}")
         if not all(map(is_integer, value)):
-            raise ValueError(f"{where} holds {shown(value)}; heads are numbers from 0 on")
+            raise ValueError(f"{where} holds {shown(value)}; heads are numbers, from 0")
         return dict.fromkeys(value, 1.0)
     if not isinstance(value, dict):
         raise ValueError(
-            f"{where} is {shown(value)}; it must be a list of heads, or an object of strengths by "
-            "head"
+            f"{where} is {shown(value)}; it must be a list of heads, or an object with strengths "
+            "by head"
         )
     heads: dict[int, Any] = {}
     for head, strength in value.items():
         if not (head.isascii() and head.isdecimal() and len(head) < 6 and str(int(head)) == head):
-            raise ValueError(f"{where} names the head {shown(head)}; heads are numbers from 0 on")
+            raise ValueError(f"{where} names the head {shown(head)}; heads are numbers, from 0")
         heads[int(head)] = strength
     return heads
 
 
+# Arguments of edits and guidances: layers by index or module path, and heads with strengths.
 Layers = int | str | Sequence[int | str] | None
 Heads = int | float | Sequence[int] | Mapping[int, float] | None

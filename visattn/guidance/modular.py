@@ -1,5 +1,5 @@
-"""Perturbed guidance as a guider of diffusers, for its modular pipelines. Importing this module
-imports diffusers."""
+"""Guidance by a perturbed pass as a guider of diffusers, for its modular pipelines. Importing this
+module imports diffusers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,26 @@ from visattn.inject.models.denoisers import denoisers, models_of
 
 __all__ = ["PerturbedGuidance", "SoftPerturbedGuidance"]
 
+# The passes of a step, by the names that guiders of diffusers give to their predictions.
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
+
+
 class _Passes:
-    """The calls of a denoiser during a step of a guider."""
+    """Handles the calls of a denoiser during a step of a guider.
+
+    Args:
+        guider: the guider.
+        denoiser: the denoiser.
+        perturbation: the edits of the perturbed pass; None means the step has no such pass.
+    """
 
     def __init__(
-        self, guider: PerturbedGuidance, denoiser: torch.nn.Module, own: Perturbation | None
+        self,
+        guider: PerturbedGuidance,
+        denoiser: torch.nn.Module,
+        perturbation: Perturbation | None,
     ) -> None:
-        self.guider, self.denoiser, self.own = guider, denoiser, own
+        self.guider, self.denoiser, self.perturbation = guider, denoiser, perturbation
         self.turn = guider._turn
 
     def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,44 +59,51 @@ class _Passes:
         guider = self.guider
         name, guider._next = guider._next, None
         try:
-            return guider._call(name, self.denoiser, self.own, inner, args, kwargs)
+            return guider._call(name, self.denoiser, self.perturbation, inner, args, kwargs)
         except BaseException:
             guider._leave()
             raise
 
 
 class PerturbedGuidance(BaseGuidance):
-    """``u + g (c - u) + w (c - p)``, where ``p`` is the conditional prediction as a guidance
-    perturbs it. Without classifier-free guidance it is ``c + w (c - p)``; the guiders of diffusers
-    have ``p + w (c - p)`` there.
+    """A guider of modular pipelines: ``u + g (c - u) + w (c - p)``, where ``p`` is the conditional
+    prediction with the perturbation of a guidance.
 
-    It is for modular pipelines: ``pipe.update_components(guider=PerturbedGuidance(SEG()))``. For
-    others there is ``visattn.guide``.
+    Without classifier-free guidance the prediction is ``c + w (c - p)``; guiders of diffusers have
+    ``p + w (c - p)``. Add it with ``pipe.update_components(guider=PerturbedGuidance(SEG()))``. For
+    other pipelines use ``visattn.guide``.
 
     The further pass has the conditional inputs and computes only the blocks from the first
-    perturbed one on. The denoiser is steered while the passes of a step run, and as it was after
-    them. The configuration is JSON values: ``save_pretrained`` and ``from_pretrained`` are those of
-    the guider, which a modular pipeline does not save with its models.
+    perturbed one on. The denoiser is steered only while the passes of a step run. The configuration
+    has JSON values. A modular pipeline does not save the guider with its models; use
+    ``save_pretrained`` and ``from_pretrained`` of the guider.
 
     Args:
         guidance: a guidance by a perturbed pass, such as PAG, SEG, SLG or SoftPAG, with its scale
-            ``w`` and its window; or its text form, ``"SEG(sigma=2.0)"``, as the configuration has
-            it. Configurations of older versions, ``{"name": "SEG", "sigma": 2.0}``, are read.
+            ``w`` and its steps; or its text form, ``"SEG(sigma=2.0)"``, which the configuration
+            has. Configurations of older versions, ``{"name": "SEG", "sigma": 2.0}``, can be read.
         guidance_scale: ``g``; 1 is no classifier-free guidance (0 in the original formulation).
-        start, stop: shares of the steps in which there is classifier-free guidance, as of every
-            guider.
-        guidance_rescale: how far the deviation of the prediction is made that of ``c``, from 0 to 1
+        start: share of the steps at which classifier-free guidance starts.
+        stop: share of the steps at which classifier-free guidance ends.
+        guidance_rescale: from 0 to 1; with 1 the prediction gets the standard deviation of ``c``
             ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891).
-        use_original_formulation: ``c + g (c - u) + w (c - p)``.
-        enabled: False is the conditional prediction alone.
-        base: a guider of diffusers that combines c and u alone (BASES: CFG-Zero*, adaptive
-            projected guidance and others), or its configuration: what it gives stands in place of
-            ``u + g (c - u)``, and its parameters in place of guidance_scale, start, stop,
-            guidance_rescale and use_original_formulation.
+        use_original_formulation: whether the prediction is ``c + g (c - u) + w (c - p)``.
+        enabled: False: the prediction is ``c``.
+        base: a guider of diffusers that combines ``c`` and ``u`` (one of BASES: CFG-Zero*, adaptive
+            projected guidance and others), or its configuration. Its prediction replaces ``u + g (c
+            - u)``, and its parameters replace guidance_scale, start, stop, guidance_rescale and
+            use_original_formulation.
 
     Raises:
-        TypeError, ValueError: an argument is something else; at a step, layers, heads or blocks
-            that the denoiser does not have, or a denoiser in which nothing was reached.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; at a step, the guidance names layers, heads or
+            blocks that the denoiser does not have, or was never applied.
+
+    Example:
+        >>> from visattn.guidance import SEG, PerturbedGuidance
+        >>> guider = PerturbedGuidance(SEG(layers=[1], sigma=2.0), guidance_scale=4.0)
+        >>> guider.num_conditions
+        3
     """
 
     _input_predictions: Any = [COND, UNCOND, PERTURBED]  # noqa: RUF012
@@ -101,15 +120,15 @@ class PerturbedGuidance(BaseGuidance):
         enabled: bool = True,
         base: BaseGuidance | Mapping[str, object] | None = None,
     ) -> None:
-        own = read_guidance(guidance)
-        text = guidance_text(own)
-        given = (guidance_scale, start, stop, guidance_rescale, use_original_formulation)
-        if base is not None and given != (3.0, 0.0, 1.0, 0.0, False):
+        parsed = read_guidance(guidance)
+        text = guidance_text(parsed)
+        arguments = (guidance_scale, start, stop, guidance_rescale, use_original_formulation)
+        if base is not None and arguments != (3.0, 0.0, 1.0, 0.0, False):
             raise ValueError(
                 "base has its own guidance_scale, start, stop, guidance_rescale and "
-                "use_original_formulation; give them to it alone"
+                "use_original_formulation; give these arguments only to base"
             )
-        self._begin(own, guidance_scale, guidance_rescale, use_original_formulation)
+        self._begin(parsed, guidance_scale, guidance_rescale, use_original_formulation)
         super().__init__(start, stop, enabled)
         self.register_to_config(  # type: ignore[no-untyped-call]
             guidance=text,
@@ -128,23 +147,23 @@ class PerturbedGuidance(BaseGuidance):
         self.base = None
         self.guidance_scale, self.guidance_rescale = scale, rescale
         self.use_original_formulation = original
-        self._next: str | None = None  # the pass whose call of the denoiser comes next
-        self._stack = ExitStack()  # of what is on the denoiser during a step
+        self._next: str | None = None  # the pass of the next call of the denoiser
+        self._stack = ExitStack()  # removes what is on the denoiser during a step
         self._turn = Turn("denoiser")
-        self._caller: object = None  # who began the step
+        self._caller: object = None  # the thread or task that started the step
 
     # ---- the passes of a step
 
     @property
     def passes(self) -> list[str]:
-        """The passes of this step in their order. The perturbed one follows the conditional one,
-        so that what it reuses is kept no longer than that."""
-        found = [COND]
+        """The passes of this step in their order. The perturbed one follows the conditional one, so
+        the outputs that it reuses are freed early."""
+        passes = [COND]
         if self._perturbs():
-            found.append(PERTURBED)
+            passes.append(PERTURBED)
         if self._guides():
-            found.append(UNCOND)
-        return found
+            passes.append(UNCOND)
+        return passes
 
     @property
     def num_conditions(self) -> int:
@@ -152,15 +171,15 @@ class PerturbedGuidance(BaseGuidance):
 
     @property
     def is_conditional(self) -> bool:
-        number = self._count_prepared - 1
-        return not 0 <= number < self.num_conditions or self.passes[number] != UNCOND
+        index = self._count_prepared - 1
+        return not 0 <= index < self.num_conditions or self.passes[index] != UNCOND
 
     def _guides(self) -> bool:
-        """Whether there is classifier-free guidance at this step."""
+        """Return whether this step has classifier-free guidance."""
         if self.base is not None:
             return self._enabled and bool(self.base.num_conditions > 1)
-        none = 0.0 if self.use_original_formulation else 1.0
-        if not self._enabled or math.isclose(self.guidance_scale, none):
+        neutral_scale = 0.0 if self.use_original_formulation else 1.0
+        if not self._enabled or math.isclose(self.guidance_scale, neutral_scale):
             return False
         if self._num_inference_steps is None:
             return True
@@ -168,7 +187,7 @@ class PerturbedGuidance(BaseGuidance):
         return int(self._start * steps) <= self._step < int(self._stop * steps)
 
     def _perturbs(self) -> bool:
-        """Whether there is a perturbed pass at this step."""
+        """Return whether this step has a perturbed pass."""
         if not self._enabled or not self.guidance.scale:
             return False
         if self._num_inference_steps is None:
@@ -176,26 +195,26 @@ class PerturbedGuidance(BaseGuidance):
         return self.guidance.active(self._step, self._num_inference_steps)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        self._turn.check()  # before anything of another one's step changes
-        self._leave()  # what an interrupted step has left
+        self._turn.check()  # first, so that the step of another thread or task is not changed
+        self._leave()  # removes what an interrupted step left
         self._caller = caller()
         super().set_state(step, num_inference_steps, timestep)
         if self.base is not None:
             self.base.set_state(step, num_inference_steps, timestep)
         if not self._enabled or not self.guidance.scale:
             return
-        every = range(num_inference_steps)
-        if not any(self.guidance.active(number, num_inference_steps) for number in every):
+        steps = range(num_inference_steps)
+        if not any(self.guidance.active(index, num_inference_steps) for index in steps):
             raise ValueError(
                 f"{type(self.guidance).__name__} has start={self.guidance.start}, "
-                f"stop={self.guidance.stop}, which leave none of {num_inference_steps} steps; a "
-                "scale of 0 is no perturbed guidance"
+                f"stop={self.guidance.stop}, which select none of {num_inference_steps} steps; use "
+                "scale=0 for no perturbed guidance"
             )
 
     def prepare_inputs(self, data: Any) -> list[Any]:
-        if self.base is not None:  # which may begin anew at the first step
+        if self.base is not None:  # it may reset its state at the first step
             self.base.prepare_inputs(data)
-        return [self._prepare_batch(data, int(own == UNCOND), own) for own in self.passes]
+        return [self._prepare_batch(data, int(name == UNCOND), name) for name in self.passes]
 
     def prepare_inputs_from_block_state(
         self, data: Any, input_fields: dict[str, str | tuple[str, str]]
@@ -203,8 +222,8 @@ class PerturbedGuidance(BaseGuidance):
         if self.base is not None:
             self.base.prepare_inputs_from_block_state(data, input_fields)
         return [
-            self._prepare_batch_from_block_state(input_fields, data, int(own == UNCOND), own)
-            for own in self.passes
+            self._prepare_batch_from_block_state(input_fields, data, int(name == UNCOND), name)
+            for name in self.passes
         ]
 
     # ---- the denoiser
@@ -212,9 +231,9 @@ class PerturbedGuidance(BaseGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         if self._caller not in (None, caller()):
             raise RuntimeError(
-                "another thread or asyncio task has begun a step with this guider, which keeps the "
-                "state of one request; run one request at a time, or give each a guider and a "
-                "denoiser of its own"
+                "another thread or asyncio task has started a step with this guider, which keeps "
+                "the state of one request; run one request at a time, or give each request its own "
+                "guider and denoiser"
             )
         super().prepare_models(denoiser)
         if self._count_prepared == 1:
@@ -226,10 +245,10 @@ class PerturbedGuidance(BaseGuidance):
             self._leave()
 
     def _enter(self, denoiser: torch.nn.Module) -> None:
-        """Have the calls of a denoiser go by us until the last pass of the step."""
+        """Handle the calls of a denoiser until the last pass of the step."""
         self._leave()
         self._caller = caller()
-        turns = [one.turn for one in handlers_of(denoiser) if isinstance(one, _Passes)]
+        turns = [each.turn for each in handlers_of(denoiser) if isinstance(each, _Passes)]
         (model,) = models_of(denoiser).values()
         before = attached(model)
         for turn in turns if before is None else (*turns, before.turn):
@@ -237,17 +256,19 @@ class PerturbedGuidance(BaseGuidance):
         self.guidance.fits(denoisers(denoiser))
         with ExitStack() as stack:
             stack.enter_context(self._turn.taken())
-            own = Perturbation(stack, denoiser, self.guidance, True) if self._perturbs() else None
+            perturbation = None
+            if self._perturbs():
+                perturbation = Perturbation(stack, denoiser, self.guidance, reuse_prefix=True)
             attachment = attached(model)
             if attachment is not None:
                 stack.enter_context(attachment.turn.taken())
-            handle = _Passes(self, denoiser, own)
-            add_handler(denoiser, handle)
-            stack.callback(remove_handler, denoiser, handle)
+            handler = _Passes(self, denoiser, perturbation)
+            add_handler(denoiser, handler)
+            stack.callback(remove_handler, denoiser, handler)
             self._stack = stack.pop_all()
 
     def _leave(self) -> None:
-        """Leave the denoiser as it was."""
+        """Restore the denoiser."""
         self._next = self._caller = None
         self._stack.close()
 
@@ -255,33 +276,33 @@ class PerturbedGuidance(BaseGuidance):
         self,
         name: str | None,
         denoiser: torch.nn.Module,
-        own: Perturbation | None,
+        perturbation: Perturbation | None,
         inner: Next,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """A call of the denoiser in the pass of a name; None: it is none of ours."""
+        """Call the denoiser in the pass ``name``; None means the call is not of this guider."""
         (model,) = models_of(denoiser).values()
         attachment = attached(model)
         if name is None or attachment is None:
             return inner(*args, **kwargs)
-        prefix = None if own is None else next(iter(own.caches.values()))
+        cache = None if perturbation is None else next(iter(perturbation.caches.values()))
         with ExitStack() as stack:
             stack.callback(setattr, attachment, "context", attachment.context)
             attachment.context = Context(name, self._step, self._num_inference_steps)
-            if own is not None and prefix is not None and not own.idle:
+            if perturbation is not None and cache is not None and not perturbation.idle:
                 arguments = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
-                if name == COND and prefix.is_reusable(arguments):
-                    stack.enter_context(prefix.recording())
+                if name == COND and cache.is_reusable(arguments):
+                    stack.enter_context(cache.recording())
                 elif name == PERTURBED:
-                    stack.enter_context(own.on())
-                    stack.enter_context(prefix.replaying(None))
-            out = inner(*args, **kwargs)
-        if own is not None and name == PERTURBED:
-            own.check()
-        return out
+                    stack.enter_context(perturbation.on())
+                    stack.enter_context(cache.replaying(None))
+            output = inner(*args, **kwargs)
+        if perturbation is not None and name == PERTURBED:
+            perturbation.check()
+        return output
 
-    # ---- their combination
+    # ---- the combination of the predictions
 
     def forward(
         self,
@@ -289,7 +310,7 @@ class PerturbedGuidance(BaseGuidance):
         pred_uncond: torch.Tensor | None = None,
         pred_cond_skip: torch.Tensor | None = None,
     ) -> GuiderOutput:
-        """The guided prediction."""
+        """Return the guided prediction from ``c``, and ``u`` and ``p`` if the step has them."""
         pred = pred_cond
         if self.base is not None and self._enabled:
             pred = self.base.forward(pred_cond, pred_uncond).pred
@@ -306,18 +327,32 @@ class PerturbedGuidance(BaseGuidance):
 
 
 class SoftPerturbedGuidance(PerturbedGuidance):
-    """``PerturbedGuidance`` by SoftPAG, whose parameters are the guider's own.
+    """``PerturbedGuidance`` with SoftPAG. The guider has the parameters of SoftPAG.
 
     Args:
-        guidance_scale, start, stop, guidance_rescale, use_original_formulation, enabled: as of
-            PerturbedGuidance.
-        perturbed_scale: ``w``; 0 is no further pass.
-        heads, strength, policy, target: as of SoftPAG, also where they are left out.
-        perturbed_start, perturbed_stop: shares of the steps in which there is ``w (c - p)``; the
-            start is part of it.
+        guidance_scale: as of PerturbedGuidance.
+        perturbed_scale: ``w``; with 0 there is no further pass; None means the default of SoftPAG.
+        heads: as of SoftPAG.
+        strength: as of SoftPAG.
+        policy: as of SoftPAG.
+        target: as of SoftPAG.
+        start: as of PerturbedGuidance.
+        stop: as of PerturbedGuidance.
+        perturbed_start: share of the steps at which ``w (c - p)`` starts.
+        perturbed_stop: share of the steps at which ``w (c - p)`` ends.
+        guidance_rescale: as of PerturbedGuidance.
+        use_original_formulation: as of PerturbedGuidance.
+        enabled: as of PerturbedGuidance.
 
     Raises:
-        TypeError, ValueError: as of PerturbedGuidance.
+        TypeError: as of PerturbedGuidance.
+        ValueError: as of PerturbedGuidance.
+
+    Example:
+        >>> from visattn.guidance import SoftPerturbedGuidance
+        >>> guider = SoftPerturbedGuidance(4.0, perturbed_scale=2.0, heads={1: [0, 3]})
+        >>> guider.config["heads"]
+        {'1': [0, 3]}
     """
 
     def __init__(

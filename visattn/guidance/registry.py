@@ -1,5 +1,5 @@
-"""The guidances and edits that have a text form, found by their classes; reading texts, and running
-several guidances on one pipeline."""
+"""The guidances and edits that have a text form: their list, reading their texts, and applying
+several of them to one pipeline."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ __all__ = [
     "present_text",
 ]
 
-MAX_LENGTH = 1_000_000  # of a text: heads of a large model with strengths are long
+MAX_LENGTH = 1_000_000  # of a text; heads of a large model with strengths are long
 
 
 class _Guidances(Mapping[str, type[Writable]]):
-    """The classes that have a text form, by name. A class is one of them as soon as it is defined;
-    those of visattn lie in ``guidance.edits`` and ``guidance.guiders``, whose files are imported
-    here."""
+    """The classes that have a text form, by name. A class is listed as soon as it is defined. The
+    classes of visattn are in the files of ``guidance.edits`` and ``guidance.guiders``, which are
+    imported when the list is needed."""
 
     def _classes(self) -> dict[str, type[Writable]]:
         _load()
-        classes, waiting = dict[str, type[Writable]](), [Writable]
-        while waiting:
-            kind = waiting.pop()
-            waiting += kind.__subclasses__()
+        classes, unvisited = dict[str, type[Writable]](), [Writable]
+        while unvisited:
+            kind = unvisited.pop()
+            unvisited += kind.__subclasses__()
             if vars(kind).get("example"):
                 classes[kind.__name__] = kind
         return {name: classes[name] for name in sorted(classes, key=str.lower)}
@@ -82,16 +82,16 @@ def parse_guidance(text: str) -> Any:
     """Read a guidance or edit from its text form. Nothing in the text is evaluated.
 
     Args:
-        text: a call with literal arguments, ``SoftPAG(heads={3: [0]}, strength=0.5)``, or a name
-            alone. Names are those of ``GUIDANCES``, in any case; ``heads`` may be the path or hub
-            id of a head set, in quotes.
+        text: a call with literal arguments, ``SoftPAG(heads={3: [0]}, strength=0.5)``, or only a
+            name. Names are those of ``GUIDANCES``, in upper or lower case; ``heads`` may be the
+            path or hub id of a head set, in quotes.
 
     Returns:
         The guidance, for ``guide``, or the edit, for ``steer``.
 
     Raises:
         TypeError: ``text`` is no text.
-        ValueError: there is no such guidance or parameter, or it refuses a value.
+        ValueError: there is no such guidance or parameter, or a value is out of range.
 
     Example:
         >>> from visattn.guidance import parse_guidance
@@ -102,7 +102,7 @@ def parse_guidance(text: str) -> Any:
         raise TypeError(f"guidance={shown(text)} must be text, as in {GRAMMAR.example!r}")
     present = in_present_form(text)
     if present is not None:
-        raise ValueError(f"guidance {shown(text)} is in a form of older versions; write {present}")
+        raise ValueError(f"guidance {shown(text)} has the form of older versions; write {present}")
     try:
         return GRAMMAR.parse(text, MAX_LENGTH)
     except (TypeError, ValueError, OSError) as error:
@@ -113,13 +113,13 @@ def parse_guidance(text: str) -> Any:
 
 
 def present_text(text: str) -> str:
-    """Return a guidance text as this version writes it.
+    """Return a guidance text in the form of this version.
 
     Args:
-        text: a guidance text of a record, which an older version may have written.
+        text: a guidance text of a record, perhaps of an older version.
 
     Raises:
-        ValueError: ``text`` is of the former form, and cannot be read.
+        ValueError: ``text`` has the former form, and cannot be read.
     """
     present = in_present_form(text)
     return text if present is None else guidance_text(parse_guidance(present))
@@ -136,11 +136,11 @@ def parse_heads(text: str) -> HeadSet | dict[Any, Any]:
         Heads by layer, as of SoftPAG, or the head set.
 
     Raises:
-        ValueError: the text is neither, or is in a form of older versions.
+        ValueError: the text is neither, or has the form of older versions.
     """
     present = written_heads(text)
     if present is not None:
-        raise ValueError(f"heads {shown(text)} are in a form of older versions; write {present}")
+        raise ValueError(f"heads {shown(text)} have the form of older versions; write {present}")
     if not text.lstrip().startswith("{"):
         try:
             return HeadSet.from_pretrained(text)
@@ -151,7 +151,7 @@ def parse_heads(text: str) -> HeadSet | dict[Any, Any]:
             ) from None
     try:
         (heads,) = GRAMMAR.read(f"heads({text})", MAX_LENGTH).args
-        SoftPAG(heads)  # type: ignore[arg-type]  # checks them
+        SoftPAG(heads)  # type: ignore[arg-type]  # checks the heads
     except (TypeError, ValueError) as error:
         raise ValueError(f"heads {shown(text)}: {brief(error)}") from None
     assert isinstance(heads, dict)
@@ -168,7 +168,7 @@ def parse_guidances(value: str | Iterable[Any] | None) -> tuple[Any, ...]:
         The guidances.
 
     Raises:
-        TypeError: one has no text form.
+        TypeError: a guidance has no text form.
         ValueError: as ``parse_guidance``.
     """
     if value is None:
@@ -199,10 +199,11 @@ def guided(pipe: Any, guidances: Sequence[Any]) -> Iterator[None]:
 
     Args:
         pipe: as for ``guide``.
-        guidances: guidances and edits: the edits are given to ``steer``, the others to ``guide``.
+        guidances: guidances and edits. ``steer`` gets the edits, ``guide`` the others.
 
     Raises:
-        TypeError, ValueError: as ``guide`` and ``steer``.
+        TypeError: as ``guide`` and ``steer``.
+        ValueError: as ``guide`` and ``steer``.
 
     Example:
         >>> from visattn.guidance import PAG, EnhanceVideo, guided

@@ -20,8 +20,8 @@ class Writable:
     of its text form.
 
     Attributes:
-        example: its text form with usual values. A class that sets it can be written as a text, is
-            read by ``parse_guidance`` and listed by ``visattn generate --list-guidance``.
+        example: its text form with typical values. A class that sets it can be written as a text.
+            ``parse_guidance`` reads the text, and ``visattn generate --list-guidance`` lists it.
     """
 
     example: ClassVar[str] = ""
@@ -35,7 +35,8 @@ class Writable:
 
     @classmethod
     def parameters(cls) -> dict[str, str]:
-        """Return what the docstrings say of each parameter that can be written, by name."""
+        """Return the descriptions in the docstrings of the parameters that can be written, by
+        name."""
         described: dict[str, str] = {}
         for base in reversed(cls.__mro__):
             described |= _described(inspect.cleandoc(base.__doc__ or ""))
@@ -44,20 +45,20 @@ class Writable:
         return {name: described.get(name, "") for name in signature if name in written}
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments that make an equal object, without those that are None by
-        default."""
-        out = {}
+        """Return the arguments that make an equal object. Those that are None by default and None
+        here are omitted."""
+        arguments = {}
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name)
             if value is not None or parameter.default is not None:
                 as_float = str(parameter.annotation).startswith("float") and is_integer(value)
-                out[name] = float(value) if as_float else value
-        return out
+                arguments[name] = float(value) if as_float else value
+        return arguments
 
 
 def guidance_text(value: Writable) -> str:
-    """Return the text form of a guidance or edit, with all its parameters. Heads of a head set are
-    written out, so that no file is needed to read the text.
+    """Return the text form of a guidance or edit, with all its parameters. The heads of a head set
+    are listed in the text, so reading the text needs no file.
 
     Args:
         value: a guidance or edit.
@@ -76,8 +77,8 @@ def guidance_text(value: Writable) -> str:
     kind = type(value)
     if not isinstance(value, Writable) or not vars(kind).get("example"):
         raise TypeError(
-            f"guidance={value!r} has no text form; those that have one are listed by visattn "
-            "generate --list-guidance"
+            f"guidance={value!r} has no text form; visattn generate --list-guidance lists the "
+            "guidances that have one"
         )
     arguments = value.arguments().items()
     return f"{kind.__name__}({', '.join(f'{n}={_literal(kind, n, v)}' for n, v in arguments)})"

@@ -109,7 +109,7 @@ class BlockCache:
         compute.
 
         Args:
-            rows: of the batch; None: all.
+            rows: of the batch; None means all.
         """
         if self.last_paths and all(path in self.outputs for path in self.last_paths):
             self.outputs = {path: _rows_of(output, rows) for path, output in self.outputs.items()}

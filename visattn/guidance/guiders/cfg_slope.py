@@ -32,7 +32,7 @@ def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def not_linear(arguments: Mapping[str, Any]) -> str | None:
-    """Return why a pipeline's guidance is not linear in its passes; None: it is linear.
+    """Return why a pipeline's guidance is not linear in its passes; None means it is linear.
 
     Args:
         arguments: of the pipeline's call, by name.
@@ -54,7 +54,7 @@ def slope(
     """Return ``d pred / d c``: the guidance scale; 1 without classifier-free guidance.
 
     Args:
-        pipe: the pipeline; None: the denoiser is used without one.
+        pipe: the pipeline; None means the denoiser is used without one.
         role: of the denoiser that runs.
         arguments: of the pipeline's call, by name.
         timestep: of the denoiser's call.

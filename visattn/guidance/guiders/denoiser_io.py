@@ -44,7 +44,7 @@ def part_of(name: str, value: Any, batch: int, rows: Rows) -> Any:
         name: of the input.
         value: a tensor, a dict, a list or something else.
         batch: batch size of the call.
-        rows: of the batch; None: all.
+        rows: of the batch; None means all.
     """
     if rows is None or name in SHARED:
         return value

@@ -32,12 +32,12 @@ class _Guided:
     """Handles the calls of a denoiser: returns guided predictions.
 
     Args:
-        pipe: the pipeline; None: the denoiser is used without one.
+        pipe: the pipeline; None means the denoiser is used without one.
         role: of the denoiser.
         model: the denoiser.
         family: of the denoiser.
         perturbations: guidances by a perturbed pass.
-        zero: CFG-Zero*; None: it is not used.
+        zero: CFG-Zero*; None means it is not used.
         pipe_arguments: arguments of the pipeline's call, which are set before each call.
     """
 

@@ -20,7 +20,7 @@ class SEG(Guidance):
     2408.00760).
 
     Args:
-        layers: numbers or module paths of attention layers; None: all.
+        layers: numbers or module paths of attention layers; None means all.
         sigma: standard deviation of the blur in tokens. The default is infinite: every query is the
             mean query.
         whole_kernel: whether the blur keeps all its taps on short axes, as of BlurQueries.

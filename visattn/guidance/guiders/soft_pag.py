@@ -32,7 +32,7 @@ class SoftPAG(Guidance):
 
     Args:
         heads: a HeadSet, or its file, folder or hub id; or heads by layer, with strengths as in
-            ``{3: {0: 1.0, 5: 0.5}}`` or without as in ``{3: [0, 5]}``; None: all heads.
+            ``{3: {0: 1.0, 5: 0.5}}`` or without as in ``{3: [0, 5]}``; None means all heads.
         strength: factor of the strengths of the heads, from 0 to 1; 1 is PAG.
         scale: ``w`` of ``w (c - p)``.
         policy: which tokens of joint attention: ``all`` (text rows too, as in the paper),
@@ -169,7 +169,7 @@ class PAG(Guidance):
     layers (Ahn et al. 2024, arXiv 2403.17377).
 
     Args:
-        layers: numbers or module paths of attention layers; None: all.
+        layers: numbers or module paths of attention layers; None means all.
         policy: which tokens of joint attention, as of SoftPAG.
         scale: ``w`` of ``w (c - p)``.
         start: the first step, as an int, or as a share of the steps.

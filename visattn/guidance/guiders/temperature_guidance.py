@@ -20,7 +20,7 @@ class TemperatureGuidance(Guidance):
     part of entropy rectifying guidance (Berrada Ifriqi et al. 2025, arXiv 2504.13987).
 
     Args:
-        layers: numbers or module paths of attention layers; None: all.
+        layers: numbers or module paths of attention layers; None means all.
         temperature: of the softmax in the further pass; above 1 attention is flatter, below 1 it is
             sharper.
         scale: ``w`` of ``w (c - p)``.

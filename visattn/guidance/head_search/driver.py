@@ -79,7 +79,7 @@ def search_heads(
         scale: ``w`` of the guidance, as of SoftPAG.
         policy: which tokens of joint attention are perturbed, as of SoftPAG.
         target: what heads are moved towards, as of SoftPAG.
-        candidates: heads to try, by layer, as of SoftPAG; None: all heads of all layers of
+        candidates: heads to try, by layer, as of SoftPAG; None means all heads of all layers of
             self-attention or joint attention.
         batch: candidates that are generated as samples of one call of the pipeline. Each sample
             has the noise that it would have alone; the frames are equal up to rounding. The batch

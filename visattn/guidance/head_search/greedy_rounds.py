@@ -25,7 +25,7 @@ class GreedyRounds:
         rounds: what each round added, and the scores, as JSON values.
         failures: the candidates that failed, as JSON values.
         before: mean objective without the heads.
-        after: mean objective with the heads; None: not known.
+        after: mean objective with the heads; None means not known.
     """
 
     def __init__(self, scores: SetScores) -> None:

@@ -102,7 +102,7 @@ def read_call(pipe: Any, call: Mapping[str, Any] | None) -> dict[str, Any]:
 
     Args:
         pipe: a diffusers pipeline.
-        call: the arguments; None: none.
+        call: the arguments; None means none.
 
     Raises:
         TypeError: a value is no JSON value.

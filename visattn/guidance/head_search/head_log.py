@@ -31,8 +31,8 @@ class Place(NamedTuple):
 
     Attributes:
         among: name of the heads that are perturbed with the candidate, from ``HeadLog.name_of``.
-        layer: path of the candidate's layer; None: there is no candidate.
-        head: index of the candidate in the layer; None: there is no candidate.
+        layer: path of the candidate's layer; None means there is no candidate.
+        head: index of the candidate in the layer; None means there is no candidate.
         pair: index of the prompt and seed.
     """
 
@@ -48,7 +48,7 @@ class HeadLog:
     that was cut off is ignored and overwritten.
 
     Args:
-        path: of the file; None: scores are only in memory.
+        path: of the file; None means scores are only in memory.
         settings: what the scores depend on, as JSON values.
 
     Attributes:
@@ -91,7 +91,7 @@ class HeadLog:
         return _hash(strengths) if strengths else ""
 
     def get(self, place: Place) -> float | str | None:
-        """Return a score, or the message of a failure; None: there is neither.
+        """Return a score, or the message of a failure; None means there is neither.
 
         Args:
             place: what the score is of.

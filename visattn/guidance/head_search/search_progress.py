@@ -15,7 +15,7 @@ class SearchProgress:
     """Counts generations and reports them to a callback.
 
     Args:
-        callback: called as ``callback(stage, done, total, seconds_left)``; None: nothing is called.
+        callback: called as ``callback(stage, done, total, seconds_left)``, or None.
         num_processes: how many processes share the generations.
         stage: name of the present part of the search.
         done: generations that are finished or no longer needed.
