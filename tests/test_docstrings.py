@@ -46,6 +46,7 @@ WRITTEN = (
     "visattn.guidance.registry",
     "visattn.guidance.written_form",
 )
+WRITTEN = ("visattn.guidance.edits.", "visattn.guidance.token_maps.")
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

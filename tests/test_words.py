@@ -61,6 +61,9 @@ MENDED = (
     "visattn.guidance.modular",
     "visattn.guidance.registry",
     "visattn.guidance.written_form",
+MENDED = ("visattn.guidance.edits",)
+    "visattn.guidance.token_maps",
+    "visattn.selectors.attend",
 )
 MENDED_PREFIXES = tuple(f"{package}." for package in MENDED)
 PARTS = sorted(set(map(part_of, MODULES)))

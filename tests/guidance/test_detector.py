@@ -248,7 +248,7 @@ def test_memory_is_linear():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="give only one of them"):
         DetectorGuidance((1,), masks=torch.ones(1, 1, 3, 6, 4), detector=lambda maps, state: maps)
     with pytest.raises(ValueError, match=r"must be \[samples or 1, 2 subjects"):
         DetectorGuidance((1, 2), masks=torch.ones(1, 1, 3, 6, 4))

@@ -403,7 +403,7 @@ def test_attend_and_excite_is_of_the_most_neglected_subject(paper):
     ("make", "error", "message"),
     [
         (lambda: AStar(tokens=(1,), real=REAL), ValueError, "one subject"),
-        (lambda: AStar(tokens=(1, 2)), ValueError, "needs the numbers of the real tokens"),
+        (lambda: AStar(tokens=(1, 2)), ValueError, "needs the indices of the real tokens"),
         (lambda: AttendAndExcite(subjects=(9,), real=REAL), ValueError, "some of the real tokens"),
         (lambda: LatentUpdate(tokens=(1,), real=REAL), TypeError, "must be a function of maps"),
         (
@@ -433,8 +433,8 @@ def test_latents_that_the_scheduler_does_not_have_are_refused(monkeypatch):
 def test_pipelines_that_cannot_be_updated_are_refused():
     update = AStar(tokens=(1, 2), real=REAL)
     pipe = pipeline("wan21")
-    refused = [(pipe.transformer, TypeError, "has a scheduler")]
-    refused.append((tiny.image_to_video(), ValueError, "take a text-to-video pipeline"))
+    refused = [(pipe.transformer, TypeError, "must be a pipeline with a scheduler")]
+    refused.append((tiny.image_to_video(), ValueError, "use a text-to-video pipeline"))
     for one, error, message in refused:
         with pytest.raises(error, match=message), update_latents(one, update):
             pass

@@ -109,7 +109,7 @@ def test_tokens_behind_a_template_count_from_the_crop():
     assert phrase_tokens(own, prompt, "square", template) == (2,)
     assert phrase_tokens(own, prompt, "square") == (3,)  # without it, behind the begin
     for wrong in ({"template": "no place", "crop_start": 3}, {"template": "{}"}):
-        with pytest.raises(ValueError, match=r"must have a template with one .* and crop_start"):
+        with pytest.raises(ValueError, match=r"must have the keys template, .* and crop_start"):
             real_tokens(own, prompt, wrong)
 
 
@@ -315,11 +315,11 @@ def test_refusals_say_what_is_missing():
         TokenReadout(keep=0)
     early = BorrowKeys(sources=(0,), tokens=sink.masks())
     with (
-        pytest.raises(ValueError, match="let the edit begin at a later step"),
+        pytest.raises(ValueError, match="start the edit at a later step"),
         visattn.steer(pipe, early),
     ):
         tiny.generate(pipe, steps=1)
-    with pytest.raises(ValueError, match="needs the numbers of the real tokens"):
+    with pytest.raises(ValueError, match="needs the indices of the real tokens"):
         read(pipe, "wan21")[0].maps(normalise="real")
     with pytest.raises(ValueError, match="part of the prompt"):
         phrase_tokens(pipe.tokenizer, "a red square", "blue")

@@ -1,4 +1,5 @@
-"""What latents are updated by: a loss of token maps, and how (A-STAR, Attend-and-Excite)."""
+"""Settings of updates of the latents by the gradient of a loss of token maps: the general form,
+A-STAR, and Attend-and-Excite."""
 
 from __future__ import annotations
 
@@ -26,28 +27,50 @@ Loss = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentUpdate:
-    """Before a step the latents go down the gradient of a loss of token maps: ``z <- z - a dL/dz``
-    (``update_latents``).
+    """Update the latents before a step by the gradient of a loss of token maps: ``z <- z - a
+    dL/dz``. ``update_latents`` applies it to a pipeline.
 
     Args:
-        tokens: numbers of text tokens, each a map; several in brackets are one, their sum.
-        loss: gets the maps ``[samples, tokens, frames, height, width]`` and those of the step
-            before, without gradient (None at the first); gives ``[samples]``.
-        real: numbers of all real tokens, without padding and begin or end.
-        normalise: ``real``: maps are divided by what an image token attends to all real tokens
-            with; ``raw``: they are not.
-        layers, heads: that are read, as for an ``Edit``; the forward ends at the last of them, so
-            that early layers make updates cheap.
-        attention: ``cross`` or ``self``; default: cross-attention where the model has it.
-        scale: ``a`` at the first step, to be found for each model: 20 is that of Attend-and-Excite
-            for Stable Diffusion. It is multiplied by ``sqrt`` of what falls from 1 to ``final``
-            over the steps.
-        start, stop: the steps, as for an ``Edit``.
-        refine: by step (an int, or a share of the steps) the loss above which the latents are
-            updated again, at most ``refinements`` times, before the update of the step. A sample
-            below it stays meanwhile.
-        recompute: blocks keep their inputs only and run again for the gradient.
-        role: which denoiser of a pipeline that has two; ``any``.
+        tokens: indices of text tokens, each of which gives a map. A group of indices gives one map,
+            the sum of its tokens.
+        loss: a function of the maps ``[samples, tokens, frames, height, width]`` and of the maps of
+            the previous step, without gradient (None at the first step), that returns losses
+            ``[samples]``.
+        real: indices of all real tokens of the prompt, without padding and special tokens
+            (``real_tokens`` finds them).
+        normalise: ``real`` divides the maps by the attention of the image token to all real tokens,
+            ``raw`` does not.
+        layers: layers to read, as in ``Edit``. The additional forward pass ends at the last of
+            them, so early layers make updates cheap.
+        heads: heads to read, as in ``Edit``.
+        attention: ``cross`` or ``self``. None means cross-attention if the model has it.
+        scale: step size ``a`` at the first step; each model needs its own. 20 is that of
+            Attend-and-Excite for Stable Diffusion. ``a`` is multiplied by the square root of a
+            factor that falls linearly from 1 to ``final`` over the steps.
+        final: the factor at the last step, from 0 to 1.
+        start: the first step with an update, as in ``Edit``.
+        stop: the step after the last one with an update, as in ``Edit``.
+        refine: a mapping from steps (an int, or a float share of the steps) to losses. While the
+            loss at such a step is above the given one, the latents are updated again, up to
+            ``refinements`` times, before the update of the step. Samples below it stay.
+        refinements: the largest number of these additional updates.
+        recompute: whether blocks keep their inputs only and run again for the gradient, which saves
+            memory.
+        role: the denoiser of a pipeline with two, or ``any``.
+
+    Raises:
+        TypeError: ``loss`` is no function, or an index is no integer.
+        ValueError: an argument is out of range, or ``normalise="real"`` lacks ``real``.
+
+    Example:
+        >>> from visattn.guidance import LatentUpdate, update_latents
+        >>> def weakness(maps, previous):  # of the attention to the token
+        ...     return 1 - maps.flatten(1).mean(1)
+        >>> update = LatentUpdate(tokens=[1], loss=weakness, normalise="raw", stop=1)
+        >>> with update_latents(pipe, update) as losses:
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=2)
+        >>> list(losses)  # the steps with an update
+        [0]
     """
 
     tokens: TextTokens = ()
@@ -71,72 +94,115 @@ class LatentUpdate:
         groups_of(f"{name}(tokens=...)", self.tokens)
         if not callable(self.loss):
             raise TypeError(
-                f"{name}(loss={self.loss!r}) must be a function of maps; take AStar or "
-                "AttendAndExcite for those of the papers"
+                f"{name}(loss={self.loss!r}) must be a function of maps; AStar and "
+                "AttendAndExcite have the losses of their papers"
             )
         if self.normalise not in ("raw", "real"):
             raise ValueError(f"{name}(normalise={self.normalise!r}) must be raw or real")
         if self.normalise == "real" and not self.real:
             raise ValueError(
-                f"{name}(normalise='real') needs the numbers of the real tokens in real=, which "
-                "real_tokens(pipe.tokenizer, prompt) finds; normalise='raw' needs none"
+                f"{name}(normalise='real') needs the indices of the real tokens; give "
+                "real=real_tokens(pipe.tokenizer, prompt), or normalise='raw'"
             )
         if self.attention not in (None, "self", "cross"):
             raise ValueError(f"{name}(attention={self.attention!r}) must be self, cross or None")
         if not 0 <= self.final <= 1 or not self.scale > 0:
             raise ValueError(
-                f"{name}(scale={self.scale!r}, final={self.final!r}) must be above 0, and 0 to 1"
+                f"{name}(scale={self.scale!r}, final={self.final!r}): scale must be above 0, and "
+                "final from 0 to 1"
             )
-        for at in self.refine:
-            if not is_number(at) or at < 0:
+        for step in self.refine:
+            if not is_number(step) or step < 0:
                 raise ValueError(
-                    f"{name}(refine=...) has {at!r}; it must be steps, or shares of the steps"
+                    f"{name}(refine=...) has {step!r}; it must map steps, or shares of the steps, "
+                    "to losses"
                 )
 
     def active(self, step: int, steps: int) -> bool:
-        """Whether a step is in the window."""
+        """Return whether a step has an update.
+
+        Args:
+            step: index of the step.
+            steps: number of steps.
+        """
         return in_window(self.start, self.stop, step, steps)
 
     def size(self, step: int, steps: int) -> float:
-        """``a`` at a step."""
-        fallen = step / max(1, steps - 1)
-        return float(self.scale * (1 + (self.final - 1) * fallen) ** 0.5)
+        """Return the step size ``a`` at a step.
+
+        Args:
+            step: index of the step.
+            steps: number of steps.
+        """
+        progress = step / max(1, steps - 1)
+        return float(self.scale * (1 + (self.final - 1) * progress) ** 0.5)
 
     def bound(self, step: int, steps: int) -> float | None:
-        """The loss above which a step refines; None where it does not."""
-        for at, loss in self.refine.items():
-            if (at if isinstance(at, int) else round(at * steps)) == step:
+        """Return the loss above which a step updates again. None if it never does.
+
+        Args:
+            step: index of the step.
+            steps: number of steps.
+        """
+        for when, loss in self.refine.items():
+            if (when if isinstance(when, int) else round(when * steps)) == step:
                 return loss
         return None
 
     def losses(self, maps: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-        """The loss of each sample, ``[samples]``."""
+        """Return the loss of each sample, ``[samples]``.
+
+        Args:
+            maps: the maps ``[samples, tokens, frames, height, width]``.
+            before: the maps of the previous step, or None.
+
+        Raises:
+            ValueError: the loss has another shape.
+        """
         assert self.loss is not None
-        found = self.loss(maps, before)
-        if not isinstance(found, torch.Tensor) or found.shape != maps.shape[:1]:
+        losses = self.loss(maps, before)
+        if not isinstance(losses, torch.Tensor) or losses.shape != maps.shape[:1]:
             raise ValueError(
-                f"the loss gave {list(getattr(found, 'shape', ()))}; it must give a number for "
-                f"each of the {maps.shape[0]} samples"
+                f"loss returned the shape {list(getattr(losses, 'shape', ()))}; it must return a "
+                f"number for each of the {maps.shape[0]} samples"
             )
-        return found
+        return losses
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AStar(LatentUpdate):
-    """Segregation and retention (A-STAR, Agarwal et al. 2023, arXiv 2306.14544) at every step: the
-    maps of ``tokens`` (two subjects or more) are not to overlap, and to stay where they were.
+    """Update the latents at every step so that the maps of subjects do not overlap, and stay where
+    they were in the previous step (segregation and retention, A-STAR, Agarwal et al. 2023, arXiv
+    2306.14544).
 
     Args:
-        layout: where the subjects are to be, 0 or 1, ``[samples or 1, tokens, frames, height,
-            width]``; default: where they were the step before, which is their map scaled in each
-            frame and cut at ``threshold`` (a value of ours).
+        tokens: indices of the text tokens of at least two subjects, each an index or a group.
+        layout: the wanted places of the subjects, 0 or 1, ``[samples or 1, tokens, frames, height,
+            width]``. None means their places in the previous step: the maps scaled in each frame
+            and cut at ``threshold``.
+        threshold: the threshold of these maps, a choice of this project.
+
+    The other arguments are those of ``LatentUpdate``; ``loss`` is fixed.
+
+    Raises:
+        TypeError: an index is no integer.
+        ValueError: there are fewer than two subjects, or an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import AStar, real_tokens, update_latents
+        >>> prompt = "a red square a blue circle"
+        >>> update = AStar(tokens=[2, 5], real=real_tokens(pipe.tokenizer, prompt), layers=[0])
+        >>> with update_latents(pipe, update) as losses:
+        ...     video = pipe(prompt, height=16, width=16, num_frames=5, num_inference_steps=2)
+        >>> list(losses)  # the steps with an update
+        [0, 1]
 
     Source:
         Agarwal et al. (2023), "A-STAR", arXiv 2306.14544.
     Default:
-        paper. No code is known.
+        paper. No code of the authors is known.
     Differences:
-        - The threshold of the map of the step before, 0.5, is a choice of this project.
+        - The threshold of the map of the previous step, 0.5, is a choice of this project.
         - Maps are those of a transformer's layers; the paper has 16 x 16 maps of a UNet.
     """
 
@@ -149,7 +215,7 @@ class AStar(LatentUpdate):
         object.__setattr__(self, "loss", self._loss)
         super().__post_init__()
         if len(self.tokens) < 2:
-            raise ValueError("AStar(tokens=...) has one subject; it sets two or more apart")
+            raise ValueError("AStar(tokens=...) has one subject; it must have two or more")
 
     def _loss(self, maps: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         loss = astar_segregation(maps)
@@ -161,17 +227,37 @@ class AStar(LatentUpdate):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttendAndExcite(LatentUpdate):
-    """The most neglected subject is attended to more (Attend-and-Excite, Chefer et al. 2023, arXiv
-    2301.13826), in the first half of the steps, with refinement to an attention of 0.05, 0.5 and
-    0.8 at the steps 0, 10 and 20 of 50.
+    """Update the latents so that the most neglected subject gets more attention
+    (Attend-and-Excite, Chefer et al. 2023, arXiv 2301.13826).
+
+    By default the first half of the steps has updates, and the steps 0, 10 and 20 of 50 refine
+    until the attention reaches 0.05, 0.5 and 0.8.
+
+    Maps are ``raw`` by default, as in the paper. Maps that are divided by the sum of the real
+    tokens are of the order of 1, where the softmax at a sharpness of 100 saturates and has no
+    gradient; use a sharpness of 10 with them.
 
     Args:
-        subjects: numbers of the subjects' tokens, among ``real``.
-        sharpness: of the softmax over the real tokens, which leaves padding and begin or end out.
-        sigma: of the blur, in tokens, as of ``attend_and_excite``.
+        real: indices of all real tokens of the prompt (``real_tokens`` finds them).
+        subjects: indices of the tokens of the subjects, some of ``real``.
+        sharpness: factor of the maps before the softmax over the real tokens.
+        sigma: standard deviation of the blur in tokens, as in ``attend_and_excite``.
 
-    Maps are ``raw``, as in the paper: divided by the real tokens' sum they are of the order of 1,
-    where the softmax at a sharpness of 100 is saturated and has no gradient; take 10 then.
+    The other arguments are those of ``LatentUpdate``; ``tokens`` and ``loss`` are fixed.
+
+    Raises:
+        TypeError: an index is no integer.
+        ValueError: ``subjects`` are not among the real tokens, or an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import AttendAndExcite, real_tokens, update_latents
+        >>> tokens = real_tokens(pipe.tokenizer, "a red square")
+        >>> update = AttendAndExcite(real=tokens, subjects=[2], layers=[0], refinements=1)
+        >>> with update_latents(pipe, update) as losses:
+        ...     video = pipe("a red square", height=16, width=16, num_frames=5,
+        ...                  num_inference_steps=2)
+        >>> list(losses)  # the steps with an update
+        [0]
 
     Source:
         Chefer et al. (2023), "Attend-and-Excite", arXiv 2301.13826. Code:
@@ -198,12 +284,12 @@ class AttendAndExcite(LatentUpdate):
         if not subjects or not set(subjects) <= set(real):
             raise ValueError(
                 f"AttendAndExcite(subjects={self.subjects!r}) must be some of the real tokens "
-                f"{self.real!r}, which real_tokens(pipe.tokenizer, prompt) finds"
+                f"{self.real!r}; give real=real_tokens(pipe.tokenizer, prompt)"
             )
         object.__setattr__(self, "tokens", real)
         object.__setattr__(self, "loss", self._loss)
         super().__post_init__()
 
     def _loss(self, maps: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-        at = [list(self.tokens).index(subject) for subject in self.subjects]
-        return attend_and_excite(maps, at, sharpness=self.sharpness, sigma=self.sigma)
+        indices = [list(self.tokens).index(subject) for subject in self.subjects]
+        return attend_and_excite(maps, indices, sharpness=self.sharpness, sigma=self.sigma)

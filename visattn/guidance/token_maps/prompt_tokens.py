@@ -1,4 +1,4 @@
-"""Which text tokens are a prompt's own, and which are a phrase of it."""
+"""Find the text tokens of a prompt, and those of a phrase in it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,27 @@ __all__ = ["phrase_tokens", "real_tokens"]
 def real_tokens(
     tokenizer: Any, prompt: str, template: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """Numbers of the tokens of a prompt among those a pipeline gives its denoiser, without padding
-    and begin or end.
+    """Return the indices of the tokens of a prompt among the text tokens that a pipeline gives its
+    denoiser, without padding and special tokens.
 
     Args:
-        tokenizer: of the pipeline, a fast one of transformers.
-        prompt: as the pipeline gets it.
-        template: the pipeline's ``prompt_template``, where it has one, as HunyuanVideo does:
-            ``template`` with ``{}`` where the prompt is, and ``crop_start``, the number of tokens
-            that are taken away in front.
+        tokenizer: tokenizer of the pipeline, a fast one of transformers.
+        prompt: the prompt, as the pipeline gets it.
+        template: ``prompt_template`` of the pipeline, if it has one, as HunyuanVideo does: a
+            mapping with ``template``, which has ``{}`` at the place of the prompt, and
+            ``crop_start``, the number of tokens that the pipeline cuts off at the start.
+
+    Returns:
+        The indices, ascending.
+
+    Raises:
+        TypeError: the tokenizer is no fast one.
+        ValueError: ``template`` has the wrong form.
+
+    Example:
+        >>> from visattn.guidance import real_tokens
+        >>> real_tokens(pipe.tokenizer, "a red square")
+        (0, 1, 2)
     """
     return tuple(number for number, _, _ in _spans(tokenizer, prompt, template))
 
@@ -27,48 +39,63 @@ def real_tokens(
 def phrase_tokens(
     tokenizer: Any, prompt: str, phrase: str, template: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """Numbers of the tokens of a phrase, at its first place in the prompt.
+    """Return the indices of the tokens of a phrase, at its first occurrence in the prompt.
 
     Args:
-        tokenizer, prompt, template: as for ``real_tokens``.
+        tokenizer: tokenizer of the pipeline, a fast one of transformers.
+        prompt: the prompt, as the pipeline gets it.
         phrase: a part of the prompt, such as a word.
+        template: ``prompt_template`` of the pipeline, as in ``real_tokens``.
+
+    Returns:
+        The indices, ascending.
 
     Raises:
-        ValueError: the prompt has no such phrase, or no token of it.
+        TypeError: the tokenizer is no fast one.
+        ValueError: the phrase is not in the prompt, no token belongs to it, or ``template`` has the
+            wrong form.
+
+    Example:
+        >>> from visattn.guidance import phrase_tokens
+        >>> phrase_tokens(pipe.tokenizer, "a red square moves right", "red square")
+        (1, 2)
     """
     first = prompt.find(phrase)
     if first < 0 or not phrase:
         raise ValueError(f"phrase={phrase!r} must be a part of the prompt {prompt!r}")
     end = first + len(phrase)
     spans = _spans(tokenizer, prompt, template)
-    found = tuple(number for number, start, stop in spans if start < end and stop > first)
-    if not found:
-        raise ValueError(f"phrase={phrase!r} has no token of its own in {prompt!r}")
-    return found
+    tokens = tuple(number for number, start, stop in spans if start < end and stop > first)
+    if not tokens:
+        raise ValueError(f"phrase={phrase!r} has no token in {prompt!r}")
+    return tokens
 
 
 def _spans(
     tokenizer: Any, prompt: str, template: Mapping[str, Any] | None
 ) -> list[tuple[int, int, int]]:
-    """Number, first character and end of each token of the prompt that is not special."""
+    """Return the index, first character and end of each token of the prompt, without special
+    tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            f"tokenizer={type(tokenizer).__name__} does not say where its tokens are in the text; "
-            "take the fast one of transformers, or count the tokens yourself"
+            f"tokenizer={type(tokenizer).__name__} does not give the places of its tokens in the "
+            "text; use a fast tokenizer of transformers, or count the tokens yourself"
         )
     form = "{}" if template is None else template["template"]
     crop = 0 if template is None else template.get("crop_start")
     if form.count("{}") != 1 or not isinstance(crop, int):
         raise ValueError(
-            f"template={template!r} must have a template with one {{}} and crop_start, a number of "
-            "tokens"
+            f"template={template!r} must have the keys template, a text with one {{}}, and "
+            "crop_start, a number of tokens"
         )
     before = form.index("{}")
-    found = tokenizer(
+    encoding = tokenizer(
         form.replace("{}", prompt), return_offsets_mapping=True, return_special_tokens_mask=True
     )
-    rows = zip(found["offset_mapping"], found["special_tokens_mask"], strict=True)
-    spans = [(n - crop, a - before, b - before, own) for n, ((a, b), own) in enumerate(rows)]
+    rows = zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
+    spans = [
+        (n - crop, a - before, b - before, special) for n, ((a, b), special) in enumerate(rows)
+    ]
     return [
         (n, a, b)
         for n, a, b, special in spans

@@ -1,4 +1,4 @@
-"""Maps of text tokens, collected over layers, passes and steps, and masks from them."""
+"""Maps of text tokens as means over layers, by pass and step, and masks from them."""
 
 from __future__ import annotations
 
@@ -21,64 +21,89 @@ Threshold = float | Literal["otsu"]
 
 @dataclass
 class _Sum:
-    """What readings of one pass of one step add up to."""
+    """The sum of the readings of one pass of one step.
+
+    Attributes:
+        columns: sum of the columns, ``[samples, image tokens, tokens]``.
+        real: sum of the weights of the real tokens, ``[samples, image tokens]``, or None.
+        count: number of readings.
+        first: the first of the readings.
+    """
 
     columns: torch.Tensor
     real: torch.Tensor | None
     count: int
-    like: Reading
+    first: Reading
 
 
 class TokenReadout:
-    """The sink of ``ReadTokens``: means over layers, by pass and step.
+    """Collect the readings of ``ReadTokens`` as maps of the text tokens: means over layers, by pass
+    and step.
+
+    A generation that starts again at an earlier step replaces the maps. The memory is that of
+    ``[samples, image tokens, tokens]`` for each pass and step.
 
     Args:
-        keep: how many of the last steps are kept; default: all.
+        keep: number of the last steps to keep. None means all steps.
 
-    A generation that begins anew at an earlier step replaces what there was. What it holds are
-    ``[samples, image tokens, tokens]`` for each pass and step.
+    Raises:
+        ValueError: ``keep`` is no positive integer.
+
+    Example:
+        >>> from visattn.guidance import ReadTokens, TokenReadout, steer
+        >>> readout = TokenReadout()
+        >>> with steer(pipe, ReadTokens(tokens=[0, 1], sink=readout, attention="cross")):
+        ...     video = pipe("red square", height=32, width=32, num_frames=5,
+        ...                  num_inference_steps=2)
+        >>> readout.steps, readout.passes
+        ((0, 1), ('cond', 'uncond'))
+        >>> readout.maps("cond", step=-1).shape  # samples, tokens, frames, height, width
+        torch.Size([1, 2, 2, 2, 2])
     """
 
     def __init__(self, keep: int | None = None) -> None:
         if keep is not None and (not is_integer(keep) or keep < 1):
-            raise ValueError(f"TokenReadout(keep={keep!r}) must be a number of steps; None is all")
+            raise ValueError(f"TokenReadout(keep={keep!r}) must be a number of steps, or None")
         self.keep = keep
         self._sums: dict[tuple[int | None, str | None], _Sum] = {}
 
     def __call__(self, reading: Reading) -> None:
-        """Take a reading in."""
+        """Add a reading."""
         step = reading.step
         if step is not None and any(known is None or known > step for known, _ in self._sums):
             self._sums.clear()
         key = step, reading.pass_
         columns = reading.columns.detach()
         real = None if reading.real is None else reading.real.detach()
-        own = self._sums.get(key)
-        if own is None:
+        collected = self._sums.get(key)
+        if collected is None:
             self._sums[key] = _Sum(columns.clone(), real, 1, reading)
-            self._forget()
+            self._drop_old_steps()
             return
-        if own.columns.shape != columns.shape or own.like.samples != reading.samples:
+        old = collected.columns
+        if old.shape != columns.shape or collected.first.samples != reading.samples:
             raise ValueError(
-                f"TokenReadout has maps of the shape {list(own.columns.shape)}, and "
-                f"{reading.layer} gives {list(columns.shape)}; read these with another TokenReadout"
+                f"TokenReadout has maps of the shape {list(old.shape)}, and {reading.layer} gives "
+                f"{list(columns.shape)}; read these with another TokenReadout"
             )
-        own.columns += columns
-        own.real = None if own.real is None or real is None else own.real + real
-        own.count += 1
+        collected.columns += columns
+        collected.real = (
+            None if collected.real is None or real is None else collected.real + real
+        )
+        collected.count += 1
 
     def clear(self) -> None:
-        """Forget all maps."""
+        """Remove all maps."""
         self._sums.clear()
 
     @property
     def steps(self) -> tuple[int | None, ...]:
-        """The steps that there are maps of, in order."""
+        """The steps that have maps, in the order in which they ran."""
         return tuple(dict.fromkeys(step for step, _ in self._sums))
 
     @property
     def passes(self) -> tuple[str | None, ...]:
-        """The passes that there are maps of."""
+        """The passes that have maps."""
         return tuple(dict.fromkeys(pass_ for _, pass_ in self._sums))
 
     def maps(
@@ -87,17 +112,18 @@ class TokenReadout:
         step: int | None = None,
         normalise: Normalise = "raw",
     ) -> torch.Tensor:
-        """What image tokens attend to the tokens with.
+        """Return the attention of image tokens to the text tokens.
 
         Args:
-            pass_: whose; None for a denoiser that was called alone.
-            step: negative ones count from the last; default: the mean over all that are kept.
-            normalise: ``raw``: columns of the attention, ``real``: divided by what the image token
-                attends to all real tokens with (``ReadTokens(real=...)``), so that in joint
-                attention they are comparable to those of cross-attention.
+            pass_: name of the pass. None for a denoiser that was called without a pipeline.
+            step: index of a step. Negative indices count from the last kept step. None means the
+                mean over all kept steps.
+            normalise: ``raw`` for columns of the attention map, or ``real`` for these divided by
+                the attention of the image token to all real tokens (``ReadTokens(real=...)``),
+                which makes maps of joint attention comparable to those of cross-attention.
 
         Returns:
-            ``[samples, tokens, frames, height, width]``, float32 (float64 for float64).
+            The maps ``[samples, tokens, frames, height, width]``, float32 (float64 for float64).
 
         Raises:
             ValueError: there are no such maps.
@@ -105,19 +131,19 @@ class TokenReadout:
         steps = self.steps
         if step is not None and step < 0 and -step <= len(steps):
             step = steps[step]
-        found = [
-            own
-            for (at, whose), own in self._sums.items()
-            if whose == pass_ and (step is None or at == step)
+        sums = [
+            collected
+            for (sum_step, sum_pass), collected in self._sums.items()
+            if sum_pass == pass_ and (step is None or sum_step == step)
         ]
-        if not found:
+        if not sums:
             raise ValueError(
                 f"there are no maps of the {pass_} pass"
                 + ("" if step is None else f" at step {step}")
-                + f"; there are those of {', '.join(map(str, self.passes)) or 'none'} at the steps "
-                f"{', '.join(map(str, steps)) or 'none'}"
+                + f"; there are maps of the passes {', '.join(map(str, self.passes)) or 'none'} "
+                f"at the steps {', '.join(map(str, steps)) or 'none'}"
             )
-        return torch.stack([_maps(own, normalise) for own in found]).mean(0)
+        return torch.stack([_maps(collected, normalise) for collected in sums]).mean(0)
 
     def masks(
         self,
@@ -127,30 +153,33 @@ class TokenReadout:
         when: When = "before",
         pass_: str = "cond",
     ) -> Callable[[State], torch.Tensor]:
-        """Where the image is of a token, for ``BorrowKeys(tokens=...)`` and the like (mask-guided
-        sharing, DiTCtrl, Cai et al. 2024, arXiv 2412.18597).
+        """Return a function that gives the mask of a token, for ``BorrowKeys(tokens=...)`` and the
+        like (mask-guided sharing, DiTCtrl, Cai et al. 2024, arXiv 2412.18597).
 
         Args:
-            token: which of the tokens (or groups of them) that are read, from 0.
-            threshold: of the map, which is scaled from 0 to 1 in each frame; ``otsu``: the one that
-                sets the values of the map's tokens, unscaled, best apart (``otsu``).
-            when: ``before``: by all layers of the step before, so that the edit begins a step later
-                than the readout; ``now``: by the layers of the step that ran already, so that it is
-                in later layers.
-            pass_: whose maps; they serve all passes.
+            token: index of the token (or group of tokens) among those that are read.
+            threshold: threshold of the map, which is scaled from 0 to 1 in each frame, or ``otsu``
+                for Otsu's threshold of the unscaled map.
+            when: ``before`` for maps of all layers of the previous step (the edit must then start a
+                step later than the readout), or ``now`` for maps of the layers of the current step
+                that already ran (the edit must then be in later layers).
+            pass_: the pass whose maps are used. They serve all passes.
 
         Returns:
-            A function of a call's State that gives bool ``[b, image tokens]``; samples that were
-            not read have none.
+            A function of a call's State that returns bool ``[b, image tokens]``. Samples that were
+            not read have empty masks.
+
+        Raises:
+            ValueError: ``when`` has another value.
         """
         _check_when(when)
 
         def masks(state: State) -> torch.Tensor:
-            maps, like = self._at(state, when, pass_)
+            maps, reading = self._maps_for(state, when, pass_)
             _check_token(token, maps)
-            own = token_masks(maps[:, token], threshold).flatten(1)
-            out = torch.zeros(like.batch, own.shape[1], dtype=torch.bool, device=own.device)
-            out[list(like.samples)] = own
+            mask = token_masks(maps[:, token], threshold).flatten(1)
+            out = torch.zeros(reading.batch, mask.shape[1], dtype=torch.bool, device=mask.device)
+            out[list(reading.samples)] = mask
             return out
 
         return masks
@@ -158,90 +187,119 @@ class TokenReadout:
     def labels(
         self, threshold: float = 0.3, *, when: When = "before", pass_: str = "cond"
     ) -> Callable[[State], torch.Tensor]:
-        """Which token each query is of, for ``LabelBias(q_labels=...)``: of the tokens whose mask
-        it is in that with the largest scaled map, counted from 1; 0 for background and text.
+        """Return a function that labels each query by its token, for ``LabelBias(q_labels=...)``.
+
+        The label is 1 plus the index of the token whose scaled map is the largest at the query, if
+        it reaches the threshold. Background and text have the label 0.
+
+        Args:
+            threshold: threshold of the maps, which are scaled from 0 to 1 in each frame.
+            when: ``before`` or ``now``, as in ``masks``.
+            pass_: the pass whose maps are used.
 
         Returns:
-            A function of a call's State that gives int64 ``[b, Lq]``. Arguments as ``masks``.
+            A function of a call's State that returns int64 ``[b, Lq]``.
+
+        Raises:
+            ValueError: ``when`` has another value.
         """
         _check_when(when)
 
         def labels(state: State) -> torch.Tensor:
-            maps, like = self._at(state, when, pass_)
+            maps, reading = self._maps_for(state, when, pass_)
             scaled = frame_minmax(maps).flatten(2)  # [samples, tokens, image tokens]
             largest, token = scaled.max(1)
-            own = torch.where(largest >= threshold, token + 1, 0)
-            out = torch.zeros(like.batch, state.q.shape[2], dtype=torch.int64, device=own.device)
-            out[list(like.samples), state.image] = own
+            label = torch.where(largest >= threshold, token + 1, 0)
+            length = state.q.shape[2]
+            out = torch.zeros(reading.batch, length, dtype=torch.int64, device=label.device)
+            out[list(reading.samples), state.image] = label
             return out
 
         return labels
 
-    def _at(self, state: State, when: When, pass_: str) -> tuple[torch.Tensor, Reading]:
-        """The maps of the step of a call or of the one before."""
+    def _maps_for(self, state: State, when: When, pass_: str) -> tuple[torch.Tensor, Reading]:
+        """Return the maps of the step of a call, or of the previous step, and one of their
+        readings."""
         step = state.call.step
         if step is None:
             raise ValueError(
-                "masks from a readout go by steps, and the step of this call is not known; steer "
-                "the pipeline that runs"
+                "masks from a readout need the step of the call, which is not known; steer the "
+                "pipeline that runs"
             )
-        own = self._sums.get((step if when == "now" else step - 1, pass_))
-        if own is None:
+        collected = self._sums.get((step if when == "now" else step - 1, pass_))
+        if collected is None:
             remedy = "in later layers than those read" if when == "now" else "at a later step"
             raise ValueError(
                 f"there is no readout of the {pass_} pass for {state.call.layer} at step {step} "
-                f"yet; let the edit begin {remedy}"
+                f"yet; start the edit {remedy}"
             )
         grid = state.call.layout.grids[0][1]
-        if grid != own.like.grid or state.q.shape[0] != own.like.batch:
+        reading = collected.first
+        if grid != reading.grid or state.q.shape[0] != reading.batch:
             raise ValueError(
-                f"the readout is of {own.like.batch} samples of {own.like.grid} tokens, and "
+                f"the readout has {reading.batch} samples of {reading.grid} tokens, and "
                 f"{state.call.layer} has {state.q.shape[0]} of {grid}"
             )
-        return _maps(own, "raw"), own.like
+        return _maps(collected, "raw"), reading
 
-    def _forget(self) -> None:
-        """Let go of steps that are not to be kept."""
+    def _drop_old_steps(self) -> None:
+        """Remove all but the last ``keep`` steps."""
         for step in self.steps[: -self.keep] if self.keep else ():
             for key in [key for key in self._sums if key[0] == step]:
                 del self._sums[key]
 
 
-def _maps(own: _Sum, normalise: Normalise) -> torch.Tensor:
-    """``[samples, tokens, T, H, W]``."""
+def _maps(collected: _Sum, normalise: Normalise) -> torch.Tensor:
+    """Return the mean maps ``[samples, tokens, frames, height, width]``."""
     if normalise not in ("raw", "real"):
         raise ValueError(f"normalise={normalise!r} must be raw or real")
     if normalise == "raw":
-        maps = own.columns / own.count
-    elif own.real is None:
+        columns = collected.columns / collected.count
+    elif collected.real is None:
         raise ValueError(
-            "normalise='real' needs the numbers of the real tokens; give ReadTokens(real=...)"
+            "normalise='real' needs the indices of the real tokens; give ReadTokens(real=...)"
         )
     else:
-        maps = own.columns / own.real[..., None].clamp_min(torch.finfo(own.real.dtype).tiny)
-    found: torch.Tensor = maps.mT.unflatten(2, own.like.grid.shape)
-    return found
+        smallest = torch.finfo(collected.real.dtype).tiny
+        columns = collected.columns / collected.real[..., None].clamp_min(smallest)
+    maps: torch.Tensor = columns.mT.unflatten(2, collected.first.grid.shape)
+    return maps
 
 
 def frame_minmax(maps: torch.Tensor) -> torch.Tensor:
-    """Maps ``[..., frames, height, width]`` scaled from 0 to 1 in each frame; 0 where a frame is
-    all alike."""
+    """Scale maps ``[..., frames, height, width]`` from 0 to 1 in each frame. Constant frames become
+    0."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def token_masks(maps: torch.Tensor, threshold: Threshold) -> torch.Tensor:
-    """Where maps ``[..., frames, height, width]``, scaled in each frame, reach a threshold; bool of
-    the same shape. ``otsu``: where they reach that of ``otsu``, unscaled."""
+    """Return whether maps reach a threshold.
+
+    Args:
+        maps: maps ``[..., frames, height, width]``.
+        threshold: threshold of the maps scaled from 0 to 1 in each frame, or ``otsu`` for Otsu's
+            threshold of the unscaled maps.
+
+    Returns:
+        bool, of the shape of ``maps``.
+    """
     if threshold == "otsu":
         return maps >= otsu(maps.flatten(-3))[..., None, None, None]
     return frame_minmax(maps) >= threshold
 
 
 def otsu(values: torch.Tensor) -> torch.Tensor:
-    """The least value of the upper class when values ``[..., n]`` are split in two with the largest
-    variance between the classes (Otsu 1979); ``[...]``. Every split is tried, so that there are no
-    bins."""
+    """Return Otsu's threshold (Otsu 1979): the smallest value of the upper class when values are
+    split into two classes with the largest variance between them. Every split is tried, without
+    bins.
+
+    Args:
+        values: values ``[..., n]``.
+
+    Returns:
+        The thresholds ``[...]``.
+    """
     ordered = values.double().sort(-1).values
     n = ordered.shape[-1]
     if n < 2:
@@ -251,8 +309,8 @@ def otsu(values: torch.Tensor) -> torch.Tensor:
     low = sums[..., :-1] / below
     high = (sums[..., -1:] - sums[..., :-1]) / (n - below)
     between = below * (n - below) * (high - low).square()
-    at = between.argmax(-1, keepdim=True) + 1
-    return ordered.gather(-1, at)[..., 0].to(values.dtype)
+    split = between.argmax(-1, keepdim=True) + 1
+    return ordered.gather(-1, split)[..., 0].to(values.dtype)
 
 
 def _check_when(when: str) -> None:
@@ -262,4 +320,4 @@ def _check_when(when: str) -> None:
 
 def _check_token(token: int, maps: torch.Tensor) -> None:
     if not 0 <= token < maps.shape[1]:
-        raise ValueError(f"token={token} is not one of the {maps.shape[1]} that are read, from 0")
+        raise ValueError(f"token={token} must be from 0 to {maps.shape[1] - 1}, the tokens read")

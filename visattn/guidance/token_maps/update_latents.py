@@ -1,5 +1,4 @@
-"""``update_latents``: latents of a pipeline that knows nothing of it go down the gradient of a
-loss."""
+"""``update_latents``: update the latents of an unmodified pipeline by the gradient of a loss."""
 
 from __future__ import annotations
 
@@ -24,39 +23,52 @@ from visattn.runtime.torch_settings import plain_torch
 
 __all__ = ["update_latents"]
 
+# methods of schedulers that compute the sample of a step again from the previous one
 CORRECTORS = ("multistep_uni_c_bh_update", "stochastic_adams_moulton_update")
 Losses = dict[int, list[torch.Tensor]]
 
 
 @dataclass
 class _Change:
-    """What has been added to the latents of a step."""
+    """The update of the latents of a step.
+
+    Attributes:
+        step: index of the step.
+        latents: the latents before the update, as the denoiser was given them.
+        added: what the update adds to them.
+    """
 
     step: int
-    latents: torch.Tensor  # as the denoiser was given them
+    latents: torch.Tensor
     added: torch.Tensor
 
-    def of(self, latents: torch.Tensor) -> bool:
-        """Whether latents are those that were changed, but for rounding."""
-        own = self.latents
-        if latents.shape != own.shape or latents.device != own.device:
+    def belongs_to(self, latents: torch.Tensor) -> bool:
+        """Return whether latents are those before the update, up to rounding."""
+        old = self.latents
+        if latents.shape != old.shape or latents.device != old.device:
             return False
-        error = 4 * max(torch.finfo(x.dtype).eps for x in (latents, own))
-        wide = own.float()
-        return torch.allclose(latents.float(), wide, error, error * float(wide.abs().max()))
+        error = 4 * max(torch.finfo(x.dtype).eps for x in (latents, old))
+        expected = old.float()
+        tolerance = error * float(expected.abs().max())
+        return torch.allclose(latents.float(), expected, error, tolerance)
 
 
 class _Latents:
-    """The latents of a generation, on their way to the denoiser and to the scheduler."""
+    """The updates of a generation, for the latents that the denoiser and the scheduler get.
+
+    Args:
+        pipe: the pipeline.
+        update: the settings of the updates.
+    """
 
     def __init__(self, pipe: Any, update: LatentUpdate) -> None:
         self.pipe, self.update = pipe, update
         self.now: _Change | None = None
-        self.maps: torch.Tensor | None = None  # of the step before
+        self.maps: torch.Tensor | None = None  # maps of the previous step
         self.losses: Losses = {}
 
     def begin(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the pipeline: a generation that has nothing of an earlier one."""
+        """Handle a call of the pipeline: forget the previous generation."""
         self.now = self.maps = None
         self.losses.clear()
         return inner(*args, **kwargs)
@@ -64,39 +76,48 @@ class _Latents:
     def changed(
         self, step: int, steps: int, latents: torch.Tensor, partial: PartialForward, call: Any
     ) -> _Change:
-        """Update the latents of a step. ``call``: makes the arguments of a forward from latents."""
-        update, own = self.update, latents.detach().float()
+        """Compute the update of a step.
+
+        Args:
+            step: index of the step.
+            steps: number of steps.
+            latents: the latents of the conditional pass.
+            partial: the forward pass up to the last layer to read.
+            call: a function of latents that returns the arguments of the denoiser.
+        """
+        update, updated = self.update, latents.detach().float()
         size, bound = update.size(step, steps), update.bound(step, steps)
-        seen = self.losses[step] = []
+        losses = self.losses[step] = []
         with partial.reading(step, steps):
-            loss, slope, maps = self._slope(own, latents.dtype, partial, call)
-            seen.append(loss)
+            loss, slope, maps = self._slope(updated, latents.dtype, partial, call)
+            losses.append(loss)
             for _ in range(0 if bound is None else update.refinements):
                 above = loss > (bound or 0.0)
                 if not bool(above.any()):
                     break
-                own = own - size * slope * above.reshape(-1, *[1] * (own.ndim - 1))
-                loss, slope, maps = self._slope(own, latents.dtype, partial, call)
-                seen.append(loss)
-            own = own - size * slope
+                updated = updated - size * slope * above.reshape(-1, *[1] * (updated.ndim - 1))
+                loss, slope, maps = self._slope(updated, latents.dtype, partial, call)
+                losses.append(loss)
+            updated = updated - size * slope
         self.maps = maps
-        return _Change(step, latents.detach().clone(), own - latents.detach().float())
+        return _Change(step, latents.detach().clone(), updated - latents.detach().float())
 
     def _slope(
         self, latents: torch.Tensor, dtype: torch.dtype, partial: PartialForward, call: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss of each sample, its gradient by the latents, and the maps."""
+        """Return the loss of each sample, its gradient with respect to the latents, and the
+        maps."""
         with torch.enable_grad():
-            own = latents.clone().requires_grad_(True)
-            partial(call(own.to(dtype)))
+            leaf = latents.clone().requires_grad_(True)
+            partial(call(leaf.to(dtype)))
             with plain_torch():
                 maps = partial.sink.maps(self.update.normalise)
                 loss = self.update.losses(maps, self.maps)
-                (slope,) = torch.autograd.grad(loss.sum(), own)
+                (slope,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), slope, maps.detach()
 
     def step(self, step: Any) -> Any:
-        """A scheduler's ``step`` that is given the latents as they were changed."""
+        """Return the ``step`` of a scheduler, changed to add the update to its sample."""
         signature = inspect.signature(step)
 
         @functools.wraps(step)
@@ -106,10 +127,10 @@ class _Latents:
                 return step(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             sample = bound.arguments["sample"]
-            if not change.of(sample):
+            if not change.belongs_to(sample):
                 raise ValueError(
                     f"{type(self.pipe).__name__} gives its denoiser other latents than its "
-                    "scheduler, so that an update does not fit both; it cannot be updated"
+                    "scheduler, so its latents cannot be updated"
                 )
             bound.arguments["sample"] = (sample + change.added).to(sample.dtype)
             with _corrected(self.pipe.scheduler, change.added):
@@ -119,7 +140,14 @@ class _Latents:
 
 
 class _Updated:
-    """The calls of a denoiser with latents that were changed."""
+    """Handler of the calls of a denoiser, which gives it the updated latents.
+
+    Args:
+        role: role of the denoiser.
+        model: the denoiser.
+        latents: the updates of the generation.
+        partial: the forward pass up to the last layer to read.
+    """
 
     def __init__(
         self, role: str, model: torch.nn.Module, latents: _Latents, partial: PartialForward
@@ -127,38 +155,38 @@ class _Updated:
         self.role, self.model, self.latents, self.partial = role, model, latents, partial
 
     def __call__(self, _: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = attached(self.model)
-        assert own is not None
-        with own.turn.taken():
-            return self._call(own, inner, args, kwargs)
+        attachment = attached(self.model)
+        assert attachment is not None
+        with attachment.turn.taken():
+            return self._call(attachment, inner, args, kwargs)
 
     def _call(
-        self, own: Attachment, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, attachment: Attachment, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        arguments = {**dict(zip(own.names, args, strict=False)), **kwargs}
-        given = arguments["hidden_states"]
-        step, steps, passes = self._moment(own, arguments)
+        arguments = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
+        hidden = arguments["hidden_states"]
+        step, steps, passes = self._moment(attachment, arguments)
         if not self.latents.update.active(step, steps):
             return inner(*args, **kwargs)
-        parts = given.chunk(len(passes))
+        parts = hidden.chunk(len(passes))
         change = self.latents.now
-        if change is None or change.step != step or not change.of(parts[0]):
+        if change is None or change.step != step or not change.belongs_to(parts[0]):
             change = self.latents.now = self._change(arguments, parts, passes, step, steps)
         new = [(part.float() + change.added).to(part.dtype) for part in parts]
         arguments["hidden_states"] = torch.cat(new)
         return inner(**arguments)
 
     def _moment(
-        self, own: Attachment, arguments: dict[str, Any]
+        self, attachment: Attachment, arguments: dict[str, Any]
     ) -> tuple[int, int, tuple[str, ...]]:
-        """Step, number of steps and passes of a call that is about to be made."""
-        own.note(arguments)
-        step, steps = own.step()
-        passes = own.passes(arguments["hidden_states"].shape[0])
+        """Return the step, number of steps and passes of the next call of the denoiser."""
+        attachment.note(arguments)
+        step, steps = attachment.step()
+        passes = attachment.passes(arguments["hidden_states"].shape[0])
         if step is None or steps is None or passes is None:
             raise ValueError(
                 "latents cannot be updated, as "
-                + own.unknown("step or pass", "another pipeline of the family", "guide")
+                + attachment.unknown("step or pass", "another pipeline of the family", "guide")
             )
         return step, steps, passes
 
@@ -170,55 +198,67 @@ class _Updated:
         step: int,
         steps: int,
     ) -> _Change:
+        """Return the update of a step."""
         if "cond" not in passes:
             raise ValueError(
-                f"the {passes[0]} pass of {self.role} comes before the conditional one, by which "
-                "latents are updated; this pipeline cannot be updated"
+                f"the {passes[0]} pass of {self.role} runs before the conditional one, which the "
+                "update needs first; the latents of this pipeline cannot be updated"
             )
         if getattr(self.model, "is_cache_enabled", False):
             raise ValueError(
-                f"{self.role} has a cache of steps, which an update would run past; disable_cache "
-                "before"
+                f"{self.role} has a cache enabled, which skips the update of steps; call its "
+                "disable_cache() first"
             )
         if torch.is_inference_mode_enabled():
             raise ValueError(
-                "there are no gradients in torch.inference_mode; run the pipeline in torch.no_grad"
+                "torch.inference_mode has no gradients; run the pipeline in torch.no_grad instead"
             )
-        at, each = passes.index("cond"), parts[0].shape[0]
-        rows = None if len(passes) == 1 else slice(at * each, (at + 1) * each)
-        batch = each * len(passes)
-        mine = {name: part_of(name, value, batch, rows) for name, value in arguments.items()}
+        cond, size = passes.index("cond"), parts[0].shape[0]
+        rows = None if len(passes) == 1 else slice(cond * size, (cond + 1) * size)
+        batch = size * len(passes)
+        of_pass = {name: part_of(name, value, batch, rows) for name, value in arguments.items()}
 
         def call(latents: torch.Tensor) -> dict[str, Any]:
-            return {**mine, "hidden_states": latents}
+            return {**of_pass, "hidden_states": latents}
 
-        return self.latents.changed(step, steps, parts[at], self.partial, call)
+        return self.latents.changed(step, steps, parts[cond], self.partial, call)
 
 
 @contextmanager
 def update_latents(pipe: Any, update: LatentUpdate) -> Iterator[Losses]:
-    """Update the latents of a pipeline inside a ``with`` block before its steps; after it the
-    pipeline computes what it did before, also when there was an error.
+    """Update the latents of a pipeline before its steps, inside a ``with`` block. After the block,
+    also after an error, the pipeline computes what it did before.
 
-    Before the first pass of a step the denoiser runs conditionally up to the last layer that is
-    read, with a gradient; all passes of the step, and the scheduler, get the latents that result.
+    Before the first pass of a step, the denoiser runs conditionally, with a gradient, up to the
+    last layer to read. All passes of the step and the scheduler then get the updated latents.
+
+    Schedulers with a corrector (UniPC, SA-Solver) compute the sample of a step again from that of
+    the previous step, which would undo the update; it is therefore added to the corrected sample.
 
     Args:
-        pipe: a diffusers pipeline of a known family whose denoiser is given the latents alone, all
-            passes in one call or the conditional one first; with a plan or without. With ``guide``
-            and ``steer`` in either order.
-        update: such as ``AStar`` or ``AttendAndExcite``.
+        pipe: a diffusers pipeline of a known family, with a plan or without. Its denoiser must get
+            nothing but the latents as its image input, and all passes in one call or the
+            conditional pass first. It can be combined with ``guide`` and ``steer``, in either
+            order.
+        update: the update, such as ``AStar`` or ``AttendAndExcite``.
 
     Yields:
-        The losses ``[samples]`` by step, in the order in which they were met, of the last
-        generation.
-
-    Schedulers with a corrector (UniPC, SA-Solver) make the sample of a step anew from that of the
-    step before, which would take the update back; it is added to what they make.
+        The losses ``[samples]`` of the last generation by step, as lists in the order in which they
+        were computed.
 
     Raises:
-        TypeError, ValueError: ``pipe`` is no pipeline, a layer or token is not there, or the
-            pipeline's latents cannot be updated; on leaving, that no step was.
+        TypeError: ``pipe`` is no pipeline, or ``update`` no LatentUpdate.
+        ValueError: the pipeline has no such layer or token, or its latents cannot be updated; or,
+            at the end of the block, no step was updated.
+
+    Example:
+        >>> from visattn.guidance import AStar, real_tokens, update_latents
+        >>> prompt = "a red square a blue circle"
+        >>> update = AStar(tokens=[2, 5], real=real_tokens(pipe.tokenizer, prompt), layers=[0])
+        >>> with update_latents(pipe, update) as losses:
+        ...     video = pipe(prompt, height=16, width=16, num_frames=5, num_inference_steps=2)
+        >>> losses[0][0].shape  # the first loss of step 0, for each sample
+        torch.Size([1])
     """
     if not isinstance(update, LatentUpdate):
         raise TypeError(
@@ -226,7 +266,7 @@ def update_latents(pipe: Any, update: LatentUpdate) -> Iterator[Losses]:
         )
     scheduler = getattr(pipe, "scheduler", None)
     if isinstance(pipe, torch.nn.Module) or scheduler is None:
-        raise TypeError(f"pipe={type(pipe).__name__} must be a pipeline, which has a scheduler")
+        raise TypeError(f"pipe={type(pipe).__name__} must be a pipeline with a scheduler")
     known = known_denoisers(pipe)
     for role, (model, _) in known.items():
         _refuse_more_channels(role, model)
@@ -265,14 +305,14 @@ def update_latents(pipe: Any, update: LatentUpdate) -> Iterator[Losses]:
         yield latents.losses
         if not latents.losses:
             raise ValueError(
-                f"{type(update).__name__} has updated no latents: the pipeline did not run, or not "
-                "the steps that the update is for"
+                f"{type(update).__name__} has updated no latents: the pipeline did not run, or no "
+                "step within start and stop"
             )
 
 
 @contextmanager
 def _corrected(scheduler: Any, added: torch.Tensor) -> Iterator[None]:
-    """Inside, the corrector of a scheduler gives samples to which something is added."""
+    """Inside the ``with`` block, add a tensor to the samples of a scheduler's corrector."""
     with ExitStack() as stack:
         for name in CORRECTORS:
             correct = getattr(scheduler, name, None)
@@ -282,28 +322,31 @@ def _corrected(scheduler: Any, added: torch.Tensor) -> Iterator[None]:
 
 
 def _adding(correct: Any, added: torch.Tensor) -> Any:
+    """Return a corrector that adds a tensor to its sample."""
+
     def corrected(*args: Any, **kwargs: Any) -> torch.Tensor:
-        found: torch.Tensor = correct(*args, **kwargs)
-        return (found + added).to(found.dtype)
+        sample: torch.Tensor = correct(*args, **kwargs)
+        return (sample + added).to(sample.dtype)
 
     return corrected
 
 
 def _refuse_more_channels(role: str, model: torch.nn.Module) -> None:
+    """Raise ValueError if a denoiser gets more than the latents as its image input."""
     config: Any = getattr(model, "config", None)
-    given, made = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
-    if None not in (given, made) and given != made:
+    inputs, outputs = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
+    if None not in (inputs, outputs) and inputs != outputs:
         raise ValueError(
-            f"{role} is given {given} channels and makes {made}: what lies beside the latents, as "
-            "an image to begin with, is not told apart; take a text-to-video pipeline"
+            f"{role} has {inputs} input channels and {outputs} output channels: its input has "
+            "more than the latents, such as a first frame; use a text-to-video pipeline"
         )
 
 
-def _replace(stack: ExitStack, own: Any, name: str, new: Any) -> None:
-    """Give an object another method until the stack is closed."""
-    before = vars(own).get(name)
-    setattr(own, name, new)
+def _replace(stack: ExitStack, target: Any, name: str, new: Any) -> None:
+    """Replace a method of an object until the stack is closed."""
+    before = vars(target).get(name)
+    setattr(target, name, new)
     if before is None:
-        stack.callback(vars(own).pop, name, None)
+        stack.callback(vars(target).pop, name, None)
     else:
-        stack.callback(setattr, own, name, before)
+        stack.callback(setattr, target, name, before)
