@@ -47,6 +47,8 @@ WRITTEN = (
     "visattn.guidance.written_form",
 )
 WRITTEN = ("visattn.guidance.edits.", "visattn.guidance.token_maps.")
+    "visattn.guidance.composition.",
+    "visattn.guidance.token_maps.",
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

@@ -51,6 +51,7 @@ PUBLIC_PARAMETERS = {
 }
 # Packages of waiting parts whose words are mended already.
 MENDED = (
+    "visattn.guidance.composition",
     "visattn.guidance.edits",
     "visattn.guidance.former_form",
     "visattn.guidance.guider_config",

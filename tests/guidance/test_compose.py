@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused():
     mask = object_mask()
     with pytest.raises(ValueError, match="12 tokens in mask and 72 in source_mask"):
         ComposeObject(source=1, mask=mask, source_mask=torch.ones(72))
-    with pytest.raises(ValueError, match="take attention='self'"):
+    with pytest.raises(ValueError, match="use attention='self'"):
         ComposeObject(source=1, mask=mask, attention="cross")
     for edit, message in (
         (ComposeObject(source=2, mask=mask), "has 2 samples, from 0 on"),

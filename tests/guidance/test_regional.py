@@ -267,7 +267,7 @@ def test_positions_of_the_text_are_put_back():
         regional(pipe, BASE, regions, **given)
     assert embed.pos_embedding is before
     assert embed.max_text_seq_length == 10
-    with pytest.raises(ValueError, match="max_sequence_length=8 must be 10, the length of text"):
+    with pytest.raises(ValueError, match="max_sequence_length=8 must be 10, the text length"):
         regional(pipe, BASE, regions, **settings("cogvideox", max_sequence_length=8))
 
 
@@ -312,11 +312,11 @@ REFUSED = {
     "values": ({"regions": [("a", torch.full((2, 2), 2.0))]}, ValueError, "outside 0 to 1"),
     "nan": ({"regions": [("a", torch.full((2, 2), torch.nan))]}, ValueError, "outside 0 to 1"),
     "nothing": ({"regions": [("a", torch.zeros(6, 4))]}, ValueError, "give a larger region"),
-    "ratio": ({"base_ratio": 1.5}, ValueError, "from 0 to 1; 0 is by regions alone"),
+    "ratio": ({"base_ratio": 1.5}, ValueError, "from 0 to 1; 0 means regions alone"),
     "window": ({"start": 2, "stop": 1}, ValueError, "must start before it stops"),
     "layers": ({"layers": [9]}, ValueError, "names layer 9"),
     "list": ({"prompt": ["a"]}, TypeError, "must be one text, the base prompt"),
-    "embeddings": ({"prompt_embeds": torch.ones(1)}, ValueError, "is not taken: texts are encoded"),
+    "embeddings": ({"prompt_embeds": torch.ones(1)}, ValueError, "is not allowed; give the texts"),
 }
 
 

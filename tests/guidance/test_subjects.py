@@ -396,7 +396,7 @@ def test_models_without_known_positions_and_empty_masks_are_refused():
         with pytest.raises(ValueError, match="has no rotary position embedding that visattn knows"):
             ir_diffusion(full, full, (1,), reposition=pipe)
     for masks in ((full, full * 0), (full * 0, full)):
-        with pytest.raises(ValueError, match="a subject without a token"):
+        with pytest.raises(ValueError, match="has an empty mask"):
             ir_diffusion(*masks, (1,), reposition=small("wan")[0])
     assert rotary_of(small("flux")[0]) == Rotary((4, 6, 6), 10000.0)
     with pytest.raises(ValueError, match="keys have 8 channels"):
@@ -427,7 +427,7 @@ def test_memory_is_linear_in_the_tokens(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: consistory([(1,)], attention="cross"), "anchors=2 must be from 1 to the 1"),
+        (lambda: consistory([(1,)], attention="cross"), "anchors=2 must be from 1 to 1"),
         (lambda: consistory([(), ()], attention="cross"), "no token of any sample"),
         (lambda: consistory([(1,)] * 2, attention="cross", dropout=1.0), "dropout=1.0"),
         (lambda: story_diffusion(1), "samples=1"),

@@ -1,5 +1,5 @@
-"""The same subjects in all images or videos of a batch: the edits of ConsiStory, StoryDiffusion and
-IR-Diffusion."""
+"""Keep subjects consistent in all images or videos of a batch: the edits of ConsiStory,
+StoryDiffusion and IR-Diffusion."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ __all__ = ["BorrowSometimes", "MixQueries", "consistory", "ir_diffusion", "story
 
 @dataclass(frozen=True, kw_only=True)
 class MixQueries(ReplaceQueries):
-    """Queries of samples are moved towards those of another sample, by less and less: ``q + a
-    (q_source - q)``.
+    """Interpolate the queries of samples towards those of another sample: ``q + a (q_source - q)``,
+    where ``a`` changes linearly over the steps of the edit.
 
     Args:
-        first, last: ``a`` at the first and the last step of the window, in a line between.
+        first: ``a`` at the first step of the edit.
+        last: ``a`` at the last step of the edit.
     """
 
     first: float = 0.9
@@ -47,23 +48,24 @@ class MixQueries(ReplaceQueries):
         step, steps = state.call.step, state.call.steps
         if step is None or steps is None:
             raise ValueError(
-                "MixQueries goes by steps, and the step of this call is not known; steer the "
-                "pipeline that runs"
+                "MixQueries needs the step of the call, which is not known; steer the pipeline "
+                "that runs"
             )
         begin, end = (
             bound if isinstance(bound, int) else math.ceil(bound * steps)
             for bound in (self.start, self.stop)
         )
-        done = (step - begin) / max(1, min(end, steps) - 1 - begin)
-        super().apply(state, strength * (self.first + (self.last - self.first) * done))
+        progress = (step - begin) / max(1, min(end, steps) - 1 - begin)
+        super().apply(state, strength * (self.first + (self.last - self.first) * progress))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BorrowSometimes(BorrowKeys):
-    """``BorrowKeys`` in some of the calls, which are drawn for each layer and step by the seed.
+    """``BorrowKeys`` in a random part of the attention calls, drawn by ``seed`` for each layer and
+    step.
 
     Args:
-        probability: of a call.
+        probability: probability that a call borrows keys.
     """
 
     probability: float = 1.0
@@ -76,8 +78,8 @@ class BorrowSometimes(BorrowKeys):
             )
 
     def apply(self, state: State, strength: torch.Tensor) -> None:
-        at = (self.seed * 1_000_003 + (state.call.step or 0)) * 1009 + state.call.number
-        random = torch.Generator().manual_seed(at)
+        call_seed = (self.seed * 1_000_003 + (state.call.step or 0)) * 1009 + state.call.number
+        random = torch.Generator().manual_seed(call_seed)
         if float(torch.rand((), generator=random)) < self.probability:
             super().apply(state, strength)
 
@@ -95,24 +97,42 @@ def consistory(
     stop: int | float = 1.0,
     seed: int = 0,
 ) -> list[Edit]:
-    """The edits of ConsiStory (Tewel et al. 2024, arXiv 2402.03286) for ``steer``: images of a
-    batch attend to the subject of the others beside their own tokens, by masks from the step
-    before.
+    """Return the edits of ConsiStory: the samples of a batch attend to the subject of other samples
+    in addition to their own tokens, by masks from the previous step (Tewel et al. 2024, arXiv
+    2402.03286).
 
     Args:
-        tokens: of the subject in each prompt (``phrase_tokens``), a group for each sample.
-        attention: where text is: ``cross``, or ``self`` where it is part of the sequence.
-        anchors: the first samples, which attend to each other, and which the others attend to;
-            None: all of them to all others.
-        dropout: the share of a mask's tokens that is left out in each step.
-        threshold: of the maps; ``otsu`` as the paper.
-        twins: the batch has each sample twice, the second time as it would be without: the first
-            half's queries are mixed with those of the second in the first tenth of the steps (0.9
-            to 0.818 of them). Give prompts and latents twice, and keep the first half.
-        layers: that keys are shared in; default: all. The paper's are the up blocks of a UNet,
-            which a transformer has no like of.
-        start, stop: the steps; by default from the second on, at 50 steps.
-        seed: of the dropout.
+        tokens: text tokens of the subject in each prompt (``phrase_tokens`` finds them), a group
+            for each sample.
+        attention: how the model attends to text: ``cross``, or ``self`` if text is part of the
+            sequence.
+        anchors: number of anchors. The first samples are anchors, which attend to each other; the
+            others attend to the anchors. None means that every sample attends to all others.
+        dropout: share of the tokens of a mask that is left out, drawn again in each step.
+        threshold: threshold of the maps, or ``otsu`` as in the paper.
+        twins: whether the batch has each sample twice, the second time without the edits. The
+            queries of the first half are then mixed with those of the second half in the first
+            tenth of the steps, with a share that falls from 0.9 to 0.818. Give prompts and latents
+            twice, and keep the first half of the results.
+        layers: layers that share keys, as in ``Edit``. The paper uses the up blocks of a UNet,
+            which have no counterpart in a transformer.
+        start: the first step, as in ``Edit``. The default is the second of 50 steps.
+        stop: the step after the last one, as in ``Edit``.
+        seed: seed of the dropout.
+
+    Returns:
+        The edits, for ``steer``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import consistory, phrase_tokens, steer
+        >>> prompts = ["a red square", "a red square moves"]
+        >>> words = [phrase_tokens(pipe.tokenizer, prompt, "square") for prompt in prompts]
+        >>> with steer(pipe, consistory(words, attention="cross", start=1)):
+        ...     videos = pipe(prompts, height=16, width=16, num_frames=5, num_inference_steps=2)
 
     Source:
         Tewel et al. (2024), "Training-Free Consistent Text-to-Image Generation", arXiv 2402.03286.
@@ -124,11 +144,11 @@ def consistory(
     """
     count = len(tokens)
     if anchors is not None and not 1 <= anchors <= count:
-        raise ValueError(f"anchors={anchors!r} must be from 1 to the {count} samples; None is all")
+        raise ValueError(f"anchors={anchors!r} must be from 1 to {count}, or None for all")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} must be from 0 to below 1")
-    every = [*tokens, *([()] * count if twins else [])]
-    subjects = SubjectMasks(every, attention=attention, threshold=threshold)
+    groups = [*tokens, *([()] * count if twins else [])]
+    subjects = SubjectMasks(groups, attention=attention, threshold=threshold)
     borrow = BorrowKeys(
         sources=tuple(range(count if anchors is None else anchors)),
         samples=tuple(range(count)),
@@ -153,17 +173,31 @@ def story_diffusion(
     layers: Layers | HeadSet = None,
     seed: int = 0,
 ) -> list[Edit]:
-    """The edits of StoryDiffusion (Zhou et al. 2024, arXiv 2405.01434) for ``steer``: images of a
-    batch attend to a random share of the others' tokens beside their own. The first tenth of the
-    steps is plain, then a call has it with a probability of 0.7, and from 0.4 of the steps on of
-    0.9.
+    """Return the edits of StoryDiffusion: the samples of a batch attend to a random share of the
+    tokens of other samples in addition to their own (Zhou et al. 2024, arXiv 2405.01434).
+
+    The first tenth of the steps is not edited. An attention call then borrows tokens with a
+    probability of 0.7, and from 0.4 of the steps on with a probability of 0.9.
 
     Args:
-        samples: of a pass.
-        sources: the first samples, whose tokens are drawn.
-        share: of their tokens.
-        layers: default: all. The paper's are the up blocks of a UNet.
-        seed: of all that is drawn, anew in each step.
+        samples: number of samples of a pass.
+        sources: number of samples whose tokens are drawn. These are the first ones.
+        share: share of their tokens that is drawn.
+        layers: layers with the edits, as in ``Edit``. The paper uses the up blocks of a UNet.
+        seed: seed of all draws, which are repeated in each step.
+
+    Returns:
+        The edits, for ``steer``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import steer, story_diffusion
+        >>> with steer(pipe, story_diffusion(samples=2, sources=1)):
+        ...     videos = pipe(["a red square", "a blue square"], height=16, width=16, num_frames=5,
+        ...                   num_inference_steps=10)
 
     Source:
         Zhou et al. (2024), "StoryDiffusion", arXiv 2405.01434.
@@ -171,11 +205,12 @@ def story_diffusion(
         paper.
     Differences:
         - All layers share keys; the code has the up blocks of a UNet.
-        - Each layer is drawn for in each step; the code draws once for all layers and both sizes.
+        - Each layer has a draw of its own in each step; the code draws once for all layers and both
+          sizes.
     """
     if samples < 2 or sources < 1:
         raise ValueError(
-            f"samples={samples!r}, sources={sources!r} must be at least 2 and at least 1"
+            f"samples={samples!r} must be at least 2, and sources={sources!r} at least 1"
         )
     return [
         BorrowSometimes(
@@ -202,27 +237,40 @@ def ir_diffusion(
     seed: int = 0,
     reposition: Any = None,
 ) -> list[Edit]:
-    """The edits of IR-Diffusion (DreamStory, He et al. 2024, arXiv 2407.12899) for ``steer``:
-    images attend to each subject in a reference image of it beside their own tokens, and subjects
-    do not see each other. The references are the first samples of the batch, one for each subject.
+    """Return the edits of IR-Diffusion: samples attend to each subject in a reference sample of it
+    in addition to their own tokens, and the subjects do not see each other (DreamStory, He et al.
+    2024, arXiv 2407.12899). The first samples of the batch are the references, one for each
+    subject.
 
     Args:
-        references: where the subject is in each reference, bool ``[subjects, image tokens]`` or
+        references: mask of the subject in each reference, bool ``[subjects, image tokens]`` or
             ``[subjects, frames, height, width]``.
-        regions: where each subject is in the targets, of the same shape; tokens of several subjects
-            see them all, and those of none see everything.
-        targets: numbers of the samples that are to have the subjects.
-        dropout: the share of a reference's tokens that is left out in each step.
-        layers: that references are seen in; default: all. The paper's are the decoder's, the latter
-            half; isolation is in all layers, as there.
-        seed: of the dropout.
-        reposition: the pipeline, or its denoiser: borrowed keys get the rotary positions that they
-            have when the box around a subject in its reference is laid on that around its region.
-            None: they have those of their reference, so a subject is best shown where it is to be.
+        regions: mask of each subject in the targets, of the same shape. Tokens in several regions
+            see all their subjects, tokens in none see everything.
+        targets: indices of the samples that get the subjects.
+        dropout: share of the tokens of a reference that is left out, drawn again in each step.
+        layers: layers that see the references, as in ``Edit``. The paper uses those of the decoder,
+            the second half. Subjects are isolated in all layers, as in the paper.
+        seed: seed of the dropout.
+        reposition: the pipeline or its denoiser. Borrowed keys then get the rotary positions that
+            map the bounding box of a subject in its reference to that of its region. With None they
+            keep the positions of their reference, so a reference should show its subject where the
+            targets shall have it.
+
+    Returns:
+        The edits, for ``steer``.
 
     Raises:
-        ValueError: an argument is something else; with ``reposition``, a mask without a token, or a
-            denoiser whose rotary positions are not known (those of Wan and Flux are).
+        ValueError: an argument is out of range; or, with ``reposition``, a mask is empty, or the
+            denoiser has no rotary position embedding of Wan or Flux.
+
+    Example:
+        >>> import torch
+        >>> from visattn.guidance import ir_diffusion, steer
+        >>> subject = torch.tensor([[True, False]])  # of the two tokens of this tiny video
+        >>> with steer(pipe, ir_diffusion(subject, ~subject, targets=(1,), reposition=pipe)):
+        ...     videos = pipe(["a red square", "a red square moves"], height=16, width=16,
+        ...                   num_frames=5, num_inference_steps=1)
 
     Source:
         He et al. (2024), "DreamStory", arXiv 2407.12899.
@@ -231,35 +279,37 @@ def ir_diffusion(
     Differences:
         - ``reposition`` moves the positions of keys; the paper resizes features before keys and
           values are projected.
-        - Mutual cross-attention, which is that of regional prompts, is left out.
+        - Mutual cross-attention, which equals regional prompts, is left out.
     """
-    seen, own = (mask.flatten(1) != 0 for mask in (references, regions))
-    count = len(seen)
-    if seen.shape != own.shape or not count:
+    in_references, in_targets = (mask.flatten(1) != 0 for mask in (references, regions))
+    count = len(in_references)
+    if in_references.shape != in_targets.shape or not count:
         raise ValueError(
             f"references has the shape {list(references.shape)} and regions {list(regions.shape)}; "
             "they must be [subjects, image tokens] with one reference for each subject"
         )
     if not targets or min(targets) < count:
         raise ValueError(
-            f"targets={targets!r} must be samples after the {count} references, at least one"
+            f"targets={targets!r} must be indices of samples after the {count} references, at "
+            "least one"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} must be from 0 to below 1")
-    if reposition is not None and not (seen.any(1) & own.any(1)).all():
+    if reposition is not None and not (in_references.any(1) & in_targets.any(1)).all():
         raise ValueError(
-            "references or regions has a subject without a token, and reposition moves subjects "
-            "from the one to the other; give each a token, or reposition=None"
+            "references or regions has an empty mask, and reposition needs both masks of each "
+            "subject; give each mask a token, or reposition=None"
         )
     rotary = None if reposition is None else rotary_of(reposition)
     everything = 2**count - 1
-    bits = (own.to(torch.int64) << torch.arange(count, device=own.device)[:, None]).sum(0)
+    subject_index = torch.arange(count, device=in_targets.device)[:, None]
+    bits = (in_targets.to(torch.int64) << subject_index).sum(0)
     bits = torch.where(bits == 0, everything, bits)
 
     def tokens(state: State) -> torch.Tensor:
-        _check_size(state, seen.shape[1])
-        masks = torch.zeros(state.q.shape[0], seen.shape[1], dtype=torch.bool)
-        masks[:count] = seen
+        _check_size(state, in_references.shape[1])
+        masks = torch.zeros(state.q.shape[0], in_references.shape[1], dtype=torch.bool)
+        masks[:count] = in_references
         return masks
 
     def labels(state: State) -> torch.Tensor:
@@ -271,7 +321,7 @@ def ir_diffusion(
     @functools.cache
     @lasting
     def shifts(shape: tuple[int, int, int]) -> list[list[torch.Tensor]]:
-        pairs = zip(seen.cpu(), own.cpu(), strict=True)
+        pairs = zip(in_references.cpu(), in_targets.cpu(), strict=True)
         return [_shifts(*(mask.reshape(shape) for mask in pair)) for pair in pairs]
 
     def moved(state: State) -> torch.Tensor:
@@ -293,28 +343,37 @@ def ir_diffusion(
     return [borrow, RegionMask(q_bits=labels, samples=targets)]
 
 
-def _shifts(seen: torch.Tensor, own: torch.Tensor) -> list[torch.Tensor]:
-    """By how much frames ``[T]``, rows ``[H]`` and columns ``[W]`` move, in tokens, when the box
-    around a mask ``[T, H, W]`` is laid on that around another."""
+def _shifts(reference: torch.Tensor, region: torch.Tensor) -> list[torch.Tensor]:
+    """Return the shifts that map the bounding box of one mask to that of another one.
+
+    Args:
+        reference: mask of a subject in its reference, bool ``[frames, height, width]``.
+        region: mask of its region, of the same shape.
+
+    Returns:
+        Shifts of the frames, rows and columns, in tokens.
+    """
     out = []
-    for axis, length in enumerate(seen.shape):
-        (first, size), (to, wide) = (_extent(mask, axis) for mask in (seen, own))
-        at = torch.arange(length, dtype=torch.float64)
-        # a token is as wide as the way to the next
-        out.append(to + (at - first + 0.5) * (wide / size) - 0.5 - at)
+    for axis, length in enumerate(reference.shape):
+        (old_start, old_size), (start, size) = (_extent(mask, axis) for mask in (reference, region))
+        positions = torch.arange(length, dtype=torch.float64)
+        # the centre of token i is at i + 0.5
+        moved = start + (positions - old_start + 0.5) * (size / old_size) - 0.5
+        out.append(moved - positions)
     return out
 
 
 def _extent(mask: torch.Tensor, axis: int) -> tuple[int, int]:
-    """Where a mask begins on an axis, and how far it goes."""
-    at = mask.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0]
-    return int(at[0]), int(at[-1] - at[0]) + 1
+    """Return the first index of a mask along an axis, and its extent."""
+    indices = mask.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0]
+    return int(indices[0]), int(indices[-1] - indices[0]) + 1
 
 
 def _check_size(state: State, tokens: int) -> None:
+    """Raise ValueError unless a call has a number of image tokens."""
     image = state.image.stop - state.image.start
     if image != tokens:
         raise ValueError(
-            f"references and regions have {tokens} tokens, and {state.call.layer} has {image} of "
-            "the image; give them at that size"
+            f"references and regions have {tokens} tokens, and {state.call.layer} has {image} "
+            "image tokens; give the masks at that size"
         )

@@ -26,18 +26,31 @@ from visattn.inject.models.denoisers import attention_layers, known_denoisers
 __all__ = ["WORD_SWAP", "ShareSettings", "generate_sequence"]
 
 FRAME_AXES = {"Wan": 2, "CogVideoX": 1}
-MINE = ("prompt", "prompt_embeds", "num_videos_per_prompt")
+# arguments of the pipeline that generate_sequence sets
+FIXED = ("prompt", "prompt_embeds", "num_videos_per_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareSettings:
-    """Where each segment attends to the keys and values of the one before it (``pairs`` of
-    ``generate_sequence`` says to which).
+    """The layers and steps in which each segment of ``generate_sequence`` attends to the keys and
+    values of the previous segment.
 
     Args:
-        layers: as for an ``Edit``; default: the last sixth, which are 25 to 29 of CogVideoX's 30.
-        start, stop: the steps, as for an ``Edit``; by default 2 to 24 of 50.
-        threshold: of the maps that masks are made from, which are scaled from 0 to 1 in each frame.
+        layers: layers that share, as in ``Edit``. None means the last sixth, which is 25 to 29 of
+            the 30 layers of CogVideoX.
+        start: the first step, as in ``Edit``. The default is step 2 of 50.
+        stop: the step after the last one, as in ``Edit``. The default is step 25 of 50.
+        threshold: threshold of the maps for the masks of subjects. The maps are scaled from 0 to 1
+            in each frame.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from visattn.guidance import ShareSettings
+        >>> ShareSettings(layers=[1, 2], stop=0.4)
+        ShareSettings(layers=[1, 2], start=0.04, stop=0.4, threshold=0.3)
     """
 
     layers: Layers = None
@@ -54,7 +67,7 @@ class ShareSettings:
 
 
 SHARE = ShareSettings()
-WORD_SWAP = ShareSettings(start=0, stop=2)  # a word of the prompt changes, the layout stays
+WORD_SWAP = ShareSettings(start=0, stop=2)  # another word in the prompt, the same layout
 
 
 def generate_sequence(
@@ -69,75 +82,83 @@ def generate_sequence(
     pairs: bool = True,
     **call: Any,
 ) -> Any:
-    """One continuous video from several prompts.
+    """Generate one continuous video from several prompts.
 
-    There is a segment of the pipeline's length for each prompt, and for each transition between
-    two. Segments are samples of one call of the pipeline, so that memory grows as their number
-    does. They begin with windows of one noise; each attends to the keys and values of the one
-    before; where they overlap they are blended in each step; the sequence is decoded once, by the
-    pipeline.
+    The video has a segment of the pipeline's length for each prompt, and for each transition
+    between two prompts. All segments are samples of one call of the pipeline, so memory grows with
+    their number. They start as windows of one long noise, each attends to the keys and values of
+    the previous segment, and their overlaps are blended in each step. The pipeline decodes the
+    sequence once.
+
+    The blend averages the predictions of the denoiser before the scheduler's step, and the
+    scheduler gets the sequence as one sample. This equals a blend of ``x0``: the segments have
+    equal samples where they overlap, ``x0`` is linear in the prediction, and the weights sum to 1.
+    It also equals a blend of the samples after the step for schedulers that are linear in sample
+    and prediction, with one step (DDIM, Euler) or several (UniPC, DPM++). Only schedulers that draw
+    noise in a step (DPM of CogVideoX) differ: blended noise would have too small a variance, and
+    here the sequence gets one noise.
 
     Args:
-        pipe: a text-to-video pipeline of Wan or CogVideoX; with a plan, ``steer`` or ``guide`` or
+        pipe: a text-to-video pipeline of Wan or CogVideoX, with a plan, ``steer`` or ``guide`` or
             without.
-        prompts: in their order; with one, this is the pipeline's own call.
-        overlap: latent frames that neighbours have in common, fewer than a segment has; a float is
-            a share of them. The paper has 6 of 13, and 9 with two transitions.
-        transitions: segments between each two prompts, with embeddings that are interpolated.
-        share: where keys and values are shared; None: nowhere. ``WORD_SWAP``: in the first two
-            steps only.
-        blend: whether overlaps are blended in each step; else each segment goes its own way, and
-            they are blended at the end.
-        masks: the subject's word in each prompt: then the subject of a segment attends to that of
-            the one before, and the rest to the rest. Segments of a transition have both words.
-        pairs: whether each two neighbours are denoised as a pair, so that a segment between two
-            others is there twice: once with the keys and values of the one before it, which has its
-            own there, and once with its own; both count in the blend. False: each segment is there
-            once, with those of the one before as that attends itself, at about half the cost.
-        call: arguments of the pipeline. ``num_frames`` is that of a segment, ``generator`` one,
-            ``latents`` those of the whole sequence, and what ``callback_on_step_end`` is given are
-            the segments' latents.
+        prompts: the prompts, in their order. With one prompt, this is a plain call of the pipeline.
+        overlap: number of latent frames that neighbours share, less than a segment has, or a float
+            share of a segment. The paper uses 6 of 13, and 9 of 13 with two transitions.
+        transitions: number of segments between two prompts, with interpolated text embeddings.
+        share: the layers and steps that share keys and values. None means no sharing. ``WORD_SWAP``
+            shares in the first two steps only.
+        blend: whether overlaps are blended in each step. Otherwise they are blended after the last
+            step only.
+        masks: the word of the subject in each prompt. The subject of a segment then attends to that
+            of the previous segment, and the background to the background. Segments of a transition
+            have both words.
+        pairs: whether every two neighbours are denoised as a pair. A segment between two others
+            then has two samples, one with shared keys and values and one with its own, which both
+            count in the blend. False means one sample for each segment, which costs about half.
+        call: arguments of the pipeline. ``num_frames`` is the length of a segment, ``generator`` is
+            a single one, ``latents`` are those of the whole sequence, and
+            ``callback_on_step_end`` gets the latents of the segments.
 
     Returns:
-        What the pipeline gives: one video, of ``segments * length - (segments - 1) * overlap``
-        latent frames. CogVideoX decodes an odd number of them to ``4 n - 3`` frames, as its own
-        lengths are, and an even one to ``4 n``; of 1.5 the first latent frame is padding, which is
-        dropped, where the pipeline adds it to a segment.
-
-    Blending is that of ``x0``, or of any prediction of the denoiser: where the samples of a step
-    are equal, ``x0`` is linear in the prediction, and the weights sum to 1. The blended predictions
-    go to the scheduler with the sequence as one sample, and the segments are windows of what it
-    makes. A scheduler of one step that is linear in sample and prediction (DDIM, Euler) would give
-    the same when its samples are blended after the step. So would a multistep one (UniPC, DPM++):
-    its history and its corrector are linear too, and weights are the same at all steps. What would
-    not is noise that a scheduler draws in a step (CogVideoX's DPM): blended, its variance is too
-    small, while the sequence gets one noise here.
+        The output of the pipeline with one video, which has ``segments * length - (segments - 1) *
+        overlap`` latent frames. CogVideoX decodes an odd number ``n`` of latent frames to ``4 n -
+        3`` frames and an even number to ``4 n``. CogVideoX 1.5 adds a padding frame in front, which
+        is dropped.
 
     Raises:
-        TypeError, ValueError: the pipeline or an argument is something else; a segment is not
-            longer than the overlap; sharing is for steps that there are none of. The pipeline is
-            then as it was.
+        TypeError: the pipeline or an argument has the wrong type.
+        ValueError: an argument is out of range, a segment is not longer than the overlap, or
+            ``share`` covers no step. After an error the pipeline computes what it did before.
+
+    Example:
+        >>> from visattn.guidance import WORD_SWAP, generate_sequence
+        >>> frames = generate_sequence(
+        ...     pipe, ["a red square", "a blue square"], overlap=1, share=WORD_SWAP, height=16,
+        ...     width=16, num_frames=9, num_inference_steps=2,
+        ... ).frames
+        >>> frames.shape  # 5 latent frames of two segments with 3, decoded to 17 frames
+        (1, 17, 16, 16, 3)
 
     Source:
         Cai et al. (2024), "DiTCtrl", arXiv 2412.18597. Code: github.com/TencentARC/DiTCtrl (commit
         f1348b5).
     Default:
-        code. Each two neighbours are a pair; ``pairs=False`` costs less.
+        code. Every two neighbours are a pair; ``pairs=False`` costs less.
     Differences:
         - Predictions are blended before the step of the scheduler; the code blends the clean
-          latents, which is the same.
-        - Layers are the last sixth, which are those of the code for CogVideoX-2B.
+          latents, which is equivalent.
+        - The last sixth of the layers shares, which equals the layers of the code for CogVideoX-2B.
     """
     listed = _check(pipe, prompts, overlap, transitions, masks, call)
     if masks is not None and share is None:
-        raise ValueError(f"masks={masks!r} are for sharing, and share is None; leave one out")
+        raise ValueError(f"masks={masks!r} need sharing, and share is None; leave one of them out")
     if len(listed) == 1:
         return pipe(prompt=listed, **call)
     segments = _Segments(pipe, _frame_axis(pipe), len(listed), transitions, overlap, pairs)
     edits = [] if share is None else _sharing(pipe, share, segments, listed, masks)
-    given = call.pop("callback_on_step_end", None)
+    callback = call.pop("callback_on_step_end", None)
     inputs = call.pop("callback_on_step_end_tensor_inputs", None) or []
-    inputs = getattr(given, "tensor_inputs", inputs)
+    inputs = getattr(callback, "tensor_inputs", inputs)
     with ExitStack() as stack:
         stack.enter_context(_replaced(pipe, "encode_prompt", segments.encoded))
         stack.enter_context(_replaced(pipe, "prepare_latents", segments.prepared))
@@ -147,19 +168,28 @@ def generate_sequence(
             stack.enter_context(steer(pipe, edits))
         return pipe(
             prompt=listed,
-            callback_on_step_end=segments.ended(given),
+            callback_on_step_end=segments.ended(callback),
             callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *inputs])),
             **call,
         )
 
 
 class _Segments:
-    """The segments of a sequence, in what a call of a pipeline does with them.
+    """The segments of a sequence, and the replaced methods of a pipeline that handle them.
+
+    Args:
+        pipe: the pipeline.
+        axis: axis of the frames in latents.
+        prompts: number of prompts.
+        transitions: number of segments between two prompts.
+        overlap: overlap in latent frames, or as a share.
+        pairs: whether every two neighbours are a pair.
 
     Attributes:
         of_sample: the segment of each sample.
-        sources: for each sample whose keys and values are shared, that sample and its source.
-        between: for each sample a prompt, the next one, and how far its segment is between them.
+        sources: pairs of a sample that uses shared keys and values and the sample they come from.
+        between: for each sample the index of a prompt, that of the next prompt, and the position of
+            its segment between them from 0 to 1.
     """
 
     def __init__(
@@ -172,31 +202,37 @@ class _Segments:
         pairs: bool,
     ) -> None:
         self.pipe, self.axis, self.prompts, self.overlap = pipe, axis, prompts, overlap
-        each = transitions + 1
-        count = (prompts - 1) * each + 1
+        spacing = transitions + 1
+        count = (prompts - 1) * spacing + 1
         self.of_sample = tuple(range(count))
         self.sources = [(n, n - 1) for n in range(1, count)]
         if pairs:
-            self.of_sample = tuple(n + own for n in range(count - 1) for own in range(2))
+            self.of_sample = tuple(n + second for n in range(count - 1) for second in range(2))
             self.sources = [(n, n - 1) for n in range(1, len(self.of_sample), 2)]
         self.between = [
-            (number // each, min(number // each + 1, prompts - 1), number % each / each)
-            for number in self.of_sample
+            (
+                segment // spacing,
+                min(segment // spacing + 1, prompts - 1),
+                segment % spacing / spacing,
+            )
+            for segment in self.of_sample
         ]
-        self.windows = Windows(self.of_sample, 1, 0, axis)  # until their length is known
+        self.windows = Windows(self.of_sample, 1, 0, axis)  # replaced when the length is known
 
     def encoded(self, encode: Any) -> Any:
-        """``encode_prompt`` that gives embeddings of the segments for those of the prompts."""
+        """Return an ``encode_prompt`` that returns embeddings of the segments."""
 
-        def of_segments(own: torch.Tensor | None) -> torch.Tensor | None:
-            if own is None or len(own) == 1:
-                return None if own is None else own.expand(len(self.between), *own.shape[1:])
-            if len(own) != self.prompts:
+        def of_segments(texts: torch.Tensor | None) -> torch.Tensor | None:
+            if texts is None or len(texts) == 1:
+                return None if texts is None else texts.expand(len(self.between), *texts.shape[1:])
+            if len(texts) != self.prompts:
                 raise ValueError(
-                    f"there are embeddings of {len(own)} texts for {self.prompts} prompts; give "
+                    f"there are embeddings of {len(texts)} texts for {self.prompts} prompts; give "
                     "one, or one for each prompt"
                 )
-            return torch.stack([torch.lerp(own[a], own[b], at) for a, b, at in self.between])
+            return torch.stack(
+                [torch.lerp(texts[a], texts[b], position) for a, b, position in self.between]
+            )
 
         def encoded(*args: Any, **kwargs: Any) -> Any:
             return tuple(map(of_segments, encode(*args, **kwargs)))
@@ -204,21 +240,22 @@ class _Segments:
         return encoded
 
     def prepared(self, prepare: Any) -> Any:
-        """``prepare_latents`` that gives windows of one long noise."""
+        """Return a ``prepare_latents`` that returns windows of one long noise."""
         signature = inspect.signature(prepare)
 
         def prepared(*args: Any, **kwargs: Any) -> torch.Tensor:
             bound = signature.bind(*args, **kwargs)
             ratio = self.pipe.vae_scale_factor_temporal
             length = (bound.arguments["num_frames"] - 1) // ratio + 1
-            own = self.overlap
-            common = own if isinstance(own, int) else min(round(own * length), length - 1)
-            if not 0 <= common < length:
+            overlap = self.overlap
+            if not isinstance(overlap, int):
+                overlap = min(round(overlap * length), length - 1)
+            if not 0 <= overlap < length:
                 raise ValueError(
-                    f"overlap={own!r} must be from 0 to {length - 1}, since a segment has {length} "
-                    "latent frames, or a share of them below 1.0"
+                    f"overlap={self.overlap!r} must be from 0 to {length - 1}, since a segment has "
+                    f"{length} latent frames, or a share of them below 1.0"
                 )
-            self.windows = Windows(self.of_sample, length, common, self.axis)
+            self.windows = Windows(self.of_sample, length, overlap, self.axis)
             total = self.windows.total
             bound.arguments.update(batch_size=1, num_frames=(total - 1) * ratio + 1)
             noise: torch.Tensor = prepare(*bound.args, **bound.kwargs)
@@ -232,20 +269,20 @@ class _Segments:
         return prepared
 
     def stepped(self, step: Any) -> Any:
-        """A scheduler's ``step`` of the whole sequence."""
+        """Return a ``step`` of a scheduler that runs on the whole sequence."""
 
         def joined(value: Any) -> Any:
-            return self.windows.join(value) if self._mine(value) else value
+            return self.windows.join(value) if self._has_segments(value) else value
 
         @functools.wraps(step)
         def stepped(*args: Any, **kwargs: Any) -> Any:
-            found = step(*map(joined, args), **{name: joined(x) for name, x in kwargs.items()})
-            return tuple(map(self.windows.split, found))
+            out = step(*map(joined, args), **{name: joined(x) for name, x in kwargs.items()})
+            return tuple(map(self.windows.split, out))
 
         return stepped
 
-    def _mine(self, value: Any) -> bool:
-        """Whether something are latents of the segments."""
+    def _has_segments(self, value: Any) -> bool:
+        """Return whether a value is a tensor of latents of the segments."""
         return (
             isinstance(value, torch.Tensor)
             and value.ndim > self.axis
@@ -253,15 +290,19 @@ class _Segments:
             and value.shape[self.axis] == self.windows.length
         )
 
-    def ended(self, given: Any) -> Any:
-        """A callback at the end of a step, which makes one sequence of the segments at the last."""
+    def ended(self, callback: Any) -> Any:
+        """Return a callback for the end of a step, which blends the segments after the last step.
+
+        Args:
+            callback: the callback of the caller, which runs first, or None.
+        """
 
         def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            found = dict(tensors if given is None else given(pipe, step, timestep, tensors))
-            latents = found.get("latents", tensors["latents"])
+            out = dict(tensors if callback is None else callback(pipe, step, timestep, tensors))
+            latents = out.get("latents", tensors["latents"])
             if step == pipe.num_timesteps - 1 or pipe.interrupt:
                 latents = self.windows.join(latents)
-            return {**found, "latents": latents}
+            return {**out, "latents": latents}
 
         return ended
 
@@ -274,7 +315,7 @@ def _check(
     masks: Sequence[str] | None,
     call: Mapping[str, Any],
 ) -> list[str]:
-    """The prompts, if all arguments are what they must be."""
+    """Check the arguments of ``generate_sequence``, and return the prompts as a list."""
     _frame_axis(pipe)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts={prompts!r} must be a list of texts, one for each part")
@@ -283,25 +324,25 @@ def _check(
     if not is_number(overlap) or overlap < 0:
         raise ValueError(f"overlap={overlap!r} must be latent frames, or a share below 1.0 of them")
     if isinstance(overlap, float) and overlap >= 1:
-        raise ValueError(f"overlap={overlap!r} is a share of a segment; it is below 1.0")
+        raise ValueError(f"overlap={overlap!r} is a share of a segment; it must be below 1.0")
     if not is_integer(transitions) or transitions < 0:
-        raise ValueError(f"transitions={transitions!r} must be a number of segments from 0")
+        raise ValueError(f"transitions={transitions!r} must be a number of segments, from 0 on")
     if masks is not None and (isinstance(masks, str) or len(masks) != len(prompts)):
         raise ValueError(
             f"masks={masks!r} must have the subject's word of each of the {len(prompts)} prompts"
         )
-    for name in MINE:
+    for name in FIXED:
         if call.get(name) is not None:
-            raise ValueError(f"{name}={call[name]!r} is not taken: a sequence is made from prompts")
+            raise ValueError(f"{name}={call[name]!r} is not allowed; give the texts in prompts")
     return list(prompts)
 
 
 def _frame_axis(pipe: Any) -> int:
-    """The axis of the frames in the latents of a pipeline."""
+    """Return the axis of the frames in the latents of a pipeline."""
     (_, family), *_ = known_denoisers(pipe).values()
-    own = getattr(pipe, "prepare_latents", None)
+    prepare = getattr(pipe, "prepare_latents", None)
     axis = FRAME_AXES.get(family.name)
-    if own is None or axis is None or "image" in inspect.signature(own).parameters:
+    if prepare is None or axis is None or "image" in inspect.signature(prepare).parameters:
         raise TypeError(
             f"pipe={type(pipe).__name__} must be a text-to-video pipeline of "
             f"{' or '.join(FRAME_AXES)}"
@@ -316,15 +357,15 @@ def _sharing(
     prompts: list[str],
     masks: Sequence[str] | None,
 ) -> list[Edit]:
-    """The edits of a sequence."""
+    """Return the edits that share keys and values between segments."""
     (model, family), *_ = known_denoisers(pipe).values()
     paths = tuple(attention_layers(model, family))
-    wanted = share.layers
-    if wanted is None:
-        wanted = range(len(paths) - max(1, round(len(paths) / 6)), len(paths))
-    chosen = sorted(paths.index(path) for path in Edit(layers=wanted).place(paths, 1).strengths)
+    layers = share.layers
+    if layers is None:
+        layers = range(len(paths) - max(1, round(len(paths) / 6)), len(paths))
+    chosen = sorted(paths.index(path) for path in Edit(layers=layers).place(paths, 1).strengths)
     window: dict[str, Any] = {"start": share.start, "stop": share.stop}
-    # the last first: what a segment gives are keys and values of its own
+    # the last segment first, so that each one gives its original keys and values
     edits: list[Edit] = [
         ShareKV(source=source, samples=(sample,), layers=chosen, **window)
         for sample, source in reversed(segments.sources)
@@ -333,15 +374,16 @@ def _sharing(
         return edits
     if chosen[0] == 0:
         raise ValueError(
-            f"share has layer {paths[0]}, and masks are read in the layers before those that "
-            "share; leave it out"
+            f"share has layer {paths[0]}, and masks need a layer before those that share; leave "
+            "this layer out"
         )
-    each = [
+    words = [
         phrase_tokens(pipe.tokenizer, prompt, word)
         for prompt, word in zip(prompts, masks, strict=True)
     ]
     tokens = [
-        tuple(dict.fromkeys((*each[a], *(each[b] if at else ())))) for a, b, at in segments.between
+        tuple(dict.fromkeys((*words[a], *(words[b] if position else ()))))
+        for a, b, position in segments.between
     ]
     attention: Literal["self", "cross"] = "cross" if family.cross else "self"
     subjects = SubjectMasks(
@@ -365,34 +407,40 @@ SUBJECT, REST = 1, 2
 
 
 def _query_bits(subjects: SubjectMasks, state: State) -> torch.Tensor:
-    """Which keys the queries of each segment see: those of the subject, or the rest. Of the text
-    the subject's tokens see the subject."""
+    """Return the bits of the queries, which tell the keys that they see: those of the subject, or
+    the rest. Among text queries, the tokens of the subject see the subject."""
     bits = torch.full((state.q.shape[0], state.q.shape[2]), REST)
     bits[:, state.image] = torch.where(subjects(state).cpu(), SUBJECT, REST)
-    text = [place for first, end in state.texts for place in range(first, end)]
+    text = [position for first, end in state.texts for position in range(first, end)]
     for sample, tokens in enumerate(subjects.tokens if text else ()):
         bits[sample, [text[token] for token in tokens]] = SUBJECT
     return bits
 
 
 def _key_bits(subjects: SubjectMasks, state: State) -> torch.Tensor:
-    """What the keys of each sample are, which are those of the sample before where they are shared;
-    text is both."""
+    """Return the bits of the keys. Shared keys of a sample are those of the previous sample. Text
+    keys have both bits."""
     bits = torch.full((state.k.shape[0], state.k.shape[2]), SUBJECT | REST)
-    own = torch.where(subjects(state).cpu(), SUBJECT, REST)
-    bits[1:, state.image] = own[:-1]
+    image_bits = torch.where(subjects(state).cpu(), SUBJECT, REST)
+    bits[1:, state.image] = image_bits[:-1]
     return bits
 
 
 @contextmanager
-def _replaced(own: Any, name: str, wrap: Any) -> Iterator[None]:
-    """An object has another method inside."""
-    before = vars(own).get(name)
-    setattr(own, name, wrap(getattr(own, name)))
+def _replaced(target: Any, name: str, wrap: Any) -> Iterator[None]:
+    """Replace a method of an object inside the ``with`` block.
+
+    Args:
+        target: the object.
+        name: name of the method.
+        wrap: a function of the method that returns the replacement.
+    """
+    before = vars(target).get(name)
+    setattr(target, name, wrap(getattr(target, name)))
     try:
         yield
     finally:
         if before is None:
-            vars(own).pop(name, None)
+            vars(target).pop(name, None)
         else:
-            setattr(own, name, before)
+            setattr(target, name, before)

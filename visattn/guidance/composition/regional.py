@@ -1,4 +1,4 @@
-"""Prompts for regions of an image or video (regional prompting, Chen et al. 2024, arXiv
+"""Different prompts for regions of an image or video (regional prompting, Chen et al. 2024, arXiv
 2411.02395)."""
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ __all__ = ["MixBase", "RegionBits", "regional"]
 
 FAMILIES = ("Wan", "CogVideoX", "Flux", "Stable Diffusion 3")
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
-MOST = 60  # regions: a bit each, of 64
+MAX_REGIONS = 60  # each has one of 64 bits
 
 
 class RegionBits:
-    """Which tokens see each other: bits for ``RegionMask`` in calls whose text is that of the base
-    prompt and, behind it, that of each region, all of one length.
+    """Bits for ``RegionMask`` in calls whose text is the base prompt followed by the prompts of the
+    regions, all with the same number of tokens.
 
-    A row of the image sees the text of its regions, of several where they overlap, or the base text
-    where it is in none; where text is part of the sequence it sees the image of its regions, or of
-    the background. The text of a region sees itself and its region's image, the base text itself
-    and all of the image. For the *base attention* all rows of the image are as the base text.
+    An image row sees the text of its regions (several if they overlap), or the base text if it is
+    in none. If text is part of the sequence, it also sees the image tokens of its regions, or of
+    the background. The text of a region sees itself and the image tokens of its region, the base
+    text sees itself and the whole image. In the *base attention* all image rows see what the base
+    text sees.
 
     Args:
-        masks: of the regions, ``[height, width]`` or ``[frames, height, width]`` of any size: a
-            token is in a region that covers at least half of it.
-        length: tokens of each text.
-        numbers: of the layers that have regions; in others attention is the base attention.
-        start, stop: the steps that have them, as for an ``Edit``.
+        masks: masks of the regions, ``[height, width]`` or ``[frames, height, width]``, of any
+            size. A token is in a region that covers at least half of it.
+        length: number of tokens of each text.
+        numbers: indices of the layers with regions. All other layers compute the base attention.
+        start: the first step with regions, as in ``Edit``.
+        stop: the step after the last one with regions, as in ``Edit``.
     """
 
     def __init__(
@@ -63,12 +65,19 @@ class RegionBits:
         self._image = functools.lru_cache(maxsize=8)(self._image_of)
 
     def has_regions(self, state: State) -> bool:
-        """Whether regions are seen in a call."""
+        """Return whether a call has regions.
+
+        Args:
+            state: the call.
+
+        Raises:
+            ValueError: the pass or the step of the call is not known.
+        """
         call = state.call
         if state.pass_ is None:
             raise ValueError(
-                f"regions are for the cond pass, and the pass of this call of {call.role} is not "
-                "known; give the pipeline that runs"
+                f"regions are limited to the cond pass, and the pass of this call of {call.role} "
+                "is not known; give the pipeline that runs"
             )
         if state.pass_ == "uncond" or call.number not in self.numbers:
             return False
@@ -76,13 +85,18 @@ class RegionBits:
             return True
         if call.step is None or call.steps is None:
             raise ValueError(
-                f"regions are for some steps, and the step of this call of {call.role} is not "
-                "known; give the pipeline that runs"
+                f"regions are limited to some steps, and the step of this call of {call.role} is "
+                "not known; give the pipeline that runs"
             )
         return in_window(self.start, self.stop, call.step, call.steps)
 
     def queries(self, state: State, base: bool = False) -> torch.Tensor:
-        """Bits of the queries ``[Lq]``; ``base``: those of the base attention."""
+        """Return the bits of the queries, int64 ``[Lq]``.
+
+        Args:
+            state: the call.
+            base: whether to return those of the base attention.
+        """
         bits = torch.full((state.q.shape[2],), self.base)
         if not base and self.has_regions(state):
             bits[state.image] = self._image(state.call.layout.grids[0][1])
@@ -91,7 +105,11 @@ class RegionBits:
         return bits
 
     def keys(self, state: State) -> torch.Tensor:
-        """Bits of the keys ``[Lk]``."""
+        """Return the bits of the keys, int64 ``[Lk]``.
+
+        Args:
+            state: the call.
+        """
         bits = torch.full((state.k.shape[2],), 2 * self.base - 1)
         if state.call.kind != "cross":
             bits[state.image] = self._image(state.call.layout.grids[0][1]) | self.base
@@ -99,19 +117,19 @@ class RegionBits:
         return bits
 
     def _text(self, state: State, bits: torch.Tensor, base: int) -> None:
-        """Write the bits of the text tokens."""
-        own = torch.tensor([base, *(1 << n for n in range(len(self.masks)))])
-        places = torch.cat([torch.arange(first, end) for first, end in state.texts])
-        if len(places) != len(own) * self.length:
+        """Write the bits of the text tokens into ``bits``; those of the base text are ``base``."""
+        text_bits = torch.tensor([base, *(1 << n for n in range(len(self.masks)))])
+        positions = torch.cat([torch.arange(first, end) for first, end in state.texts])
+        if len(positions) != len(text_bits) * self.length:
             raise ValueError(
-                f"{state.call.layer} has {len(places)} text tokens, and {len(own)} texts of "
-                f"{self.length} are given"
+                f"{state.call.layer} has {len(positions)} text tokens, and there are "
+                f"{len(text_bits)} texts of {self.length}"
             )
-        bits[places] = own.repeat_interleave(self.length)
+        bits[positions] = text_bits.repeat_interleave(self.length)
 
     @lasting
     def _image_of(self, grid: Grid) -> torch.Tensor:
-        """Bits of the tokens of a grid."""
+        """Return the bits of the image tokens of a grid."""
         bits = torch.zeros(grid.numel, dtype=torch.int64)
         for number, mask in enumerate(self.masks):
             whole = mask.detach().cpu().float().reshape(1, -1, *mask.shape[-2:])
@@ -127,12 +145,12 @@ class RegionBits:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixBase(Edit):
-    """Rows of the image are ``(1 - b) O + b O_base``, where ``O_base`` is the base attention, which
-    is computed besides, within the plan's pattern; without the biases of other edits.
+    """Mix the base attention into the image rows: ``(1 - b) O + b O_base``. ``O_base`` is an
+    additional attention with the pattern of the plan, and without the biases of other edits.
 
     Args:
-        bits: of the regions.
-        ratio: ``b``, from 0, which changes nothing, to 1.
+        bits: the bits of the regions.
+        ratio: ``b``, from 0 (nothing changes) to 1.
     """
 
     bits: RegionBits
@@ -164,35 +182,49 @@ def regional(
     stop: int | float = 1.0,
     **call: Any,
 ) -> Any:
-    """Generate by a base prompt and prompts of regions.
+    """Generate from a base prompt and prompts of regions.
+
+    Each text is encoded separately, and the texts are joined with the base prompt first. Other
+    edits count text tokens in this order. The pooled text embeddings of Flux and Stable Diffusion 3
+    are those of the base prompt. The second attention of Stable Diffusion 3.5 medium, which has
+    image tokens only, does not change. In CogVideoX-2B, which adds positions to its tokens, each
+    text has the positions of a single text.
 
     Args:
-        pipe: a pipeline of Wan, CogVideoX, Flux.1 or Stable Diffusion 3; with a plan, ``steer`` or
-            ``guide`` or without. What a sparse pattern leaves out stays out.
-        prompt: the base prompt, that of the background.
-        regions: of each the prompt and the mask, bool or from 0 to 1, ``[height, width]`` for all
-            frames or ``[frames, height, width]``, of any size: a token of the latents is in a
-            region that covers at least half of it. Regions may overlap.
-        base_ratio: ``b``: rows of the image are ``(1 - b)`` of what they get by regions and ``b``
-            of what they would get by the base prompt, at the cost of a second attention; 0: by
-            regions alone, 1: by the base prompt alone. The paper has 0.1 to 0.2.
-        layers: that have regions, numbers or paths as for an ``Edit`` (in Wan of its
-            cross-attention); default: all.
-        start, stop: the steps that have them, as for an ``Edit``; elsewhere only the base prompt is
-            seen. But for Wan, regions do not see each other's image either, so that some steps at
-            the beginning are best (the paper has 5 to 10, for Flux), or a base ratio.
+        pipe: a pipeline of Wan, CogVideoX, Flux.1 or Stable Diffusion 3, with a plan, ``steer`` or
+            ``guide`` or without. Pairs that a sparse pattern drops stay dropped.
+        prompt: the base prompt, for the background.
+        regions: pairs of a prompt and a mask. A mask is bool or from 0 to 1, ``[height, width]``
+            for all frames or ``[frames, height, width]``, of any size. A token of the latents is in
+            a region that covers at least half of it. Regions may overlap.
+        base_ratio: ``b``: image rows are ``(1 - b)`` times the attention with regions plus ``b``
+            times the attention to the base prompt alone, which costs a second attention. 0 means
+            regions alone. The paper uses 0.1 to 0.2.
+        layers: layers with regions, as in ``Edit`` (in Wan, cross-attention layers). None means
+            all.
+        start: the first step with regions, as in ``Edit``. The other steps use the base prompt
+            alone.
+        stop: the step after the last one with regions, as in ``Edit``. Except in Wan, regions do
+            not see each other's image tokens either, so a few steps at the start (5 to 10 for Flux
+            in the paper) or a base ratio work best.
         call: arguments of the pipeline, such as its size, steps and ``negative_prompt``.
 
     Returns:
-        What the pipeline gives. Texts are encoded each for itself and joined, the base prompt
-        first; other edits count text tokens in this order. The pooled text embeddings that Flux and
-        Stable Diffusion 3 have are those of the base prompt. The further attention that Stable
-        Diffusion 3.5 medium has for the image alone stays as it is. Where CogVideoX adds positions
-        to its tokens, as its 2B does, each text has those of a text alone.
+        The output of the pipeline.
 
     Raises:
-        TypeError, ValueError: the pipeline or an argument is something else, or a mask covers no
-            token. The pipeline is then as it was.
+        TypeError: the pipeline or an argument has the wrong type.
+        ValueError: an argument is out of range, or a mask covers no token. After an error the
+            pipeline computes what it did before.
+
+    Example:
+        >>> import torch
+        >>> from visattn.guidance import regional
+        >>> left = torch.tensor([[1.0, 0.0]])  # a mask of the left half
+        >>> video = regional(
+        ...     pipe, "a room", [("a red square", left), ("a blue circle", 1 - left)],
+        ...     base_ratio=0.1, height=16, width=32, num_frames=5, num_inference_steps=1,
+        ... )
 
     Source:
         Chen et al. (2024), "Training-free Regional Prompting for Diffusion Transformers", arXiv
@@ -200,17 +232,17 @@ def regional(
     Default:
         paper.
     Differences:
-        - The base prompt is part of the sequence; in the paper it is a stream of its own.
+        - The base prompt is part of the sequence; in the paper it is a separate stream.
         - By default all layers and steps have regions and ``base_ratio`` is 0.
     """
     model, family = _check(pipe, prompt, regions, call)
-    wanted = "from 0 to 1; 0 is by regions alone"
-    check_number("regional", "base_ratio", base_ratio, wanted, lambda own: 0 <= own <= 1)
+    allowed = "from 0 to 1; 0 means regions alone"
+    check_number("regional", "base_ratio", base_ratio, allowed, lambda ratio: 0 <= ratio <= 1)
     check_window("regional", start, stop)
     attention: Literal["self", "cross"] = "cross" if family.cross else "self"
     paths = tuple((cross_layers if family.cross else attention_layers)(model, family))
     chosen = Edit(layers=layers, attention=attention).place(paths, 1).strengths
-    given, length = _encoded(pipe, family.name, [prompt, *(text for text, _ in regions)], call)
+    arguments, length = _encoded(pipe, family.name, [prompt, *(text for text, _ in regions)], call)
     numbers = frozenset(paths.index(path) for path in chosen)
     bits = RegionBits([mask for _, mask in regions], length, numbers, start, stop)
     passes = ("cond", "perturbed")
@@ -219,40 +251,40 @@ def regional(
             q_bits=bits.queries,
             k_bits=bits.keys,
             attention=attention,
-            # where guidance doubles the batch, one call has the text of all passes
+            # if guidance doubles the batch, one call has the texts of all passes
             passes=None if family.cfg_batch_order else passes,
         )
     ]
     if base_ratio:
         edits.append(MixBase(bits=bits, ratio=base_ratio, attention=attention, passes=passes))
-    with _room(model, family.name, length, len(regions)), steer(pipe, edits):
-        return pipe(**given)
+    with _more_text_positions(model, family.name, length, len(regions)), steer(pipe, edits):
+        return pipe(**arguments)
 
 
 def _check(
     pipe: Any, prompt: str, regions: Sequence[tuple[str, torch.Tensor]], call: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    """A denoiser and its family, if all arguments are what they must be."""
+    """Check the arguments of ``regional``, and return the denoiser and its family."""
     (model, family), *_ = known_denoisers(pipe).values()
     if family.name not in FAMILIES or not hasattr(pipe, "encode_prompt"):
         raise TypeError(
             f"pipe={type(pipe).__name__} must be a pipeline of {', '.join(FAMILIES)}: regional "
-            "joins several texts, which others have no room for"
+            "joins several texts, which other models do not support"
         )
     if getattr(model.config, "added_kv_proj_dim", None) is not None and family.cross:
         raise TypeError(
-            f"pipe={type(pipe).__name__} has an image before its text, so that texts cannot be "
-            "joined; take a model without image embeddings"
+            f"pipe={type(pipe).__name__} has image embeddings before its text, so that texts "
+            "cannot be joined; use a model without image embeddings"
         )
     if not isinstance(prompt, str):
         raise TypeError(f"prompt={prompt!r} must be one text, the base prompt")
     if not isinstance(regions, Sequence) or isinstance(regions, str) or not regions:
         raise ValueError(f"regions={regions!r} must be pairs of prompt and mask, at least one")
-    if len(regions) > MOST:
-        raise ValueError(f"regions has {len(regions)} regions; there may be {MOST}")
+    if len(regions) > MAX_REGIONS:
+        raise ValueError(f"regions has {len(regions)} regions; at most {MAX_REGIONS} are allowed")
     for number, pair in enumerate(regions):
-        fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
-        if not fine or not isinstance(pair[1], torch.Tensor):
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
+        if not is_pair or not isinstance(pair[1], torch.Tensor):
             raise TypeError(f"regions[{number}] must be a prompt and its mask, a tensor")
         mask = pair[1]
         if mask.ndim not in (2, 3) or not mask.numel() or mask.is_complex():
@@ -262,11 +294,10 @@ def _check(
             )
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError(f"regions[{number}] has a mask with values outside 0 to 1")
-    mine = [name for name in call if name.startswith("prompt") or name.endswith("prompt_embeds")]
-    if mine:
+    texts = [name for name in call if name.startswith("prompt") or name.endswith("prompt_embeds")]
+    if texts:
         raise ValueError(
-            f"{mine[0]}=... is not taken: texts are encoded from prompt, regions and "
-            "negative_prompt"
+            f"{texts[0]}=... is not allowed; give the texts in prompt, regions and negative_prompt"
         )
     return model, family
 
@@ -274,76 +305,95 @@ def _check(
 def _encoded(
     pipe: Any, name: str, texts: list[str], call: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """Arguments of the pipeline with the joined texts, and the number of tokens of each."""
-    given = dict(call)
-    own = inspect.signature(kind_of(pipe).__call__).parameters
+    """Return the arguments of the pipeline with the joined texts, and the number of tokens of each
+    text."""
+    arguments = dict(call)
+    parameters = inspect.signature(kind_of(pipe).__call__).parameters
     count = 1
     for key in COUNTS:
-        count = given.pop(key, None) or count
-    options = {
-        "max_sequence_length": given.get("max_sequence_length", own["max_sequence_length"].default)
-    }
-    negative = given.get("negative_prompt")
+        count = arguments.pop(key, None) or count
+    default = parameters["max_sequence_length"].default
+    options = {"max_sequence_length": arguments.get("max_sequence_length", default)}
+    negative = arguments.get("negative_prompt")
     if isinstance(negative, str) and count > 1:
-        given["negative_prompt"] = [negative] * count
+        arguments["negative_prompt"] = [negative] * count
     if name == "Wan":
-        found = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **options)
-        given["prompt_embeds"] = _joined(found[0], count)
-        return given, found[0].shape[1]
+        encoded = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **options)
+        arguments["prompt_embeds"] = _joined(encoded[0], count)
+        return arguments, encoded[0].shape[1]
     if name == "Flux":
-        found = pipe.encode_prompt(texts, None, **options)
-        given["prompt_embeds"] = _joined(found[0], count)
-        given["pooled_prompt_embeds"] = found[1][:1].repeat(count, 1)
-        return given, found[0].shape[1]
+        encoded = pipe.encode_prompt(texts, None, **options)
+        arguments["prompt_embeds"] = _joined(encoded[0], count)
+        arguments["pooled_prompt_embeds"] = encoded[1][:1].repeat(count, 1)
+        return arguments, encoded[0].shape[1]
     options["do_classifier_free_guidance"] = False
-    minus = _negative(given, count)
+    minus = _negative(arguments, count)
     if name == "CogVideoX":
-        found, away = (pipe.encode_prompt(own, **options) for own in (texts, minus))
+        encoded, encoded_minus = (
+            pipe.encode_prompt(prompts, **options) for prompts in (texts, minus)
+        )
     else:
-        options["clip_skip"] = given.get("clip_skip")
-        found, away = (pipe.encode_prompt(own, None, None, **options) for own in (texts, minus))
-        given["pooled_prompt_embeds"] = found[2][:1].repeat(count, 1)
-        given["negative_pooled_prompt_embeds"] = away[2].repeat(count // len(minus), 1)
-    given["prompt_embeds"] = _joined(found[0], count)
-    # its copies beside the regions' texts are not seen
-    given["negative_prompt_embeds"] = away[0].repeat(count // len(minus), len(texts), 1)
-    return given, found[0].shape[1]
+        options["clip_skip"] = arguments.get("clip_skip")
+        encoded, encoded_minus = (
+            pipe.encode_prompt(prompts, None, None, **options) for prompts in (texts, minus)
+        )
+        arguments["pooled_prompt_embeds"] = encoded[2][:1].repeat(count, 1)
+        arguments["negative_pooled_prompt_embeds"] = encoded_minus[2].repeat(
+            count // len(minus), 1
+        )
+    arguments["prompt_embeds"] = _joined(encoded[0], count)
+    # repeated to the length of the joined texts; no query sees the copies
+    arguments["negative_prompt_embeds"] = encoded_minus[0].repeat(
+        count // len(minus), len(texts), 1
+    )
+    return arguments, encoded[0].shape[1]
 
 
-def _negative(given: dict[str, Any], count: int) -> list[str]:
-    """The negative prompts, one or one for each of ``count`` images, taken out of the arguments."""
-    every = [given.pop(f"negative_prompt{end}", None) or "" for end in ("", "_2", "_3")]
-    if any(every[1:]):
-        raise ValueError("negative_prompt_2 and _3 are not taken; give negative_prompt")
-    minus: list[str] = [every[0]] if isinstance(every[0], str) else list(every[0])
+def _negative(arguments: dict[str, Any], count: int) -> list[str]:
+    """Take the negative prompts out of the arguments, and return one, or one for each of ``count``
+    images."""
+    texts = [arguments.pop(f"negative_prompt{end}", None) or "" for end in ("", "_2", "_3")]
+    if any(texts[1:]):
+        raise ValueError(
+            "negative_prompt_2 and negative_prompt_3 are not allowed; give negative_prompt"
+        )
+    minus: list[str] = [texts[0]] if isinstance(texts[0], str) else list(texts[0])
     if len(minus) not in (1, count):
         raise ValueError(f"negative_prompt has {len(minus)} texts for {count} images; give one")
     return minus
 
 
 def _joined(texts: torch.Tensor, count: int) -> torch.Tensor:
-    """Texts ``[n, L, C]`` in one sequence, ``[count, n L, C]``."""
+    """Return texts ``[n, L, C]`` as one sequence, repeated ``count`` times: ``[count, n L, C]``."""
     return texts.flatten(0, 1)[None].repeat(count, 1, 1)
 
 
 @contextmanager
-def _room(model: Any, name: str, length: int, regions: int) -> Iterator[None]:
-    """Room for the texts of regions in the positions that some CogVideoX add to their tokens: those
-    of the text once more for each region."""
+def _more_text_positions(model: Any, name: str, length: int, regions: int) -> Iterator[None]:
+    """Inside the ``with`` block, repeat the position embeddings of the text for each region, in
+    CogVideoX models that add positions to their tokens.
+
+    Args:
+        model: the denoiser.
+        name: name of its family.
+        length: number of tokens of each text.
+        regions: number of regions.
+    """
     embed: Any = model.patch_embed if name == "CogVideoX" else None
     if not hasattr(embed, "pos_embedding"):
         yield
         return
-    own, most = embed.pos_embedding, embed.max_text_seq_length
-    if length != most:
+    embedding, text_length = embed.pos_embedding, embed.max_text_seq_length
+    if length != text_length:
         raise ValueError(
-            f"max_sequence_length={length} must be {most}, the length of text that this "
-            f"{type(model).__name__} has positions for"
+            f"max_sequence_length={length} must be {text_length}, the text length of the position "
+            f"embedding of this {type(model).__name__}"
         )
-    embed.pos_embedding = torch.cat([own[:, :most].repeat(1, 1 + regions, 1), own[:, most:]], 1)
-    embed.max_text_seq_length = most * (1 + regions)
+    text, image = embedding[:, :text_length], embedding[:, text_length:]
+    embed.pos_embedding = torch.cat([text.repeat(1, 1 + regions, 1), image], 1)
+    embed.max_text_seq_length = text_length * (1 + regions)
     try:
         yield
     finally:
-        embed.pos_embedding = own.to(embed.pos_embedding.device)
-        embed.max_text_seq_length = most
+        embed.pos_embedding = embedding.to(embed.pos_embedding.device)
+        embed.max_text_seq_length = text_length

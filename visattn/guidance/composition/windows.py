@@ -1,4 +1,4 @@
-"""Windows of one length over a longer sequence of latent frames, which overlap and are blended."""
+"""Overlapping windows of one length in a longer sequence of latent frames, and their blend."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ __all__ = ["Windows"]
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the segments of a sequence lie.
+    """The segments of a sequence, as windows of latent frames.
 
     Args:
-        segments: the segment of each sample, from 0 on without gaps; samples may have the same.
-        length: of each, in latent frames.
-        overlap: frames that neighbours have in common, fewer than ``length``.
-        axis: of the frames in latents, whose axis 0 are the samples.
+        segments: segment of each sample, from 0 on without gaps. Several samples may have the same
+            segment.
+        length: length of a segment, in latent frames.
+        overlap: number of latent frames that neighbours share, less than ``length``.
+        axis: axis of the frames in latents. Axis 0 has the samples.
     """
 
     segments: tuple[int, ...]
@@ -27,41 +28,50 @@ class Windows:
 
     @property
     def total(self) -> int:
-        """Latent frames of the sequence."""
+        """Number of latent frames of the sequence."""
         return self.length + max(self.segments) * (self.length - self.overlap)
 
     def weights(self) -> torch.Tensor:
-        """What the frames of each sample count for in the sequence, float64 ``[samples, length]``:
-        ``min(x, 2 - x)`` with ``x = (i + 0.5) 2 / length`` for its frame ``i``, over the sum of all
-        samples that have the frame (DiTCtrl, Cai et al. 2024, arXiv 2412.18597)."""
+        """Return the blend weights of the frames of each sample, float64 ``[samples, length]``:
+        ``min(x, 2 - x)`` with ``x = (i + 0.5) 2 / length`` for frame ``i``, divided by the sum over
+        all samples that have the frame (DiTCtrl, Cai et al. 2024, arXiv 2412.18597)."""
         x = (torch.arange(self.length, dtype=torch.float64) + 0.5) * 2 / self.length
-        own = torch.minimum(x, 2 - x)
+        triangle = torch.minimum(x, 2 - x)
         total = torch.zeros(self.total, dtype=torch.float64)
-        for place in self._places():
-            total[place] += own
-        return torch.stack([own / total[place] for place in self._places()])
+        for window in self._windows():
+            total[window] += triangle
+        return torch.stack([triangle / total[window] for window in self._windows()])
 
     def split(self, sequence: torch.Tensor) -> torch.Tensor:
-        """The samples of a sequence: ``[1, ...]`` to ``[samples, ...]``."""
-        own = [sequence.narrow(self.axis, at.start, self.length) for at in self._places()]
-        return torch.cat(own)
+        """Return the samples of a sequence: ``[1, ...]`` to ``[samples, ...]``.
+
+        Args:
+            sequence: latents of the sequence.
+        """
+        starts = [window.start for window in self._windows()]
+        return torch.cat([sequence.narrow(self.axis, start, self.length) for start in starts])
 
     def join(self, samples: torch.Tensor) -> torch.Tensor:
-        """The sequence that samples make, blended where they overlap: ``[samples, ...]`` to ``[1,
-        ...]``, of their dtype; added up in float32, or float64 for float64. A frame that only one
-        sample has is that sample's, to the bit."""
+        """Blend samples into a sequence: ``[samples, ...]`` to ``[1, ...]``, of the same dtype. The
+        sums are in float32 (float64 for float64). A frame that only one sample has is copied
+        exactly.
+
+        Args:
+            samples: latents of the samples.
+        """
         shape = [1, *samples.shape[1:]]
         shape[self.axis] = self.total
-        wide = torch.promote_types(samples.dtype, torch.float32)
-        out = torch.zeros(shape, dtype=wide, device=samples.device)
+        acc_dtype = torch.promote_types(samples.dtype, torch.float32)
+        out = torch.zeros(shape, dtype=acc_dtype, device=samples.device)
         weights = self.weights().to(out)
-        along = [1] * samples.ndim
-        along[self.axis] = self.length
-        for number, at in enumerate(self._places()):
-            part = out.narrow(self.axis, at.start, self.length)
-            part += samples[number : number + 1] * weights[number].reshape(along)
+        weight_shape = [1] * samples.ndim
+        weight_shape[self.axis] = self.length
+        for sample, window in enumerate(self._windows()):
+            part = out.narrow(self.axis, window.start, self.length)
+            part += samples[sample : sample + 1] * weights[sample].reshape(weight_shape)
         return out.to(samples.dtype)
 
-    def _places(self) -> list[slice]:
+    def _windows(self) -> list[slice]:
+        """Return the latent frames of each sample."""
         step = self.length - self.overlap
         return [slice(n * step, n * step + self.length) for n in self.segments]
