@@ -31,8 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from visattn.kernels.descriptors import key_descriptor
 from visattn.kernels.forward import merge
 
 ROWS = 64  # queries of a group of warps
@@ -566,41 +566,6 @@ def _hopper_kernel(
     )
 
 
-def _places(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int] | None:
-    """Keys or values ``[B, S, L, D]`` as a matrix of rows of one stride: the tensor, its rows, what
-    a batch item and a slot add to the row, and a slot to the column. None where they are no matrix,
-    or a copy could not read it."""
-    batch, slots, length, dim = x.shape
-    step = x.stride(2) if length > 1 else dim
-    if x.data_ptr() % 16 or step * x.element_size() % 16 or step < dim:
-        return None
-    rows = batch * slots * length
-    if rows >= 2**31 or x.stride(3) != 1:
-        return None
-    whole_items = batch == 1 or x.stride(0) == slots * length * step
-    if whole_items and (slots == 1 or x.stride(1) == length * step):
-        return x, rows, slots * length, length, 0
-    beside = batch == 1 or x.stride(0) == length * step
-    if beside and slots * dim <= step and x.stride(1) == dim and dim % WIDTH == 0:
-        return x, batch * length, length, 0, dim
-    return None
-
-
-def _box(x: torch.Tensor) -> tuple[TensorDescriptor, tuple[int, int, int]]:
-    """The descriptor of keys or values, and what a batch item and a slot add to its row, and a slot
-    to its column."""
-    found = _places(x)
-    if found is None:  # a copy, also of what is contiguous and does not begin where it must
-        found = _places(torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x))
-        assert found is not None, "a new tensor is a matrix"
-    x, rows, item, slot, column = found
-    step = x.stride(2) if x.shape[2] > 1 else x.shape[3]
-    width = step if column else x.shape[3]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    box = TensorDescriptor(x, [rows, width], [step, 1], [BLOCK_K, WIDTH], layout)
-    return box, (item, slot, column)
-
-
 def forward_hopper(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -616,17 +581,27 @@ def forward_hopper(
     """As ``forward.forward``, for float16 and bfloat16, blocks of 128 queries and 64 keys.
 
     Args:
-        q, k, v: head size a multiple of 8, at most 128.
+        q: ``[B, H, Lq, D]``; the head size is a multiple of 8, at most 128.
+        k: ``[B, Hk, Lk, D]``.
+        v: ``[B, Hk, Lk, D]``.
         lists: the tensors ``work, rows, firsts, tile_of, bits, columns, k_table, q_index``, on the
             device of q.
-        scale: above 0; text_lengths: int32 ``[B, text segments]`` or None.
+        text_lengths: valid tokens of each text, int32 ``[B, text segments]``, or None.
+        scale: factor of the logits, above 0.
+        q_ordered: whether q is read through ``q_index``.
+        num_parts: number of parts of rows that are split; 0 if no row is split.
+        stages: number of buffers for keys and for values.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in the dtype of q, and LSE ``[B, H, Lq]`` in float32.
     """
     batch, heads, length_q, dim = q.shape
     out = torch.empty((batch, heads, length_q, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, length_q), dtype=torch.float32, device=q.device)
     part_out = q.new_empty((batch, num_parts, BLOCK_Q, dim), dtype=torch.float32)
     part_lse = q.new_empty((batch, num_parts, BLOCK_Q), dtype=torch.float32)
-    (k_box, k_steps), (v_box, v_steps) = _box(k), _box(v)
+    k_box, k_steps = key_descriptor(k, BLOCK_K, WIDTH)
+    v_box, v_steps = key_descriptor(v, BLOCK_K, WIDTH)
     _hopper_kernel[(lists["work"].shape[0], batch)](
         q,
         k_box,

@@ -62,6 +62,7 @@ def test_copies_find_every_key(name: str, dim: int) -> None:
     """Rows and columns of a descriptor are those of a batch item, slot and key; what no copy could
     read is copied first."""
     hopper = pytest.importorskip("visattn.kernels.hopper")
+    descriptors = pytest.importorskip("visattn.kernels.descriptors")
     batch, slots, length = 2, 1 if name == "one head" else 3, 1 if name == "one token" else 70
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, slots, length, dim, generator=generator).half()
@@ -73,7 +74,7 @@ def test_copies_find_every_key(name: str, dim: int) -> None:
         x = torch.nn.functional.pad(x, (0, 3))[..., :dim]
     elif name == "sliced":
         x = torch.cat([x, x], 1)[:, :slots]
-    box, (item, slot, column) = hopper._box(x)
+    box, (item, slot, column) = descriptors.key_descriptor(x, hopper.BLOCK_K, hopper.WIDTH)
     for b in range(batch):
         for s in range(slots):
             first = b * item + s * slot
