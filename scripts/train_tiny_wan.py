@@ -273,6 +273,7 @@ def export(preset: Preset, folder: Path, target: Path, note: str) -> None:
     text = card.model_card(preset, steps, figures, note)
     (target / "README.md").write_text(text, encoding="utf-8")
     shapes = {
+        "scorer": "captions",
         "default": shape(preset, preset.default_grid, DEFAULT_STEPS),
         "evaluation": shape(preset, preset.evaluation_grid, preset.evaluation_steps),
     }

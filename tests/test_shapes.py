@@ -1,13 +1,17 @@
 """Shapes of a model: the file beside its weights, and what the command line makes of it."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from visattn.cli import main
 from visattn.cli.generation_options import add_job_arguments, add_model_arguments, job_fields
-from visattn.generation import read_shapes, shape_of
+from visattn.cli.search import read_scorer
+from visattn.generation import default_model, read_shapes, shape_of
 from visattn.generation.prompts import model_prompts
+from visattn.metrics.caption_scorer import caption_scorer
 
 SHAPES = {
     "default": {"height": 64, "width": 48, "num_frames": 9, "guidance_scale": 4.0},
@@ -58,6 +62,7 @@ def test_options_go_before_the_shape_of_the_model(model):
         ('{"default": {"prompt": "a"}}', "unknown key 'prompt'"),
         ('{"default": {"height": 0}}', "height=0"),
         ('{"default": {"height": "64"}}', "height='64'"),
+        ('{"scorer": 3}', "scorer=3 must be a text"),
     ],
 )
 def test_broken_shapes_are_refused(model, tmp_path, text, words, capsys):
@@ -83,3 +88,32 @@ def test_broken_prompts_of_a_model_are_refused_with_the_name_of_the_file(tmp_pat
     (tmp_path / "visattn_prompts.json").write_text(text)
     with pytest.raises(ValueError, match=r"visattn_prompts\.json"):
         model_prompts(tmp_path)
+
+
+def test_the_small_model_names_its_scorer_and_others_none(model, tmp_path):
+    frames, caption = torch.zeros(5, 64, 64, 3), "a red square moves left over the fog"
+    scorer = read_scorer(default_model())
+    assert set(scorer(frames, caption)) == {"colour", "object", "direction"}
+    assert read_scorer(model) is read_scorer("user/model") is None
+    (tmp_path / "visattn_shapes.json").write_text(json.dumps(SHAPES | {"scorer": "captions"}))
+    assert read_scorer(model) is scorer
+    assert read_shapes(model) == SHAPES
+    (tmp_path / "visattn_shapes.json").write_text('{"scorer": "os:system"}')
+    with pytest.raises(ValueError, match="names the scorer 'os:system'; it must be captions"):
+        read_scorer(model)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_search_takes_the_scorer_of_the_model(named, model, tmp_path, monkeypatch):
+    if named:
+        shutil.copy(f"{default_model()}/visattn_shapes.json", tmp_path)
+    taken = []
+
+    def search(*args, scorer, **keywords):
+        taken.append(scorer)
+        raise ValueError("only the arguments matter")
+
+    monkeypatch.setattr("visattn.cli.search.load_pipeline", lambda loading: None)
+    monkeypatch.setattr("visattn.search.search", search)
+    assert main(["search", "a", "b", "--model", model, "-o", str(tmp_path / "out")]) != 0
+    assert taken == [caption_scorer if named else None]

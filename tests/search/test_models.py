@@ -15,6 +15,7 @@ from visattn.search.measure.output_losses import CandidatePool, CandidateScorer
 from visattn.search.measure.replay import CallRecorder, Replay
 from visattn.search.measure.target import SearchTarget
 from visattn.search.measure.tile_grid import tile_grids
+from visattn.search.receipt import NO_SCORER
 from visattn.selectors import TopBlocks
 
 TRUE = {"negative_prompt": "a blue circle", "true_cfg_scale": 2.0}
@@ -31,6 +32,8 @@ def test_a_plan_is_found_shown_and_runs(name, tmp_path, monkeypatch):
     make, call, layers = MODELS[name]
     result = search_runner.run(None, candidates=("band", "stencil"), make=make, call=call)
     assert result.report["failures"] == []
+    assert NO_SCORER in result.report["notes"]
+    assert all(row["flips"] == "" for row in result.report["table"])
     assert len({(row["role"], row["layer"]) for row in result.report["heads"]}) == layers
     (chosen,) = [row for row in result.report["table"] if row["chosen"]]
     assert chosen["density"] < 1 < chosen["predicted"]

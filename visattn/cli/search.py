@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visattn._atomic import check_writable
 from visattn.cli.generation_options import (
@@ -19,10 +19,15 @@ from visattn.cli.generation_options import (
 from visattn.cli.output import Output
 from visattn.cli.prompt_options import add_prompt_arguments, read_prompts
 from visattn.generation import load_pipeline
+from visattn.generation.clip_shapes import SHAPES_FILE, read_scorer_name
 from visattn.generation.prompts import read_prompt_lines
 from visattn.generation.silence_logs import quiet
+from visattn.metrics.caption_scorer import SCORERS
 from visattn.runtime.processes import processes
 from visattn.runtime.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from visattn.search.measure.clip_quality import ClipScorer
 
 KEPT = "kept"  # the folder of intermediate results, inside the output folder
 UNUSED = ("plan", "backend", "compile", "image", "fps")
@@ -107,6 +112,7 @@ def run(args: argparse.Namespace) -> Output:
     prompts, held_out = read_prompts(args, loading.model)
     if args.held_out is not None:
         held_out = read_prompt_lines(args.held_out)
+    scorer = read_scorer(loading.model)
     fields = {k: v for k, v in job_fields(args).items() if k not in ("seed", "fps")}
     pipe = load_pipeline(loading)
     with quiet() as log_lines:
@@ -124,6 +130,7 @@ def run(args: argparse.Namespace) -> Output:
             held_out=held_out,
             resume=folder / KEPT,
             settings=Settings(pairs=args.pairs),
+            scorer=scorer,
             model=loading.model if args.model else "tiny-wan",
             command=f"visattn {shlex.join(sys.argv[1:])}" if sys.argv[1:] else None,
             progress=ProgressBar(),
@@ -150,6 +157,23 @@ def check_folder(folder: Path) -> None:
     while not place.parent.exists():
         place = place.parent
     check_writable(place)
+
+
+def read_scorer(model: str) -> ClipScorer | None:
+    """Return the scorer that a model's ``visattn_shapes.json`` names, or None.
+
+    Raises:
+        ValueError: it names an unknown scorer, or the file cannot be read.
+    """
+    name = read_scorer_name(model)
+    if name is None:
+        return None
+    if name not in SCORERS:
+        raise ValueError(
+            f"{SHAPES_FILE} of model {model!r} names the scorer {name!r}; it must be "
+            f"{' or '.join(SCORERS)}"
+        )
+    return SCORERS[name]
 
 
 def text_of(report: dict[str, Any] | Any, page: Path, log_lines: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""Named shapes of a model: the sizes, steps and guidance scales that its authors recommend."""
+"""Named shapes of a model: the sizes, steps and guidance scales that its authors recommend; and the
+name of the scorer of its clips."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from typing import Any
 from visattn._atomic import read_limited
 from visattn.generation.job import COUNTS, SCALES, Job
 
-__all__ = ["SHAPES_FILE", "read_shapes", "shape_of"]
+__all__ = ["SHAPES_FILE", "read_scorer_name", "read_shapes", "shape_of"]
 
 SHAPES_FILE = "visattn_shapes.json"
 DEFAULT = "default"
+SCORER = "scorer"  # a key of the file that is no shape
 MOST_BYTES = 1 << 20
 KEYS = (*COUNTS, *SCALES)
 assert set(KEYS) <= {field.name for field in fields(Job)}
@@ -25,6 +27,7 @@ def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
     Each shape is an object with any of ``height``, ``width``, ``num_frames``,
     ``num_inference_steps``, ``guidance_scale``, ``guidance_scale_2`` and ``true_cfg_scale``.
+    The key ``scorer`` is no shape; see ``read_scorer_name``.
 
     Args:
         model: folder or hub id of a pipeline.
@@ -42,11 +45,28 @@ def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         >>> read_shapes(".")
         {'small': {'height': 64, 'width': 64}}
     """
+    return _read(model)[0]
+
+
+def read_scorer_name(model: str | os.PathLike[str]) -> str | None:
+    """Return the name of the scorer of a model's clips, ``scorer`` in ``visattn_shapes.json``; None
+    where the file names none, or is missing.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    return _read(model)[1]
+
+
+def _read(model: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], str | None]:
     path = Path(model) / SHAPES_FILE
     if not path.exists():
-        return {}
+        return {}, None
     try:
         shapes = json.loads(read_limited(path, MOST_BYTES))
+        scorer = shapes.pop(SCORER, None) if isinstance(shapes, dict) else None
+        if not isinstance(scorer, str | None):
+            raise ValueError(f"scorer={scorer!r} must be a text")
         for shape in shapes.values():
             unknown = set(shape) - set(KEYS)
             if unknown:
@@ -54,8 +74,7 @@ def read_shapes(model: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             Job(prompt="", **shape)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{SHAPES_FILE} of model {str(model)!r} cannot be read: {error}") from None
-    assert isinstance(shapes, dict)
-    return shapes
+    return shapes, scorer
 
 
 def shape_of(model: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Verdicts on clips by the captions of the small model."""
+"""Verdicts on clips by the captions of the small model, and the scorers that a model can name."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 
 from visattn.metrics.prompt import parse_caption, score_prompt
 
-__all__ = ["caption_scorer"]
+__all__ = ["SCORERS", "caption_scorer"]
 
 
 def caption_scorer(frames: torch.Tensor, prompt: str) -> dict[str, float]:
@@ -25,3 +27,9 @@ def caption_scorer(frames: torch.Tensor, prompt: str) -> dict[str, float]:
         return {}
     score = score_prompt(frames.permute(0, 3, 1, 2), prompt)
     return {"colour": score.colour, "object": score.object, "direction": score.direction}
+
+
+# By the names in visattn_shapes.json. A fixed table: the file of a model cannot import code.
+SCORERS: Mapping[str, Callable[[torch.Tensor, str], Mapping[str, float]]] = {
+    "captions": caption_scorer,
+}
