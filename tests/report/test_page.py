@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 from support.example import example_report, example_videos
 
 import visattn.report
@@ -16,8 +18,9 @@ from visattn.media.mp4_timing import timing_of
 from visattn.patterns.base.head_pattern import KINDS
 from visattn.report import render_page, write_page
 from visattn.report.colors import families_of
-from visattn.report.markup import figure, interval, plain, put
+from visattn.report.figures import figure, plain
 from visattn.report.stencil_figure import stencil_data
+from visattn.report.templating import _environment, render
 
 SOURCES = Path(visattn.report.__file__).parent
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,9 +111,11 @@ def test_styles_and_scripts_fetch_nothing(path):
 
 def test_package_takes_styles_and_scripts_along():
     kinds = {path.suffix for path in SOURCES.iterdir() if path.is_file()} - {".py"}
+    assert {path.suffix for path in (SOURCES / "templates").iterdir()} == {".j2"}
     config = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (line,) = re.findall(r'^"visattn\.report" = \[(.*)\]$', config, re.MULTILINE)
-    assert {f'"*{kind}"' for kind in kinds} == set(line.split(", ")) == {'"*.css"', '"*.js"'}
+    folders = {f'"*{kind}"' for kind in kinds} | {'"templates/*.j2"'}
+    assert folders == set(line.split(", ")) == {'"*.css"', '"*.js"', '"templates/*.j2"'}
 
 
 def test_ids_are_unique_and_references_resolve(page):
@@ -256,9 +261,26 @@ def test_figure(value, text):
 
 def test_small_writing():
     assert figure(1.5, " dB", 1) == "1.5 dB" and figure(None, " dB") == "–"
-    assert interval(None, 1) is None and interval(-1.0, 2.0, 1) == " <small>[−1.0, 2.0]</small>"
     assert plain({"a": [1, 2.5], "b": None}) == "a 1, 2.5, b –"
-    assert put("<b>{}</b>{}", "<", put("<i>{}</i>", "&")) == "<b>&lt;</b><i>&amp;</i>"
+
+
+def test_intervals_are_in_small_type():
+    macros = _environment().get_template("macros.html.j2").module
+    assert macros.interval(None, 1) == "" == macros.interval(1, None)
+    assert macros.interval(-1.0, 2.0, 1) == " <small>[−1.0, 2.0]</small>"
+
+
+def test_templates_escape_text_and_refuse_values_that_are_missing():
+    assert render("command", command="<&").endswith("<code>&lt;&amp;</code></pre>")
+    assert "<b>&lt;</b>" in render("notes", notes=[Markup("<b>{}</b>").format("<")])
+    with pytest.raises(UndefinedError, match="notes"):
+        render("notes", other=[])
+
+
+def test_no_template_turns_escaping_off():
+    for path in (SOURCES / "templates").iterdir():
+        code = path.read_text(encoding="utf-8")
+        assert not re.search(r"\|\s*safe\b|autoescape", code), path.name
 
 
 def test_families_have_fixed_colours_and_letters_of_their_own():

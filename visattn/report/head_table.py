@@ -1,35 +1,45 @@
-"""The map of heads as tables that stand without a script, and the data of what needs one."""
+"""The map of heads as tables that need no script, and the data for the script."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from visattn.report.colors import Family, families_of
-from visattn.report.markup import Html, figure, joined, put
+from visattn.report.templating import render
 
 __all__ = ["family_styles", "head_data", "heads_html"]
 
 PATTERN = 240  # characters that the page shows of a pattern; the plan has it whole
 KEYS = ("role", "layer", "number", "head", "phase", "family", "density", "executed", "error",
         "seconds", "reason", "stability")
-SWITCH = put("""<fieldset class="switch" id="ways" hidden><legend>Colour by</legend>
-<label><input type="radio" name="way" value="family" checked> pattern</label>
-<label><input type="radio" name="way" value="density"> density</label>
-<label><input type="radio" name="way" value="error"> error</label>
-<label><input type="radio" name="way" value="stability"> stability</label></fieldset>""")
+SIZES = ((8, "large"), (24, "medium"), (math.inf, "small"))  # of cells, by most heads of a layer
 
 Heads = Sequence[Mapping[str, Any]]
 
 
+class Cell(NamedTuple):
+    """A head of the report in the table; ``head_index`` counts the heads of the report."""
+
+    head: Mapping[str, Any]
+    head_index: int
+    family_number: int
+    family: Family
+
+
 def family_styles(heads: Heads) -> str:
-    """The style sheet of the families of these heads."""
-    rule = ".f{}{{background:{};color:{}}}"
-    return "".join(rule.format(at, x.color, x.ink) for at, x in enumerate(_families(heads)))
+    """Return the style sheet of the kinds of patterns of these heads."""
+    return "".join(
+        f".f{number}{{background:{family.color};color:{family.ink}}}"
+        for number, family in enumerate(_families(heads))
+    )
 
 
 def head_data(heads: Heads) -> list[dict[str, Any]]:
-    """What the page knows of each head, with long patterns cut."""
+    """Return what the script needs of each head, with long patterns cut."""
     return [{**{key: head.get(key) for key in KEYS}, "pattern": _cut(head)} for head in heads]
 
 
@@ -51,68 +61,51 @@ def _columns(heads: Heads) -> int:
     return 1 + max(int(head["head"]) for head in heads)
 
 
-def heads_html(heads: Heads) -> Html:
-    """A switch of colours and their legend, a panel for each role and phase, room for detail."""
-    families = {family.name: (at, family) for at, family in enumerate(_families(heads))}
-    panels: dict[tuple[str, int], list[tuple[int, Mapping[str, Any]]]] = {}
-    for index, head in enumerate(heads):
+def heads_html(heads: Heads) -> Markup:
+    """Return a switch of colours and their legend, a panel for each role and phase, and room for
+    the selected head."""
+    families = _families(heads)
+    names = [_family(head) for head in heads]
+    legend = [
+        {
+            "number": number,
+            "letters": family.letters,
+            "name": family.name,
+            "count": names.count(family.name),
+        }
+        for number, family in enumerate(families)
+    ]
+    numbers = {family.name: number for number, family in enumerate(families)}
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for index, (head, name) in enumerate(zip(heads, names, strict=True)):
         key = (str(head.get("role") or ""), int(head.get("phase") or 0))
-        panels.setdefault(key, []).append((index, head))
-    phases = len({phase for _, phase in panels}) > 1
-    legend = joined(
-        put('<li><i class="f{}">{}</i> {} <small>{}</small></li>', at, family.letters, name,
-            sum(_family(head) == name for head in heads))
-        for name, (at, family) in families.items()
-    )
-    return put(
-        '<div class="aside">{}<ul class="legend" id="families">{}</ul>'
-        '<div class="scale" id="scale" hidden></div></div>'
-        '<div class="heads {}"><div class="map">{}</div>'
-        '<div class="detail" id="detail" role="region" aria-label="Selected head" hidden></div>'
-        "</div>",
-        SWITCH,
-        legend,
-        next(size for most, size in ((8, "large"), (24, "medium"), (1e9, "small"))
-             if _columns(heads) <= most),
-        joined(
-            _panel(f"{role}, phase {phase}" if phases else role, own, families)
-            for (role, phase), own in sorted(panels.items())
-        ),
-    )
+        cell = Cell(head, index, numbers[name], families[numbers[name]])
+        groups.setdefault(key, []).append(cell)
+    has_phases = len({phase for _, phase in groups}) > 1
+    panels = [
+        _panel(f"{role}, phase {phase}" if has_phases else role, cells)
+        for (role, phase), cells in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    num_columns = _columns(heads)
+    size = next(name for most, name in SIZES if num_columns <= most)
+    return render("heads", legend=legend, panels=panels, size=size)
 
 
-def _panel(
-    name: str,
-    heads: Sequence[tuple[int, Mapping[str, Any]]],
-    families: Mapping[str, tuple[int, Family]],
-) -> Html:
-    rows: dict[int, dict[int, Html]] = {}
-    paths: dict[int, object] = {}
-    for index, head in heads:
-        at, family = families[_family(head)]
-        number, column = int(head["number"]), int(head["head"])
-        rows.setdefault(number, {})[column] = put(
-            '<td class="f{}" data-i="{}" title="layer {}, head {}: {}, density {}, error {}">{}',
-            at, index, number, column, family.name, figure(head.get("density")),
-            figure(head.get("error")), family.letters,
-        )
-        paths[number] = head.get("layer")
-    columns = range(_columns([head for _, head in heads]))
-    lines = joined(
-        put('<tr><th scope="row" title="{}"{}>{}</th>{}</tr>', paths[number],
-            _minor(number, len(rows)), number,
-            joined(cells.get(column, Html("<td>")) for column in columns))
-        for number, cells in sorted(rows.items())
-    )
-    return put(
-        '<div class="panel"><table><caption>{}</caption><thead><tr><td>layer</td>{}</tr></thead>'
-        "<tbody>{}</tbody></table></div>",
-        name,
-        joined(put('<th scope="col"{}>{}', _minor(at, len(columns)), at) for at in columns),
-        lines,
-    )
-
-
-def _minor(number: int, of: int) -> Html | None:
-    """Of many layers or heads only each fifth shows its number."""
-    return Html(' class="minor"') if of > 16 and number % 5 else None
+def _panel(name: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return the rows of a panel: the cells of each layer by head, None where a head is missing."""
+    num_columns = _columns([cell.head for cell in cells])
+    rows: dict[int, dict[str, Any]] = {}
+    for cell in cells:
+        number = int(cell.head["number"])
+        row = rows.setdefault(number, {"number": number, "cells": [None] * num_columns})
+        row["path"] = cell.head.get("layer")
+        row["cells"][int(cell.head["head"])] = {
+            "index": cell.head_index,
+            "family_number": cell.family_number,
+            "family": cell.family.name,
+            "letters": cell.family.letters,
+            "density": cell.head.get("density"),
+            "error": cell.head.get("error"),
+        }
+    ordered = [rows[number] for number in sorted(rows)]
+    return {"name": name, "num_columns": num_columns, "rows": ordered}
