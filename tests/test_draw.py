@@ -100,11 +100,11 @@ def test_query_sees_its_row_of_the_mask(query):
     assert view.query == 3 + (t * 5 + h) * 6 + w
     assert torch.equal(view.seen, pattern_mask(view.pattern, SMALL)[view.query])
     grid = view.grid_view(0, 9, 9, 9)
-    assert grid.own == (t, h, w)
+    assert grid.query == (t, h, w)
     assert torch.equal(grid.seen.flatten(), view.seen[3:-9])
     assert int(grid.seen.sum()) == 27
     sampled = view.grid_view(0, 2, 2, 2)
-    assert bool(sampled.seen[sampled.own])
+    assert bool(sampled.seen[sampled.query])
     assert QUERY in colors(frames_picture(view, 0, 600, 200)[0])
 
 

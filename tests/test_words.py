@@ -37,8 +37,11 @@ WAITING = set(map(part_of, MODULES)) - {
     "cli",
     "cost",
     "generation",
+    "draw",
     "media",
+    "patterns",
     "plan",
+    "report",
     "runtime",
     "selectors",
 }

@@ -1,4 +1,4 @@
-"""Drawing in whole pixels: cells, lines of text, and PNG files written whole or not at all."""
+"""Drawing in whole pixels: cells, lines of text, and PNG files that are written atomically."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from visattn.draw.palette import INK, PAPER, Color
 
 __all__ = ["cells_picture", "font", "save_png", "wrapped", "write"]
 
-GAP_FROM = 16  # cells of so many pixels are set apart by a line of paper
+GAP_FROM = 16  # pixels of a cell from which a line separates it from the next
 
 
 @lru_cache(maxsize=8)
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that Pillow carries."""
+    """Return Pillow's built-in font."""
     return ImageFont.load_default(size=size)
 
 
 def write(image: Image.Image, x: int, y: int, text: str, size: int, ink: Color = INK) -> int:
-    """Draw one line of text with its top left corner at ``(x, y)``; returns its width."""
+    """Draw one line of text with its top left corner at ``(x, y)`` and return its width."""
     ImageDraw.Draw(image).text((x, y), text, fill=ink, font=font(size))
     return int(font(size).getlength(text))
 
 
 def wrapped(text: str, size: int, width: int, lines: int) -> list[str]:
-    """``text`` broken at spaces into a few lines of at most ``width`` pixels, the rest left out."""
+    """Break text at spaces into at most ``lines`` lines of at most ``width`` pixels.
+
+    What does not fit is replaced by ``...``.
+    """
     out = [""]
     for word in text.split(" "):
         longer = f"{out[-1]} {word}".strip()
@@ -49,27 +52,28 @@ def wrapped(text: str, size: int, width: int, lines: int) -> list[str]:
 
 
 def cells_picture(
-    cells: torch.Tensor, colors: Sequence[Color], high: int, wide: int
+    cells: torch.Tensor, colors: Sequence[Color], height: int, width: int
 ) -> Image.Image:
-    """Colour numbers ``[rows, columns]`` as cells of ``high`` by ``wide`` pixels."""
+    """Draw colour numbers ``[rows, columns]`` as cells of ``height`` by ``width`` pixels."""
     rows, columns = cells.shape
     small = Image.frombytes("P", (columns, rows), bytes(cells.flatten().tolist()))
     small.putpalette([channel for color in colors for channel in color])
-    picture = small.convert("RGB").resize((columns * wide, rows * high), Image.Resampling.NEAREST)
-    if min(high, wide) >= GAP_FROM:
+    size = (columns * width, rows * height)
+    picture = small.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    if min(height, width) >= GAP_FROM:
         draw = ImageDraw.Draw(picture)
-        for x in range(wide, picture.width, wide):
+        for x in range(width, picture.width, width):
             draw.line([(x, 0), (x, picture.height)], PAPER)
-        for y in range(high, picture.height, high):
+        for y in range(height, picture.height, height):
             draw.line([(0, y), (picture.width, y)], PAPER)
     return picture
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write an image whole or not at all, under a name that ends in ``.png``.
+    """Write an image atomically, under a name that ends in ``.png``.
 
     Raises:
-        ValueError: the name ends in something else.
+        ValueError: the name has another ending.
         OSError: the folder is missing or cannot be written.
     """
     target = Path(path)

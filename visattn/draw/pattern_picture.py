@@ -1,6 +1,7 @@
 """A picture of a pattern: its token mask, its block map, and the keys that one query sees.
 
-Cells are whole pixels, never smoothed. What does not fit is sampled at pixel centres, and says so.
+Cells are whole pixels, never smoothed. What does not fit is sampled at pixel centres, and a note in
+the picture says so.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ CLASS_COLORS = dict(zip(CLASSES, (EMPTY, KEPT, WHOLE_TEXT, SHORT, PARTIAL), stri
 
 SIDE, SAMPLES = 1024, 512  # pixels of a square panel; most rows and columns of cells in it
 LARGEST_CELL, LARGEST_TOKEN = 128, 40  # pixels, in a panel and in a frame
-MARGIN, SPACE, STRIP, INDENT = 72, 16, 14, 46  # INDENT: room for strip and mark beside a panel
+MARGIN, SPACE, STRIP, INDENT = 72, 16, 14, 46  # INDENT: left of a panel, for strip and mark
 WIDTH = 2 * (SIDE + INDENT) + 56
 FRAMES_HEIGHT, MOST_FRAMES = 880, 64
 LABEL, LABEL_WIDTH, RING = 26, 48, 4
 
 
 def _fitted(cells: torch.Tensor, colors: Sequence[Color], side: int) -> Image.Image:
-    """The largest such picture on a square of ``side`` pixels."""
-    high, wide = (max(1, min(LARGEST_CELL, side // count)) for count in cells.shape)
-    return cells_picture(cells, colors, high, wide)
+    """Return the largest picture of the cells on a square of ``side`` pixels."""
+    height, width = (max(1, min(LARGEST_CELL, side // count)) for count in cells.shape)
+    return cells_picture(cells, colors, height, width)
 
 
 def mask_picture(view: PatternView, side: int = SIDE, samples: int = SAMPLES) -> Image.Image:
-    """The token mask on at most ``side`` pixels, queries down, keys across."""
+    """Draw the token mask on at most ``side`` pixels, queries down, keys across."""
     return _fitted(view.mask(min(samples, side)).byte(), (EMPTY, KEPT), side)
 
 
 def arranged(shape: tuple[int, int, int], width: int, height: int, gap: int) -> tuple[int, int]:
-    """Pixels of a token, 0 when the frames do not fit, and how many frames stand side by side."""
+    """Return the pixels of a token, 0 when the frames do not fit, and the frames in a row."""
     count, rows, columns = shape
     best = (0, 1)
     for across in range(1, count + 1):
@@ -67,36 +68,41 @@ def arranged(shape: tuple[int, int, int], width: int, height: int, gap: int) -> 
 def frames_picture(
     view: PatternView, number: int, width: int, height: int, gap: int = 16
 ) -> tuple[Image.Image, int]:
-    """What the query sees in one grid, frame by frame, its own token marked; and how many tokens
-    are shown: of a grid too large for ``width`` and ``height`` pixels, not all."""
+    """Draw the keys of one grid that the query sees, frame by frame, with the query's token marked.
+
+    Returns:
+        The picture, and the number of tokens that it shows. A grid that is too large for ``width``
+        and ``height`` pixels is sampled.
+    """
     grid, factor, scale, across = view.layout.grids[number][1], 0, 0, 1
     while scale < 1:  # show fewer tokens until the frames fit
         factor += 1
         shape = (min(grid.frames, MOST_FRAMES), -(-grid.height // factor), -(-grid.width // factor))
         scale, across = arranged(shape, width, height, gap)
-    own = view.grid_view(number, *shape)
+    grid_view = view.grid_view(number, *shape)
     count, rows, columns = shape
     step_x = max(columns * scale, LABEL_WIDTH if count > 1 else 0) + gap
     step_y = LABEL + rows * scale + gap
     size = (across * step_x - gap, -(-count // across) * step_y - gap)
     out = Image.new("RGB", size, PAPER)
-    for place, (time, seen) in enumerate(zip(own.places[0].tolist(), own.seen, strict=True)):
+    times = grid_view.places[0].tolist()
+    for place, (time, seen) in enumerate(zip(times, grid_view.seen, strict=True)):
         x, y = place % across * step_x, place // across * step_y
         write(out, x, y, f"t={time}", 20, GREY)
         out.paste(cells_picture(seen.byte(), (EMPTY, KEPT), scale, scale), (x, y + LABEL))
-    if own.own is not None:
-        place, row, column = own.own
+    if grid_view.query is not None:
+        place, row, column = grid_view.query
         x = place % across * step_x + column * scale
         y = place // across * step_y + LABEL + row * scale
         ring = 0 if scale >= GAP_FROM else RING
         right, lower = (min(z + scale + ring, n) - 1 for z, n in zip((x, y), out.size, strict=True))
         box = (max(0, x - ring), y - ring, right, lower)
         ImageDraw.Draw(out).rectangle(box, outline=QUERY, width=max(RING - 1, scale // 7))
-    return out, own.seen.numel()
+    return out, grid_view.seen.numel()
 
 
 def _token_strip(view: PatternView) -> Strip:
-    """Which tokens are what: text, prefix, and the frames of grids by turns."""
+    """Return the colours of the tokens: text, prefix, and alternating frames of grids."""
     strip: Strip = []
     total = view.layout.length
     for start, part in zip(view.layout.starts, view.layout.segments, strict=True):
@@ -110,7 +116,7 @@ def _token_strip(view: PatternView) -> Strip:
 
 
 def _block_strip(blocks: SequenceBlocks) -> Strip:
-    """Which blocks are of text, prefix or a grid."""
+    """Return the colours of the blocks: text, prefix or a grid."""
     strip: Strip = []
     begin = 0
     for number, count in enumerate(torch.bincount(blocks.segment).tolist()):
@@ -127,7 +133,7 @@ def _segment_color(kind: str, number: int) -> Color:
 def _panel(
     title: str, note: str, picture: Image.Image, down: Strip, along: Strip, legend: dict[str, Color]
 ) -> Image.Image:
-    """A square picture under its title, with strips that tell what its rows and columns are."""
+    """Draw a square picture under its title, with strips for the kinds of its rows and columns."""
     top = 104
     out = Image.new("RGB", (SIDE + INDENT, top + STRIP + 8 + picture.height + 96), PAPER)
     write(out, INDENT, 0, title, 34)
@@ -154,7 +160,7 @@ def _mask_panel(view: PatternView, picture: Image.Image) -> Image.Image:
     if length > SAMPLES:
         note += f", sampled at {SAMPLES} of each"
     legend = {"kept": KEPT, "not kept": EMPTY}
-    legend |= {"frames, by turns": GRID_BANDS[0]} if view.layout.grids else {}
+    legend |= {"alternating frames": GRID_BANDS[0]} if view.layout.grids else {}
     if any(part.grid is None for part in view.layout.segments):
         legend["text or prefix"] = CLASS_COLORS["text"]
     out = _panel("Token pairs", note, picture, strip, strip, legend)
@@ -180,7 +186,7 @@ def _block_panel(view: PatternView, side: int) -> Image.Image:
 
 
 def _header(view: PatternView) -> Image.Image:
-    """The pattern, the layout, and the numbers that matter."""
+    """Draw the pattern, the layout and the most important numbers."""
     block_map, counts = view.block_map, view.counts()
     pairs = len(block_map.q_blocks) * len(block_map.k_blocks)
     facts = {
@@ -199,8 +205,8 @@ def _header(view: PatternView) -> Image.Image:
     write(out, 0, y, layout, 30, GREY)
     x = 0
     for name, value in facts.items():
-        wide = write(out, x, y + 70, value, 50)
-        x += max(wide, write(out, x, y + 130, name, 26, GREY)) + 84
+        value_width = write(out, x, y + 70, value, 50)
+        x += max(value_width, write(out, x, y + 130, name, 26, GREY)) + 84
     return out
 
 
@@ -212,7 +218,7 @@ def _heading(title: str, note: str) -> Image.Image:
 
 
 def _query_parts(view: PatternView) -> list[Image.Image]:
-    """What the query sees: a heading, and the frames of each grid."""
+    """Draw what the query sees: a heading, and the frames of each grid."""
     words = view.query_words()
     grids = view.layout.grids
     note = "seen keys dark, the query's own token outlined in red" if grids else "there is no grid"
@@ -230,10 +236,10 @@ def _query_parts(view: PatternView) -> list[Image.Image]:
 
 
 def draw_view(view: PatternView) -> Image.Image:
-    """The whole picture: numbers, mask, block map, and the query's keys frame by frame.
+    """Draw the whole picture: numbers, mask, block map, and the query's keys frame by frame.
 
     Returns:
-        An RGB image 2294 pixels wide, its height by what is drawn.
+        An RGB image 2294 pixels wide, and as high as its parts need.
     """
     mask = mask_picture(view)
     panels = _mask_panel(view, mask), _block_panel(view, max(mask.height, SIDE // 2))

@@ -29,9 +29,15 @@ TEXT_BANDS = 4  # rows of frames in the terminal
 
 
 def axis_samples(length: int, limit: int, keep: int | None = None) -> torch.Tensor:
-    """Which places of an axis are shown, ascending int64: all, or the centres of ``limit`` pixels.
+    """Return the places of an axis that are shown: all, or the centres of ``limit`` pixels.
 
-    ``keep`` stands for its own pixel, so that it is always among them.
+    Args:
+        length: places of the axis.
+        limit: most places that are shown.
+        keep: a place that is always shown; it replaces the centre of its pixel.
+
+    Returns:
+        int64, ascending.
     """
     if length <= limit:
         return torch.arange(length)
@@ -42,7 +48,7 @@ def axis_samples(length: int, limit: int, keep: int | None = None) -> torch.Tens
 
 
 def order_name(order: Order) -> str:
-    """An order in words: ``"raster thw"``, ``"boxes 2x8x8"``."""
+    """Return an order in words: ``"raster thw"``, ``"boxes 2x8x8"``."""
     if isinstance(order, LineOrder):
         return f"raster {order.axes}"
     if isinstance(order, BoxOrder):
@@ -59,14 +65,16 @@ class GridView:
     """The keys of one grid that a query sees.
 
     Attributes:
-        places: the coordinates shown, per axis; seen: bool ``[frames, rows, columns]`` at these.
-        own: where the query stands in ``seen``; None when it is no token of this grid.
+        grid: the grid.
+        places: the coordinates shown, per axis.
+        seen: which keys are seen, bool ``[frames, rows, columns]`` at these coordinates.
+        query: index of the query in ``seen``; None when it is no token of this grid.
     """
 
     grid: Grid
     places: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     seen: torch.Tensor
-    own: tuple[int, int, int] | None
+    query: tuple[int, int, int] | None
 
     @property
     def sampled(self) -> bool:
@@ -78,7 +86,13 @@ class PatternView:
     """A pattern on a layout, lowered, and one query.
 
     Attributes:
-        query: token index; place: its ``(t, h, w)`` in the first grid, None without a grid.
+        pattern: the pattern.
+        layout: the layout.
+        partial: how partly kept blocks are treated.
+        block_map: the pattern lowered to blocks.
+        density: the kept share of all token pairs.
+        query: token index of the query.
+        place: ``(t, h, w)`` of the query in the first grid, None without a grid.
         seen: which keys the query sees, bool ``[L]``.
     """
 
@@ -92,7 +106,7 @@ class PatternView:
     seen: torch.Tensor
 
     def counts(self) -> dict[str, int]:
-        """Visited blocks of each class."""
+        """Return the number of visited blocks of each class."""
         edges = self.block_map.bounds.long()
         numbers = (edges[:, 1:] - edges[:, :-1]).sum(0).tolist()
         return dict(zip(CLASSES[1:], numbers, strict=True))
@@ -157,19 +171,19 @@ class PatternView:
         return out
 
     def grid_view(self, number: int, frames: int, rows: int, columns: int) -> GridView:
-        """What the query sees in one grid, at no more than the given places per axis."""
+        """Return what the query sees in one grid, at no more than the given places per axis."""
         start, grid = self.layout.grids[number]
-        own = self.place if number == 0 else None
-        limits = zip(grid.shape, (frames, rows, columns), own or (None,) * 3, strict=True)
+        query = self.place if number == 0 else None
+        limits = zip(grid.shape, (frames, rows, columns), query or (None,) * 3, strict=True)
         t, h, w = (axis_samples(*limit) for limit in limits)
         seen = self.seen[start : start + grid.numel].view(grid.shape)[t][:, h][:, :, w]
-        if own is not None:
-            at = [int((p == x).nonzero()[0, 0]) for p, x in zip((t, h, w), own, strict=True)]
-            own = (at[0], at[1], at[2])
-        return GridView(grid, (t, h, w), seen, own)
+        if query is not None:
+            index = [int((p == x).nonzero()[0, 0]) for p, x in zip((t, h, w), query, strict=True)]
+            query = (index[0], index[1], index[2])
+        return GridView(grid, (t, h, w), seen, query)
 
     def query_words(self) -> str:
-        """One sentence on what the query sees, the tokens outside grids named."""
+        """Return one sentence on what the query sees, with the tokens outside grids listed."""
         where = "token 0" if self.place is None else f"({', '.join(map(str, self.place))})"
         words = f"query {where} sees {int(self.seen.sum())} of {self.layout.length} keys"
         for start, part in zip(self.layout.starts, self.layout.segments, strict=True):
@@ -189,15 +203,15 @@ def view_pattern(
     partial: PartialPolicy = "exact",
     query: tuple[int, int, int] | None = None,
 ) -> PatternView:
-    """Look at a pattern on a layout.
+    """Lower a pattern on a layout and find the keys of one query.
 
     Args:
         pattern: any static pattern.
-        layout: what the tokens are.
-        block_q, block_k: most tokens in a block, 1 to 4096.
-        partial: what becomes of partly kept blocks, as in ``Pattern.lower``.
-        query: ``(t, h, w)`` in the first grid of the query whose keys are looked at; None takes its
-            middle.
+        layout: the layout of the tokens.
+        block_q: most tokens in a block of queries, 1 to 4096.
+        block_k: most tokens in a block of keys, 1 to 4096.
+        partial: how partly kept blocks are treated, as in ``Pattern.lower``.
+        query: ``(t, h, w)`` of the query in the first grid; default: the middle of the grid.
 
     Returns:
         The view; ``view_text`` prints it and ``visattn.draw.pattern_picture.draw_view`` draws it.
@@ -229,7 +243,7 @@ def view_pattern(
 def _query(
     layout: TokenLayout, query: tuple[int, int, int] | None
 ) -> tuple[int, tuple[int, int, int] | None]:
-    """Token and place of the query: the one asked for, or the middle of the first grid."""
+    """Return token and place of the given query, or of the middle of the first grid."""
     if not layout.grids:
         if query is not None:
             raise ValueError(f"query={query} is a place in a grid, but layout {layout} has no grid")
@@ -240,7 +254,10 @@ def _query(
 
 
 def view_text(view: PatternView) -> str:
-    """The view for a terminal, in plain ASCII and at most 78 columns wide but for the pattern."""
+    """Return the view for a terminal, in ASCII.
+
+    Lines other than the pattern have at most 78 columns.
+    """
     block_map, counts = view.block_map, view.counts()
     all_blocks = len(block_map.q_blocks) * len(block_map.k_blocks)
     kinds = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
@@ -258,9 +275,9 @@ def view_text(view: PatternView) -> str:
     blocks = view.blocks(TEXT_BLOCKS)
     shown = "" if blocks.numel() == all_blocks else f", sampled from {all_blocks}"
     legend = ", ".join(f"{sign} {kind}" for sign, kind in zip(SYMBOLS, CLASSES, strict=True))
-    wide = 2 if 2 * blocks.shape[1] <= TEXT_BLOCKS else 1
+    cell_width = 2 if 2 * blocks.shape[1] <= TEXT_BLOCKS else 1
     lines += [f"block map, rows are queries{shown}", f"  {legend}"]
-    lines += ["  " + "".join(SYMBOLS[kind] * wide for kind in row) for row in blocks.tolist()]
+    lines += ["  " + "".join(SYMBOLS[kind] * cell_width for kind in row) for row in blocks.tolist()]
     lines += ["", view.query_words(), "  # seen, . not seen, Q the query (q: not seen by itself)"]
     for number in range(len(view.layout.grids)):
         lines += _grid_text(view, number)
@@ -268,22 +285,23 @@ def view_text(view: PatternView) -> str:
 
 
 def _grid_text(view: PatternView, number: int) -> list[str]:
-    """The frames of one grid, side by side."""
+    """Return the lines of the frames of one grid, side by side."""
     grid = view.layout.grids[number][1]
     factor = max(-(-grid.height // TEXT_FRAME[0]), -(-grid.width // TEXT_FRAME[1]))
     rows, columns = -(-grid.height // factor), -(-grid.width // factor)
     width = max(columns, 1 + len(f"t={grid.frames}"))
     across = TEXT_WIDTH // (width + 2)
-    own = view.grid_view(number, across * TEXT_BANDS, rows, columns)
-    note = f", {own.seen.numel()} of {grid.numel} places shown" if own.sampled else ""
+    grid_view = view.grid_view(number, across * TEXT_BANDS, rows, columns)
+    note = f", {grid_view.seen.numel()} of {grid.numel} places shown" if grid_view.sampled else ""
     lines = [f"grid {grid}{note}"] if note or len(view.layout.grids) > 1 else []
     signs = [
-        [["#" if kept else "." for kept in row] for row in frame] for frame in own.seen.tolist()
+        [["#" if kept else "." for kept in row] for row in frame]
+        for frame in grid_view.seen.tolist()
     ]
-    if own.own is not None:
-        t, h, w = own.own
+    if grid_view.query is not None:
+        t, h, w = grid_view.query
         signs[t][h][w] = "Q" if signs[t][h][w] == "#" else "q"
-    times = own.places[0].tolist()
+    times = grid_view.places[0].tolist()
     for begin in range(0, len(times), across):
         band = slice(begin, begin + across)
         lines.append("  " + "  ".join(f"t={time}".ljust(width) for time in times[band]).rstrip())

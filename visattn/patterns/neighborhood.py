@@ -133,10 +133,12 @@ class Neighborhood(AxisPattern):
         )
         axes = []
         for axis, length in enumerate(grid.shape):
-            own = window[axis]
-            at_least = own if isinstance(own, int) else to_tokens("window", own, length, axis)
+            given = window[axis]
+            at_least = (
+                given if isinstance(given, int) else to_tokens("window", given, length, axis)
+            )
             step = to_tokens("dilation", dilation[axis], length, axis, max(1, length // at_least))
-            size = to_tokens("window", own, length, axis, length // step)
+            size = to_tokens("window", given, length, axis, length // step)
             share = to_tokens("stride", stride[axis], length, axis, size)
             axes.append(AxisWindow(length, size, share, step, causal[axis]))
         return axes[0], axes[1], axes[2]

@@ -72,14 +72,14 @@ class SlidingTile(AxisPattern):
         chosen = per_axis("window", self.window, grid, 1)
         windows = []
         for axis, count in enumerate(counts):
-            own = chosen[axis]
-            if isinstance(own, int) and own > count:
+            given = chosen[axis]
+            if isinstance(given, int) and given > count:
                 raise ValueError(
-                    f"window={self.window} is {own} tiles where grid {grid} has {count} tiles of "
+                    f"window={self.window} is {given} tiles where grid {grid} has {count} tiles of "
                     f"{tile[axis]}; "
                     f"use at most {count}, or a float as a fraction of the tiles"
                 )
-            windows.append(to_tokens("window", own, count, axis))
+            windows.append(to_tokens("window", given, count, axis))
         return tile, counts, (windows[0], windows[1], windows[2])
 
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:

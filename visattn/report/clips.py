@@ -15,7 +15,7 @@ from visattn.report.templating import render
 
 __all__ = ["clips_html"]
 
-FPS = 16  # where neither the file nor the settings say
+FPS = 16  # where neither the file nor the settings name it
 SHORT = 3  # metrics in the list of clips
 
 

@@ -1,4 +1,4 @@
-"""The page: a report checked, its parts in order, styles, data and scripts in one document."""
+"""The page: checks a report and joins its parts, styles, data and scripts into one document."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ SCHEMA = "visattn.report/1"
 KINDS = {"search": "Receipt of a search", "compare": "Receipt of a comparison"}
 STRICT, READY = '"use strict";', 'document.documentElement.dataset.ready = "1";'
 SCRIPTS = ("receipt", "clips", "heads", "front")
-# One script runs, that with the hash, and no other; nothing may be fetched, from anywhere. Styles
-# are inline, in attributes too, for which there is no hash.
+# Only the script with this hash runs, and nothing may be fetched. Styles are inline, also in
+# attributes, for which a policy has no hash.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src '{}'; img-src data:; "
     "media-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -47,7 +47,7 @@ POLICY = (
 
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """The whole HTML document of a report.
+    """Return the HTML document of a report.
 
     Args:
         report: plain JSON values of schema ``visattn.report/1``; parts that are missing or empty
@@ -83,7 +83,7 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 
 def write_page(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write the page of a report, whole or not at all.
+    """Write the page of a report atomically.
 
     Raises:
         ValueError: as ``render_page``.
@@ -93,7 +93,7 @@ def write_page(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def check(report: Mapping[str, Any]) -> None:
-    """Refuse what is no report that this version can show."""
+    """Raise ValueError unless this version can show the report."""
     schema, kind, title = (report.get(key) for key in ("schema", "kind", "title"))
     if schema != SCHEMA:
         raise ValueError(f"the report has schema {schema!r}; this version shows {SCHEMA!r} only")
@@ -129,7 +129,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
             claims_html(part["claims"]))
     if "heads" in part:
         add("heads", "Heads", "What each head runs: layers down, heads across. Select "
-            "one to see its pattern beside its attention.", heads_html(part["heads"]))
+            "one to see its pattern and its attention.", heads_html(part["heads"]))
     if "front" in part:
         add("front", "Speed and quality", "Up and to the right is better. Bars are "
             "intervals.", front_html(part["front"]))
@@ -166,7 +166,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
 
 
 def _model(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of the model and of the sequence."""
+    """Return the facts of the model and of the sequence."""
     model = part.get("model", {})
     facts = {"name": model["name"]} if model.get("name") else {}
     facts.update(model.get("denoisers") or {})
@@ -175,7 +175,7 @@ def _model(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _about(report: Mapping[str, Any]) -> list[str]:
-    """What the figures are of, in a few words."""
+    """Return the model, the layout and the machine, as far as they are known."""
     machine = report.get("machine") or {}
     words = [(report.get("model") or {}).get("name"), report.get("layout"), machine.get("device")]
     return [str(word) for word in words if word]
@@ -186,12 +186,12 @@ def _resource(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """Of a script, as a policy names it."""
+    """Return the hash of a script as a content security policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _embedded(data: Any) -> Markup:
-    """JSON in which no character can end the script element."""
+    """Return JSON in which no character can end the script element."""
     text = json.dumps(_rounded(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -199,7 +199,7 @@ def _embedded(data: Any) -> Markup:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to five digits that count; what is no number becomes null."""
+    """Round numbers to five significant digits; NaN and infinities become null."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

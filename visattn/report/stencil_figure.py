@@ -1,4 +1,4 @@
-"""Attention masses as bytes, so that the maps of a thousand heads fit in a page."""
+"""Attention masses as bytes, so that the maps of a thousand heads fit into a page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DECADES = 2  # below its peak that a map shows
 
 
 def stencil_data(stencils: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each stencil with ``mass`` and ``attention`` as ``{shape, peak, levels}``.
+    """Return each stencil with ``mass`` and ``attention`` as ``{shape, peak, levels}``.
 
     Raises:
-        ValueError: a map is no box of numbers, or not of the size that its tiles say.
+        ValueError: a map is no 3-D array of numbers, or its shape does not match its tiles.
     """
     return [_packed(index, stencil) for index, stencil in enumerate(stencils)]
 
@@ -36,7 +36,7 @@ def _packed(index: int, stencil: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _levels(values: Any, shape: list[int] | None, name: str) -> dict[str, Any]:
-    """Bytes on a logarithmic scale: 255 is the peak, 1 a hundredth of it or less, 0 nothing."""
+    """Return bytes on a logarithmic scale: 255 is the peak, 1 at most a hundredth of it, 0 zero."""
     try:
         box = numpy.nan_to_num(numpy.asarray(values, dtype=numpy.float64))
     except (TypeError, ValueError):
