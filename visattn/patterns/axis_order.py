@@ -25,7 +25,14 @@ class AxisOrder(Pattern):
         order: the letters t, h, w, slowest axis first.
 
     Raises:
-        TypeError, ValueError: ``pattern`` is no pattern, or ``order`` no such word.
+        TypeError, ValueError: ``pattern`` is no static pattern, or ``order`` no order of t, h, w.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import AxisOrder, Diagonal
+        >>> pattern = AxisOrder(Diagonal(40), "twh")
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.2
 
     Source:
         Zhao et al. (2025), "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and

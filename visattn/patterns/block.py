@@ -20,13 +20,20 @@ from visattn.patterns.base.sizes import Sizes, per_axis, sizes_of, to_tokens
 
 @dataclass(frozen=True, eq=False)
 class Block(AxisPattern):
-    """Queries see the keys of their own box; boxes at the far border may be cut.
+    """Queries see the keys of their box; boxes at the far border may be cut.
 
     Args:
         size: sides of a box, one for all axes or ``(frames, height, width)``.
 
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Block
+        >>> pattern = Block((3, 4, 4))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.125
 
     Source:
         Liu et al. (2021), "Swin Transformer: Hierarchical Vision Transformer using Shifted
@@ -60,7 +67,7 @@ class Block(AxisPattern):
         }
 
     def boxes(self, grid: Grid) -> tuple[Triple, Triple]:
-        """Sides of a box, and where the first one ends (0: after a whole side), in tokens."""
+        """Return the sides of a box and the end of the first box (0: a whole side), in tokens."""
         return sizes_of("size", self.size, grid), NO_UNIT
 
     def keeps(self, q: Places, k: Places, grid: Grid) -> torch.Tensor:
@@ -82,8 +89,9 @@ class Block(AxisPattern):
 
 @dataclass(frozen=True, eq=False)
 class ShiftedBlock(Block):
-    """Swin's shifted windows: boxes begin at ``shift``; what the cyclic roll would join stays
-    apart.
+    """Swin's shifted windows: boxes begin at ``shift``.
+
+    Parts that the cyclic roll of Swin would join in one box do not see one another.
 
     Args:
         size: sides of a box.
@@ -92,6 +100,13 @@ class ShiftedBlock(Block):
 
     Raises:
         TypeError, ValueError: a size is wrong or does not fit.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import ShiftedBlock
+        >>> pattern = ShiftedBlock((3, 4, 4))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.055
 
     Source:
         Liu et al. (2021), "Swin Transformer: Hierarchical Vision Transformer using Shifted
@@ -135,6 +150,6 @@ class ShiftedBlock(Block):
         return size, (t, h, w)
 
     def for_layers(self, count: int) -> tuple[Block, ...]:
-        """Swin's alternation: plain windows in even layers, shifted ones in odd layers."""
+        """Return Swin's alternation: plain windows in even layers, shifted ones in odd layers."""
         check_count("count", count, 1)
         return tuple(self if layer % 2 else Block(self.size) for layer in range(count))

@@ -17,6 +17,13 @@ from visattn.patterns.base.pattern import Pattern
 class Dense(Pattern):
     """Every query sees every key.
 
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Dense
+        >>> pattern = Dense()
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        1.0
+
     Source:
         This project.
     Default:

@@ -17,7 +17,7 @@ from visattn.patterns.base.sizes import Size
 
 
 def band_pairs(length: int, width: int) -> int:
-    """Pairs with ``|a - b| <= width`` among ``length`` places."""
+    """Return the number of pairs with ``|a - b| <= width`` among ``length`` places."""
     width = min(width, length - 1)
     return length * (2 * width + 1) - width * (width + 1)
 
@@ -32,6 +32,13 @@ class Diagonal(Pattern):
 
     Raises:
         TypeError, ValueError: ``width`` is not such a size.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Diagonal
+        >>> pattern = Diagonal(48)
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.237
 
     Source:
         Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with
@@ -68,7 +75,7 @@ class Diagonal(Pattern):
         }
 
     def tokens(self, grid: Grid) -> int:
-        """``width`` in tokens."""
+        """Return ``width`` in tokens."""
         if isinstance(self.width, float):
             return math.floor(min(self.width * grid.numel, grid.numel - 1))
         if self.width >= grid.numel:
@@ -101,6 +108,13 @@ class MultiDiagonal(Diagonal):
 
     Args:
         width: as for ``Diagonal``, in the reordered index.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import MultiDiagonal
+        >>> pattern = MultiDiagonal(21)
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.109
 
     Source:
         Xi et al. (2025), "Sparse VideoGen: Accelerating Video Diffusion Transformers with

@@ -29,6 +29,13 @@ class GridBlocks(AxisPattern):
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
 
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import GridBlocks
+        >>> pattern = GridBlocks((3, 4, 4))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.125
+
     Source:
         Tu et al. (2022), "MaxViT: Multi-Axis Vision Transformer", arXiv 2204.01697, its grid half.
     Default:
@@ -52,7 +59,7 @@ class GridBlocks(AxisPattern):
         return {"grid blocks": [GridBlocks(size) for size in searched_sizes(grid)]}
 
     def steps(self, grid: Grid) -> Triple:
-        """Distance of neighbouring keys, per axis."""
+        """Return the distance of neighbouring keys, per axis."""
         size = sizes_of("size", self.size, grid)
         t, h, w = (-(-length // count) for length, count in zip(grid.shape, size, strict=True))
         return t, h, w
@@ -72,6 +79,6 @@ class GridBlocks(AxisPattern):
         return NO_UNIT, NO_UNIT, self.steps(grid)
 
     def for_layers(self, count: int) -> tuple[AxisPattern, ...]:
-        """MaxViT's alternation: block attention in even layers, grid attention in odd layers."""
+        """Return MaxViT's alternation: blocks in even layers, grid attention in odd layers."""
         check_count("count", count, 1)
         return tuple(self if layer % 2 else Block(self.size) for layer in range(count))

@@ -1,4 +1,4 @@
-"""Halo attention: a block of queries sees its own block of keys and a border around it."""
+"""Halo attention: a block of queries sees the same block of keys and a border around it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ class Halo(AxisPattern):
 
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Halo
+        >>> pattern = Halo(block=(2, 4, 4), halo=(1, 2, 2))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.312
 
     Source:
         Vaswani et al. (2021), "Scaling Local Self-Attention for Parameter Efficient Visual
@@ -58,7 +65,7 @@ class Halo(AxisPattern):
         return {"halo": [Halo(tile, (t, side, side)) for t in frames for side in sides]}
 
     def sides(self, grid: Grid) -> tuple[Triple, Triple]:
-        """Block and halo, in tokens."""
+        """Return block and halo, in tokens."""
         chosen = per_axis("halo", self.halo, grid, 0)
         t, h, w = (
             to_tokens("halo", chosen[axis], grid.shape[axis], axis, minimum=0) for axis in range(3)

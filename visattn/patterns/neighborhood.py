@@ -29,9 +29,12 @@ class AxisWindow:
     causal: bool
 
     def allows(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Tokens of one residue class modulo the dilation form an axis of their own; the window
-        around the query's leader is moved inward at the borders, never shrunk (causal: cut at the
-        query)."""
+        """Return which pairs of coordinates are kept.
+
+        Tokens of one residue class modulo the dilation form a separate axis. The window around the
+        query's leader is moved inward at the borders and keeps its size; a causal window ends at
+        the query.
+        """
         group = q % self.dilation
         inner, key = q // self.dilation, k // self.dilation
         length = self.length // self.dilation + (group < self.length % self.dilation).long()
@@ -48,7 +51,7 @@ class AxisWindow:
         return inside & (k % self.dilation == group)
 
     def bounds(self) -> AxisRule:
-        """The same as bounds over the query's coordinate."""
+        """Return the same rule as bounds over the query's coordinate."""
         low, high = [], []
         for x in range(self.length):
             inner, group = divmod(x, self.dilation)
@@ -68,7 +71,7 @@ class AxisWindow:
 
 @dataclass(frozen=True, eq=False)
 class Neighborhood(AxisPattern):
-    """Each query sees ``window`` keys per axis around it, in NATTEN's meaning.
+    """Each query sees ``window`` keys per axis around it, as NATTEN defines it.
 
     Args:
         window: keys per axis, one size for all axes or ``(frames, height, width)``; an even window
@@ -79,7 +82,14 @@ class Neighborhood(AxisPattern):
         causal: no key after the query on that axis, one flag for all or one per axis.
 
     Raises:
-        TypeError, ValueError: a parameter is no such size, or does not fit the grid.
+        TypeError, ValueError: a parameter has a wrong type or value, or does not fit the grid.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Neighborhood
+        >>> pattern = Neighborhood((3, 5, 5))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.195
 
     Source:
         Hassani et al. (2025), "Generalized Neighborhood Attention: Multi-dimensional Sparse
@@ -122,7 +132,7 @@ class Neighborhood(AxisPattern):
         }
 
     def windows(self, grid: Grid) -> tuple[AxisWindow, AxisWindow, AxisWindow]:
-        """The parameters of each axis, in tokens."""
+        """Return the parameters of each axis, in tokens."""
         window, stride = (
             per_axis("window", self.window, grid, 1),
             per_axis("stride", self.stride, grid, 1),

@@ -1,5 +1,4 @@
-"""Radial attention: a band inside each pair of frames that narrows as the frames are further
-apart."""
+"""Radial attention: a band inside each pair of frames, narrower for frames further apart."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ class Radial(Pattern):
     With ``n`` tokens a frame and ``l(d) = 2^(floor(log2 n) - floor(log2 d))``: ``w(0) = w(1) =
     n``, and ``w(d) = max(block, decay * l(d))``; where ``l(d) < 128`` only every ``floor(128 /
     l(d))``-th distance is kept. In a frame of fewer tokens the largest power of two within it
-    takes the place of 128 and of ``block``, and the block rule is the token rule where the frame
+    replaces 128 and ``block``, and the block rule is the token rule where the frame
     is less than a block.
 
     Args:
@@ -53,7 +52,14 @@ class Radial(Pattern):
         block: tokens of a block in the block rule, at least 32, and the least width.
 
     Raises:
-        TypeError, ValueError: a parameter is no such number or word.
+        TypeError, ValueError: a parameter has a wrong type or value.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Radial
+        >>> pattern = Radial(decay=0.2, sink=True)
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.833
 
     Source:
         Li et al. (2025), "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long

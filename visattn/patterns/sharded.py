@@ -28,10 +28,17 @@ class Sharded(Pattern):
         shard: which runs of the residue classes are kept, 0 to ``stride - 1``; heads take
             different ones.
         block: tokens of a run, at least 32.
-        causal: also ask ``k <= q``.
+        causal: also require ``k <= q``.
 
     Raises:
-        TypeError, ValueError: a parameter is no such number.
+        TypeError, ValueError: a parameter has a wrong type or value.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Sharded
+        >>> pattern = Sharded(local=2, stride=4, block=32)
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.431
 
     Source:
         Lin et al. (2024), "S2-Attention: Hardware-Aware Context Sharding Among Attention Heads",
@@ -70,7 +77,7 @@ class Sharded(Pattern):
         }
 
     def for_heads(self, count: int) -> tuple[Sharded, ...]:
-        """The pattern of each head, with the shards dealt out as in S2-Attention."""
+        """Return the pattern of each head, with the shards distributed as in S2-Attention."""
         check_count("count", count, 1)
         step = max(1, self.stride // count)
         fields = (self.block, self.causal)
@@ -86,7 +93,7 @@ class Sharded(Pattern):
         return kept & (k_form <= q_form) if self.causal else kept
 
     def table(self, grid: Grid) -> torch.Tensor:
-        """Kept pairs of runs, bool ``[n, n]``."""
+        """Return the kept pairs of runs, bool ``[n, n]``."""
         run = torch.arange(count_runs("block", self.block, grid))
         kept = (run + self.shard + 1) % self.stride == 0
         small = run.to(torch.int16)  # the table of differences is the largest tensor here

@@ -17,6 +17,13 @@ from visattn.patterns.base.pattern import Pattern
 class Skip(Pattern):
     """No query sees any key, text included: output 0, LSE minus infinity.
 
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Skip
+        >>> pattern = Skip()
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.0
+
     Source:
         Chen et al. (2025), "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate
         Video Diffusion Transformers", arXiv 2506.03065, mode M1.

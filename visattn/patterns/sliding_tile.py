@@ -30,6 +30,13 @@ class SlidingTile(AxisPattern):
     Raises:
         TypeError, ValueError: a size is wrong, or larger than the grid.
 
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import SlidingTile
+        >>> pattern = SlidingTile(tile=(2, 2, 2), window=(1, 3, 3))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.188
+
     Source:
         Zhang et al. (2025), "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507.
         Code: github.com/hao-ai-lab/FastVideo (commit 2f3d407).
@@ -65,7 +72,7 @@ class SlidingTile(AxisPattern):
         }
 
     def tiles(self, grid: Grid) -> tuple[Triple, Triple, Triple]:
-        """Per axis: tokens of a tile, tiles of the axis, tiles of the window."""
+        """Return per axis: tokens of a tile, tiles of the axis, tiles of the window."""
         tile = sizes_of("tile", self.tile, grid)
         t, h, w = (-(-length // side) for length, side in zip(grid.shape, tile, strict=True))
         counts = (t, h, w)

@@ -1,5 +1,5 @@
-"""A stencil: tiles at learned relative offsets, and absolute key tiles. What a search can learn
-per head."""
+"""A stencil: tiles at learned relative offsets, and absolute key tiles. A search learns one per
+head."""
 
 from __future__ import annotations
 
@@ -30,8 +30,15 @@ class Stencil(Pattern):
         columns: raster indices of key tiles that every query sees, in the grid of tiles.
 
     Raises:
-        TypeError, ValueError: a value is no such thing, a column is outside the grid, or some query
+        TypeError, ValueError: a value has a wrong type, a column is outside the grid, or some query
             would see no key of its grid.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Stencil
+        >>> pattern = Stencil(tile=(2, 2, 2), offsets=((0, 0, 0), (-1, 0, 0), (1, 0, 0)))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.049
 
     Source:
         This project: what a search learns of a static head.
@@ -69,7 +76,7 @@ class Stencil(Pattern):
             )
 
     def tiles(self, grid: Grid) -> tuple[Triple, Grid]:
-        """Tokens of a tile, and the grid of tiles."""
+        """Return the tokens of a tile, and the grid of tiles."""
         tile = sizes_of("tile", self.tile, grid)
         t, h, w = (-(-length // side) for length, side in zip(grid.shape, tile, strict=True))
         count = Grid(t, h, w)
@@ -94,7 +101,7 @@ class Stencil(Pattern):
         return kept
 
     def table(self, count: Grid) -> torch.Tensor:
-        """Kept offsets, bool with sides ``2 n - 1``, centered."""
+        """Return the kept offsets, bool with sides ``2 n - 1``, centered."""
         table = torch.zeros([2 * n - 1 for n in count.shape], dtype=torch.bool)
         for offset in self.offsets:
             place = [d + n - 1 for d, n in zip(offset, count.shape, strict=True)]

@@ -29,7 +29,14 @@ class Stripe(Pattern):
             of the grid's tokens), or a pair of these: a half-open run ``(begin, end)``.
 
     Raises:
-        TypeError, ValueError: no key would be kept, or a column is not such a place.
+        TypeError, ValueError: no key would be kept, or a column is no place of this form.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Stripe
+        >>> pattern = Stripe(columns=((0.5, 0.55), 0.75))
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.219
 
     Source:
         Chen et al. (2025), "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate
@@ -78,7 +85,7 @@ class Stripe(Pattern):
         return {"first frame and band": [Union(Diagonal(width), Stripe()) for width in widths]}
 
     def kept(self, grid: Grid) -> torch.Tensor:
-        """The kept keys, bool ``[n]``."""
+        """Return the kept keys, bool ``[n]``."""
         keys = torch.zeros(grid.numel, dtype=torch.bool)
         if self.first_frame:
             keys[: grid.height * grid.width] = True
@@ -105,8 +112,7 @@ class Stripe(Pattern):
         return (Label(grid, self.kept(grid).int()),)
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
-        """Raster order; scattered columns are brought to the front of the keys when that saves
-        visits."""
+        """Return raster order; scattered columns come first in the keys if that saves visits."""
         kept = self.kept(grid)
         touched = (
             torch.nn.functional.pad(kept, (0, -grid.numel % block_k)).view(-1, block_k).any(1).sum()

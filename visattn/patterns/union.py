@@ -15,13 +15,20 @@ from visattn.patterns.base.pattern import Pattern, visited_blocks
 
 @dataclass(frozen=True, init=False, eq=False)
 class Union(Pattern):
-    """Any pair that one of ``patterns`` keeps.
+    """Every pair that at least one of ``patterns`` keeps.
 
     Args:
         patterns: two or more static patterns, as positional arguments.
 
     Raises:
-        TypeError, ValueError: fewer than two, or something else than a pattern.
+        TypeError, ValueError: fewer than two patterns, or an argument that is no static pattern.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.patterns import Diagonal, Stripe, Union
+        >>> pattern = Union(Diagonal(12), Stripe())
+        >>> round(pattern.density(TokenLayout(Grid(6, 8, 8))), 3)
+        0.22
 
     Source:
         This project.
@@ -79,7 +86,7 @@ class Union(Pattern):
         )
 
     def orders(self, grid: Grid, block_q: int, block_k: int) -> tuple[Order, Order]:
-        """Of the members' own orders, the one in which the union visits the fewest blocks."""
+        """Return the orders of the member with which the union visits the fewest blocks."""
         predicates = self.on(grid).predicates
         choices = dict.fromkeys(
             pattern.on(grid).orders(block_q, block_k) for pattern in self.patterns

@@ -55,6 +55,12 @@ def render_page(report: Mapping[str, Any]) -> str:
 
     Raises:
         ValueError: the report has another schema or kind, no title, or a part that cannot be shown.
+
+    Example:
+        >>> from visattn.report import render_page
+        >>> report = {"schema": "visattn.report/1", "kind": "compare", "title": "two plans"}
+        >>> render_page(report).splitlines()[0]
+        '<!DOCTYPE html>'
     """
     check(report)
     heads, claims, tiles = (report.get(key) or [] for key in ("heads", "claims", "headline"))
@@ -85,9 +91,18 @@ def render_page(report: Mapping[str, Any]) -> str:
 def write_page(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write the page of a report atomically.
 
+    Args:
+        report: as for ``render_page``.
+        path: of the HTML file.
+
     Raises:
         ValueError: as ``render_page``.
         OSError: the file cannot be written.
+
+    Example:
+        >>> from visattn.report import write_page
+        >>> report = {"schema": "visattn.report/1", "kind": "compare", "title": "two plans"}
+        >>> write_page(report, "receipt.html")
     """
     write_whole(path, render_page(report).encode())
 

@@ -16,7 +16,7 @@ K = TypeVar("K", bound="HeadPattern")
 
 
 class HeadPattern(Traceable, ABC):
-    """What a head may run, static or dynamic; each subclass is a frozen dataclass.
+    """Base of what a head may run, static or dynamic; each subclass is a frozen dataclass.
 
     A class that sets ``name`` is registered when it is defined: it can be written in plans, and is
     drawn, searched and tested with the others. ``register=False`` as a class argument keeps a class
@@ -29,6 +29,13 @@ class HeadPattern(Traceable, ABC):
         family: the group of patterns that share a hue in pictures.
         color: ``"#rrggbb"``, for pictures; a class without its own gets a spare one.
         before: values of parameters that plans of schema 1 imply.
+
+    Example:
+        >>> from visattn.patterns import Diagonal, HeadPattern
+        >>> isinstance(Diagonal(64), HeadPattern)
+        True
+        >>> Diagonal(1) == Diagonal(1.0)
+        False
     """
 
     name: ClassVar[str]
