@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from visattn.geometry.layout import Tokens
 from visattn.pipelines.family import Family
+from visattn.runtime.private_names import tensor_version
 
 __all__ = ["FLUX"]
 
@@ -45,11 +46,11 @@ def _grids(ids: torch.Tensor, length: int) -> Tokens:
     tracked = not torch.compiler.is_compiling() and not ids.is_inference()
     if tracked and ids in _read:
         version, of_length, grids = _read[ids]
-        if version == ids._version and of_length == length:
+        if version == tensor_version(ids) and of_length == length:
             return grids  # type: ignore[no-any-return]
     grids = grids_of(ids, length)
     if tracked:
-        _read[ids] = ids._version, length, grids
+        _read[ids] = tensor_version(ids), length, grids
     return grids
 
 

@@ -13,6 +13,7 @@ from visattn.attention.spec import AttentionSpec
 from visattn.geometry.layout import check_text_lengths
 from visattn.patterns import HeadPattern, Pattern
 from visattn.patterns.base.pattern import paired_layouts
+from visattn.runtime.private_names import is_batched
 
 __all__ = ["check_call", "check_patterns", "check_tensors"]
 
@@ -66,7 +67,7 @@ def _unsupported(x: torch.Tensor) -> str | None:
         return "a nested tensor; attention takes dense ones: call to_padded_tensor() first"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}; attention takes dense ones: call to_dense() first"
-    if torch._C._functorch.is_batchedtensor(x):
+    if is_batched(x):
         return "batched by torch.vmap, which patterns cannot follow; put that axis into the batch"
     return None
 

@@ -23,6 +23,7 @@ from visattn.attention.dispatch import execute, execute_backward
 from visattn.attention.spec import AttentionSpec
 from visattn.geometry.layout import TokenLayout, alive
 from visattn.patterns import HeadPattern
+from visattn.runtime.private_names import mark_constant
 
 __all__ = ["attention_op", "dynamic_op", "handle_of", "register"]
 
@@ -52,9 +53,7 @@ def handle_of(
     return register(AttentionSpec(tuple(heads), queries, keys, backend=backend))
 
 
-# what torch.compiler.assume_constant_result sets; calling that would import Dynamo, and Triton
-# with it
-handle_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+mark_constant(handle_of)
 
 
 @torch.library.custom_op("visattn::attention", mutates_args=())

@@ -6,6 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from visattn.attention.spec import wants_gradients
+from visattn.runtime.private_names import flash_attention_cpu, flash_attention_cuda
 from visattn.runtime.torch_settings import plain_torch
 
 __all__ = ["dense_with_lse"]
@@ -37,15 +38,11 @@ def dense_with_lse(
         return out, torch.full((batch, heads, length), -torch.inf, dtype=wide, device=q.device)
     if not wants_gradients(q, k, v) and v.shape[3] == dim:
         if q.device.type == "cpu":
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, False, scale=factor
-            )
-            return found[0], found[1].to(wide)
+            out, lse = flash_attention_cpu(q, k, v, factor)
+            return out, lse.to(wide)
         if q.device.type == "cuda" and q.dtype in HALF and dim <= 256 and dim % 8 == 0:
-            found = torch.ops.aten._scaled_dot_product_flash_attention(
-                q, k, v, 0.0, False, False, scale=factor
-            )
-            return found[0], found[1][..., :length].to(wide)
+            out, lse = flash_attention_cuda(q, k, v, factor)
+            return out, lse[..., :length].to(wide)
     chunks = q.split(max(1, LOGITS // max(1, batch * heads * k.shape[2])), dim=2)
     again = wants_gradients(q, k, v)
     found = [

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from visattn._arguments import check_count
+from visattn.runtime.private_names import float32_modules
 
 __all__ = ["ARCHITECTURES", "Architecture", "build", "operations", "skeleton", "step_inputs"]
 
@@ -210,7 +211,7 @@ def build(
     model = skeleton(architecture, layers)
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
-    float32_parts = tuple(model._keep_in_fp32_modules or ())
+    float32_parts = float32_modules(model)
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             parts = f"{path}.{name}".split(".")

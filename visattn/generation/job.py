@@ -22,6 +22,11 @@ from visattn.guidance.written_form import guidance_text
 from visattn.inject.hooks.class_swap import kind_of
 from visattn.inject.models.denoisers import family_of, models_of
 from visattn.plan.json_format import shown
+from visattn.runtime.private_names import (
+    execution_device,
+    progress_bar_settings,
+    set_progress_bar_settings,
+)
 from visattn.runtime.progress import Progress
 
 __all__ = ["FPS", "Job", "Result", "run_job"]
@@ -188,7 +193,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
         settings["fps"] = frame_rate(pipe) if job.fps is None else job.fps
     options["generator"] = torch.Generator("cpu").manual_seed(job.seed)
     options["output_type"] = "pt"
-    bars = getattr(pipe, "_progress_bar_config", None)
+    bars = progress_bar_settings(pipe)
     with quiet() as log_lines, cut_texts(pipe) as cut:
         started = time.perf_counter()
         ends: list[float] = []
@@ -209,7 +214,7 @@ def run_job(pipe: Any, job: Job, *, progress: Progress | None = None) -> Result:
         except Exception as error:  # libraries raise errors of many types
             raise GenerationError(f"{type(pipe).__name__} failed: {sentence(error)}") from error
         finally:
-            pipe._progress_bar_config = bars if bars is not None else {}
+            set_progress_bar_settings(pipe, bars)
         seconds = time.perf_counter() - started
     return Result(
         frames=frames,
@@ -288,7 +293,7 @@ def _watcher(
     correct."""
 
     def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        device = torch.device(getattr(pipe, "_execution_device", None) or "cpu")
+        device = torch.device(execution_device(pipe) or "cpu")
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         ends.append(time.perf_counter())

@@ -15,6 +15,7 @@ from visattn.generation.errors import reason
 from visattn.generation.lora import Lora
 from visattn.generation.silence_logs import quiet
 from visattn.plan import ROLES
+from visattn.runtime.private_names import lora_roles, repeated_blocks
 from visattn.runtime.processes import device_of_process, one_process, processes
 
 __all__ = [
@@ -285,7 +286,7 @@ def _load_loras(pipe: Any, loading: Loading) -> None:
 
 def _roles_of_lora(pipe: Any, lora: Lora) -> list[str]:
     """Return the roles of the denoisers that get a LoRA."""
-    adaptable = getattr(pipe, "_lora_loadable_modules", ROLES)
+    adaptable = lora_roles(pipe, ROLES)
     roles = [role for role in ROLES if role in adaptable and getattr(pipe, role, None) is not None]
     if lora.role is None:
         return roles
@@ -335,7 +336,7 @@ def _set_options(pipe: Any, loading: Loading) -> None:
         return
     for denoiser in denoisers:
         try:
-            if getattr(denoiser, "_repeated_blocks", None):
+            if repeated_blocks(denoiser):
                 denoiser.compile_repeated_blocks(**loading.compile)
             else:
                 denoiser.compile(**loading.compile)

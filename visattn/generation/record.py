@@ -19,6 +19,7 @@ from visattn.generation.job import Job, Result
 from visattn.generation.loading import Loading
 from visattn.guidance.registry import present_text
 from visattn.plan import Plan
+from visattn.runtime.private_names import execution_device
 
 __all__ = [
     "SCHEMA",
@@ -96,7 +97,7 @@ def make_record(
         summary: the numbers of ``visattn.inject.summary``, or None without a plan.
         load_seconds: the seconds that it took to load the pipeline.
     """
-    device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+    device = torch.device(execution_device(pipe) or pipe.device)
     return {
         "schema": SCHEMA,
         **request,

@@ -18,6 +18,7 @@ from visattn.inject.models.denoisers import known_denoisers
 from visattn.inject.models.wrappers import bare, unwrapped
 from visattn.pipelines.family import Family
 from visattn.plan import PASSES
+from visattn.runtime.private_names import compiled_call, compiled_module
 
 __all__ = [
     "BlockCall",
@@ -215,7 +216,7 @@ def edit_blocks(stack: ExitStack, pipe: Any, edits: Sequence[BlockEdit]) -> list
 def _compiled(model: Any) -> bool:
     """Return whether a model is compiled as a whole."""
     return any(
-        hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
+        compiled_module(module) is not None or compiled_call(module) is not None
         for module in unwrapped(model)
     )
 

@@ -12,6 +12,7 @@ import torch
 from visattn._arguments import POSITIVE_SHARE, check_number
 from visattn.guidance.edits.block_edits import BlockCall, BlockEdit
 from visattn.inject.hooks.class_swap import Next, add_handler, remove_handler
+from visattn.runtime.private_names import compiled_call, set_compiled_call
 
 __all__ = ["SkipBlock", "SkipRandomBlocks"]
 
@@ -84,14 +85,14 @@ class SkipBlock(BlockEdit):
 def _uncompiled(block: Any) -> Iterator[None]:
     """Inside the ``with`` block, a compiled block runs eagerly, since compiled code ignores the
     handlers of its submodules."""
-    compiled = vars(block).get("_compiled_call_impl")
+    compiled = compiled_call(block)
     if compiled is not None:
-        block._compiled_call_impl = None
+        set_compiled_call(block, None)
     try:
         yield
     finally:
         if compiled is not None:
-            block._compiled_call_impl = compiled
+            set_compiled_call(block, compiled)
 
 
 @dataclass(frozen=True, kw_only=True)

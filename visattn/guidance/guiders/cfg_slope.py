@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visattn.inject.hooks.class_swap import kind_of
+from visattn.runtime.private_names import guidance_scale, second_guidance_scale
 
 __all__ = ["call_arguments", "not_linear", "slope"]
 
@@ -75,13 +76,13 @@ def slope(
         return true_scale if negative and true_scale > 1 else 1.0
     if arguments.get("use_dynamic_cfg"):
         return _dynamic(arguments, timestep)
-    scale = getattr(pipe, "_guidance_scale", None)
+    scale = guidance_scale(pipe)
     if not isinstance(scale, (int, float)):
         scale = arguments.get("guidance_scale", 1.0)
     if not scale > 1:
         return 1.0
     if role == "transformer_2":
-        second = getattr(pipe, "_guidance_scale_2", None)
+        second = second_guidance_scale(pipe)
         scale = second if isinstance(second, (int, float)) else scale
     if arguments.get("skip_guidance_layers") is not None:
         scale += _skip_layer_scale(arguments, step, steps)

@@ -14,6 +14,7 @@ from visattn.guidance.edits.pag import Perturb
 from visattn.guidance.guiders.guidance import Guidance
 from visattn.guidance.guiders.guide import guide
 from visattn.guidance.guiders.soft_pag import target_and_stream
+from visattn.runtime.private_names import progress_bar_settings, set_progress_bar_settings
 
 __all__ = ["BatchedTrials", "HeadStrengths", "PerturbEach", "SoftPAGEach"]
 
@@ -92,12 +93,12 @@ class BatchedTrials:
         count = len(sets)
         noise = [torch.Generator("cpu").manual_seed(seed) for _ in sets]
         options = {**self.call, "prompt": [prompt] * count, "generator": noise}
-        bars = getattr(self.pipe, "_progress_bar_config", None)
+        bars = progress_bar_settings(self.pipe)
         self.pipe.set_progress_bar_config(disable=True)
         try:
             output = self._call(sets, {**options, "output_type": "pt"})
         finally:
-            self.pipe._progress_bar_config = bars if bars is not None else {}
+            set_progress_bar_settings(self.pipe, bars)
         samples = getattr(output, "frames", None)
         if samples is None:
             samples = getattr(output, "images", None)

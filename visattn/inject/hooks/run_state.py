@@ -8,6 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn.inject.hooks.running import is_announced, run_of
+from visattn.runtime.private_names import (
+    begin_index,
+    current_timestep,
+    guidance_scale,
+    has_current_timestep,
+    step_index,
+)
 
 __all__ = [
     "Batch",
@@ -77,7 +84,7 @@ def schedule_of(pipe: Any) -> torch.Tensor | None:
 def current_of(pipe: Any) -> torch.Tensor | None:
     """The timestep at which a pipeline stands: as it says it, or else, while its call is under way,
     as its scheduler counts."""
-    current, timesteps = getattr(pipe, "_current_timestep", None), schedule_of(pipe)
+    current, timesteps = current_timestep(pipe), schedule_of(pipe)
     if isinstance(current, torch.Tensor):
         return current
     if timesteps is None or run_of(pipe) is None:
@@ -90,8 +97,8 @@ def index_of(pipe: Any) -> int | None:
     """The step at which the scheduler of a pipeline stands; before the first step, the one that it
     was told to begin at."""
     scheduler = getattr(pipe, "scheduler", None)
-    found = getattr(scheduler, "_step_index", None)
-    found = getattr(scheduler, "_begin_index", None) if found is None else found
+    found = step_index(scheduler)
+    found = begin_index(scheduler) if found is None else found
     return found if isinstance(found, int) else None
 
 
@@ -106,7 +113,7 @@ def runs(pipe: Any, timestep: torch.Tensor | None, unit: int = 1) -> bool:
     announced = is_announced(pipe)
     if announced and run_of(pipe) is None:
         return False
-    if not announced and not hasattr(pipe, "_current_timestep"):
+    if not announced and not has_current_timestep(pipe):
         return timestep is not None and place(timestep, timesteps) is not None
     current = current_of(pipe)
     if current is None:
@@ -155,7 +162,7 @@ class Batch:
     def __call__(self, pipe: Any, order: tuple[str, ...], size: int) -> tuple[str, ...] | None:
         """Those of a batch of ``size`` samples, where they are known; ``order``: of a batch that
         guidance has doubled."""
-        scale = getattr(pipe, "_guidance_scale", None)
+        scale = guidance_scale(pipe)
         if not isinstance(scale, (int, float)):
             return None
         now = order if scale > 1 else ("cond",)

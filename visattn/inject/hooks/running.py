@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visattn.inject.hooks.class_swap import Next, handlers_of, kind_of
+from visattn.runtime.private_names import step_index, uses_current_timestep
 
 __all__ = ["Announced", "Calls", "Run", "is_announced", "is_stock", "run_of", "says_where"]
 
@@ -84,7 +85,7 @@ def says_where(pipe: Any, batched: bool) -> bool:
         return True
     names = getattr(_call_of(pipe), "__code__", None)
     known: tuple[str, ...] = () if names is None else names.co_names
-    return "_current_timestep" in known and (batched or "cache_context" in known)
+    return uses_current_timestep(known) and (batched or "cache_context" in known)
 
 
 def is_stock(pipe: Any) -> bool:
@@ -115,7 +116,7 @@ class Calls:
 
     def note(self, run: Run, scheduler: Any, text: torch.Tensor) -> None:
         """Take note of a call that begins, and gets a text."""
-        at = getattr(scheduler, "_step_index", "not counted")
+        at = step_index(scheduler, "not counted")
         if run is not self._run:
             self._run, self._at, self._texts = run, at, ()
         new = self._number(text) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from visattn.runtime.private_names import cache_dit_parallel, parallel_settings
+
 __all__ = ["check_dispatch", "check_whole"]
 
 
@@ -13,7 +15,7 @@ def check_dispatch(model: Any, role: str) -> None:
     Raises:
         ValueError: it has the context parallelism of cache-dit.
     """
-    if getattr(model, "_cp_config", None) is not None:
+    if cache_dit_parallel(model) is not None:
         raise ValueError(
             f"{role} has the context parallelism of cache-dit, whose attention takes no plan: use "
             "enable_parallelism of diffusers, or no plan"
@@ -26,7 +28,7 @@ def check_whole(model: Any, role: str) -> None:
     Raises:
         ValueError: its tokens or its heads are split over processes.
     """
-    config = getattr(model, "_parallel_config", None)
+    config = parallel_settings(model)
     if config is None:
         return
     by_tokens = getattr(config, "context_parallel_config", None) is not None

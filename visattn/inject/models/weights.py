@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from visattn.inject.models.json_values import plain
+from visattn.runtime.private_names import accelerate_hook, diffusers_hooks, is_offloaded_to_disk
 
 __all__ = ["sample", "tensors_of"]
 
@@ -22,12 +23,11 @@ def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     maps: dict[str, Mapping[str, torch.Tensor]] = {}
     files: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
-        hook: Any = getattr(module, "_hf_hook", None)  # of accelerate
+        hook: Any = accelerate_hook(module)  # of accelerate
         for own in getattr(hook, "hooks", (hook,)):
             if getattr(own, "weights_map", None) is not None:
                 maps[path] = own.weights_map
-        registry = getattr(module, "_diffusers_hook", None)
-        offload = getattr(registry, "hooks", {}).get("group_offloading")
+        offload = diffusers_hooks(module).get("group_offloading")
         files |= _files_of(getattr(offload, "group", None))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in files:
@@ -39,7 +39,7 @@ def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _files_of(group: Any) -> dict[int, tuple[str, str]]:
     """File and key of the tensors of a group that diffusers keeps on disk; in memory they then have
     no values."""
-    if not getattr(group, "_is_offloaded_to_disk", False):
+    if not is_offloaded_to_disk(group):
         return {}
     path = str(group.safetensors_file_path)
     return {id(tensor): (path, str(key)) for tensor, key in group.tensor_to_key.items()}

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from visattn.runtime.private_names import WRAPPER_STEPS, compiled_module
+
 __all__ = ["bare", "unwrapped"]
 
 TRAINING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"})
 PEFT = frozenset({"PeftModel", "PeftMixedModel"})
-# how the paths of modules name what is inside of such a module
-STEPS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def unwrapped(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -25,12 +25,12 @@ def unwrapped(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def bare(path: str) -> str:
     """The path of a module as it is where nothing is wrapped."""
-    return ".".join(step for step in path.split(".") if step not in STEPS)
+    return ".".join(step for step in path.split(".") if step not in WRAPPER_STEPS)
 
 
 def _inner(model: Any) -> torch.nn.Module | None:
     kinds = {kind.__name__ for kind in type(model).__mro__}
-    inner = getattr(model, "_orig_mod", None)
+    inner = compiled_module(model)
     if kinds & TRAINING:
         inner = model.module
     elif kinds & PEFT:

@@ -16,6 +16,7 @@ from visattn.inject import Observation, observe, sparse
 from visattn.inject.attachment import attached
 from visattn.inject.models.denoisers import models_of
 from visattn.plan import Plan
+from visattn.runtime.private_names import guidance_scale, second_guidance_scale
 from visattn.tasks.result_store import StoredResult
 
 __all__ = ["CallRecorder", "RecordedCall", "Replay"]
@@ -126,9 +127,9 @@ class _Hook:
         guidance = self.recorder.true_scale
         if guidance is None:
             pipe = self.recorder.pipe
-            guidance = getattr(pipe, "_guidance_scale", None)
+            guidance = guidance_scale(pipe)
             if self.role == "transformer_2":
-                guidance = getattr(pipe, "_guidance_scale_2", guidance)
+                guidance = second_guidance_scale(pipe, guidance)
         assert step is not None
         self.recorder.calls.append(
             RecordedCall(
