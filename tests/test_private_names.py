@@ -18,16 +18,6 @@ from test_imports import MODULES
 from visattn.runtime import private_names
 
 MODULE = "visattn.runtime.private_names"
-# Modules that still use private names by themselves. This list may only shrink.
-WAITING = {
-    "compiled_layer",
-    "denoiser_methods",
-    "fingerprint",
-    "interception",
-    "layer",
-    "searchable",
-    "stock_attention",
-}
 # Private names of the standard library, and one of Triton inside a kernel.
 STANDARD = {"_asdict", "_replace", "_getframe", "_reconstructor", "_reinterpret"}
 # Attributes that the package puts on objects of these libraries.
@@ -109,8 +99,7 @@ def test_no_other_module_uses_a_private_name():
         for module, path in MODULES.items()
         if module != MODULE and (names := uses(path.read_text(encoding="utf-8")))
     }
-    assert {m: n for m, n in by_module.items() if m.split(".")[-1] not in WAITING} == {}
-    assert {module.split(".")[-1] for module in by_module} == WAITING
+    assert by_module == {}
 
 
 @pytest.mark.parametrize(
@@ -369,7 +358,9 @@ def test_attention_backend_of_a_processor():
     assert private_names.has_attention_backend(processor)
     assert not private_names.has_attention_backend(object())
     assert private_names.attention_backend(processor) is None
+    assert not private_names.sets_attention_backend(processor)
     private_names.set_attention_backend(processor, "native")
+    assert private_names.sets_attention_backend(processor)
     assert private_names.attention_backend(processor) == "native"
     private_names.remove_attention_backend(processor)
     assert private_names.attention_backend(processor) is None

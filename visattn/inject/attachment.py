@@ -17,7 +17,7 @@ from visattn.inject.hooks.run_state import PipeRef
 from visattn.inject.hooks.running import Announced, says_where
 from visattn.inject.hooks.turn import Turn
 from visattn.inject.hooks.weak import Weak
-from visattn.inject.layers.compiled_layer import begin_call, not_a_graph, register_attachment
+from visattn.inject.layers.compiled_layer import begin_call, register_attachment
 from visattn.inject.layers.denoising_state import DenoisingState
 from visattn.inject.layers.guard import guards
 from visattn.inject.layers.layer import Layer
@@ -26,6 +26,7 @@ from visattn.inject.models.parallel import check_dispatch, check_whole
 from visattn.inject.observation import Observer
 from visattn.pipelines.family import Family
 from visattn.plan import Plan
+from visattn.runtime.private_names import never_compile_alone
 
 __all__ = ["Attachment", "attached"]
 
@@ -244,7 +245,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     attachment.watch()
 
 
-not_a_graph(_begin)
+never_compile_alone(_begin)
 
 
 def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -257,4 +258,4 @@ def _end(model: Any, args: tuple[Any, ...], output: Any) -> None:
         attachment.end()
 
 
-not_a_graph(_end)
+never_compile_alone(_end)

@@ -9,6 +9,7 @@ from visattn.inject.hooks.class_swap import handlers_of
 from visattn.inject.hooks.running import Announced
 from visattn.inject.models.denoisers import models_of
 from visattn.inject.models.parallel import check_dispatch
+from visattn.runtime.private_names import cache_settings, has_cache_dit, parallel_settings
 
 __all__ = ["check_searchable"]
 
@@ -23,20 +24,20 @@ def check_searchable(pipe: Any) -> None:
     for role, model in models_of(pipe).items():
         own: Any = model
         check_dispatch(own, role)
-        cache = getattr(own, "_cache_config", None)
+        cache = cache_settings(own)
         if cache is not None:
             raise ValueError(
                 f"{role} of pipe has a cache, {type(cache).__name__}, with which a search would "
                 f"judge reused outputs: call pipe.{role}.disable_cache() first, and enable the "
                 "cache again after the search"
             )
-        if getattr(own, "_is_cached", False) or getattr(type(pipe), "_is_cached", False):
+        if has_cache_dit(own) or has_cache_dit(type(pipe)):
             raise ValueError(
                 f"{role} of pipe has a cache of cache-dit, with which a search would judge reused "
                 "outputs: call cache_dit.disable_cache(pipe) first, and enable the cache again "
                 "after the search"
             )
-        if getattr(own, "_parallel_config", None) is not None:
+        if parallel_settings(own) is not None:
             raise ValueError(
                 f"{role} of pipe is parallel over processes; a search needs a whole one: load the "
                 "pipeline without enable_parallelism, and let torchrun start one for each device"

@@ -50,6 +50,7 @@ __all__ = [
     "set_attention_backend",
     "set_compiled_call",
     "set_progress_bar_settings",
+    "sets_attention_backend",
     "step_index",
     "supports_parallel",
     "tensor_version",
@@ -270,6 +271,12 @@ def has_attention_backend(processor: Any) -> bool:
     """Return whether an attention processor calls the attention of diffusers by a backend of its
     own (``_attention_backend``). If the name changes, the attention of torch is intercepted."""
     return hasattr(processor, "_attention_backend")
+
+
+def sets_attention_backend(processor: Any) -> bool:
+    """Return whether an attention processor itself, and not only its class, holds a backend
+    (``_attention_backend``)."""
+    return "_attention_backend" in vars(processor)
 
 
 def attention_backend(processor: Any) -> Any:

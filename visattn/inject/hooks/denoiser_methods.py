@@ -17,10 +17,9 @@ import torch
 from visattn.inject.hooks.call_state import CallState, States
 from visattn.inject.hooks.class_swap import copied, pickled
 from visattn.inject.hooks.run_state import Context
+from visattn.runtime.private_names import CHECKPOINTING
 
 __all__ = ["follow_checkpointing", "put_methods", "take_methods"]
-
-CHECKPOINTING = "_gradient_checkpointing_func"  # diffusers' name
 
 
 class Attached(Protocol):

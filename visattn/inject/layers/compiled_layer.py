@@ -9,16 +9,16 @@ resolution another graph.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import weakref
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
 from visattn.geometry.layout import Tokens
 from visattn.inject.hooks.call_state import CallState, Told
 from visattn.inject.layers.call import Call
+from visattn.runtime.private_names import parallel_settings
 from visattn.runtime.torch_settings import cast_for_attention
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "PlannedDenoiser",
     "begin_call",
     "layer_attention",
-    "not_a_graph",
     "register_attachment",
     "register_layer",
 ]
@@ -177,18 +176,6 @@ def _(
     return torch.empty(1 + len(tokens), dtype=torch.int64, device="cpu")
 
 
-def not_a_graph(function: Any) -> None:
-    """Let ``torch.compile`` never make a graph of its own of a function and what it calls, which it
-    does of the hooks of a compiled module. Inside a compiled function it is traced as any other.
-    These names of torch are private: without them there is a graph more."""
-    from torch._C import _dynamo
-
-    code, known = function.__code__, cast("Any", _dynamo.eval_frame)
-    with contextlib.suppress(AttributeError):
-        skip = known._FrameAction.SKIP
-        known.set_code_exec_strategy(code, known._FrameExecStrategy(skip, skip))
-
-
 def begin_call(denoiser: PlannedDenoiser, tokens: Tokens, told: Told) -> None:
     """The beginning of a call as it is traced."""
     denoiser.begun.call = begin_op(denoiser.number, packed(tokens), *told)
@@ -217,7 +204,7 @@ def layer_op(
         slot, *numbers = begun.tolist()
         if slot == called.slot:  # otherwise another thread began it, with the same model
             call = call._replace(tokens=unpacked(numbers))
-    config = called.module.processor._parallel_config if parallel else None
+    config = parallel_settings(called.module.processor) if parallel else None
     return called.attend(query, key, value, call, config).contiguous()
 
 

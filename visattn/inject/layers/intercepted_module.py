@@ -8,6 +8,7 @@ from visattn.inject.hooks.class_swap import add_class, remove_class
 from visattn.inject.hooks.weak import Weak
 from visattn.inject.layers.denoising_state import DenoisingState
 from visattn.inject.layers.interception import ATTRIBUTE, Intercepted, hook, unhook
+from visattn.runtime.private_names import has_attention_backend
 from visattn.selectors import Memory
 
 __all__ = ["InterceptedModule"]
@@ -60,7 +61,7 @@ class InterceptedModule:
         add_class(self.module, Intercepted)
         self.processor = self.module.processor
         # a processor that dispatches without a backend of its own ends in torch's attention too
-        self.through_sdpa = not hasattr(self.processor, "_attention_backend")
+        self.through_sdpa = not has_attention_backend(self.processor)
         if not self.through_sdpa:
             hook(self.processor)
 

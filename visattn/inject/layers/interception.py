@@ -22,6 +22,16 @@ from torch.overrides import TorchFunctionMode
 from visattn.inject.hooks.class_swap import FrontClass
 from visattn.inject.layers.call import Call
 from visattn.inject.layers.compiled_layer import AttentionLayer, layer_attention
+from visattn.runtime.private_names import (
+    active_attention_backend,
+    add_attention_backend,
+    attention_backend,
+    parallel_attention_backends,
+    remove_attention_backend,
+    set_attention_backend,
+    sets_attention_backend,
+    supports_parallel,
+)
 
 __all__ = [
     "ATTRIBUTE",
@@ -159,31 +169,18 @@ def stock_attention(own: Any, parallel: Any) -> Callable[..., torch.Tensor]:
         ValueError: it is under context parallelism, which the backend does not support. diffusers
             says so where either is set; at a call it would attend to the tokens of this process.
     """
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    if parallel is not None and not _supports_parallel(own):
-        registry: Any = _AttentionBackendRegistry
-        name = own or registry.get_active_backend()[0]
-        known = sorted(
-            one.value
-            for one in map(type(name), registry._supports_context_parallel)
-            if not hasattr(one, "_visattn_own")
-        )
+    if parallel is not None and not supports_parallel(own):
+        active = own or active_attention_backend()
+        backends = map(type(active), parallel_attention_backends())
+        known = sorted(one.value for one in backends if not hasattr(one, "_visattn_own"))
         raise ValueError(
-            f"Context parallelism is enabled but current attention backend '{name.value}' does not "
-            f"support context parallelism. Please set a compatible attention backend: {known} "
+            f"Context parallelism is enabled but current attention backend '{active.value}' does "
+            f"not support context parallelism. Please set a compatible attention backend: {known} "
             "using `model.set_attention_backend()`."
         )
     return functools.partial(dispatch_attention_fn, backend=own, parallel_config=parallel)
-
-
-def _supports_parallel(own: Any) -> bool:
-    """Whether a backend supports context parallelism; None: the active one."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    registry: Any = _AttentionBackendRegistry
-    backend = own or registry.get_active_backend()[0]
-    return bool(registry._is_context_parallel_available(backend))
 
 
 @functools.cache
@@ -191,45 +188,38 @@ def _member(own: Any, stays: bool) -> Any:
     """Our member of diffusers' enumeration of attention backends for processors that have the
     backend ``own`` without us, made and registered once. It has a value and no name there: it is
     set on processors and is nothing to choose by name."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    name = f"visattn over {getattr(own, 'value', own)}{'' if stays else ' of the class'}"
-    member = str.__new__(AttentionBackendName, name)
-    member._name_ = member._value_ = name
-    member._visattn_own = own, stays  # type: ignore[attr-defined]
-    AttentionBackendName._value2member_map_[name] = member
+    value = f"visattn over {getattr(own, 'value', own)}{'' if stays else ' of the class'}"
+    call = functools.partial(_dispatched, own)
+    member = add_attention_backend(value, call, supports_parallel(own))
+    member._visattn_own = own, stays
     # a copy is the member itself; what is pickled is the backend without us
     vars(member)["__copy__"] = lambda: member
     vars(member)["__deepcopy__"] = lambda _: member
-    plain = (type(None), ()) if own is None else (AttentionBackendName, (own.value,))
+    plain = (type(None), ()) if own is None else (type(member), (own.value,))
     vars(member)["__reduce_ex__"] = lambda _: plain
-    register: Callable[..., Any] = _AttentionBackendRegistry.register(
-        member, supports_context_parallel=_supports_parallel(own)
-    )
-    register(functools.partial(_dispatched, own))
     return member
 
 
 def own_backend(processor: Any) -> Any:
     """The attention backend that a processor has without us."""
-    backend = processor._attention_backend
+    backend = attention_backend(processor)
     return backend._visattn_own[0] if hasattr(backend, "_visattn_own") else backend
 
 
 def hook(processor: Any) -> None:
     """Put our backend on a processor that dispatches, in place of its own."""
-    if not hasattr(processor._attention_backend, "_visattn_own"):
-        stays = "_attention_backend" in vars(processor)
-        processor._attention_backend = _member(processor._attention_backend, stays)
+    backend = attention_backend(processor)
+    if not hasattr(backend, "_visattn_own"):
+        set_attention_backend(processor, _member(backend, sets_attention_backend(processor)))
 
 
 def unhook(processor: Any) -> None:
     """Give a processor its own backend again."""
-    own = getattr(vars(processor).get("_attention_backend"), "_visattn_own", None)
-    if own is None:
+    backend = attention_backend(processor) if sets_attention_backend(processor) else None
+    if not hasattr(backend, "_visattn_own"):
         return
-    backend, stays = own
+    own, stays = backend._visattn_own
     if stays:
-        processor._attention_backend = backend
+        set_attention_backend(processor, own)
     else:
-        del processor._attention_backend
+        remove_attention_backend(processor)

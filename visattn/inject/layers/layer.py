@@ -19,7 +19,7 @@ from visattn.inject.layers.call import (
     keyword_arguments,
     torch_attention,
 )
-from visattn.inject.layers.compiled_layer import not_a_graph, register_layer
+from visattn.inject.layers.compiled_layer import register_layer
 from visattn.inject.layers.decision import Decision, Guard
 from visattn.inject.layers.denoising_state import DenoisingState
 from visattn.inject.layers.edited_kernel import EditedKernel
@@ -31,6 +31,7 @@ from visattn.inject.layers.mixed_heads import mixed_attention
 from visattn.inject.layers.text_padding import Padding, text_lengths_of
 from visattn.inject.observation import Observation, Observer
 from visattn.plan import ANY
+from visattn.runtime.private_names import never_compile_alone
 from visattn.runtime.torch_settings import cast_for_attention, plain_torch
 
 __all__ = ["Layer"]
@@ -369,7 +370,7 @@ class Layer(InterceptedModule):
         return parts if any(part.sparse for part in parts) else None
 
 
-not_a_graph(Layer.attend)  # it runs between graphs, where one ended before the attention
+never_compile_alone(Layer.attend)  # it runs between graphs, where one ended before the attention
 
 
 def _keys(moment: tuple[int, str]) -> tuple[tuple[int, str], ...]:

@@ -8,6 +8,7 @@ import torch
 
 from visattn.cost import TORCH, DenseAttention
 from visattn.inject.layers.interception import own_backend
+from visattn.runtime.private_names import active_attention_backend, has_attention_backend
 
 __all__ = ["dense_attention"]
 
@@ -18,14 +19,13 @@ def dense_attention(module: Any) -> DenseAttention:
     Args:
         module: an attention module of a denoiser, with a plan or without.
     """
-    if not hasattr(module.processor, "_attention_backend"):  # it calls torch itself
+    if not has_attention_backend(module.processor):  # it calls torch itself
         return TORCH
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     own = own_backend(module.processor)
     if own is None:  # the one that is active in the process
-        registry: Any = _AttentionBackendRegistry
-        own = registry.get_active_backend()[0]
+        own = active_attention_backend()
     if own.value == TORCH.name:
         return TORCH
 

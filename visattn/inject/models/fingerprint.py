@@ -16,6 +16,15 @@ from visattn.inject.layers.interception import own_backend
 from visattn.inject.models.denoisers import models_of
 from visattn.inject.models.json_values import plain
 from visattn.inject.models.weights import sample, tensors_of
+from visattn.runtime.private_names import (
+    accelerate_hook,
+    active_attention_backend,
+    cache_settings,
+    compiled_call,
+    compiled_module,
+    diffusers_hooks,
+    has_attention_backend,
+)
 
 __all__ = ["fingerprint"]
 
@@ -48,7 +57,7 @@ def fingerprint(pipe: Any) -> str:
     for name, part in sorted(parts.items()):
         add(name, kind_of(part).__name__, _settings(getattr(part, "config", None)))
         if isinstance(part, torch.nn.Module):
-            model = getattr(part, "_orig_mod", part)
+            model = compiled_module(part, part)
             add(type(model).__name__, model is part, model.training)
             for key, tensor in tensors_of(model):
                 values = sample(tensor)
@@ -97,19 +106,20 @@ def _state(module: torch.nn.Module) -> dict[str, Any]:
     if processor is not None:
         found["processor"] = type(processor).__name__
         found |= {f"processor.{name}": value for name, value in _numbers(processor).items()}
-        if hasattr(processor, "_attention_backend"):
+        if has_attention_backend(processor):
             found["attention"] = own_backend(processor)
-    if getattr(module, "_cache_config", None) is not None:
-        found["cache"] = module._cache_config
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    if cache_settings(module) is not None:
+        found["cache"] = cache_settings(module)
+    hooks = diffusers_hooks(module)
     names = [name for name in hooks if name not in OFFLOADING]
     if names:
         found["hooks"] = names
     if "group_offloading" in hooks:
         found["offloaded"] = "by groups"
-    if hasattr(module, "_hf_hook"):
-        found["offloaded"] = type(module._hf_hook).__name__
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    offload = accelerate_hook(module, missing := object())
+    if offload is not missing:
+        found["offloaded"] = type(offload).__name__
+    if compiled_call(module) is not None:
         found["compiled"] = True
     return found
 
@@ -127,11 +137,9 @@ def _numbers(own: Any) -> dict[str, Any]:
 def _attention() -> Any:
     """The attention backend of this process for processors that have none of their own."""
     try:
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+        return active_attention_backend()
     except ImportError:
         return None
-    registry: Any = _AttentionBackendRegistry
-    return registry.get_active_backend()[0]
 
 
 def _vocabulary(part: Any) -> Any:
