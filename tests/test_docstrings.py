@@ -30,9 +30,10 @@ PACKAGES = (
 )
 # Packages whose docstrings are still to be written.
 WAITING = set(PACKAGES) - {
-    "visattn.generation",
     "visattn.bench",
     "visattn.cost",
+    "visattn.generation",
+    "visattn.guidance",
     "visattn.patterns",
     "visattn.plan",
     "visattn.selectors",
@@ -90,7 +91,7 @@ def test_form(package):
     faults = {
         name: wrong(value)
         for name, value in public(package).items()
-        if package not in WAITING or value.__module__.startswith(WRITTEN)
+        if package not in WAITING
     }
     assert {name: fault for name, fault in faults.items() if fault} == {}
 

@@ -216,7 +216,7 @@ def hook(processor: Any) -> None:
 def unhook(processor: Any) -> None:
     """Give a processor its own backend again."""
     backend = attention_backend(processor) if sets_attention_backend(processor) else None
-    if not hasattr(backend, "_visattn_own"):
+    if backend is None or not hasattr(backend, "_visattn_own"):
         return
     own, stays = backend._visattn_own
     if stays:
