@@ -43,7 +43,7 @@ from PIL import Image  # noqa: E402
 
 from visattn.draw.canvas import save_png, write  # noqa: E402
 from visattn.draw.palette import GREY, PAPER  # noqa: E402
-from visattn.guidance.composition.ditctrl import ShareSettings, generate_sequence  # noqa: E402
+from visattn.guidance import ShareSettings, generate_sequence  # noqa: E402
 from visattn.metrics.prompt import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,

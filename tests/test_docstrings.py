@@ -39,19 +39,6 @@ WAITING = set(PACKAGES) - {
     "visattn.selectors",
     "visattn.report",
 }
-# Packages inside waiting ones whose docstrings are written already.
-WRITTEN = (
-    "visattn.guidance.edits.",
-    "visattn.guidance.guiders.",
-    "visattn.guidance.head_search.",
-    "visattn.guidance.head_set",
-    "visattn.guidance.modular",
-    "visattn.guidance.registry",
-    "visattn.guidance.written_form",
-)
-WRITTEN = ("visattn.guidance.edits.", "visattn.guidance.token_maps.")
-    "visattn.guidance.composition.",
-    "visattn.guidance.token_maps.",
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

@@ -53,24 +53,6 @@ PUBLIC_PARAMETERS = {
     for signature in re.finditer(r"\.(\w+)\((.*)\)", PUBLIC_NAMES.read_text(encoding="utf-8"))
     for name in signature[2].split(", ")
 }
-# Packages of waiting parts whose words are mended already.
-MENDED = (
-    "visattn.guidance.composition",
-    "visattn.guidance.edits",
-    "visattn.guidance.former_form",
-    "visattn.guidance.guider_config",
-    "visattn.guidance.guiders",
-    "visattn.guidance.head_search",
-    "visattn.guidance.head_set",
-    "visattn.guidance.method_list",
-    "visattn.guidance.modular",
-    "visattn.guidance.registry",
-    "visattn.guidance.written_form",
-MENDED = ("visattn.guidance.edits",)
-    "visattn.guidance.token_maps",
-    "visattn.selectors.attend",
-)
-MENDED_PREFIXES = tuple(f"{package}." for package in MENDED)
 PARTS = sorted(set(map(part_of, MODULES)))
 
 

@@ -18,12 +18,12 @@ from support.planned import Stop
 
 import visattn
 from visattn.guidance import SoftPAG
-from visattn.guidance.composition.ditctrl import (
+from visattn.guidance.composition.ditctrl import generate_sequence
+from visattn.guidance.composition.shared_segments import (
     WORD_SWAP,
     ShareSettings,
     _key_bits,
     _query_bits,
-    generate_sequence,
 )
 from visattn.guidance.composition.windows import Windows
 from visattn.guidance.edits.edit import Edit

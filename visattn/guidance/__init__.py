@@ -8,13 +8,14 @@ from visattn.guidance.composition.consistent_subjects import (
     ir_diffusion,
     story_diffusion,
 )
-from visattn.guidance.composition.ditctrl import WORD_SWAP, ShareSettings, generate_sequence
+from visattn.guidance.composition.ditctrl import generate_sequence
 from visattn.guidance.composition.prime_composer import (
     ComposeObject,
     prime_composer,
     region_constrained,
 )
 from visattn.guidance.composition.regional import regional
+from visattn.guidance.composition.shared_segments import WORD_SWAP, ShareSettings
 from visattn.guidance.edits.block_edits import BlockEdit
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.enhance_a_video import EnhanceVideo
