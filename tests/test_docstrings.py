@@ -36,6 +36,7 @@ WAITING = set(PACKAGES) - {
     "visattn.guidance",
     "visattn.patterns",
     "visattn.plan",
+    "visattn.readout",
     "visattn.selectors",
     "visattn.report",
 }

@@ -43,6 +43,7 @@ WAITING = set(map(part_of, MODULES)) - {
     "patterns",
     "plan",
     "report",
+    "readout",
     "runtime",
     "selectors",
 }

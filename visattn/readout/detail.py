@@ -1,4 +1,4 @@
-"""One head: what it measures, what one query sees in every frame, and the mean around all."""
+"""A picture of one head: its measures, the attention of one query, and the mean around queries."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ def draw_detail(
     notes: Sequence[str] = (),
     video: torch.Tensor | None = None,
 ) -> Image.Image:
-    """One head of a sampler that keeps a query.
+    """Draw one head of a sampler that keeps a query.
 
     Args:
-        sampler: that has read calls; head: a line of its table.
-        title, notes: lines above the picture.
-        video: frames ``[F, h, w, 3]`` in [0, 1] that were made, shown above the attention to their
-            latent frames, the first of which is that of the first frame.
+        sampler: a sampler that has read calls.
+        head: a line of its table.
+        title: the title above the picture.
+        notes: lines below the title.
+        video: the generated frames ``[F, h, w, 3]`` in [0, 1], shown above the attention to their
+            latent frames; the first latent frame is that of the first video frame.
 
     Returns:
         An RGB image 2294 pixels wide.
@@ -84,7 +86,7 @@ def draw_detail(
 
 
 def _header(sampler: Sampler, head: HeadReadout, title: str, notes: Sequence[str]) -> Image.Image:
-    """Whose attention it is, and its measures beside those of uniform attention."""
+    """Draw the title and the measures of the head, with those of uniform attention."""
     shares, chance = head.shares.numbers(), sampler.chance.numbers()
     out, y = titled(title, notes, ROOM, 250)
     x, y = 0, y + 24
@@ -94,9 +96,9 @@ def _header(sampler: Sampler, head: HeadReadout, title: str, notes: Sequence[str
         label += f" {'x'.join(map(str, sampler.window))}" if name == "window" else ""
         value = "-" if shares[name] is None else percent(shares[name])
         other = "-" if chance[name] is None else percent(chance[name])
-        wide = write(out, x, y, value, 50)
-        wide = max(wide, write(out, x, y + 60, label, 26, GREY))
-        x += max(wide, write(out, x, y + 92, f"uniform {other}", 22, GREY)) + 64
+        text_width = write(out, x, y, value, 50)
+        text_width = max(text_width, write(out, x, y + 60, label, 26, GREY))
+        x += max(text_width, write(out, x, y + 92, f"uniform {other}", 22, GREY)) + 64
     tiles = ", ".join(f"{name} {percent(n)}" for name, n in head.shares.tile_shares.items())
     write(
         out, 0, y + 142, wrapped(f"Tiles for 90 % of the mass: {tiles}", 26, ROOM, 1)[0], 26, GREY
@@ -104,12 +106,13 @@ def _header(sampler: Sampler, head: HeadReadout, title: str, notes: Sequence[str
     return out
 
 
-def _heading(title: str, note: str, beside: Image.Image | None = None) -> Image.Image:
+def _heading(title: str, note: str, legend_image: Image.Image | None = None) -> Image.Image:
+    """Draw a heading with a note and, at the right, a legend."""
     out = Image.new("RGB", (ROOM, 104), PAPER)
     write(out, 0, 0, title, 34)
     write(out, 0, 48, note, 26, GREY)
-    if beside is not None:
-        out.paste(beside, (ROOM - beside.width, 8))
+    if legend_image is not None:
+        out.paste(legend_image, (ROOM - legend_image.width, 8))
     return out
 
 
@@ -119,8 +122,10 @@ def _frames(
     power: int,
     video: torch.Tensor | None,
 ) -> Image.Image:
-    """Heat maps of every frame, ``[T, height, width]``, as large as there is room; frames of a
-    video that is given above them."""
+    """Draw heat maps of all frames, ``[T, height, width]``, as large as the space allows.
+
+    If there is a video, its frames are drawn above them.
+    """
     latents, high = values.shape[:2], 2 if video is not None else 1
     shown = torch.arange(values.shape[0])
     if len(shown) > MOST_FRAMES:  # spread, and the query's own frame among them
@@ -133,9 +138,9 @@ def _frames(
         scale, across = arranged((len(shown), high * rows, columns), ROOM, FRAMES_HEIGHT, GAP)
     if factor > 1:
         values = torch.nn.functional.avg_pool2d(values[None], factor, ceil_mode=True)[0]
-    wide, tall = columns * scale, rows * scale
-    step_x = max(wide, 48 if len(shown) > 1 else 0) + GAP
-    step_y = LABEL + high * tall + (2 if video is not None else 0) + GAP
+    frame_width, frame_height = columns * scale, rows * scale
+    step_x = max(frame_width, 48 if len(shown) > 1 else 0) + GAP
+    step_y = LABEL + high * frame_height + (2 if video is not None else 0) + GAP
     bands = -(-len(shown) // across)
     out = Image.new("RGB", (across * step_x - GAP, bands * step_y - GAP), PAPER)
     for number, frame in enumerate(shown.tolist()):
@@ -143,39 +148,41 @@ def _frames(
         write(out, x, y, f"t={frame}", 20, QUERY if frame == query[0] else GREY)
         y += LABEL
         if video is not None:
-            out.paste(_still(video, frame, latents[0], wide, tall), (x, y))
-            y += tall + 2
+            out.paste(_still(video, frame, latents[0], frame_width, frame_height), (x, y))
+            y += frame_height + 2
         out.paste(heat_picture(values[frame], power, scale, scale), (x, y))
         if frame == query[0]:
             column, row = query[2] // factor * scale, query[1] // factor * scale
-            for upper in (y,) if video is None else (y, y - tall - 2):
+            for upper in (y,) if video is None else (y, y - frame_height - 2):
                 _ring(out, x + column, upper + row, scale)
     return out
 
 
 def _ring(out: Image.Image, left: int, upper: int, scale: int) -> None:
-    """Outline a token in red, from outside where it is small, with a line of paper around it."""
+    """Outline a token in red with a light border; the outline of a small token lies outside it."""
     ring, draw = 0 if scale >= 16 else 3, ImageDraw.Draw(out)
     box = (max(0, left - ring), upper - ring, left + scale + ring - 1, upper + scale + ring - 1)
     draw.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), outline=PAPER, width=2)
     draw.rectangle(box, outline=QUERY, width=max(2, scale // 9))
 
 
-def _still(video: torch.Tensor, frame: int, latents: int, wide: int, tall: int) -> Image.Image:
-    """The video frame at a latent frame, ``wide`` by ``tall`` pixels."""
-    at = round(frame * (len(video) - 1) / max(1, latents - 1))
-    pixels = (video[at] * 255).round().to(torch.uint8)
+def _still(
+    video: torch.Tensor, frame: int, latents: int, frame_width: int, frame_height: int
+) -> Image.Image:
+    """Return the video frame at a latent frame, ``frame_width`` by ``frame_height`` pixels."""
+    index = round(frame * (len(video) - 1) / max(1, latents - 1))
+    pixels = (video[index] * 255).round().to(torch.uint8)
     height, width = pixels.shape[:2]
     still = Image.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist()))
-    return still.resize((wide, tall), Image.Resampling.LANCZOS)
+    return still.resize((frame_width, frame_height), Image.Resampling.LANCZOS)
 
 
 def _around(values: torch.Tensor, distance: torch.Tensor, power: int) -> Image.Image:
-    """The mean around the query, ``[at, ay, ax]``, frame by frame, and mass by frame distance."""
+    """Draw the mean around the query, ``[at, ay, ax]``, and the mass by frame distance."""
     count, rows, columns = values.shape
     middle, room = count // 2, ROOM // 4
-    wide = (ROOM - room) // count - GAP
-    scale = max(1, min(wide // columns, AROUND_HEIGHT // rows, 40))
+    frame_width = (ROOM - room) // count - GAP
+    scale = max(1, min(frame_width // columns, AROUND_HEIGHT // rows, 40))
     lower = LABEL + max(rows * scale, 200 if len(distance) > 1 else 0)
     out = Image.new("RGB", (ROOM, lower + 34), PAPER)
     x = 0
@@ -194,10 +201,10 @@ def _around(values: torch.Tensor, distance: torch.Tensor, power: int) -> Image.I
         write(
             out, x, 0, f"mass by frame distance, highest {percent(float(distance.max()))}", 20, GREY
         )
-        left, wide = bars(out, (x, LABEL, ROOM - 24, lower), distance, 48)
+        left, bar_width = bars(out, (x, LABEL, ROOM - 24, lower), distance, 48)
         last = len(distance) // 2
-        for offset in (-last, 0, last) if wide else ():
+        for offset in (-last, 0, last) if bar_width else ():
             text = f"{offset:+d}" if offset else "0"
-            middle = left + (offset + last) * wide + wide // 2
+            middle = left + (offset + last) * bar_width + bar_width // 2
             write(out, middle - int(font(20).getlength(text)) // 2, lower + 6, text, 20, GREY)
     return out

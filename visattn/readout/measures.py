@@ -1,5 +1,6 @@
-"""What rows of attention say of a head, as shares of its mass, and what uniform attention would
-say.
+"""Measures of a head, as shares of its attention mass, from sampled rows of attention.
+
+Uniform attention gives the reference values.
 
 Letters: ``h`` heads, ``R`` sampled rows, ``L`` tokens, ``A(q, k)`` the softmax weight of a key, and
 the query at ``(t, y, x)`` of a grid of ``T`` frames. Every row has mass 1. Definitions; the first
@@ -55,8 +56,8 @@ __all__ = [
 ]
 
 MASS = 0.9
-FEW_TILES = 0.3  # a head that needs no more of the tiles has structure to gain by
-COLUMN_SHARE = 64  # one key of so many is a column
+FEW_TILES = 0.3  # a head that needs at most this share of the tiles gains from sparsity
+COLUMN_SHARE = 64  # one key in 64 is a column
 WINDOW: Triple = (3, 5, 5)
 AROUND: Triple = (5, 17, 17)
 ROUNDING = 1e-6  # of the sum of a row of float32 weights
@@ -67,7 +68,10 @@ class Tally:
     """Means over the sampled rows or tiles of one call, or of several; on the CPU.
 
     Attributes:
-        frame, same_place, window, text: float64 ``[H]``.
+        frame: float64 ``[H]``.
+        same_place: float64 ``[H]``.
+        window: float64 ``[H]``.
+        text: float64 ``[H]``.
         columns: mean weight of each key, by the half that the queries are in, float32
             ``[2, H, L]``.
         tile_shares: of each tiling, float64 ``[H, tilings]``.
@@ -76,6 +80,13 @@ class Tally:
         profile: mass by frame offset ``t' - t``, float32 ``[H, 2 T - 1]``.
         around: mean weight of the key at each offset from the query, 0 where that is outside the
             grid, float32 ``[H, at, ay, ax]`` with odd sides.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.readout import Measures, Tiling, draw_rows
+        >>> sample = draw_rows(TokenLayout(Grid(2, 4, 4)), [Tiling((1, 2, 2))])
+        >>> Measures(sample).chance.frame
+        tensor([0.5000], dtype=torch.float64)
     """
 
     frame: torch.Tensor
@@ -89,41 +100,49 @@ class Tally:
     around: torch.Tensor
 
     def add(self, other: Tally) -> None:
-        """Add the numbers of another one to these."""
-        for own, its in zip(self.tensors(), other.tensors(), strict=True):
-            own.add_(its)
+        """Add the numbers of another tally to these, in place."""
+        for total, term in zip(self.tensors(), other.tensors(), strict=True):
+            total.add_(term)
 
     def over(self, count: int) -> Tally:
-        """These numbers divided by a count."""
+        """Return these numbers divided by a count."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         parts = {name: value / count for name, value in values.items() if name != "offsets"}
         return Tally(**parts, offsets=tuple(table / count for table in self.offsets))
 
     def tensors(self) -> list[torch.Tensor]:
+        """Return all tensors, in the order of the fields."""
         values = [getattr(self, field.name) for field in fields(self)]
         return [one for value in values for one in (value if isinstance(value, tuple) else [value])]
 
 
 def check_window(name: str, window: object) -> Triple:
-    """A window of three odd sides, or a sentence that says what is wrong."""
+    """Return a window of three odd sides.
+
+    Raises:
+        TypeError: it is no tuple of three integers.
+        ValueError: a side is even or below 1.
+    """
     if not isinstance(window, tuple) or len(window) != 3:
         raise TypeError(f"{name}={window!r} must be three odd integers, (frames, height, width)")
     for side in window:
         if check_count(name, side, 1) % 2 == 0:
-            raise ValueError(f"{name}={window} must have odd sides, for the query is in its middle")
+            raise ValueError(f"{name}={window} must have odd sides, with the query in the middle")
     return window[0], window[1], window[2]
 
 
 def smallest_share(tile_mass: torch.Tensor, mass: float = MASS) -> torch.Tensor:
-    """The smallest share of tiles, float64 ``[...]``, that holds ``mass`` (but for rounding) of
-    what is in tiles ``[..., tiles]``, which sum to 1."""
+    """Return the smallest share of tiles that holds ``mass``, float64 ``[...]``.
+
+    ``tile_mass`` is the mass of each tile, ``[..., tiles]``; it sums to 1 up to rounding.
+    """
     held = tile_mass.double().sort(-1, descending=True).values.cumsum(-1)
     count = ((held < mass - ROUNDING).sum(-1) + 1).clamp(max=held.shape[-1])
     return count.double() / held.shape[-1]
 
 
 def column_mass(columns: torch.Tensor) -> torch.Tensor:
-    """``columns`` of the definitions above, float64 ``[H]``, from mean weights ``[2, H, L]``."""
+    """Return the measure ``columns``, float64 ``[H]``, from mean weights ``[2, H, L]``."""
     keys = columns.double()
     count = -(-keys.shape[-1] // COLUMN_SHARE)
     chosen = keys.topk(count, -1).indices
@@ -131,7 +150,7 @@ def column_mass(columns: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_rows(sample: RowSample, max_bytes: int = MAX_BYTES) -> Iterator[RowChunk]:
-    """The rows of one head that attends to all keys alike."""
+    """Yield the rows of one head with uniform attention."""
     length = sample.layout.length
     count = max(1, max_bytes // (4 * length))
     for row in range(0, len(sample), count):
@@ -141,16 +160,27 @@ def uniform_rows(sample: RowSample, max_bytes: int = MAX_BYTES) -> Iterator[RowC
 
 
 class Measures:
-    """Takes the measures of this module from the rows of a sample.
+    """Computes the measures of this module from the rows of a sample.
 
     Args:
-        sample: which rows they are.
-        window: of the measure of that name, tokens per axis, odd.
-        around: sides of ``Tally.around``, odd; cut to what a grid can hold, ``2 n - 1``.
-        device: of the weights.
+        sample: the sampled rows.
+        window: sides of the window for the measure ``window``, in tokens, odd.
+        around: sides of ``Tally.around``, odd; at most ``2 n - 1`` for a grid side ``n``.
+        device: device of the weights.
 
     Raises:
-        TypeError, ValueError: a window is no such thing.
+        TypeError: a window is not a tuple of three integers.
+        ValueError: a side of a window is even or below 1.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.readout import Measures, Tiling, attention_rows, draw_rows
+        >>> sample = draw_rows(TokenLayout(Grid(2, 4, 4)), [Tiling((1, 2, 2))])
+        >>> q, k = torch.randn(2, 3, 32, 8)
+        >>> tally = Measures(sample)(attention_rows(q, k, sample.tokens), heads=3)
+        >>> tally.frame.shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -171,7 +201,7 @@ class Measures:
             for length, place, side in zip(sample.grid.shape, self.places, self.window, strict=True)
         ]
 
-    # ---- what does not depend on the weights
+    # ---- tensors that do not depend on the weights
 
     @cached_property
     @lasting
@@ -221,8 +251,8 @@ class Measures:
     def chance(self) -> Tally:
         """The measures of uniform attention on the same rows, with ``H = 1``."""
         t, y, x = self.around
-        own = Measures(self.sample, window=self.window, around=(t, y, x))
-        return own(uniform_rows(self.sample), 1)
+        uniform = Measures(self.sample, window=self.window, around=(t, y, x))
+        return uniform(uniform_rows(self.sample), 1)
 
     def _line(self, axis: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The coordinates at the offsets of ``around`` along an axis, int64 ``[r, side]``, and
@@ -237,11 +267,11 @@ class Measures:
         frame = self.places[0][rows, None] + torch.arange(1 - frames, frames, device=self.device)
         return frame, (frame >= 0) & (frame < frames)
 
-    # ---- what does
+    # ---- the measures
 
     @plain_torch()
     def __call__(self, chunks: Iterable[RowChunk], heads: int) -> Tally:
-        """The measures of ``heads`` heads from chunks that cover their rows once."""
+        """Return the measures of ``heads`` heads; the chunks cover each of their rows once."""
         sample, grid = self.sample, self.sample.grid
         sums = torch.zeros(4, heads, device=self.device)
         means = torch.zeros(0, device=self.device)
@@ -254,18 +284,18 @@ class Measures:
         ]
         shares = torch.empty(heads, len(tables), dtype=torch.float64)
         for chunk in chunks:
-            own, rows, weights = chunk.heads, chunk.rows, chunk.weights
+            heads_read, rows, weights = chunk.heads, chunk.rows, chunk.weights
             frames, seen = self._of_rows(rows, weights)
-            sums[:, own] += seen
+            sums[:, heads_read] += seen
             frame, exists = self._frame_offsets(rows)
             frame = frame.clamp(0, grid.frames - 1).expand(len(frames), -1, -1)
-            profile[own] += frames.gather(-1, frame).masked_fill_(~exists, 0).sum(1)
-            around[own] += self._around(rows, weights)
+            profile[heads_read] += frames.gather(-1, frame).masked_fill_(~exists, 0).sum(1)
+            around[heads_read] += self._around(rows, weights)
             part = self.averages[:, rows] @ weights  # [h, 2 + tiles, L]
             means = part if rows.start == 0 else means.add_(part)
             if rows.stop == len(sample):
-                columns[:, own] = means[:, :2].transpose(0, 1).cpu()
-                self._of_tiles(means[:, 2:], own, shares, tables)
+                columns[:, heads_read] = means[:, :2].transpose(0, 1).cpu()
+                self._of_tiles(means[:, 2:], heads_read, shares, tables)
         frame, same_place, near, text = (sums.cpu().double() / len(sample)).unbind()
         return Tally(
             frame=frame,
@@ -314,8 +344,8 @@ class Measures:
         frames = []
         for frame, exists in zip(t.unbind(1), in_t.unbind(1), strict=True):
             places = (plane + frame[:, None]).expand(len(weights), -1, -1)
-            found = weights.gather(-1, places).masked_fill_(~(in_plane & exists[:, None]), 0)
-            frames.append(found.sum(1))
+            near = weights.gather(-1, places).masked_fill_(~(in_plane & exists[:, None]), 0)
+            frames.append(near.sum(1))
         return torch.cat(frames, 1)
 
     def _of_tiles(
@@ -325,9 +355,9 @@ class Measures:
         ``[h, tiles, L]``."""
         first = 0
         for number, (tiles, table) in enumerate(zip(self.sample.samples, tables, strict=True)):
-            own = means[:, first : first + len(tiles.tiles)]
+            tile_means = means[:, first : first + len(tiles.tiles)]
             first += len(tiles.tiles)
-            mass = _by_tile(own, tiles).cpu()
+            mass = _by_tile(tile_means, tiles).cpu()
             shares[heads, number] = smallest_share(mass).mean(1)
             count, begin = tiles.tiling.count(self.sample.grid), tiles.blocks.first
             of_grid = mass[..., begin[self.sample.number] :][..., : count.numel]

@@ -1,4 +1,4 @@
-"""The heads of a model at a glance: for each what it sees around the query, and what it costs."""
+"""A picture of all heads of a model: attention around the query, and share of tiles needed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ LAYER_WIDTH = 120
 
 
 def seen_around(sampler: Sampler, key: Key) -> torch.Tensor:
-    """Mean weight at offsets from the query, as a multiple of that of uniform attention, ``[H, at,
-    ay, ax]``; NaN where no sampled query has a token."""
+    """Return the mean weight at offsets from the query, ``[H, at, ay, ax]``.
+
+    The unit is the weight of uniform attention; NaN where no sampled query has a token.
+    """
     reach = sampler.measures.reach
     values = sampler.tally(key).around / reach * sampler.measures.sample.layout.length
     return values.masked_fill(reach == 0, torch.nan)
 
 
 def shared_keys(sampler: Sampler, key: Key) -> torch.Tensor:
-    """How much all queries look at the same keys, ``[H, height, width]``: the mean weight of a key
-    from the half of the queries that looks at it less, in the frame where it is largest, as a
-    multiple of that of uniform attention."""
+    """Return how much all queries attend to the same keys, ``[H, height, width]``.
+
+    The value of a place is the mean weight of the key from the half of the queries that attends to
+    it less, in the frame where this is largest. The unit is the weight of uniform attention.
+    """
     sample = sampler.measures.sample
     least = sampler.tally(key).columns.nan_to_num(0).amin(0)
     grid = least[:, sample.start : sample.start + sample.grid.numel]
@@ -43,23 +47,24 @@ def shared_keys(sampler: Sampler, key: Key) -> torch.Tensor:
 
 
 def by_distance(sampler: Sampler, key: Key) -> torch.Tensor:
-    """Mass by frame offset, for queries that have a frame there, ``[H, 2 T - 1]``."""
+    """Return the mass by frame offset, ``[H, 2 T - 1]``, over the queries with a frame there."""
     reach = sampler.measures.profile_reach
     return (sampler.tally(key).profile / reach).nan_to_num(0)
 
 
 def percent(share: float) -> str:
-    """``"30 %"``, ``"0.7 %"``, ``"<0.1 %"``."""
+    """Return a share as text, such as ``"30 %"``, ``"0.7 %"`` or ``"<0.1 %"``."""
     if 0 < share < 0.001:
         return "<0.1 %"
     return f"{100 * share:.1f} %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
 class _Cells:
-    """How large the parts of a cell are.
+    """The sizes of the parts of a cell, in pixels.
 
     Args:
-        sampler: what is drawn; scale: pixels of a token.
+        sampler: the sampler that is drawn.
+        scale: pixels of a token.
     """
 
     def __init__(self, sampler: Sampler, scale: int) -> None:
@@ -88,16 +93,17 @@ class _Cells:
 def draw_overview(
     sampler: Sampler, *, title: str, notes: Sequence[str] = (), few: float = FEW_TILES
 ) -> Image.Image:
-    """All heads that a sampler has read, layers down and heads across.
+    """Draw all heads that a sampler has read: one row for each layer, one column for each head.
 
-    A cell shows the mean attention around the query in the frames about its own, then the keys
-    that all queries share; below stand the share of key tiles that hold 90 % of the mass and, as
-    bars, the mass by frame distance.
+    A cell shows the mean attention around the query in its own and the nearest frames, then the
+    keys that all queries share. Below are the share of key tiles that holds 90 % of the mass and,
+    as bars, the mass by frame distance.
 
     Args:
-        sampler: that has read calls.
-        title, notes: lines above the picture.
-        few: shares up to this are counted and set off.
+        sampler: a sampler that has read calls.
+        title: the title above the picture.
+        notes: lines below the title.
+        few: heads that need at most this share of the tiles are counted and highlighted.
 
     Returns:
         An RGB image.
@@ -118,10 +124,11 @@ def draw_overview(
     parts = [_header(sampler, table, title, notes, power, words, few)]
     lines = {(Key(x.role, x.number, x.layer, x.pass_), x.head): x for x in table}
     sections = groupby(sorted(keys, key=lambda key: (key.role, key.pass_)), _section)
-    for name, own in sections:
+    for name, section_keys in sections:
         parts.append(_section_head(name, heads, cells, width))
         parts += [
-            _layer_row(sampler, key, heads, around[key], power, cells, lines, few) for key in own
+            _layer_row(sampler, key, heads, around[key], power, cells, lines, few)
+            for key in section_keys
         ]
     height = sum(part.height for part in parts) + 2 * MARGIN
     out = Image.new("RGB", (max(part.width for part in parts) + 2 * MARGIN, height), PAPER)
@@ -137,8 +144,10 @@ def _section(key: Key) -> str:
 
 
 def titled(title: str, notes: Sequence[str], width: int, below: int) -> tuple[Image.Image, int]:
-    """The head of a picture: a title and notes, with ``below`` pixels of paper under them; and the
-    height at which they end."""
+    """Draw a title and notes, with ``below`` empty pixels under them.
+
+    Returns the picture and the height at which the notes end.
+    """
     lines = [(line, 46, INK, 60) for line in wrapped(title, 46, width, 2)]
     lines += [(line, 26, GREY, 36) for note in notes for line in wrapped(note, 26, width, 2)]
     out = Image.new("RGB", (width, sum(step for *_, step in lines) + below), PAPER)
@@ -158,7 +167,7 @@ def _header(
     width: int,
     few: float,
 ) -> Image.Image:
-    """Title, notes, the numbers that matter, and how to read the cells."""
+    """Draw the title, the notes, the main numbers and an explanation of the cells."""
     shares = sorted(line.shares.tile_share for line in table)
     count = sum(share <= few + 1e-9 for share in shares)
     facts = {
@@ -179,8 +188,8 @@ def _header(
     out, y = titled(title, notes, width, 150 + max(30 * len(explained), 70) + 34)
     x, y = 0, y + 24
     for name, value in facts.items():
-        wide = write(out, x, y, value, 50)
-        x += max(wide, write(out, x, y + 60, name, 22, GREY)) + 56
+        text_width = write(out, x, y, value, 50)
+        x += max(text_width, write(out, x, y + 60, name, 22, GREY)) + 56
     y += 118
     for number, line in enumerate(explained):
         write(out, 0, y + 30 * number, line, 22, GREY)
@@ -190,7 +199,7 @@ def _header(
 
 
 def _section_head(name: str, heads: Sequence[int], cells: _Cells, width: int) -> Image.Image:
-    """The name of a denoiser and pass, and above each column its head and frames."""
+    """Draw the name of a denoiser and pass, and the head and frames of each column."""
     out = Image.new("RGB", (width, 92), PAPER)
     write(out, 0, 8, name, 26)
     middle = cells.frames // 2
@@ -214,7 +223,7 @@ def _layer_row(
     lines: dict[tuple[Key, int], HeadReadout],
     few: float,
 ) -> Image.Image:
-    """The cells of one layer."""
+    """Draw the cells of one layer."""
     size = (LAYER_WIDTH + len(heads) * cells.step, cells.high + cells.label + 10 + 2 * GAP)
     out = Image.new("RGB", size, PAPER)
     write(out, 0, cells.high // 2 - 12, f"layer {key.number}", 22 if cells.scale > 1 else 16)
@@ -230,13 +239,13 @@ def _layer_row(
         y = cells.high + 6
         share = line.shares.tile_share
         ink = LOW_SHARE if share <= few + 1e-9 else INK
-        wide = write(out, x, y, percent(share), cells.label, ink)
+        text_width = write(out, x, y, percent(share), cells.label, ink)
         if cells.small:
             words = line.shares.tiling
             words += f", text {percent(line.shares.text)}" if has_text else ""
-            wide += 8 + write(out, x + wide + 8, y + 3, words, cells.small, GREY)
+            text_width += 8 + write(out, x + text_width + 8, y + 3, words, cells.small, GREY)
         right = x + max(cells.maps_width, cells.width)
-        box = (max(x + wide + 16, right - cells.bars), y, right, y + cells.label)
+        box = (max(x + text_width + 16, right - cells.bars), y, right, y + cells.label)
         bars(out, box, distance[place])
         place += 1
     return out
@@ -250,7 +259,7 @@ def _cell(
     power: int,
     cells: _Cells,
 ) -> None:
-    """The maps of one head."""
+    """Draw the maps of one head."""
     scale = cells.scale
     for left, values in zip(cells.lefts, around, strict=False):
         out.paste(heat_picture(values, power, scale, scale), (x + left, 0))
@@ -267,19 +276,23 @@ def bars(
     values: torch.Tensor,
     widest: int = 8,
 ) -> tuple[int, int]:
-    """Draw mass by frame distance as bars at the right of a box ``(left, upper, right, lower)``,
-    the largest as high as the box, that of distance 0 red; returns the left edge and the width of a
-    bar, 0 where there is no room or nothing to see."""
+    """Draw mass by frame distance as bars at the right of a box ``(left, upper, right, lower)``.
+
+    The largest bar is as high as the box; the bar of distance 0 is red.
+
+    Returns:
+        The left edge and the width of a bar; width 0 if nothing was drawn.
+    """
     left, upper, right, lower = box
     count, height = len(values), lower - upper
-    wide = min(widest, (right - left) // count)
-    if wide < 1 or count == 1:
+    bar_width = min(widest, (right - left) // count)
+    if bar_width < 1 or count == 1:
         return right, 0
     draw = ImageDraw.Draw(out)
-    left = right - wide * count
+    left = right - bar_width * count
     for number, value in enumerate((values / values.max().clamp(min=1e-9)).tolist()):
         high = max(1, round(value * height))
         color = QUERY if number == count // 2 else BAR
-        edge = left + (number + 1) * wide - (1 if wide < 3 else 1 + -(-wide // 8))
-        draw.rectangle((left + number * wide, lower - high, edge, lower - 1), color)
-    return left, wide
+        edge = left + (number + 1) * bar_width - (1 if bar_width < 3 else 1 + -(-bar_width // 8))
+        draw.rectangle((left + number * bar_width, lower - high, edge, lower - 1), color)
+    return left, bar_width

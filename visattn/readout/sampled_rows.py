@@ -21,7 +21,7 @@ from visattn.runtime.torch_settings import lasting, plain_torch
 
 __all__ = ["MAX_BYTES", "RowChunk", "RowSample", "TileSample", "attention_rows", "draw_rows"]
 
-MAX_BYTES = 64 << 20  # of the largest tensor that reading rows makes
+MAX_BYTES = 64 << 20  # size of the largest temporary tensor of attention_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,20 @@ class TileSample:
     """Sampled query tiles of one tiling, ``n`` of them.
 
     Attributes:
-        tiling, blocks: how the sequence is cut, and its tiles.
+        tiling: how the sequence is cut into tiles.
+        blocks: all tiles of the sequence.
         tiles: numbers of the sampled tiles among ``blocks``, int64 ``[n]``, in the order in which
             the curve of ``draw_rows`` passes them.
-        members: where the rows of each tile stand in the sample, int64 ``[n, rows]``.
-        exists: which of ``members`` are there, bool ``[n, rows]``; a cut tile has fewer.
+        members: index in the sample of each row of each tile, int64 ``[n, rows]``.
+        exists: which of ``members`` are real rows, bool ``[n, rows]``; tiles cut at a border have
+            fewer rows.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.readout import Tiling, draw_rows
+        >>> sample = draw_rows(TokenLayout(Grid(2, 4, 4)), [Tiling((1, 2, 2))], tiles=3)
+        >>> sample.samples[0].members.shape
+        torch.Size([3, 4])
     """
 
     tiling: Tiling
@@ -48,10 +57,17 @@ class RowSample:
     """Sampled query rows of one grid of a layout.
 
     Attributes:
-        layout: of the sequence.
-        number: which of its grids the queries are in.
+        layout: the segments of the sequence.
+        number: number of the grid that the queries are in.
         tokens: the rows, ascending int64 ``[R]``; each is read once, whatever tiles it is in.
-        samples: the tiles that they make up, one entry for each tiling.
+        samples: the sampled tiles, one entry for each tiling.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.readout import Tiling, draw_rows
+        >>> sample = draw_rows(TokenLayout(Grid(2, 4, 4)), [Tiling(16)], tiles=1)
+        >>> len(sample), sample.start
+        (16, 0)
     """
 
     layout: TokenLayout
@@ -64,6 +80,7 @@ class RowSample:
 
     @property
     def grid(self) -> Grid:
+        """The grid that the queries are in."""
         return self.layout.grids[self.number][1]
 
     @property
@@ -82,9 +99,18 @@ class RowChunk(NamedTuple):
     """Some rows of some heads.
 
     Attributes:
-        heads, rows: which heads of ``q``, which rows of the sample.
+        heads: the heads of ``q``.
+        rows: the rows of the sample.
         weights: their softmax over all keys, float32 ``[h, r, L]``.
-        lse: log of the sum of the exponentials of the logits, natural, float32 ``[h, r]``.
+        lse: natural logarithm of the sum of exponentials of the logits, float32 ``[h, r]``.
+
+    Example:
+        >>> import torch
+        >>> from visattn.readout import attention_rows
+        >>> q = k = torch.randn(2, 32, 8)
+        >>> [chunk] = attention_rows(q, k, torch.tensor([0, 5, 9]))
+        >>> chunk.weights.shape, chunk.lse.shape
+        (torch.Size([2, 3, 32]), torch.Size([2, 3]))
     """
 
     heads: slice
@@ -104,22 +130,33 @@ def draw_rows(
 ) -> RowSample:
     """Draw query tiles that are spread over a grid.
 
-    For each tiling, the tiles are strung on a Hilbert curve through the grid of tiles (runs on
-    their line), the curve is closed to a ring and turned by a random number of tiles, cut into
-    ``tiles`` arcs that are equal within one tile, and one tile is drawn from each arc. Every tile,
-    and so every token, is drawn with the same probability.
+    For each tiling, the tiles are ordered along a Hilbert curve (runs along their line). The order
+    is closed to a ring, rotated by a random number of tiles, and cut into ``tiles`` arcs whose
+    lengths differ by at most one tile. One tile is drawn from each arc. Every tile, and so every
+    token, is drawn with the same probability.
 
     Args:
-        layout: what the tokens are.
+        layout: the segments of the sequence.
         tilings: at least one; the rows are those of the sampled tiles of all of them.
-        tiles: query tiles of each tiling, at least 1; where a grid has no more, all are taken.
+        tiles: query tiles of each tiling, at least 1; if the grid has fewer, all are taken.
         rows_per_tile: random rows of each tile instead of all. Means over a tile's rows are then
             noisier, and look more concentrated than they are.
-        seed: of the draw; the same arguments give the same rows.
-        number: which grid of the layout the queries are in. Text queries are not sampled.
+        seed: seed of the draw; the same arguments give the same rows.
+        number: number of the grid that the queries are in. Text queries are not sampled.
+
+    Returns:
+        The sampled rows and tiles.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the layout has no such grid.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the layout has no such grid.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.readout import Tiling, draw_rows
+        >>> layout = TokenLayout(Grid(2, 4, 4), text_after=8)
+        >>> draw_rows(layout, [Tiling((1, 2, 2))], tiles=3).tokens.shape
+        torch.Size([12])
     """
     check_count("tiles", tiles, 1)
     check_count("seed", seed, 0)
@@ -170,7 +207,7 @@ def _draw(
 
 
 def _along_curve(count: Grid, tiles: int, generator: torch.Generator) -> torch.Tensor:
-    """Up to ``tiles`` numbers of tiles of a grid of tiles, one from each arc of the curve."""
+    """Return up to ``tiles`` numbers of tiles, one from each arc of the curve."""
     curve = HilbertOrder().index(count)
     if tiles >= len(curve):
         return curve
@@ -190,25 +227,32 @@ def attention_rows(
     valid: torch.Tensor | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[RowChunk]:
-    """The exact softmax of some query rows, in chunks.
+    """Compute the exact softmax of some query rows, in chunks.
 
-    ``weights[h, r] = softmax(scale * q[h, rows[r]] @ k[h'].T)`` in float32, multiplied as torch is
-    set to multiply float32 matrices; ``h'`` is the key head that query head ``h`` shares with its
-    neighbours.
+    ``weights[h, r] = softmax(scale * q[h, rows[r]] @ k[h'].T)`` in float32, with torch's current
+    precision setting for float32 matrix products. ``h'`` is the key head of query head ``h``.
 
     Args:
-        q: ``[H, L, D]`` of one sample, any dtype and device; k: ``[Hk, L, D]``, ``Hk`` divides
-            ``H``.
+        q: queries of one batch item, ``[H, L, D]``, any dtype and device.
+        k: keys ``[Hk, L, D]``, ``Hk`` divides ``H``.
         rows: int64 ``[R]``, for example ``RowSample.tokens``.
-        scale: of the logits; None is ``D ** -0.5``.
-        valid: keys that are seen, bool ``[L]``; the others have weight 0. None: all are.
-        max_bytes: no tensor is made that is larger, unless one row is.
+        scale: factor of the logits; None is ``D ** -0.5``.
+        valid: visible keys, bool ``[L]``; the others have weight 0. None: all are visible.
+        max_bytes: size limit of temporary tensors in bytes; a single row may exceed it.
 
     Yields:
-        Chunks that cover all heads and rows, heads outermost.
+        Chunks that cover all heads and rows; rows vary fastest.
 
     Raises:
-        ValueError: the tensors do not fit each other.
+        ValueError: the shapes do not match.
+
+    Example:
+        >>> import torch
+        >>> from visattn.readout import attention_rows
+        >>> q, k = torch.randn(4, 32, 8), torch.randn(2, 32, 8)
+        >>> chunks = attention_rows(q, k, torch.tensor([0, 5]))
+        >>> all(torch.allclose(c.weights.sum(-1), torch.ones(())) for c in chunks)
+        True
     """
     if q.ndim != 3 or k.ndim != 3 or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
         raise ValueError(
@@ -218,17 +262,17 @@ def attention_rows(
     factor = q.shape[2] ** -0.5 if scale is None else scale
     heads, tokens, group = q.shape[0], k.shape[1], q.shape[0] // k.shape[0]
     count = min(len(rows), max(1, max_bytes // (4 * tokens)))
-    wide = max(1, min(max_bytes // (4 * tokens * max(count, q.shape[2])), heads))
-    span = max(1, max_bytes // (4 * wide * q.shape[2]))  # of keys converted at a time
+    heads_per_chunk = max(1, min(max_bytes // (4 * tokens * max(count, q.shape[2])), heads))
+    span = max(1, max_bytes // (4 * heads_per_chunk * q.shape[2]))  # of keys converted at a time
     rows = rows.to(q.device)
     unseen = None if valid is None else ~valid.to(q.device)
-    for head in range(0, heads, wide):
-        own = slice(head, min(head + wide, heads))
-        shared = torch.arange(own.start, own.stop, device=q.device) // group
+    for head in range(0, heads, heads_per_chunk):
+        chunk_heads = slice(head, min(head + heads_per_chunk, heads))
+        shared = torch.arange(chunk_heads.start, chunk_heads.stop, device=q.device) // group
         for row in range(0, len(rows), count):
             part = slice(row, min(row + count, len(rows)))
-            queries = q[own, rows[part]].float() * factor
-            yield RowChunk(own, part, *_softmax(queries, k, shared, span, unseen))
+            queries = q[chunk_heads, rows[part]].float() * factor
+            yield RowChunk(chunk_heads, part, *_softmax(queries, k, shared, span, unseen))
 
 
 @plain_torch()
@@ -239,8 +283,10 @@ def _softmax(
     span: int,
     unseen: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and LSE of queries ``[h, r, D]`` that are multiplied by the factor already, by the
-    key heads ``heads``, ``span`` keys at a time."""
+    """Return the weights and LSE of scaled queries ``[h, r, D]`` with the key heads ``heads``.
+
+    Keys are processed ``span`` at a time.
+    """
     weights = torch.empty(*queries.shape[:2], k.shape[1], device=k.device)
     for key in range(0, k.shape[1], span):
         near = slice(key, key + span)

@@ -1,4 +1,4 @@
-"""An observer that takes measures of the attention of a running pipeline.
+"""An observer that measures the attention of a running pipeline.
 
 sampler = Sampler(steps=[0, 5])
 with visattn.inject.observe(pipe, sampler):
@@ -26,11 +26,17 @@ from visattn.readout.tiles import MOST_TOKENS, Tiling, default_tilings
 
 __all__ = ["ANY_PASS", "HeadReadout", "Key", "Sampler", "Shares"]
 
-ANY_PASS = "any"  # the name of a pass that is not known
+ANY_PASS = "any"  # the name of an unknown pass
 
 
 class Key(NamedTuple):
-    """An attention layer in one pass; ``number`` counts the layers of its denoiser."""
+    """An attention layer in one pass; ``number`` counts the layers of its denoiser.
+
+    Example:
+        >>> from visattn.readout import Key
+        >>> Key("transformer", 0, "blocks.0.attn1", "cond").number
+        0
+    """
 
     role: str
     number: int
@@ -43,11 +49,20 @@ class Shares:
     """The measures of one head, each a share; ``visattn.readout.measures`` defines them.
 
     Args:
-        frame, same_place, window, columns, text: of the mass. ``columns`` is None where it is not
-            defined.
-        tile_share: of the key tiles, for 90 % of the mass, with the tiling that needs least.
-        tiling: the name of that tiling.
-        tile_shares: the same for every tiling, by name.
+        frame: share of the mass in the query's own frame.
+        same_place: share of the mass at the same place in other frames.
+        window: share of the mass in the window around the query.
+        columns: share of the mass in the column keys, or None where it is not defined.
+        text: share of the mass in text keys.
+        tile_share: smallest share of the key tiles that holds 90 % of the mass, over all tilings.
+        tiling: the name of the tiling with this share.
+        tile_shares: the share of every tiling, by name.
+
+    Example:
+        >>> from visattn.readout import Shares
+        >>> shares = Shares(0.5, 0.1, 0.4, None, 0.1, 0.2, "1x8x8", {"1x8x8": 0.2})
+        >>> shares.numbers()["tile_share"]
+        0.2
     """
 
     frame: float
@@ -72,10 +87,21 @@ class HeadReadout:
     """The measures of a head, as means over calls.
 
     Args:
-        role, layer, number, head, pass_: whose attention; ``number`` is that of the layer.
-        step: the denoising step; None for the mean over all that were read.
-        calls: that were read; every sample of a batch is one.
+        role: the denoiser, such as ``"transformer"``.
+        layer: path of the layer in the denoiser.
+        number: number of the layer.
+        head: number of the head.
+        pass_: ``"cond"``, ``"uncond"`` or ``ANY_PASS``.
+        step: the denoising step; None for the mean over all steps that were read.
+        calls: number of calls that were read; each item of a batch is one.
         shares: the measures.
+
+    Example:
+        >>> from visattn.readout import HeadReadout, Shares
+        >>> shares = Shares(0.5, 0.1, 0.4, None, 0.1, 0.2, "1x8x8", {"1x8x8": 0.2})
+        >>> head = HeadReadout("transformer", "blocks.0.attn1", 0, 3, "cond", None, 1, shares)
+        >>> head.numbers()["head"]
+        3
     """
 
     role: str
@@ -96,8 +122,7 @@ class HeadReadout:
 
 @dataclass
 class _Sums:
-    """What is kept of a layer in one pass: sums over calls, and by step the calls and the sums of
-    ``_columns_of``."""
+    """Sums over the calls of a layer in one pass, and by step the sums of ``_columns_of``."""
 
     tally: Tally
     calls: int = 1
@@ -106,34 +131,47 @@ class _Sums:
 
 
 class Sampler:
-    """Measures of the heads of a pipeline; give it to ``visattn.inject.observe``.
+    """Measures the heads of a pipeline; give it to ``visattn.inject.observe``.
 
-    What is measured is the softmax of the queries and keys of a layer, over all keys, whatever a
-    plan has the layer compute with them. All calls are read at the same rows.
+    It measures the dense softmax of the queries and keys of a layer, whatever pattern a plan runs
+    there. All calls are read at the same rows.
 
     Args:
         steps: denoising steps that are read, from 0; None reads all.
-        passes: passes that are read, of ``"cond"``, ``"uncond"``; None reads all. A pass that is
-            not known is read always, under the name ``ANY_PASS``.
-        layers: ``(role, path)`` of the layers that are read; None reads all that are shown.
+        passes: passes that are read, of ``"cond"``, ``"uncond"``; None reads all. An unknown pass
+            is always read, under the name ``ANY_PASS``.
+        layers: ``(role, path)`` of the layers that are read; None reads all.
         heads: query heads that are read; None reads all.
-        tilings: tiles to measure with; None takes ``default_tilings`` of the grid with
-            ``tile_size``.
-        tiles, rows_per_tile, seed: of the sample, as in ``draw_rows``.
-        window, around: of the measures, as in ``Measures``.
-        keep_query: keep the mean attention of one query whole, for pictures.
-        query: its ``(t, h, w)``, and it is kept; None is the middle of the grid.
-        per_step: keep the shares of each step too.
-        max_bytes: of the largest tensor that is made, but for a few rows at very many tokens.
+        tilings: tilings to measure; None takes ``default_tilings`` of the grid.
+        tile_size: tokens of a tile of the default tilings.
+        tiles: sampled tiles, as in ``draw_rows``.
+        rows_per_tile: sampled rows of a tile, as in ``draw_rows``.
+        seed: seed of the sample.
+        window: sides of the window, as in ``Measures``.
+        around: sides of the mean around the query, as in ``Measures``.
+        keep_query: keep the mean attention of one query to all tokens, for pictures.
+        query: place ``(t, h, w)`` of this query; implies ``keep_query``. None is the middle of the
+            grid.
+        per_step: also keep the shares of each step.
+        max_bytes: size limit of temporary tensors in bytes.
 
-    What is kept between calls, on the CPU, does not grow with them: about 16 bytes a token for each
-    head of each layer and pass, and a few numbers for each step.
+    Memory on the CPU does not grow with the number of calls: about 16 bytes a token for each head
+    of each layer and pass, and a few numbers for each step.
 
     Raises:
-        TypeError, ValueError: an argument is wrong. In a call, and so from the pipeline: the
-            layout has no grid or is not that of the calls before, a head or the query is not there,
-            the step is not known where ``steps`` or ``per_step`` need it, or attention is not
-            finite.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range. Calls of the pipeline also raise it: if the layout
+            has no grid or has changed, a head or the query does not exist, the step is unknown but
+            needed, or attention is not finite.
+
+    Example:
+        >>> from visattn.inject import observe
+        >>> from visattn.readout import Sampler
+        >>> sampler = Sampler(steps=[0])
+        >>> with observe(pipe, sampler):
+        ...     video = pipe("a cat", height=16, width=16, num_frames=5, num_inference_steps=1)
+        >>> sampler.table()[0].head
+        0
     """
 
     def __init__(
@@ -199,8 +237,8 @@ class Sampler:
             return False
         if observation.step is None and (self.steps is not None or self.per_step):
             raise ValueError(
-                f"the denoising step of a call of {observation.role} is not known, so that steps "
-                "cannot be told apart"
+                f"the denoising step of a call of {observation.role} is not known; the options "
+                "steps and per_step need it"
             )
         return self.steps is None or observation.step in self.steps
 
@@ -274,16 +312,16 @@ class Sampler:
         places = zip(self.query, self.sample.grid.strides, strict=True)
         return torch.tensor([self.sample.start + sum(x * s for x, s in places)])
 
-    # ---- what they are
+    # ---- the results
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tilings."""
+        """The names of the tilings."""
         return tuple(tiles.tiling.name for tiles in self.measures.sample.samples)
 
     @property
     def measures(self) -> Measures:
-        """How measures are taken, with the sample.
+        """The measures, with the sample.
 
         Raises:
             ValueError: no call was read yet.
@@ -293,20 +331,19 @@ class Sampler:
         return next(iter(self._measures.values()))
 
     def seen(self) -> list[Key]:
-        """What was read, in order."""
+        """Return the layers and passes that were read, in order."""
         return sorted(self._sums)
 
     def tally(self, key: Key) -> Tally:
-        """All measures of a layer in one pass as means over calls; heads are those that are
-        read."""
+        """Return all measures of a layer in one pass as means over calls, for the heads read."""
         sums = self._sums[key]
         return sums.tally.over(sums.calls)
 
     def query_attention(self, key: Key) -> torch.Tensor:
-        """Mean attention of the query, float32 ``[H, L]``.
+        """Return the mean attention of the query, float32 ``[H, L]``.
 
         Raises:
-            ValueError: the sampler keeps that of no query.
+            ValueError: the sampler keeps no query.
         """
         sums = self._sums[key]
         if sums.query is None:
@@ -319,11 +356,12 @@ class Sampler:
         return _shares(_columns_of(self.measures.chance)[0], self.names)
 
     def table(self, *, by_step: bool = False) -> list[HeadReadout]:
-        """A line for each head of each layer and pass, in order; with ``by_step`` one for each
-        step, where column keys are chosen anew in every call.
+        """Return one line for each head of each layer and pass, in order.
+
+        With ``by_step`` there is one line for each step; column keys are then chosen per call.
 
         Raises:
-            ValueError: steps were not kept apart.
+            ValueError: ``by_step`` without ``per_step=True``.
         """
         if by_step and not self.per_step:
             raise ValueError("the sampler keeps no steps; give it per_step=True")
@@ -347,20 +385,20 @@ class Sampler:
 
 
 def _whole(name: str, values: Collection[int]) -> tuple[int, ...]:
-    """Ascending distinct numbers, or a sentence that says what is wrong."""
+    """Return the distinct numbers, ascending; raise if one is no count or there is none."""
     if not values:
         raise ValueError(f"{name} is empty; leave it out to read all")
     return tuple(sorted({check_count(name, value, 0) for value in values}))
 
 
 def _columns_of(tally: Tally) -> torch.Tensor:
-    """The measures of ``Shares`` as columns, float64 ``[H, 5 + tilings]``."""
+    """Return the measures of ``Shares`` as columns, float64 ``[H, 5 + tilings]``."""
     first = (tally.frame, tally.same_place, tally.window, column_mass(tally.columns), tally.text)
     return torch.cat([torch.stack(first, 1), tally.tile_shares], 1)
 
 
 def _shares(values: torch.Tensor, names: tuple[str, ...]) -> Shares:
-    """A line of ``_columns_of``."""
+    """Return the Shares of one line of ``_columns_of``."""
     frame, same_place, window, columns, text, *tiles = values.tolist()
     by_name = dict(zip(names, tiles, strict=True))
     best = min(by_name, key=lambda name: by_name[name])

@@ -1,4 +1,4 @@
-"""How a grid is cut into tiles, for measures that speak of them: boxes, or runs in raster order."""
+"""Tilings of a grid for the measures: boxes, or runs in raster order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ MOST_TOKENS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of a grid. Other segments of a layout are cut into runs of as many tokens.
+    """Tiles of a grid. Other segments of a layout are cut into runs of the same number of tokens.
 
     Args:
-        tile: the sides of a box ``(frames, height, width)``, boxes at the far borders may be cut;
-            or the tokens of a run in raster order.
+        tile: sides of a box ``(frames, height, width)``; boxes at the far borders may be smaller.
+            Or the tokens of a run in raster order.
 
     Raises:
-        TypeError, ValueError: it is neither.
+        TypeError: ``tile`` is neither three integers nor one.
+        ValueError: a number is below 1.
+
+    Example:
+        >>> from visattn.readout import Tiling
+        >>> Tiling((1, 8, 8)).name, Tiling(64).name
+        ('1x8x8', 'run 64')
     """
 
     tile: Triple | int
@@ -56,12 +62,12 @@ class Tiling:
         return f"run {self.tile}" if isinstance(self.tile, int) else "x".join(map(str, self.tile))
 
     def blocks(self, layout: TokenLayout) -> SequenceBlocks:
-        """The tiles of a whole sequence, those of a grid in raster order of tiles."""
+        """Return the tiles of a whole sequence; the tiles of a grid are in raster order."""
         order = LineOrder() if isinstance(self.tile, int) else BoxOrder(self.tile)
         return sequence_blocks(layout, (order,) * len(layout.grids), self.size)
 
     def count(self, grid: Grid) -> Grid:
-        """The grid of tiles; runs count as a line of them."""
+        """Return the grid of tiles; runs form a line."""
         if isinstance(self.tile, int):
             return Grid(1, 1, -(-grid.numel // self.tile))
         t, h, w = (-(-length // side) for length, side in zip(grid.shape, self.tile, strict=True))
@@ -69,9 +75,25 @@ class Tiling:
 
 
 def default_tilings(grid: Grid, most: int = MOST_TOKENS) -> tuple[Tiling, ...]:
-    """The tilings that measures are taken over when none are named: boxes of ``most`` tokens or
-    little less, from flat to long in time (of 64: 1x8x8, 2x4x8, 4x4x4, 8x2x4, 16x2x2, ...), each
-    fitted to the grid, and runs of ``most`` tokens in raster order; none twice."""
+    """Return the tilings that are measured by default.
+
+    These are boxes of about ``most`` tokens, from flat to long in time (for 64: 1x8x8, 2x4x8,
+    4x4x4, 8x2x4, 16x2x2, ...), each fitted to the grid, and runs of ``most`` tokens in raster
+    order, without duplicates.
+
+    Args:
+        grid: the grid.
+        most: most tokens of a tile.
+
+    Returns:
+        The tilings.
+
+    Example:
+        >>> from visattn import Grid
+        >>> from visattn.readout import default_tilings
+        >>> [tiling.name for tiling in default_tilings(Grid(1, 16, 16))]
+        ['1x8x8', 'run 64']
+    """
     check_count("most", most, 1)
     boxes, frames = [], 1
     while frames <= most and frames < 2 * grid.frames:
