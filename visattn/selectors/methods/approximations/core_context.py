@@ -28,8 +28,8 @@ class CoreContext(BlockSelector):
     block.
 
     Args:
-        keep: number of further blocks of a row that are seen in full, or the share of them: those
-            with the highest pooled scores. The neighbours count towards it.
+        keep: least number of blocks of a row that are seen in full, or the share of them. The own
+            and neighbouring blocks count towards it; the best by pooled score are added.
         block: tokens of a block.
         order: order in which tokens are cut into blocks: ``"tiles"``, ``"hilbert"`` or
             ``"raster"``.

@@ -58,7 +58,7 @@ class OnlineChoice(Selector):
         1.5 (HunyuanVideo), and by rows of the first 10,000 tokens only.
     Differences:
         - Rows are evenly spread and not drawn.
-        - Any static patterns can be given; the default ones are a fifth of the sequence acc_dtype.
+        - Any static patterns can be given; the default ones are a fifth of the sequence wide.
         - Blocks of ``block`` tokens that are partly kept are kept whole.
     """
 

@@ -25,7 +25,7 @@ class XAttention(BlockSelector):
 
     Args:
         mass: the share of the mass.
-        stride: distance of the antidiagonals in tokens; divides ``block``.
+        stride: sides of a cell in tokens; each block is cut into runs of this length.
         block: tokens of a block.
         sink: keep the first key block for all queries. The authors' code does so for masks that are
             not causal, apparently by accident.
