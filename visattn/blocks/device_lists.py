@@ -38,8 +38,7 @@ class DeviceMaps:
         key_slots: int32 ``[2, S]``: key head and row of ``k_index`` of each distinct pair; None
             where keys stay in token order, and the slot is the key head.
         kinds: predicate kinds of the two slots; ordered: whether queries, keys are reordered.
-        num_parts: parts of split rows; tile_steps: key blocks that one launch visits per batch
-            item.
+        num_parts: number of parts of rows that are split.
     """
 
     lists: dict[str, torch.Tensor]
@@ -47,7 +46,6 @@ class DeviceMaps:
     kinds: tuple[int, int]
     ordered: tuple[bool, bool]
     num_parts: int
-    tile_steps: int
     block: tuple[int, int]
 
     @property
@@ -322,6 +320,5 @@ def device_maps(
         kinds=kinds,
         ordered=(q_ordered, k_ordered),
         num_parts=parts,
-        tile_steps=int((work[:, 11] - work[:, 7]).sum()),
         block=(bank.maps[0].block_q, bank.maps[0].block_k),
     )
