@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of others, read with a limit or as text."""
+"""Write files atomically; read files with a size limit, or as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from visattn.runtime.temporary_files import clear_leftovers, part_of
 
 __all__ = ["check_writable", "read_limited", "read_text", "sha256_of", "write_whole"]
 
-MOST_TEXT = 1 << 26  # bytes of a text, where nothing else is said
+MOST_TEXT = 1 << 26  # default limit of a text, in bytes
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -25,7 +25,7 @@ MARKS = {
 
 
 def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Read a regular file of at most ``limit`` bytes. A pipe or a device is not waited for.
+    """Read a regular file of at most ``limit`` bytes. Does not wait for a pipe or a device.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -39,17 +39,17 @@ def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a regular file of any size, which is never whole in memory.
+    """Return the SHA-256 of a regular file of any size, which is read in pieces.
 
     Raises:
         OSError: the file is missing or cannot be read.
         ValueError: it is no regular file.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with _regular(path) as file:
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -61,7 +61,7 @@ def _regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file under a temporary name beside its own, then give it its own.
+    """Write a file under a temporary name in the same folder, then rename it.
 
     Raises:
         OSError: the folder is missing or cannot be written; it names ``path``.
@@ -79,8 +79,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a file or folder that could not be written, before it is made; folders around it are
-    not made.
+    """Check that a file or folder can be written, before the work that makes it. Creates no parent
+    folders.
 
     Raises:
         OSError: the folder around it is missing or cannot be written; it names ``path``.
@@ -96,23 +96,23 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def read_text(path: str | os.PathLike[str], what: str, limit: int = MOST_TEXT) -> str:
-    """The text of a file in UTF-8, or in the encoding of its byte order mark, with lines that end
-    in ``\\n``.
+    """Return the text of a file in UTF-8, or in the encoding of its byte order mark, with lines
+    that end in ``\\n``.
 
     Args:
-        path: of the file, which may be a pipe.
-        what: it is called in a sentence, as in ``"plan"``.
-        limit: bytes that it may have.
+        path: the file, which may be a pipe.
+        what: what error messages call the file, for example ``"plan"``.
+        limit: the largest allowed size in bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such text, is too large, or holds the character NUL.
+        OSError: the file cannot be read.
+        ValueError: the file is not such a text, is too large, or holds the character NUL.
     """
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{what} {str(path)!r} has more than the {limit} bytes allowed")
-    encoding = next((own for mark, own in MARKS.items() if data.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Lets a CPU build of torch live beside the torchvision of PyPI.
+"""Makes a CPU build of torch work with the torchvision of PyPI.
 
 That torchvision is built for CUDA. Its C++ library does not load without torch's CUDA libraries,
 so the operators ``torchvision::nms`` and ``torchvision::qnms`` are never defined; torchvision
@@ -20,16 +20,16 @@ __all__ = ["ensure_torchvision"]
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
-# A library takes its operators with it when it is collected.
+# The operators exist as long as this object.
 _library: torch.library.Library | None = None
 
 
 def ensure_torchvision() -> None:
     """Define the two operators when torchvision is installed and cannot define them itself.
 
-    torchvision is not imported, and must not have been. With the schemas in place it imports, and
-    only its C++ operators stay unavailable. Where its library does load, nothing is defined: a
-    second definition would abort the process.
+    Does not import torchvision, and does nothing if it is imported already. With the schemas,
+    torchvision can be imported; only its C++ operators are unavailable. If its library does load,
+    nothing is defined, because a second definition would abort the process.
     """
     global _library
     if torch.version.cuda is not None or torch.version.hip is not None:
@@ -47,6 +47,6 @@ def ensure_torchvision() -> None:
 
 
 def _loads_without_cuda(package: Path) -> bool:
-    """Whether torchvision's C++ library is there and does not name torch's CUDA library."""
+    """Whether torchvision's C++ library exists and does not need torch's CUDA library."""
     libraries = [p for p in package.glob("_C.*") if p.suffix in (".so", ".pyd")]
     return bool(libraries) and not any(b"torch_cuda" in p.read_bytes() for p in libraries)

@@ -1,4 +1,4 @@
-"""The version, which ``pyproject.toml`` has too, and those of other packages."""
+"""The version of visattn, the same as in ``pyproject.toml``, and versions of other packages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ __version__ = "0.1.0"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of visattn and of the packages that are installed, which are not imported."""
-    found = {"visattn": __version__}
+    """Return the versions of visattn and of those packages that are installed, without importing
+    them."""
+    by_package = {"visattn": __version__}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_package[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package

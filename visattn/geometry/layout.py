@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 SegmentKind = Literal["grid", "text", "prefix"]
-# A layout in plain words and numbers, in the order of the sequence: ("text", length),
+# A layout as words and numbers, in the order of the sequence: ("text", length),
 # ("prefix", length) and ("grid", frames, height, width).
 Tokens = tuple[tuple[str | int, ...], ...]
 
@@ -49,8 +49,8 @@ T = TypeVar("T")
 
 
 def on_cpu(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function compute geometry on the CPU, whatever default device a user has set; what it
-    makes may be kept."""
+    """Make a function compute geometry on the CPU, whatever default device a user has set. Its
+    results may be cached."""
 
     @functools.wraps(function)
     @lasting
@@ -66,7 +66,7 @@ def on_cpu(function: Callable[P, T]) -> Callable[P, T]:
 @functools.lru_cache(maxsize=256)
 @on_cpu
 def index_on(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Numbers as an index on a device, int64; copied to it once, and not to be written to."""
+    """Return numbers as an int64 index on a device. It is copied there once; do not write to it."""
     return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
@@ -75,19 +75,19 @@ _COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @on_cpu
 def copied_to(constant: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor that is never written to, on a device; copied to it once."""
+    """Return a constant tensor on a device. It is copied there once; do not write to it."""
     if constant.device == torch.device(device):
         return constant
-    own = _COPIES.setdefault(constant, {})
-    if device not in own:
-        own[device] = constant.to(device)
-    copy: torch.Tensor = own[device]
+    copies = _COPIES.setdefault(constant, {})
+    if device not in copies:
+        copies[device] = constant.to(device)
+    copy: torch.Tensor = copies[device]
     return copy
 
 
 class Traceable:
-    """A value that a compiled call can name by its identity: Dynamo traces ``id(x)``, and guards
-    it, where it cannot take the object itself."""
+    """A value that a compiled call refers to by its identity. Dynamo can trace and guard ``id(x)``
+    where it cannot trace the object itself."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         self = super().__new__(cls)
@@ -96,7 +96,7 @@ class Traceable:
 
 
 def alive(identity: int) -> Traceable:
-    """The object of an ``id()``; it must be alive."""
+    """Return the object with an ``id()``; it must still exist."""
     return _ALIVE[identity]
 
 
@@ -110,7 +110,16 @@ class Grid:
         width: token columns, at least 1.
 
     Raises:
-        TypeError, ValueError: a size is not an integer of at least 1.
+        TypeError: a size is not an integer.
+        ValueError: a size is below 1.
+
+    Example:
+        >>> from visattn import Grid
+        >>> grid = Grid(frames=13, height=30, width=45)
+        >>> grid.numel
+        17550
+        >>> str(grid)
+        '13x30x45'
     """
 
     frames: int
@@ -135,12 +144,12 @@ class Grid:
         return (self.height * self.width, self.width, 1)
 
     def coordinates(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(t, h, w)`` of raster indices of any shape."""
+        """Return the coordinates ``(t, h, w)`` of raster indices of any shape."""
         plane = self.height * self.width
         return index // plane, index // self.width % self.height, index % self.width
 
     def permuted(self, axes: tuple[int, int, int]) -> Grid:
-        """The grid whose axis ``i`` is this grid's axis ``axes[i]``."""
+        """Return the grid whose axis ``i`` is axis ``axes[i]`` of this grid."""
         return Grid(*(self.shape[axis] for axis in axes))
 
     def __str__(self) -> str:
@@ -148,8 +157,12 @@ class Grid:
 
 
 def check_query(query: tuple[int, int, int] | None, grid: Grid) -> tuple[int, int, int]:
-    """Return the place ``(t, h, w)`` of a query, for None the middle of the grid, or raise a
-    sentence that names it."""
+    """Return the coordinates ``(t, h, w)`` of a query; those of the middle of the grid for None.
+
+    Raises:
+        TypeError: ``query`` is not a tuple of three integers.
+        ValueError: ``query`` is outside the grid.
+    """
     if query is None:
         return grid.frames // 2, grid.height // 2, grid.width // 2
     if not isinstance(query, tuple) or len(query) != 3:
@@ -164,10 +177,24 @@ def check_query(query: tuple[int, int, int] | None, grid: Grid) -> tuple[int, in
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind.
+    """Consecutive tokens of one kind.
 
-    ``text`` has a capacity (``length``), of which a valid prefix is given per sample at run time;
-    ``prefix`` tokens (class, register) are always valid; ``grid`` tokens have coordinates.
+    Args:
+        kind: ``"grid"``: tokens with coordinates. ``"text"``: at most ``length`` tokens; the number
+            of valid ones is given for each sample at run time. ``"prefix"``: class or register
+            tokens, which are always valid.
+        length: number of tokens, at least 1.
+        grid: the grid of a segment of kind ``"grid"``; None for other kinds.
+
+    Raises:
+        TypeError: ``length`` is not an integer.
+        ValueError: a value is not allowed, or ``length`` is not the number of tokens of ``grid``.
+
+    Example:
+        >>> from visattn import Grid, Segment, TokenLayout
+        >>> layout = TokenLayout(segments=[Segment("prefix", 5), Grid(1, 14, 14)])
+        >>> layout.length
+        201
     """
 
     kind: SegmentKind
@@ -193,18 +220,26 @@ class Segment:
 class TokenLayout(Traceable):
     """What the tokens of a sequence are: one or more grids, text before or after, prefix tokens.
 
-    Args:
-        grid: the grid, when there is one; or use ``segments``.
-        text_before: capacity of text tokens in front of the grid.
-        text_after: capacity of text tokens behind the grid.
-        segments: the sequence in order, for anything else: ``Grid`` or ``Segment`` items.
-
     Layouts are hashable and compare by value. The valid length of a text segment is not part of a
     layout: it is a run-time tensor (``text_lengths``).
 
+    Args:
+        grid: the grid of a sequence with one grid; give ``grid`` or ``segments``.
+        text_before: largest number of text tokens before the grid.
+        text_after: largest number of text tokens after the grid.
+        segments: for other sequences: ``Grid`` and ``Segment`` items in the order of the tokens.
+
     Raises:
-        TypeError, ValueError: a size is wrong, or both or none of ``grid`` and ``segments``
-            are given.
+        TypeError: a size is not an integer, or ``segments`` holds another type.
+        ValueError: a size is too small, or both or none of ``grid`` and ``segments`` are given.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> layout = TokenLayout(Grid(13, 30, 45), text_before=226)
+        >>> layout.length
+        17776
+        >>> str(layout)
+        'text(226) + 13x30x45'
     """
 
     segments: tuple[Segment, ...] = field()
@@ -254,10 +289,11 @@ class TokenLayout(Traceable):
 
     @classmethod
     def from_tokens(cls, tokens: Tokens) -> Self:
-        """The layout of ``(("text", 226), ("grid", 13, 30, 45))``.
+        """Return the layout that is written as in ``(("text", 226), ("grid", 13, 30, 45))``.
 
         Raises:
-            TypeError, ValueError: an item is no such segment.
+            TypeError: a size is not an integer.
+            ValueError: an item does not describe a segment.
         """
         parts: list[Segment | Grid] = []
         for kind, *sizes in tokens:
@@ -275,7 +311,7 @@ class TokenLayout(Traceable):
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The segments in plain words and numbers; ``from_tokens`` reads them."""
+        """The segments as words and numbers; ``from_tokens`` reads them."""
         return tuple(
             (s.kind, *s.grid.shape) if s.grid is not None else (s.kind, s.length)
             for s in self.segments
@@ -322,8 +358,9 @@ def check_text_lengths(text_lengths: torch.Tensor, layout: TokenLayout, batch: i
         batch: ``B``.
 
     Raises:
-        TypeError, ValueError: the dtype or shape does not fit the layout and batch. Values are not
-            read, so that nothing waits for a device; they are clamped to the capacity.
+        TypeError: the dtype is not int32 or int64.
+        ValueError: the shape does not fit the layout and batch. Values are not checked, because
+            reading them would wait for the device; they are clamped to the capacity.
     """
     count = len(layout.texts)
     if count == 0:
@@ -348,7 +385,8 @@ def check_text_lengths(text_lengths: torch.Tensor, layout: TokenLayout, batch: i
 
 
 def valid_keys(text_lengths: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Which keys are valid, bool ``[B, L]``, for checked text lengths ``[B, text segments]``."""
+    """Return which keys are valid, bool ``[B, L]``, for checked text lengths ``[B, text
+    segments]``."""
     valid = text_lengths.new_ones((text_lengths.shape[0], layout.length), dtype=torch.bool)
     for column, (start, length) in enumerate(layout.texts):
         position = torch.arange(length, device=text_lengths.device)

@@ -3,7 +3,7 @@
 An order is a permutation of a grid: raster order in any sequence of axes, boxes (3-D tiles, also of
 the residue classes of a dilation), a Hilbert curve, or an explicit index. Blocks are runs of at
 most ``size`` tokens of the ordered sequence; each carries the box of coordinates that bounds it,
-from which predicates decide whole blocks at a time. Orders are hashable.
+from which predicates classify whole blocks. Orders are hashable.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ class OrderedBlocks:
     """The blocks of one ordered grid. ``N`` blocks; all tensors int64 on the CPU.
 
     Attributes:
-        start, length: first position and token count in the ordered grid, ``[N]``.
-        low, high: inclusive bounds of the coordinates ``(t, h, w)``, ``[N, 3]``.
-        step: distance of neighbouring coordinates inside a block, per axis (1 but for residue
-            boxes).
+        start: first position of each block in the ordered grid, ``[N]``.
+        length: number of tokens of each block, ``[N]``.
+        low: lowest coordinates ``(t, h, w)`` of each block, ``[N, 3]``.
+        high: highest coordinates ``(t, h, w)`` of each block, ``[N, 3]``.
+        step: distance of neighbouring coordinates inside a block, per axis; 1 except for boxes of
+            residue classes.
     """
 
     order: Order
@@ -74,12 +76,12 @@ class Order(Protocol):
     def blocks(self, grid: Grid, size: int) -> OrderedBlocks: ...
 
     def permuted(self, axes: Triple, grid: Grid) -> Order:
-        """An order of ``grid`` with the blocks that this one has on ``grid.permuted(axes)``."""
+        """Return an order of ``grid`` with the blocks of this one on ``grid.permuted(axes)``."""
         ...
 
 
 def _unpermute(values: torch.Tensor, axes: Triple) -> torch.Tensor:
-    """Columns ``[N, 3]`` of a permuted grid, put back to ``t, h, w``."""
+    """Return the columns ``[N, 3]`` of a permuted grid in the order ``t, h, w``."""
     out = torch.empty_like(values)
     out[:, list(axes)] = values
     return out
@@ -94,8 +96,7 @@ def _unpermute_triple(values: Triple, axes: Triple) -> Triple:
 
 @dataclass(frozen=True)
 class LineOrder:
-    """Raster order with the axes nested as ``axes`` says, slowest first; ``"thw"`` is the natural
-    one."""
+    """Raster order. ``axes`` names the axes, slowest first; ``"thw"`` is the natural order."""
 
     axes: str = AXES
 
@@ -223,9 +224,9 @@ class BoxOrder:
 
 
 def fitted(tile: Triple, grid: Grid, most: int) -> Triple:
-    """A box near ``tile`` that cuts a grid evenly: no side longer than the grid's, sides doubled
-    (width, height, frames, by turns) while at most ``most`` tokens are in the box, and each then as
-    short as the same number of boxes allows. Sides of 8 on an axis of 9 become 5, not 8 and 1."""
+    """Return a box close to ``tile`` that cuts a grid evenly. Sides are doubled in turn (width,
+    height, frames) while the box holds at most ``most`` tokens; none is longer than the grid. Then
+    each becomes as short as the same number of boxes allows: 5 for 8 on an axis of 9."""
     sides = [min(side, length) for side, length in zip(tile, grid.shape, strict=True)]
     grown = True
     while grown:
@@ -240,7 +241,7 @@ def fitted(tile: Triple, grid: Grid, most: int) -> Triple:
 
 
 def _cut(order: Order, grid: Grid, size: int) -> OrderedBlocks:
-    """Blocks of ``size`` ordered tokens, with the boxes that bound them."""
+    """Return the blocks of ``size`` ordered tokens, with their bounding boxes."""
     start = torch.arange(0, grid.numel, size)
     length = (grid.numel - start).clamp(max=size)
     places = torch.stack(grid.coordinates(order.index(grid)), 1)  # [n, 3]
@@ -256,7 +257,8 @@ def _cut(order: Order, grid: Grid, size: int) -> OrderedBlocks:
 
 @dataclass(frozen=True)
 class HilbertOrder:
-    """The Hilbert curve of the smallest enclosing cube with a power of two a side, cut to the grid.
+    """The Hilbert curve of the smallest cube around the grid whose side is a power of two. Places
+    outside the grid are left out.
 
     Source: J. Skilling, "Programming the Hilbert curve", AIP Conf. Proc. 707 (2004).
     """
@@ -300,7 +302,7 @@ def _hilbert_rank(places: torch.Tensor, extent: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ExplicitOrder:
-    """Any permutation, given as the raster index at each place (clusters, sorted keys)."""
+    """Any permutation, given as the raster index at each position (clusters, sorted keys)."""
 
     raster: tuple[int, ...]
 
@@ -326,13 +328,14 @@ class ExplicitOrder:
 
 @dataclass(frozen=True, eq=False)
 class SequenceBlocks:
-    """The blocks of a whole sequence; segments never share one. ``N`` blocks, int64 on the CPU.
+    """The ``N`` blocks of a sequence, int64 on the CPU. No block holds tokens of two segments.
 
     Attributes:
         index: ordered position -> token, ``[L]``; None when it is the identity.
-        start, length: first ordered position and token count, ``[N]``.
+        start: first ordered position of each block, ``[N]``.
+        length: number of tokens of each block, ``[N]``.
         segment: number of the segment, ``[N]``.
-        grids: per grid of the layout, its blocks; they stand together from ``first[i]`` on.
+        grids: the blocks of each grid of the layout; those of grid ``i`` begin at ``first[i]``.
     """
 
     layout: TokenLayout
@@ -350,7 +353,7 @@ class SequenceBlocks:
 
     @on_cpu
     def tokens(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of blocks ``[n]``: indices ``[n, size]`` and which of them exist."""
+        """Return the token indices of blocks ``[n]``, ``[n, size]``, and which of them exist."""
         offset = torch.arange(self.size)
         exists = offset < self.length[block, None]
         position = self.start[block, None] + offset.minimum(self.length[block, None] - 1)
@@ -366,21 +369,21 @@ def sequence_blocks(layout: TokenLayout, orders: tuple[Order, ...], size: int) -
     for number, (begin, part) in enumerate(zip(layout.starts, layout.segments, strict=True)):
         if part.grid is None:
             index.append(begin + torch.arange(part.length))
-            own_start = torch.arange(0, part.length, size)
-            own_length = (part.length - own_start).clamp(max=size)
+            segment_start = torch.arange(0, part.length, size)
+            segment_length = (part.length - segment_start).clamp(max=size)
         else:
             blocks = orders[ordinal].blocks(part.grid, size)
             order_index = orders[ordinal].index(part.grid)
             identity = identity and bool((order_index == torch.arange(part.length)).all())
             index.append(begin + order_index)
-            own_start, own_length = blocks.start, blocks.length
+            segment_start, segment_length = blocks.start, blocks.length
             grids.append(blocks)
             first.append(count)
             ordinal += 1
-        start.append(begin + own_start)
-        length.append(own_length)
-        segment.append(torch.full_like(own_start, number))
-        count += len(own_start)
+        start.append(begin + segment_start)
+        length.append(segment_length)
+        segment.append(torch.full_like(segment_start, number))
+        count += len(segment_start)
     return SequenceBlocks(
         layout=layout,
         orders=orders,

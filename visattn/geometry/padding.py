@@ -1,4 +1,4 @@
-"""Text past its length: what it holds, NaN too, must reach neither an output nor a gradient."""
+"""Padding of text: its values, also NaN, must affect neither an output nor a gradient."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ __all__ = ["set_aside", "without_padding", "without_unused_text"]
 def without_padding(
     x: torch.Tensor, layout: TokenLayout, text_lengths: torch.Tensor
 ) -> torch.Tensor:
-    """Keys or values ``[B, H, L, D]`` with 0 past the end of each text; lengths int64 ``[B,
-    texts]``."""
+    """Return keys or values ``[B, H, L, D]`` with 0 after the end of each text.
+
+    Args:
+        x: ``[B, H, L, D]``.
+        layout: tokens of ``x``.
+        text_lengths: int64 ``[B, text segments]``.
+    """
     return x.masked_fill(~valid_keys(text_lengths, layout)[:, None, :, None], 0)
 
 
 def set_aside(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries ``[B, H, L, D]`` with 0 for those that are NaN or infinite, and what is to be added
-    to their output and LSE: NaN, for the others 0, ``[B, H, L]``. In products a NaN query would
-    reach the gradients of all keys."""
-    there = q.isfinite().all(-1)
-    return torch.where(there[..., None], q, 0), q.new_zeros(()).masked_fill(~there, torch.nan)
+    """Replace queries that are NaN or infinite by 0, because a product with such a query would
+    make the gradients of all keys NaN.
+
+    Returns:
+        The queries ``[B, H, L, D]``, and the values ``[B, H, L]`` to add to their output and LSE:
+        NaN for the queries that were replaced, 0 for the others.
+    """
+    finite = q.isfinite().all(-1)
+    return torch.where(finite[..., None], q, 0), q.new_zeros(()).masked_fill(~finite, torch.nan)
 
 
 def without_unused_text(
@@ -33,10 +42,10 @@ def without_unused_text(
     grad_lse: torch.Tensor | None,
     layout: TokenLayout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For a backward pass: q, out ``[B, H, L, D]`` and LSE ``[B, H, L]``, where text queries that
-    have no gradient are 0 and see nothing.
+    """Return q, out and LSE for a backward pass that skips text queries without a gradient.
 
-    Padding is not told apart from text that nobody used, which adds nothing to a gradient either.
+    For these queries, q and out ``[B, H, L, D]`` are 0, and LSE ``[B, H, L]`` is minus infinity.
+    Text that nothing uses has no gradient either, so padding and unused text are treated alike.
     """
     q, out, lse = q.clone(), out.clone(), lse.clone()
     for first, length in layout.texts:
