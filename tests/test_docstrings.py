@@ -35,6 +35,8 @@ WAITING = set(PACKAGES) - {
     "visattn.generation",
     "visattn.guidance",
     "visattn.patterns",
+    "visattn.attention",
+    "visattn.flex",
     "visattn.plan",
     "visattn.readout",
     "visattn.selectors",

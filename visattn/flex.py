@@ -1,7 +1,7 @@
 """Block maps to and from FlexAttention's ``BlockMask``.
 
-FlexAttention cuts a sequence into equal blocks, so a map is exchanged only where its blocks are
-equal: every segment but the last begins at a multiple of the block, and no order has cut boxes.
+FlexAttention cuts a sequence into equal blocks. Therefore a map can be converted only if its blocks
+are equal: every segment begins at a multiple of the block, and no order has cut boxes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,28 @@ def _check_aligned(name: str, blocks: SequenceBlocks) -> None:
 
 @on_cpu
 def to_block_mask(block_map: BlockMap, device: torch.device | str = "cpu") -> BlockMask:
-    """The map as a BlockMask for one batch and head, ``[1, 1, Lq, Lk]``.
+    """Convert a block map to a BlockMask of one batch item and head.
 
-    FlexAttention then takes q, k and v in the map's orders (``q_blocks.index`` and
+    FlexAttention then takes q, k and v in the orders of the map (``q_blocks.index`` and
     ``k_blocks.index``).
 
+    Args:
+        block_map: the map of a pattern.
+        device: device of the BlockMask.
+
+    Returns:
+        The BlockMask, ``[1, 1, Lq, Lk]``.
+
     Raises:
-        ValueError: the map's blocks are not of equal length.
+        ValueError: the blocks of the map are not of equal length.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.flex import to_block_mask
+        >>> from visattn.patterns import Neighborhood
+        >>> block_map = Neighborhood((3, 5, 5)).lower(TokenLayout(Grid(4, 8, 8)), 64, 64)
+        >>> to_block_mask(block_map).shape
+        (1, 1, 256, 256)
     """
     _check_aligned("layout", block_map.q_blocks)
     _check_aligned("kv_layout", block_map.k_blocks)
@@ -87,14 +102,31 @@ def from_block_mask(
     batch: int = 0,
     head: int = 0,
 ) -> BlockMap:
-    """One batch item and head of a BlockMask as a map; partial blocks become bit tiles.
+    """Convert one batch item and head of a BlockMask to a block map, with bit masks of the partial
+    blocks.
 
     Args:
-        block_mask: its ``mask_mod`` must take index tensors that broadcast.
-        layout, kv_layout: what the tokens are; their lengths must be the mask's.
+        block_mask: a mask whose ``mask_mod`` takes index tensors that broadcast.
+        layout: what the queries are; its length must be that of the mask.
+        kv_layout: what the keys are, if they are not the tokens of ``layout``.
+        batch: which batch item.
+        head: which head.
+
+    Returns:
+        The block map, in the natural order of the tokens.
 
     Raises:
         ValueError: lengths differ, blocks are not aligned with the segments, or a row is empty.
+
+    Example:
+        >>> from torch.nn.attention.flex_attention import create_block_mask
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.flex import from_block_mask
+        >>> def causal(b, h, q, k):
+        ...     return q >= k
+        >>> mask = create_block_mask(causal, None, None, 256, 256, device="cpu", BLOCK_SIZE=64)
+        >>> from_block_mask(mask, TokenLayout(Grid(4, 8, 8))).num_visited
+        10
     """
     keys = kv_layout or layout
     if tuple(block_mask.seq_lengths) != (layout.length, keys.length):

@@ -33,7 +33,7 @@ def lower_cached(
     Args:
         pattern: a static pattern.
         layout: tokens of the queries.
-        kv_layout: tokens of the keys; None: those of ``layout``.
+        kv_layout: tokens of the keys, or None if they are those of ``layout``.
         block_q: queries of a block.
         block_k: keys of a block.
         partial: what happens to partial blocks, see ``build_map``.

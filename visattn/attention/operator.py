@@ -1,4 +1,4 @@
-"""The operator: attention of q, k, v by a pattern per head, and the choice of a backend for it."""
+"""The operator: attention of q, k, v with a pattern for each head."""
 
 from __future__ import annotations
 
@@ -29,16 +29,31 @@ def merge_attention(
     """Attention over the union of disjoint key sets, from the attention over each.
 
     Args:
-        outputs: ``[B, H, L, D]`` each; lses: natural-log LSE ``[B, H, L]`` each; at least one of
-            both.
+        outputs: the output of each set, ``[B, H, L, D]``; at least one.
+        lses: the natural-log LSE of each set, ``[B, H, L]``.
 
     Returns:
-        ``sum_i exp(lse_i - lse) output_i`` in the outputs' dtype and ``lse = log sum_i
-        exp(lse_i)``, exact for disjoint sets (Milakov and Gimelshein 2018, arXiv 1805.02867). Rows
-        without a key in any set: 0, -inf.
+        ``sum_i exp(lse_i - lse) output_i`` in the dtype of the outputs, and ``lse = log sum_i
+        exp(lse_i)``. The result is exact for disjoint sets. A row without a key in any set has the
+        output 0 and the LSE minus infinity.
 
     Raises:
-        ValueError: no set, or shapes that do not fit.
+        ValueError: there is no set, or the shapes do not fit.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), arXiv
+    1805.02867.
+
+    Example:
+        >>> import torch
+        >>> from visattn.attention import merge_attention
+        >>> logits, v = torch.randn(1, 2, 8, 6), torch.randn(1, 2, 6, 4)
+        >>> def attend(keys):
+        ...     part = logits[..., keys]
+        ...     return part.softmax(-1) @ v[:, :, keys], part.logsumexp(-1)
+        >>> (out_a, lse_a), (out_b, lse_b) = attend(slice(0, 4)), attend(slice(4, 6))
+        >>> out, lse = merge_attention([out_a, out_b], [lse_a, lse_b])
+        >>> torch.allclose(out, logits.softmax(-1) @ v, atol=1e-5)
+        True
     """
     if not outputs or len(outputs) != len(lses):
         raise ValueError(
@@ -107,44 +122,61 @@ def sparse_attention(
 
     Args:
         q: ``[B, H, Lq, D]``, float16, bfloat16, float32 or float64, any device.
-        k, v: ``[B, Hk, Lk, D]``, dtype and device of ``q``; ``Hk`` divides ``H``
-            (grouped-query heads).
-        pattern: one for all heads, or one per head of ``q``; static ones of ``visattn.patterns``,
-            dynamic ones of ``visattn.selectors``.
-        layout: what the tokens are, ``layout.length == Lq``.
-        kv_layout: what the keys are, when that is something else; static patterns only.
+        k: ``[B, Hk, Lk, D]``, dtype and device of ``q``. ``Hk`` divides ``H`` (grouped-query
+            heads).
+        v: shape, dtype and device of ``k``.
+        pattern: one for all heads, or one for each head of ``q``: static patterns of
+            ``visattn.patterns`` and dynamic patterns of ``visattn.selectors``.
+        layout: what the tokens are; ``layout.length == Lq``.
+        kv_layout: what the keys are, if they are not the tokens of ``layout``. Only static patterns
+            take it.
         text_lengths: valid tokens of each text segment of the keys, int32 or int64 ``[B]`` or
-            ``[B, text segments]``; keys beyond are not seen. None: all are valid.
-        scale: factor of the logits; default ``D ** -0.5``.
-        backend: ``"triton"`` (the kernels: CUDA or ROCm), ``"blockwise"`` (computes visited blocks
-            only, in plain torch, on any device), ``"reference"`` (dense with a mask, the oracle),
-            or ``"auto"``, which logs what it takes: triton where it runs, else blockwise.
-        return_lse: also return the natural-log LSE.
+            ``[B, text segments]``. Keys after them are ignored. By default all are valid.
+        scale: factor of the logits; by default ``D ** -0.5``.
+        backend: ``"triton"`` runs the Triton kernels, on CUDA or ROCm. ``"blockwise"`` computes
+            only the visited blocks, in plain torch, on any device. ``"reference"`` computes dense
+            attention with a mask. ``"auto"`` takes triton where it runs and blockwise elsewhere,
+            and logs its choice.
+        return_lse: whether to return the natural-log LSE too.
 
     Returns:
         ``[B, H, Lq, D]`` in the dtype of ``q``; with ``return_lse`` also the LSE ``[B, H, Lq]`` in
-        float32 (float64 for float64). A row without a key (Skip, or text of length 0) is 0 with
-        LSE minus infinity.
+        float32 (float64 for float64). A row without a key (Skip, or text of length 0) has the
+        output 0 and the LSE minus infinity.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the sentence names it, what came and what
+        TypeError: an argument has a wrong type; the message names the argument, its value and what
             is allowed.
-        BackendUnavailable: an explicit backend cannot run here, or has no kernel for a pattern.
+        ValueError: an argument has a wrong value; the message names the same.
+        BackendUnavailable: the backend that you named cannot run on this device, or has no kernel
+            for a pattern.
 
-    NaN and infinite numbers: what is past the end of a text, in another head or another sample
-    never matters. A key or value that is not finite reaches the queries that see it, in ``triton``
-    and, on other devices than the CPU, ``blockwise`` all queries of the blocks that visit its
-    block. A dynamic pattern keeps everything in a head whose scores are not finite, as these have
-    no order.
+    Note:
+        NaN and infinite numbers: values after the end of a text, in another head or in another
+        sample have no effect. A key or value that is not finite affects the queries that attend to
+        it. With ``triton``, and with ``blockwise`` on devices other than the CPU, it affects all
+        queries of the blocks that visit its block. If the scores of a head are not finite, a
+        dynamic pattern keeps all pairs of that head.
 
-    Gradients: through ``reference`` and ``blockwise`` by autograd, through ``triton`` by kernels
-    over the transposed block lists; through dynamic patterns for the blocks that were chosen, and
-    not under ``torch.compile``. ``torch.compile(fullgraph=True)`` sees one
-    op; patterns and layouts are then made outside the compiled function.
+        Gradients: autograd differentiates ``reference`` and ``blockwise``. ``triton`` has kernels
+        for the gradients, which read the transposed block lists. Gradients of a dynamic pattern are
+        those of the blocks that it chose; they are not available under ``torch.compile``.
 
-    Under ``torch.autocast`` q, k and v are cast to its dtype, as torch's own attention does;
-    nothing inside is computed in a narrower dtype than without it. Run ``backward`` outside of it,
-    as torch advises.
+        Compilation: ``torch.compile(fullgraph=True)`` traces one operator. Create patterns and
+        layouts outside the compiled function.
+
+        Autocast: under ``torch.autocast``, q, k and v are cast to its dtype, as by torch's own
+        attention. Internal results keep the precision that they have without autocast. Run
+        ``backward`` outside autocast, as torch advises.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout, sparse_attention
+        >>> from visattn.patterns import Neighborhood
+        >>> layout = TokenLayout(Grid(4, 8, 8))
+        >>> q, k, v = (torch.randn(1, 2, layout.length, 32) for _ in range(3))
+        >>> sparse_attention(q, k, v, Neighborhood((3, 5, 5)), layout).shape
+        torch.Size([1, 2, 256, 32])
     """
     if torch.compiler.is_compiling():
         heads = (pattern,) * q.shape[1] if isinstance(pattern, HeadPattern) else tuple(pattern)
@@ -166,21 +198,36 @@ def attention_by(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, memory: Memory
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute ``sparse_attention`` from a spec, with choices of earlier steps that dynamic patterns
-    may reuse; not under ``torch.compile``.
+    may reuse. It does not work under ``torch.compile``.
 
     Args:
         q: ``[B, H, Lq, D]``.
         k: ``[B, Hk, Lk, D]``.
         v: ``[B, Hk, Lk, D]``.
-        spec: what to compute; checked here. A spec that is resolved runs on its backend.
-        memory: of these heads; read and updated by dynamic patterns.
+        spec: what to compute; it is checked. A resolved spec runs on its backend.
+        memory: choices of these heads at earlier steps; dynamic patterns read and update it.
 
     Returns:
         Output ``[B, H, Lq, D]``, and the LSE ``[B, H, Lq]``, or None where ``spec.return_lse`` is
         False.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as ``sparse_attention``.
+        TypeError: as ``sparse_attention``.
+        ValueError: as ``sparse_attention``.
+        BackendUnavailable: as ``sparse_attention``.
+
+    Example:
+        >>> import torch
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.attention import AttentionSpec, attention_by
+        >>> from visattn.patterns import Dense, Neighborhood
+        >>> from visattn.selectors import Memory
+        >>> layout = TokenLayout(Grid(4, 8, 8))
+        >>> q, k, v = (torch.randn(1, 2, layout.length, 32) for _ in range(3))
+        >>> spec = AttentionSpec((Dense(), Neighborhood((3, 5, 5))), layout, return_lse=True)
+        >>> out, lse = attention_by(q, k, v, spec, Memory())
+        >>> lse.shape
+        torch.Size([1, 2, 256])
     """
     q, k, v = cast_for_attention(q, k, v)
     check_tensors(q, k, v)
@@ -191,7 +238,7 @@ def attention_by(
 def _run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, memory: Memory
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check what is left of a call, choose its backend, and compute it."""
+    """Check the spec of a call, choose its backend, and compute it."""
     spec = resolve(check_call(q, k, spec), q)
     if spec.backend == "auto":
         assert spec.choice is not None
@@ -203,8 +250,9 @@ def _run(
 def _traced(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The call as ``torch.compile`` traces it: one opaque op. Its objects are named by identity, so
-    that another pattern is another graph; they must be made outside the compiled function."""
+    """Run the call as ``torch.compile`` traces it: one opaque operator. It refers to patterns and
+    layouts by identity, so that another pattern gives another graph. They must be created outside
+    the compiled function."""
     keys = None if spec.kv_layout is None else id(spec.kv_layout)
     patterns = tuple([id(item) for item in spec.patterns])
     handle = handle_of(patterns, id(spec.layout), keys, spec.backend)

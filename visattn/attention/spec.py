@@ -46,6 +46,15 @@ class AttentionSpec:
         backend: as the caller named it, ``"auto"`` included.
         return_lse: whether the LSE is needed.
         choice: the backend that runs; None until ``choice.resolve`` has chosen it.
+
+    Example:
+        >>> from visattn import Grid, TokenLayout
+        >>> from visattn.attention import AttentionSpec
+        >>> from visattn.patterns import Dense, Neighborhood
+        >>> layout = TokenLayout(Grid(4, 8, 8))
+        >>> spec = AttentionSpec((Dense(), Neighborhood((3, 5, 5))), layout)
+        >>> spec.key_layout == layout
+        True
     """
 
     patterns: tuple[HeadPattern, ...]
