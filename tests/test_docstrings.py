@@ -29,19 +29,7 @@ PACKAGES = (
     "visattn.selectors",
 )
 # Packages whose docstrings are still to be written.
-WAITING = set(PACKAGES) - {
-    "visattn.bench",
-    "visattn.cost",
-    "visattn.generation",
-    "visattn.guidance",
-    "visattn.patterns",
-    "visattn.attention",
-    "visattn.flex",
-    "visattn.plan",
-    "visattn.readout",
-    "visattn.selectors",
-    "visattn.report",
-}
+WAITING = {"visattn", "visattn.inject", "visattn.metrics", "visattn.search"}
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

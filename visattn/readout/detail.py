@@ -12,8 +12,9 @@ from visattn.draw.heat import heat_picture, legend, top_of
 from visattn.draw.palette import GREY, PAPER, QUERY
 from visattn.draw.pattern_picture import INDENT, LABEL, MARGIN, WIDTH, arranged
 from visattn.geometry.layout import on_cpu
+from visattn.readout.head_readout import HeadReadout, Key
 from visattn.readout.overview import bars, by_distance, percent, seen_around, titled
-from visattn.readout.sampler import HeadReadout, Key, Sampler
+from visattn.readout.sampler import Sampler
 
 __all__ = ["draw_detail"]
 

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 from visattn.draw.canvas import font, wrapped, write
 from visattn.draw.heat import heat_picture, legend, top_of
 from visattn.draw.palette import BAR, GREY, INK, LOW_SHARE, PAPER, QUERY
+from visattn.readout.head_readout import HeadReadout, Key
 from visattn.readout.measures import FEW_TILES
-from visattn.readout.sampler import HeadReadout, Key, Sampler
+from visattn.readout.sampler import Sampler
 
 __all__ = ["bars", "by_distance", "draw_overview", "percent", "seen_around", "titled"]
 
