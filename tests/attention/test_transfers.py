@@ -37,7 +37,7 @@ from visattn.selectors.attend import dynamic_triton as device
 from visattn.selectors.attend import gradients
 
 META = torch.device("meta")
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 LAYOUT = TokenLayout(Grid(6, 8, 8), text_before=5, text_after=70)
 SMALL = TokenLayout(Grid(3, 5, 6), text_before=5, text_after=9)
 # What a call with a dynamic pattern makes a GPU and its host wait for, by the kernels. The numbers

@@ -19,7 +19,7 @@ from visattn.draw.pattern_view import axis_samples, order_name, view_pattern, vi
 from visattn.geometry.orders import HilbertOrder
 from visattn.patterns import Block, Diagonal, Halo, Neighborhood, Radial, Skip, Stripe, Union
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = TokenLayout(Grid(4, 5, 6), text_before=3, text_after=9)
 LAYOUTS = {
     "one token": TokenLayout(Grid(1, 1, 1)),

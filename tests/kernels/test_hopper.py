@@ -1,6 +1,6 @@
 """The kernel for Hopper on such a GPU, against the float64 oracle, within the bound of the others;
 what it reads and which calls it takes, on any machine. Triton's interpreter has no such kernels;
-``tests/test_bittiles.py`` holds the lists that it reads to the rules."""
+``tests/blocks/test_bit_masks.py`` holds the lists that it reads to the rules."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from method_docs.sources import DEFAULTS, methods_table, read_source
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SOURCE = 'Ann et al. (2025), "A title", arXiv 2501.00001. Code: github.com/a/b (commit abcdef0).'
 

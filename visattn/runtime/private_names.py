@@ -1,7 +1,7 @@
 """Every private name of torch, diffusers, accelerate and cache-dit that the package uses.
 
 Private names may change in any release. Each is used by one function of this module, and
-``tests/test_private_names.py`` has a test for each. They were last checked with torch 2.13,
+``tests/runtime/test_private_names.py`` has a test for each. They were last checked with torch 2.13,
 diffusers 0.42 and accelerate 1.15. After an update of a library, run those tests first.
 diffusers is imported only inside the functions that need it.
 """
