@@ -1,5 +1,4 @@
-"""CogVideoX and CogVideoX 1.5: joint attention with the text in front; guidance doubles the
-batch."""
+"""CogVideoX and CogVideoX 1.5: joint attention with the text first; guidance doubles the batch."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ __all__ = ["COGVIDEOX"]
 
 
 def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
-    """``hidden_states`` is ``[B, T, C, H, W]``; 1.5 has patches of two frames as well. Padding of
-    the text is attended, so that all of its tokens are valid."""
+    """Return the tokens of a call. ``hidden_states`` is ``[B, T, C, H, W]``; patches of 1.5 also
+    span two frames. The padding of the text is not masked, so all text tokens are valid."""
     _, frames, _, height, width = arguments["hidden_states"].shape
     patch, patch_t = config.patch_size, config.patch_size_t or 1
     text = arguments["encoder_hidden_states"].shape[1]

@@ -1,4 +1,4 @@
-"""What visattn knows of a model family: where its self-attention is, and what its tokens mean."""
+"""A model family: where its self-attention is, and what its tokens mean."""
 
 from __future__ import annotations
 
@@ -24,34 +24,33 @@ class Family:
     """A family of denoisers.
 
     Args:
-        name: as the family calls itself.
+        name: of the family.
         models: class names of its denoisers.
-        layers: regular expression that the module paths of its self-attention (joint attention
-            where text is part of the sequence) match in full, and nothing else does.
-        tokens: the attention's tokens from the model's configuration and the arguments of its
-            forward, in the order of the sequence. It is traced by ``torch.compile``: it reads
-            shapes, and values only where these do not say it.
-        cfg_batch_order: the passes in a batch that classifier-free guidance has doubled, in their
-            order; empty where each pass is a separate call.
-        calls: the passes of a step in their order, where its pipelines make a call of each; some do
-            not name them.
-        cross: regular expression of its cross-attention to text; empty where it has none.
-        blocks: a regular expression for each stack of blocks that its denoiser runs one after the
-            other, which the module paths of its blocks match in full.
-        timestep_unit: what its pipelines divide a timestep of the scheduler by before the denoiser
-            gets it.
-        perturbed_argument: argument of its forward by which a pipeline asks for a perturbed pass of
-            its own.
-        has_rope: whether its blocks depend on the order of their image tokens, as by a rotary
-            embedding, from the model's configuration. Positions that are added to the tokens before
-            the first block do not count.
-        image_output: which output of a block the image tokens are, where it gives text as well.
-        fused_out_projection: the linear layer of a block whose first inputs are the outputs of an
-            attention module that has no output projection.
+        layers: regular expression that matches in full the module paths of its self-attention
+            (joint attention if text is part of the sequence) and nothing else.
+        tokens: returns the tokens of attention in the order of the sequence, from the configuration
+            of the denoiser and the arguments of its forward. ``torch.compile`` traces it: it reads
+            shapes, and values only if shapes do not have the information.
+        cfg_batch_order: the order of the passes in a batch that classifier-free guidance has
+            doubled; empty: each pass is a separate call.
+        calls: the order of the passes of a step, if each is a separate call; some pipelines do not
+            name them.
+        cross: regular expression of its cross-attention to text; empty: it has none.
+        blocks: regular expressions that match in full the module paths of its blocks, one for each
+            stack of blocks that run one after the other.
+        timestep_unit: its pipelines divide a timestep of the scheduler by this number before they
+            pass it to the denoiser.
+        perturbed_argument: the argument of its forward with which a pipeline runs a perturbed pass
+            of its own.
+        has_rope: returns from the configuration whether its blocks depend on the order of their
+            image tokens, for example by a rotary embedding. Positions that are added to the tokens
+            before the first block do not count.
+        image_output: index of the image tokens in the outputs of a block that also returns text.
+        fused_out_projection: the linear layer of a block that starts with the outputs of an
+            attention module without an output projection.
         masks_text_padding: whether its attention gets a key mask ``[B, 1, 1, L]`` that excludes the
-            padding of its text and nothing else; the first tokens of a text are the valid ones.
-        frame_rate: frames per second of the videos that a pipeline of it makes, by its authors,
-            from the pipeline.
+            padding of its text and nothing else. The valid tokens of a text come first.
+        frame_rate: returns the frames per second of the videos of a pipeline, as published.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Flux.1: joint attention with the text in front, in blocks of two streams and then of one; text
-comes in by no other way, and each pass is a call of its own."""
+"""Flux.1: joint attention with the text first, in blocks of two streams and then of one stream.
+There is no cross-attention, and each pass is a separate call."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _read: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
-    """``hidden_states`` is ``[B, H * W, C]``, which does not say how wide the image is: the grid is
-    read from the values of ``img_ids``, once for a tensor (at each call in inference mode). Each
-    number in their first column is a grid of its own, as of the image that Kontext is given.
+    """Return the tokens of a call. ``hidden_states`` is ``[B, H * W, C]``, which does not have the
+    width of the image: the grid is read from the values of ``img_ids``, once for each tensor (at
+    each call in inference mode). Each number in their first column is a separate grid, as for the
+    input image of Kontext.
 
-    A model that ``torch.compile`` takes as a whole ends its graph here, so that they are read in
-    between, at each call; with ``fullgraph=True`` it is refused. Compiled blocks
-    (``compile_repeated_blocks``) are not concerned.
+    If ``torch.compile`` compiles the whole model, its graph breaks here, and the values are read
+    between the graphs at each call; ``fullgraph=True`` is refused. Compiled blocks
+    (``compile_repeated_blocks``) are not affected.
 
     Raises:
         ValueError: the positions are missing, or are not those of grids row by row.
@@ -35,8 +36,8 @@ def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
     ids, length = arguments.get("img_ids"), arguments["hidden_states"].shape[1]
     if not isinstance(ids, torch.Tensor):
         raise ValueError(
-            "img_ids is not given, and the height and width of the image are read from it; call "
-            "the denoiser with it"
+            "img_ids is missing; the height and width of the image are read from it, so pass it "
+            "to the denoiser"
         )
     text = ("text", arguments["encoder_hidden_states"].shape[1])
     return (text, *_grids(ids, length))
@@ -55,35 +56,36 @@ def _grids(ids: torch.Tensor, length: int) -> Tokens:
 
 
 def grids_of(ids: torch.Tensor, length: int) -> Tokens:
-    """The grids of positions.
+    """Return the grids that positions describe.
 
     Args:
-        ids: ``[L, 3]`` or ``[1, L, 3]``: image, row and column of each token, whole numbers as far
-            as their dtype has them.
-        length: how many tokens there are.
+        ids: ``[L, 3]`` or ``[1, L, 3]``: image, row and column of each token, as whole numbers
+            within the precision of the dtype.
+        length: number of tokens.
 
     Raises:
         ValueError: they are not grids row by row.
     """
-    own = ids[0] if ids.ndim == 3 else ids
-    if own.ndim != 2 or own.shape[1] != 3 or len(own) != length:
+    positions = ids[0] if ids.ndim == 3 else ids
+    if positions.ndim != 2 or positions.shape[1] != 3 or len(positions) != length:
         raise ValueError(
             f"img_ids of shape {list(ids.shape)} must be [{length}, 3]: image, row and column of "
             f"the {length} image tokens"
         )
-    own = own.detach().cpu()
-    starts = [0, *(own[1:, 0] != own[:-1, 0]).nonzero().flatten().add(1).tolist(), length]
+    positions = positions.detach().cpu()
+    changes = (positions[1:, 0] != positions[:-1, 0]).nonzero().flatten().add(1)
+    starts = [0, *changes.tolist(), length]
     grids = []
     for first, end in itertools.pairwise(starts):
-        rows, columns = own[first:end, 1], own[first:end, 2]
+        rows, columns = positions[first:end, 1], positions[first:end, 2]
         later = (rows != rows[0]).nonzero()
         width = int(later[0]) if len(later) else end - first
         height = (end - first) // width
         row, column = (x[0].float() + torch.arange(x.numel()) for x in (rows, columns))
         if (
             height * width != end - first
-            or not rows.equal(row[:height].to(own.dtype).repeat_interleave(width))
-            or not columns.equal(column[:width].to(own.dtype).repeat(height))
+            or not rows.equal(row[:height].to(positions.dtype).repeat_interleave(width))
+            or not columns.equal(column[:width].to(positions.dtype).repeat(height))
         ):
             raise ValueError(
                 f"img_ids from token {first} to {end} are not the positions of a grid row by row, "

@@ -1,6 +1,6 @@
-"""HunyuanVideo: joint attention with the text behind, in blocks of two streams and then of one.
-Padding of the text is masked; guidance is what the model is told, and true guidance makes a call of
-each pass."""
+"""HunyuanVideo: joint attention with the text last, in blocks of two streams and then of one.
+The padding of the text is masked. The guidance scale is an input of the model; classifier-free
+guidance makes a separate call for each pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["HUNYUANVIDEO"]
 
 
 def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
-    """``hidden_states`` is ``[B, C, T, H, W]``. The text has room for all tokens of
-    ``encoder_hidden_states``, of which as many are valid as ``encoder_attention_mask`` counts."""
+    """Return the tokens of a call. ``hidden_states`` is ``[B, C, T, H, W]``. The text has as many
+    tokens as ``encoder_hidden_states``; ``encoder_attention_mask`` says which are valid."""
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch = config.patch_size
     text = arguments["encoder_hidden_states"].shape[1]

@@ -1,6 +1,5 @@
-"""Stable Diffusion 3 and 3.5: joint attention with the image in front; guidance doubles the batch.
-The further attention that blocks of 3.5 medium have for the image alone (``attn2``) is not planned
-and not edited."""
+"""Stable Diffusion 3 and 3.5: joint attention with the image first; guidance doubles the batch.
+Plans and edits leave out the second attention of the image in blocks of 3.5 medium (``attn2``)."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ __all__ = ["SD3"]
 
 
 def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
-    """``hidden_states`` is ``[B, C, H, W]``; a patch is a token. Padding of the text is attended,
-    so that all of its tokens are valid."""
+    """Return the tokens of a call. ``hidden_states`` is ``[B, C, H, W]``; a patch is a token. The
+    padding of the text is not masked, so all text tokens are valid."""
     height, width = arguments["hidden_states"].shape[-2:]
     text = arguments["encoder_hidden_states"].shape[1]
     return (("grid", 1, height // config.patch_size, width // config.patch_size), ("text", text))

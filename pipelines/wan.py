@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: self-attention of video tokens alone; text comes in by cross-attention."""
+"""Wan 2.1 and 2.2: self-attention of video tokens; text enters by cross-attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["WAN"]
 
 
 def tokens(config: Any, arguments: Mapping[str, Any]) -> Tokens:
-    """``hidden_states`` is ``[B, C, T, H, W]``; a patch is a token."""
+    """Return the tokens of a call: patches of ``hidden_states`` ``[B, C, T, H, W]``."""
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch_t, patch_h, patch_w = config.patch_size
     return (("grid", frames // patch_t, height // patch_h, width // patch_w),)
@@ -26,6 +26,6 @@ WAN = Family(
     calls=("cond", "uncond"),
     cross=r"blocks\.\d+\.attn2",
     blocks=(r"blocks\.\d+",),
-    # the 5B of 2.2, which has a timestep for each token, has more
+    # Wan 2.2 5B has a timestep for each token, and 24 frames per second
     frame_rate=lambda pipe: 24.0 if pipe.config.get("expand_timesteps") else 16.0,
 )

@@ -188,7 +188,7 @@ def test_grid_that_is_none_is_refused():
             grids_of(wrong, len(wrong))
     pipe = tiny_images.flux()
     apply_plan(pipe, PLAN)
-    with pytest.raises(ValueError, match="img_ids is not given"):
+    with pytest.raises(ValueError, match="img_ids is missing"):
         pipe.transformer(torch.zeros(1, 24, 16), torch.zeros(1, 10, 32))
 
 

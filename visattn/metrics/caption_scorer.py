@@ -20,6 +20,12 @@ def caption_scorer(frames: torch.Tensor, prompt: str) -> dict[str, float]:
 
     Returns:
         Verdicts by name, each from 0 to 1; empty for a prompt that is no such caption.
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics.caption_scorer import caption_scorer
+        >>> caption_scorer(torch.zeros(5, 64, 64, 3), "a cat")
+        {}
     """
     try:
         parse_caption(prompt)

@@ -34,7 +34,17 @@ K1, K2 = 0.01, 0.03
 
 
 class Scores(NamedTuple):
-    """A number for the clip and one for each frame; None where it is not defined."""
+    """A measure of a clip.
+
+    Attributes:
+        clip: of the whole clip; None: not defined.
+        frames: of each frame; None: not defined.
+
+    Example:
+        >>> from visattn.metrics import Scores
+        >>> Scores(30.0, (29.0, 31.0)).clip
+        30.0
+    """
 
     clip: float | None
     frames: tuple[float | None, ...]
@@ -42,10 +52,21 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare_frames`` found.
+    """The result of ``compare_frames``.
 
-    ``psnr`` is in dB and infinite where nothing differs, ``ssim`` is in [-1, 1], ``max_error`` in
-    [0, 1], and the two flickers are in [0, 2].
+    Attributes:
+        psnr: in dB; infinite for equal clips.
+        ssim: in [-1, 1].
+        max_error: in [0, 1].
+        flicker: of the frames, in [0, 2].
+        reference_flicker: of the reference, in [0, 2].
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics import compare_frames
+        >>> reference = torch.zeros(3, 16, 16, 3)
+        >>> compare_frames(reference + 0.1, reference).numbers()["psnr"]
+        20.0
     """
 
     psnr: Scores
@@ -56,13 +77,17 @@ class Comparison:
 
     @property
     def flicker_ratio(self) -> float | None:
-        """Flicker of the frames over that of the reference; None where that is 0 or undefined."""
-        own, other = self.flicker.clip, self.reference_flicker.clip
-        return None if own is None or not other else own / other
+        """Flicker of the frames over that of the reference; None: that is 0 or not defined."""
+        flicker, reference = self.flicker.clip, self.reference_flicker.clip
+        return None if flicker is None or not reference else flicker / reference
 
     def numbers(self, *, per_frame: bool = False) -> dict[str, object]:
-        """Everything as plain values for JSON, which has no infinity: an infinite PSNR is None (and
-        ``max_error`` then 0), like a flicker that is not defined."""
+        """Return all measures as JSON values, with None for an infinite PSNR (``max_error`` is then
+        0) and for a flicker that is not defined.
+
+        Args:
+            per_frame: whether each frame is listed too.
+        """
         names = ("psnr", "ssim", "max_error", "flicker", "reference_flicker")
         scores: dict[str, Scores] = {name: getattr(self, name) for name in names}
         out: dict[str, object] = {name: _finite(score.clip) for name, score in scores.items()}
@@ -76,12 +101,23 @@ class Comparison:
 
 
 def compare_frames(frames: torch.Tensor, reference: torch.Tensor) -> Comparison:
-    """All measures of ``frames`` against ``reference``, both ``[T, H, W, 3]`` in [0, 1].
+    """Return all measures of a clip against a reference.
+
+    Args:
+        frames: ``[T, H, W, 3]`` in [0, 1].
+        reference: likewise.
 
     Raises:
         TypeError: one of them holds no floating-point values.
-        ValueError: another shape, two shapes, values outside [0, 1], or frames of fewer than
-            11 x 11 pixels.
+        ValueError: a shape is wrong, the two shapes differ, a value is outside [0, 1], or a frame
+            is smaller than 11 x 11 pixels.
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics import compare_frames
+        >>> frames = torch.rand(4, 16, 16, 3)
+        >>> compare_frames(frames, frames).ssim.clip
+        1.0
     """
     return Comparison(
         psnr=psnr(frames, reference),
@@ -93,10 +129,20 @@ def compare_frames(frames: torch.Tensor, reference: torch.Tensor) -> Comparison:
 
 
 def psnr(frames: torch.Tensor, reference: torch.Tensor) -> Scores:
-    """PSNR in dB of ``[T, H, W, 3]`` against ``[T, H, W, 3]``; infinite where nothing differs.
+    """Return the PSNR in dB; infinite for equal frames.
+
+    Args:
+        frames: ``[T, H, W, 3]`` in [0, 1].
+        reference: likewise.
 
     Raises:
-        TypeError, ValueError: as ``compare_frames``, but for the least size.
+        TypeError, ValueError: as ``compare_frames``; frames may be smaller.
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics import psnr
+        >>> round(psnr(torch.full((2, 8, 8, 3), 0.1), torch.zeros(2, 8, 8, 3)).clip, 3)
+        20.0
     """
     _check_pair(frames, reference)
     errors = [
@@ -107,10 +153,20 @@ def psnr(frames: torch.Tensor, reference: torch.Tensor) -> Scores:
 
 
 def max_error(frames: torch.Tensor, reference: torch.Tensor) -> Scores:
-    """Largest absolute difference of ``[T, H, W, 3]`` and ``[T, H, W, 3]``, in [0, 1].
+    """Return the largest absolute difference, in [0, 1].
+
+    Args:
+        frames: ``[T, H, W, 3]`` in [0, 1].
+        reference: likewise.
 
     Raises:
-        TypeError, ValueError: as ``compare_frames``, but for the least size.
+        TypeError, ValueError: as ``compare_frames``; frames may be smaller.
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics import max_error
+        >>> max_error(torch.full((2, 8, 8, 3), 0.5), torch.zeros(2, 8, 8, 3)).clip
+        0.5
     """
     _check_pair(frames, reference)
     errors = [
@@ -120,10 +176,25 @@ def max_error(frames: torch.Tensor, reference: torch.Tensor) -> Scores:
 
 
 def ssim(frames: torch.Tensor, reference: torch.Tensor) -> Scores:
-    """SSIM of ``[T, H, W, 3]`` against ``[T, H, W, 3]``, in [-1, 1] and 1 where nothing differs.
+    """Return the SSIM, in [-1, 1]; 1 for equal frames. The module's docstring has the variant.
+
+    Args:
+        frames: ``[T, H, W, 3]`` in [0, 1].
+        reference: likewise.
 
     Raises:
         TypeError, ValueError: as ``compare_frames``.
+
+    Source:
+        Wang, Bovik, Sheikh and Simoncelli (2004), "Image Quality Assessment: From Error Visibility
+        to Structural Similarity", IEEE Trans. Image Processing 13(4), equation 13.
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics import ssim
+        >>> frames = torch.rand(2, 16, 16, 3)
+        >>> ssim(frames, frames).clip
+        1.0
     """
     _check_pair(frames, reference)
     if min(frames.shape[1:3]) < WINDOW:
@@ -136,11 +207,22 @@ def ssim(frames: torch.Tensor, reference: torch.Tensor) -> Scores:
 
 
 def flicker(frames: torch.Tensor) -> Scores:
-    """Flicker of ``[T, H, W, 3]``, in [0, 2]; None for the first and last frame, and for a clip of
-    fewer than three.
+    """Return the flicker, in [0, 2]; None for the first and last frame, and for a clip of fewer
+    than three frames.
+
+    Args:
+        frames: ``[T, H, W, 3]`` in [0, 1].
 
     Raises:
-        TypeError, ValueError: as ``compare_frames``, but for the least size.
+        TypeError, ValueError: as ``compare_frames``; frames may be smaller.
+
+    Example:
+        >>> import torch
+        >>> from visattn.metrics import flicker
+        >>> frames = torch.zeros(3, 8, 8, 3)
+        >>> frames[1] = 1
+        >>> flicker(frames)
+        Scores(clip=2.0, frames=(None, 2.0, None))
     """
     _check(frames, "frames")
     inner = [
@@ -153,7 +235,7 @@ def flicker(frames: torch.Tensor) -> Scores:
 
 
 def _frame_ssim(x: torch.Tensor, y: torch.Tensor) -> float:
-    """SSIM of two frames ``[H, W, 3]``."""
+    """Return the SSIM of two frames ``[H, W, 3]``."""
     x, y = x.permute(2, 0, 1), y.permute(2, 0, 1)
     maps = torch.cat([x, y, x * x + y * y, x * y])  # [12, H, W]
     offsets = torch.arange(WINDOW, dtype=maps.dtype, device=maps.device) - WINDOW // 2
@@ -169,8 +251,8 @@ def _frame_ssim(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def _filtered(maps: torch.Tensor, weights: list[float]) -> torch.Tensor:
-    """``[N, H, W]`` filtered along H where the window lies inside, ``[N, H - 10, W]``. A sum of
-    slices, for a convolution in float64 takes several times as long on a CPU."""
+    """Filter ``[N, H, W]`` along H where the window lies inside: ``[N, H - 10, W]``. This is a sum
+    of slices, because a convolution in float64 takes several times as long on a CPU."""
     rows = maps.shape[1] - WINDOW + 1
     out = maps[:, :rows] * weights[0]
     for offset, weight in enumerate(weights[1:], 1):

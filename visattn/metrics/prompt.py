@@ -316,15 +316,18 @@ def object_margin(frames: Tensor, caption: str) -> float:
 
     ``frames`` is ``[F, 3, H, W]`` in [0, 1]; ``caption`` has one thing.
     """
-    said = parse_caption(caption).things
-    if len(said) != 1:
-        raise ValueError(f"caption={caption!r} has {len(said)} things; a margin is of one")
+    things = parse_caption(caption).things
+    if len(things) != 1:
+        raise ValueError(
+            f"caption={caption!r} has {len(things)} things; a margin is defined for one thing"
+        )
     seen = _standardised(outline(_objectness(frames.detach().float().clamp(0, 1))).flatten())
     names, templates = _templates(seen)
     likeness = (templates @ seen).tolist()
-    mine = max(own for own, name in zip(likeness, names, strict=True) if name == said[0].object)
-    other = max(own for own, name in zip(likeness, names, strict=True) if name != said[0].object)
-    return float(mine - other)
+    by_name = list(zip(names, likeness, strict=True))
+    captioned = max(value for name, value in by_name if name == things[0].object)
+    other = max(value for name, value in by_name if name != things[0].object)
+    return float(captioned - other)
 
 
 def _background(frames: Tensor, weights: Tensor) -> str | None:
@@ -349,7 +352,7 @@ def read_scene(frames: Tensor, num_things: int = 1) -> Scene:
     """Return what a video shows.
 
     ``frames`` is ``[F, 3, H, W]`` in [0, 1]. One thing is all that is saturated; two or more are
-    told apart by their colours and returned with the largest first.
+    distinguished by their colours and returned with the largest first.
     """
     if frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(
@@ -383,16 +386,16 @@ def score_prompt(frames: Tensor, caption: str) -> PromptScore:
     ``frames`` is ``[F, 3, H, W]`` in [0, 1]. Things are matched to what is seen in the order that
     agrees best.
     """
-    said = parse_caption(caption)
-    shown = read_scene(frames, len(said.things))
+    captioned = parse_caption(caption)
+    shown = read_scene(frames, len(captioned.things))
     agreements = [
         [
             sum(_words(thing)[word] == _words(seen)[word] for thing, seen in pairs)
-            / len(said.things)
+            / len(captioned.things)
             for word in range(3)
         ]
         for order in itertools.permutations(shown.things)
-        if (pairs := list(zip(said.things, order, strict=True)))
+        if (pairs := list(zip(captioned.things, order, strict=True)))
     ]
     colour, name, direction = max(agreements, key=sum)
-    return PromptScore(colour, name, direction, float(said.background == shown.background))
+    return PromptScore(colour, name, direction, float(captioned.background == shown.background))

@@ -1,8 +1,8 @@
-"""Results that are kept: one file each, named by the content of what was asked, so that a search
-that was killed goes on, and several processes share one folder.
+"""Stored results, one file each, named by a hash of the question that they answer.
 
-A file is written whole or not at all, and is never changed. Where the disk is full, results stay in
-memory and that is said once.
+An interrupted search resumes from them, and several processes can share one folder. A file is
+written atomically and never changed. If the disk is full, results stay in memory, and this is
+logged once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,24 @@ logger = logging.getLogger("visattn")
 
 
 class StoredResult(NamedTuple):
-    """A result: JSON values, and tensors by name."""
+    """A result.
+
+    Attributes:
+        value: JSON values.
+        tensors: by name.
+    """
 
     value: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
 
 def key_of(kind: str, question: Any) -> str:
-    """The name of a result: its kind, and the hash of what was asked, as JSON values."""
+    """Return the name of a result.
+
+    Args:
+        kind: of the result; the name begins with it.
+        question: what the result answers, as JSON values.
+    """
     text = json.dumps(question, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
@@ -41,7 +51,7 @@ class ResultStore:
     """Results by key.
 
     Args:
-        folder: where they lie, made when it is missing; None keeps them in memory alone.
+        folder: where they are stored; it is created if it is missing. None: in memory only.
 
     Raises:
         OSError: the folder cannot be made.
@@ -56,7 +66,7 @@ class ResultStore:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> StoredResult | None:
-        """A result, or None where there is none, or its file was damaged."""
+        """Return a result; None: there is none, or its file is damaged."""
         if key in self._memory or self.folder is None:
             return self._memory.get(key)
         path = self._path(key)
@@ -84,15 +94,21 @@ class ResultStore:
     def put(
         self, key: str, value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
     ) -> StoredResult:
-        """Keep a result, and give it back as ``get`` does."""
+        """Store a result, and return it as ``get`` does.
+
+        Args:
+            key: of ``key_of``.
+            value: JSON values.
+            tensors: by name.
+        """
         from safetensors.torch import save
 
         text = json.dumps(value, allow_nan=False)
-        own = {name: x.detach().cpu().contiguous() for name, x in (tensors or {}).items()}
-        self._memory[key] = StoredResult(json.loads(text), own)
+        on_cpu = {name: x.detach().cpu().contiguous() for name, x in (tensors or {}).items()}
+        self._memory[key] = StoredResult(json.loads(text), on_cpu)
         if self.folder is not None:
             try:
-                write_whole(self._path(key), save(own, {"key": key, "value": text}))
+                write_whole(self._path(key), save(on_cpu, {"key": key, "value": text}))
             except OSError as error:
                 if self.lost is None:
                     logger.warning(
@@ -104,7 +120,7 @@ class ResultStore:
         return self._memory[key]
 
     def forget(self) -> None:
-        """Free the memory of what can be read again."""
+        """Free the memory of results that can be read again."""
         if self.folder is not None and self.lost is None:
             self._memory.clear()
 
