@@ -243,7 +243,10 @@ BAD = {
         ["generate", "caf\udce9", "--model", "wan", *SIZE],
         r"prompt='caf\\udce9' contains '\\udce9', which is no Unicode character",
     ),
-    "guidance no Unicode": (own("--guidance", "NAG('\udce9')"), "no character"),
+    "guidance no Unicode": (
+        own("--guidance", "NAG('\udce9')"),
+        r"contains '\\udce9', which is no Unicode character",
+    ),
     "prompts to nowhere": ([*PLAIN, "--prompts", "fine.jsonl"], "needs --output"),
     "prompts to a file": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "a.mp4"], "must be a folder"),
     "prompts to no folder": ([*PLAIN, "--prompts", "fine.jsonl", "-o", "no/new"], "does not exist"),

@@ -111,6 +111,12 @@ class CallGrammar(Generic[T]):
             raise ValueError(
                 f"the {self.noun} is {len(text)} characters long; at most {max_length} are allowed"
             )
+        lone = re.search("[\ud800-\udfff]", text)
+        if lone:
+            raise ValueError(
+                f"{self.noun} {quoted(text)} contains {lone[0]!r}, which is no Unicode character; "
+                "pass text in UTF-8"
+            )
         try:
             self._check_nesting(text)
             with warnings.catch_warnings():
