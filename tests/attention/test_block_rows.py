@@ -139,14 +139,14 @@ def test_masks_are_kept_while_they_are_few(monkeypatch: pytest.MonkeyPatch) -> N
     block_map.made.clear()
     first = sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise")
     kept = block_map.made["masks", torch.float32]
-    assert len(kept.found) > 1
+    assert len(kept.by_tiles) > 1
     monkeypatch.setattr(cpu_rows, "mask_of", lambda *_: pytest.fail("made again"))
     assert torch.equal(sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise"), first)
     monkeypatch.undo()
     monkeypatch.setattr(cpu_rows, "MASKS", 0)
-    kept.found.clear()
+    kept.by_tiles.clear()
     assert torch.equal(sparse_attention(*qkv, pattern, LAYOUT, backend="blockwise"), first)
-    assert len(kept.found) == 1
+    assert len(kept.by_tiles) == 1
 
 
 def test_results_stay_when_memory_is_used_again() -> None:

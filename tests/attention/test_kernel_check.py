@@ -23,7 +23,7 @@ Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_FOUND", {})
+    monkeypatch.setattr(trial, "_FAILURES", {})
     warn_once.cache_clear()
 
 
@@ -116,7 +116,7 @@ def test_a_capture_before_the_trial_is_told_once(
     (record,) = caplog.records
     assert "torch.float16 at head size 64" in record.getMessage()
     assert record.getMessage().endswith("call the layer once before the capture")
-    assert variant not in trial._FOUND
+    assert variant not in trial._FAILURES
 
 
 def test_one_that_does_not_compile_is_told_with_the_reason(

@@ -62,7 +62,7 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _unsupported(x: torch.Tensor) -> str | None:
-    """What makes a tensor unusable, or None."""
+    """Return why a tensor is not supported, or None."""
     if x.is_nested:
         return "a nested tensor; attention takes dense ones: call to_padded_tensor() first"
     if x.layout != torch.strided:
@@ -130,8 +130,8 @@ def check_call(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> Attenti
 def _checked_lengths(
     q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec
 ) -> torch.Tensor | None:
-    """The text lengths, int64 ``[B, text segments]``; refuses tensors that are not as long as their
-    layouts."""
+    """Check the lengths of q and k against their layouts; return the text lengths, int64
+    ``[B, text segments]``, or None."""
     keys = spec.key_layout
     for name, layout, x in (("q", spec.layout, q), ("k", keys, k)):
         if layout.length != x.shape[2]:
@@ -145,7 +145,7 @@ def _checked_lengths(
 
 
 def _checked_scale(scale: float | None, dim: int) -> float:
-    """The factor of the logits."""
+    """Return the factor of the logits."""
     if scale is None:
         return float(dim**-0.5)
     if not is_number(scale) or not math.isfinite(scale):

@@ -89,7 +89,7 @@ class Implementation:
 
 
 def _nothing_against(_: object) -> None:
-    """A backend in plain torch runs everything."""
+    """Return None: a backend in plain torch runs on every device and computes every pattern."""
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {

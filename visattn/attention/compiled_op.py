@@ -1,8 +1,8 @@
 """The torch custom ops: what ``torch.compile`` sees of a call, and the gradients of the kernels.
 
-There are two. Static patterns are launches alone, which a CUDA graph can capture after a first
-call. Dynamic ones may read back from the device: their op is tagged, so that Inductor leaves it out
-of its graphs.
+There are two ops. Static patterns only launch kernels, which a CUDA graph can capture after a first
+call. Dynamic patterns may read values back from the device; their op has a tag that makes Inductor
+leave it out of its CUDA graphs.
 
 An op takes no Python objects, so a call's AttentionSpec is passed as a handle, a 0-d CPU tensor. A
 handle is a hash of the spec: in a compiled graph it means the same in any process, and the op looks

@@ -101,7 +101,7 @@ def _dynamic(
     pattern: HeadPattern,
     memory: Memory,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of heads that share a dynamic pattern."""
+    """Compute attention of heads that share a dynamic pattern."""
     layout, lengths, scale = spec.layout, spec.text_lengths, spec.factor
     if lengths is not None:  # padding must reach neither the choice nor the attention
         k, v = (without_padding(x, layout, lengths) for x in (k, v))
@@ -112,7 +112,7 @@ def _dynamic(
     kernels = implementation.uses_kernels
     with torch.no_grad():
         selection = memory.choose(pattern, q, k, v, layout, scale, kernels=kernels)
-    assert selection.levels.shape[:2] == q.shape[:2], "a choice of other heads"
+    assert selection.levels.shape[:2] == q.shape[:2], "the selection is for other heads"
     reference = memory.past(pattern).lse if pattern.records else None
     highest = None
     differentiate = wants_gradients(q, k, v)

@@ -1,4 +1,4 @@
-"""Block maps of patterns, through a cache of the process: what every block-sparse backend reads."""
+"""Block maps of patterns from a process-wide cache; every block-sparse backend reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from visattn.patterns import Pattern
 
 __all__ = ["MAPS", "block_sizes", "head_maps", "lower_cached"]
 
-# The limit counts the maps and everything that is cached on them.
+# The limit includes the maps and everything that is cached with them.
 MAPS: MapCache[BlockMap] = MapCache(limit_bytes=1 << 30)
 
 

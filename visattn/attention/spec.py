@@ -1,4 +1,4 @@
-"""AttentionSpec: everything that a call of attention computes, but for q, k and v."""
+"""AttentionSpec: the description of an attention call: everything except q, k and v."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a call computes. Hashable; specs are compared by everything but the text lengths, which
-    are values on a device and not part of what is planned.
+    """The description of an attention call. Hashable. Comparison ignores the text lengths, which
+    are values on a device.
 
     Attributes:
         patterns: one per query head.

@@ -1,8 +1,9 @@
-"""Rows of a block map for plain torch: queries, and the runs of keys that they see.
+"""Rows of a block map for plain torch: queries, and the runs of keys that they attend to.
 
-Rows that see the same keys, all of them, are one row. Rows of one shape make a product together:
-their keys are windows of the sequence where each row sees one run of it and the runs are evenly
-apart, else the runs are copied side by side.
+Adjacent rows without a mask that attend to the same keys become one row. Rows of equal shape are
+computed in one batched matrix product. If each of these rows has one run of keys, and the runs
+start at equal distances, the keys are strided windows of the sequence; otherwise the runs are
+copied into one tensor.
 """
 
 from __future__ import annotations
@@ -31,25 +32,26 @@ __all__ = [
     "window_of",
 ]
 
-WORK = 1 << 20  # logits of a product of several rows, enough that starting it does not count
-SPAN = 1 << 24  # the same of rows that have one mask or none
-COPIED = 1 << 19  # elements of the keys that several rows copy, so few that they stay in the cache
-LISTED = 1 << 22  # positions of keys that a map keeps
-ROW_BYTES, PART_BYTES = 300, 130  # of a row, and of each of its runs and tiles, about
-EVEN = 16  # keys are cut to multiples of it
+WORK = 1 << 20  # limit of the logits of one product; enough to make its start-up cost negligible
+SPAN = 1 << 24  # the same limit, where all rows of the product share one mask or have none
+COPIED = 1 << 19  # limit of the key elements copied for one product, so that they fit the cache
+LISTED = 1 << 22  # limit of the key positions that are stored with a map
+ROW_BYTES, PART_BYTES = 300, 130  # approximate size of a row, and of each of its runs and tiles
+EVEN = 16  # key ranges start and end at multiples of it
 
 
 class Row(NamedTuple):
-    """Queries and what they see, by ordered position.
+    """Queries and the keys that they attend to, by position in the ordered sequences.
 
     Attributes:
-        begin, end: the queries.
+        begin: first query.
+        end: last query + 1.
         runs: the keys, ``(begin, end)`` of each run.
-        tiles: what is masked, ``(number of the tile or -1, begin, end)`` in the order of the keys,
-            columns of the tile or, of keys that are all seen, their number; empty: nothing.
-        keys: how many.
-        positions: of the keys, int64 ``[keys]``, where there are several runs and few keys in all;
-            else they are made when they are wanted.
+        tiles: the mask, ``(tile, begin, end)`` in the order of the keys: columns ``begin`` to
+            ``end`` of a bit tile, or tile -1 and ``end`` keys that no mask hides. Empty: no mask.
+        keys: number of keys.
+        positions: positions of the keys, int64 ``[keys]``, if there are several runs and the map
+            stores positions; None: ``places_of`` computes them.
     """
 
     begin: int
@@ -65,14 +67,14 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a map, and how many bytes they take, about."""
+    """The rows of a map, and their approximate size in bytes."""
 
     rows: list[Row]
     nbytes: int
 
 
 def rows_of(block_map: BlockMap) -> list[Row]:
-    """The rows of a map, in order, made once."""
+    """Return the rows of a map, in order; they are computed once and stored with the map."""
     return block_map.of_map("rows", lambda: _sized_rows(block_map)).rows
 
 
@@ -88,23 +90,23 @@ def _make_rows(block_map: BlockMap) -> list[Row]:
     k_first, k_length = block_map.k_blocks.start.tolist(), block_map.k_blocks.length.tolist()
     q_first, q_length = block_map.q_blocks.start.tolist(), block_map.q_blocks.length.tolist()
     tiles, tile_of = block_map.tiles
-    seen = tiles.any(1).int()  # columns that any query sees
+    seen = tiles.any(1).int()  # columns that at least one query attends to
     first_seen = (seen.argmax(1) // EVEN * EVEN).tolist()
     last = (seen * torch.arange(1, seen.shape[1] + 1)).amax(1)
     last_seen = (-(-last // EVEN) * EVEN).tolist()
     columns, numbers = block_map.columns.tolist(), tile_of.tolist()
     done = 0
     rows: list[Row] = []
-    for place, (begin, _, _, whole, end) in enumerate(block_map.bounds.tolist()):
-        own = [-1] * (whole - begin) + numbers[done : done + end - whole]
+    for block, (begin, _, _, whole, end) in enumerate(block_map.bounds.tolist()):
+        tile_numbers = [-1] * (whole - begin) + numbers[done : done + end - whole]
         done += end - whole
         runs: list[tuple[int, int]] = []
         masks: list[tuple[int, int, int]] = []
-        for column, tile in sorted(zip(columns[begin:end], own, strict=True)):
+        for column, tile in sorted(zip(columns[begin:end], tile_numbers, strict=True)):
             low, high = 0, k_length[column]
             if tile >= 0:
                 low, high = first_seen[tile], min(high, last_seen[tile])
-            if low >= high:  # a tile of which nothing is kept
+            if low >= high:  # a tile that keeps no pair
                 continue
             start, stop = k_first[column] + low, k_first[column] + high
             if runs and runs[-1][1] == start:
@@ -117,7 +119,7 @@ def _make_rows(block_map: BlockMap) -> list[Row]:
                 masks.append((tile, low, high))
         keys = sum(b - a for a, b in runs)
         masked = tuple(masks) if any(tile >= 0 for tile, _, _ in masks) else ()
-        row = Row(q_first[place], q_first[place] + q_length[place], tuple(runs), masked, keys)
+        row = Row(q_first[block], q_first[block] + q_length[block], tuple(runs), masked, keys)
         before = rows[-1] if rows else None
         if before and not (before.tiles or row.tiles) and before.runs == row.runs:
             rows[-1] = before._replace(end=row.end)
@@ -132,25 +134,29 @@ def _make_rows(block_map: BlockMap) -> list[Row]:
 
 
 def products_of(rows: list[Row], heads: int, dim: int, several: bool) -> Iterator[list[Row]]:
-    """Rows by product: neighbours of one shape, masked or not, as many as the limits let be."""
+    """Group adjacent rows of equal shape into products, as large as the limits allow.
+
+    Rows with a mask and rows without one are not mixed.
+    """
     group: list[Row] = []
-    alike, step = True, 0  # whether they have one mask; how far their windows are apart, 0: none
+    # whether the rows share one mask; the distance of their windows, 0: they are not windows
+    alike, step = True, 0
     for row in rows:
         if group:
             first = group[0]
-            still_alike = alike and row.tiles == first.tiles
+            same_masks = alike and row.tiles == first.tiles
             apart = window_of([group[-1], row])
-            still = apart[1] if apart and (len(group) == 1 or apart[1] == step) else 0
-            many = heads * (len(group) + 1) * row.keys
+            same_step = apart[1] if apart and (len(group) == 1 or apart[1] == step) else 0
+            num_elements = heads * (len(group) + 1) * row.keys
             if (
                 several
                 and row.shape == first.shape
                 and bool(row.tiles) == bool(first.tiles)
-                and many * row.shape[0] <= (SPAN if still_alike and still else WORK)
-                and (still or many * dim <= COPIED)
+                and num_elements * row.shape[0] <= (SPAN if same_masks and same_step else WORK)
+                and (same_step or num_elements * dim <= COPIED)
             ):
                 group.append(row)
-                alike, step = still_alike, still
+                alike, step = same_masks, same_step
                 continue
             yield group
         group, alike, step = [row], True, 0
@@ -159,13 +165,13 @@ def products_of(rows: list[Row], heads: int, dim: int, several: bool) -> Iterato
 
 
 def alike_masks(rows: list[Row]) -> bool:
-    """Whether rows of one shape have one mask, or none."""
+    """Return whether rows of equal shape share one mask, or have none."""
     return all(row.tiles == rows[0].tiles for row in rows)
 
 
 def window_of(rows: list[Row]) -> tuple[int, int] | None:
-    """First key of the first of some rows and how far the next ones are apart, where each is one
-    run; else None."""
+    """Return the first key of the first row and the distance between the first keys of adjacent
+    rows; None if a row has several runs of keys or the distances differ."""
     if any(len(row.runs) > 1 for row in rows):
         return None
     first = [row.runs[0][0] for row in rows]
@@ -177,8 +183,11 @@ def window_of(rows: list[Row]) -> tuple[int, int] | None:
 def keys_of(
     x: torch.Tensor, rows: list[Row], scratch: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What rows of one shape see of ``[B, L, D]``: ``[B, rows, keys, D]``, a view of it or of
-    ``scratch`` where that is given."""
+    """Return the keys of rows of equal shape, ``[B, rows, keys, D]``, from ``x`` ``[B, L, D]``.
+
+    The result is a view of ``x`` if the keys are windows; otherwise a copy, in the memory of
+    ``scratch`` if that is given.
+    """
     window = window_of(rows)
     if window is not None:
         first, step = window
@@ -191,15 +200,17 @@ def keys_of(
 
 
 def places_of(row: Row, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Ordered positions of the keys of a row."""
+    """Return the positions of the keys of a row in the ordered sequence, int64 ``[keys]``."""
     if row.positions is not None:
         return copied_to(row.positions, device)
     return torch.cat([torch.arange(begin, end, device=device) for begin, end in row.runs])
 
 
 def take(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``x[:, index]`` of ``[B, L, D]``, ``[B * n, D]``: over all rows at once, which torch copies
-    several times as fast as along an inner axis."""
+    """Return ``x[:, index]`` of ``[B, L, D]`` as ``[B * n, D]``.
+
+    It indexes the outermost axis; torch copies several times faster there than along an inner axis.
+    """
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return torch.index_select(x.reshape(-1, x.shape[2]), 0, (first + index).flatten(), out=out)
 
@@ -207,8 +218,10 @@ def take(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) 
 def ordered(
     x: torch.Tensor, index: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``[B, H, L, D]`` as ``[B * H, L, D]``, contiguous, in the order of ``index``; in the memory
-    of ``out`` where that is given and something is copied."""
+    """Return ``[B, H, L, D]`` as contiguous ``[B * H, L, D]``, in the order of ``index``.
+
+    If data is copied and ``out`` is given, the result is in the memory of ``out``.
+    """
     batch, heads, length, dim = x.shape
     if index is None and x.is_contiguous():
         return x.view(-1, length, dim)
@@ -217,7 +230,7 @@ def ordered(
     by_token = x.transpose(1, 2)
     if heads == 1 or not by_token.is_contiguous():
         rows = take(x.reshape(-1, length, dim), index, out)
-    else:  # heads beside each other, as pipelines have them
+    else:  # memory order [B, L, H, D], as in pipelines
         first = torch.arange(batch, device=device)[:, None] * length * heads
         first = first + torch.arange(heads, device=device)
         places = (first[..., None] + index * heads).flatten()
@@ -226,15 +239,15 @@ def ordered(
 
 
 def mask_of(rows: list[Row], tiles: torch.Tensor) -> torch.Tensor | None:
-    """The mask of rows of one shape, bool ``[1, rows or 1, queries, keys]``, or None."""
+    """Return the mask of rows of equal shape, bool ``[1, rows or 1, queries, keys]``, or None."""
     if not rows[0].tiles:
         return None
-    many = rows[0].shape[0]
+    num_queries = rows[0].shape[0]
     whole = torch.ones(1, 1, dtype=torch.bool, device=tiles.device)
 
     def mask(row: Row) -> torch.Tensor:
         parts = [
-            whole.expand(many, end) if tile < 0 else tiles[tile, :many, begin:end]
+            whole.expand(num_queries, end) if tile < 0 else tiles[tile, :num_queries, begin:end]
             for tile, begin, end in row.tiles
         ]
         return torch.cat(parts, 1)
@@ -245,8 +258,14 @@ def mask_of(rows: list[Row], tiles: torch.Tensor) -> torch.Tensor | None:
 
 
 class Mask(NamedTuple):
-    """A mask, bool, as what it adds to logits, queries that see nothing, or None, and the keys that
-    not all queries see, ``(begin, end)`` of each run."""
+    """A mask and the forms of it that the products need.
+
+    Attributes:
+        kept: the mask, bool.
+        bias: what is added to the logits: 0 or minus infinity.
+        blind: queries without a key, bool; None: there is none.
+        spans: runs ``(begin, end)`` of the keys that are masked for at least one query.
+    """
 
     kept: torch.Tensor
     bias: torch.Tensor

@@ -1,8 +1,9 @@
-"""A first small call of the kernel for Hopper, before a variant of it is trusted.
+"""A self-test of the kernel for Hopper, before a variant of it is used.
 
-It is written in Gluon, whose names and meaning may change with any release of Triton. So each
-variant computes a small case once in a process, beside plain torch; one that does not compile, or
-is wrong, is told once with the reason, and the portable kernel runs instead.
+The kernel is written in Gluon, whose interface may change with any release of Triton. So each
+variant computes a small case once per process, and the result is compared with plain torch. If the
+variant does not compile or is wrong, a warning gives the reason once, and the portable kernel runs
+instead.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ __all__ = ["Variant", "trusted"]
 logger = logging.getLogger(__name__)
 
 LAYOUT = TokenLayout(Grid(4, 9, 24), text_after=70)  # short, partial and whole blocks
-LENGTH = 41  # of the text, where lengths are given
-ALLOWED = {torch.float16: 0.01, torch.bfloat16: 0.03}  # of the largest value
+LENGTH = 41  # valid tokens of the text, in variants with text lengths
+ALLOWED = {torch.float16: 0.01, torch.bfloat16: 0.03}  # error relative to the largest value
 
 
 class Variant(NamedTuple):
-    """What is compiled apart."""
+    """The properties of a call for which the kernel is compiled separately."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,47 +42,48 @@ class Variant(NamedTuple):
 
 
 def trusted(variant: Variant) -> bool:
-    """Whether a variant gives what it should; while a graph is captured, whether it has."""
-    if variant not in _FOUND:
+    """Return whether a variant has passed its self-test; run the test on the first call. During the
+    capture of a CUDA graph an untested variant is not run, and the result is False."""
+    if variant not in _FAILURES:
         if variant.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             warn_once(
                 logger,
-                "a CUDA graph is captured before the kernel for Hopper was tried on "
-                f"{variant.dtype} at head size {variant.dim}; the graph keeps the portable one, "
+                "a CUDA graph is captured before the kernel for Hopper was tested with "
+                f"{variant.dtype} at head size {variant.dim}; the graph keeps the portable kernel, "
                 "which is slower: call the layer once before the capture",
             )
             return False
-        _FOUND[variant] = _tried(variant)
-        reason = _FOUND[variant]
+        _FAILURES[variant] = _failure(variant)
+        reason = _FAILURES[variant]
         if reason is not None:
             warn_once(
                 logger, f"the kernel for Hopper {reason}; the portable one runs, which is slower"
             )
-    return _FOUND[variant] is None
+    return _FAILURES[variant] is None
 
 
-_FOUND: dict[Variant, str | None] = {}
+_FAILURES: dict[Variant, str | None] = {}
 
 
-def _tried(variant: Variant) -> str | None:
-    """Why a variant is not used, or None."""
+def _failure(variant: Variant) -> str | None:
+    """Run the self-test of a variant; return why it failed, or None."""
     try:
         out, lse, exact, exact_lse = _outputs(variant)
-    except Exception as error:  # whatever another release raises
-        if "CUDA error" in str(error):  # nothing runs in this process any more
+    except Exception as error:  # another release may raise any exception
+        if "CUDA error" in str(error):  # the device cannot be used in this process any more
             raise
         return f"does not run ({type(error).__name__}: {str(error).strip()[:200]})"
-    off = float((out.float() - exact).abs().max() / exact.abs().max())
-    apart = float((lse - exact_lse).abs().max())
-    if not (off <= ALLOWED[variant.dtype] and apart <= 0.01):  # NaN is refused
-        return f"is off by {off:.2g} of the largest value, and by {apart:.2g} in the LSE"
+    error_out = float((out.float() - exact).abs().max() / exact.abs().max())
+    error_lse = float((lse - exact_lse).abs().max())
+    if not (error_out <= ALLOWED[variant.dtype] and error_lse <= 0.01):  # false also for NaN
+        return f"is off by {error_out:.2g} of the largest value, and by {error_lse:.2g} in the LSE"
     return None
 
 
 def _outputs(
     variant: Variant,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output and LSE of the kernel and of plain torch."""
+    """Return output and LSE of the kernel, and output and LSE of plain torch."""
     from visattn.kernels.hopper import BLOCK_K, BLOCK_Q, forward_hopper
 
     device, dim = variant.device, variant.dim
@@ -97,10 +99,10 @@ def _outputs(
         for _ in range(3)
     )
     lengths = torch.tensor([[LENGTH]], dtype=torch.int32, device=device)
-    given = lengths if variant.lengths else None
-    wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
-    spec = AttentionSpec(patterns, LAYOUT, text_lengths=given, scale=dim**-0.5)
-    exact, exact_lse = reference_attention(wide_q, wide_k, wide_v, spec)
+    text_lengths = lengths if variant.lengths else None
+    q_float32, k_float32, v_float32 = (x.float() for x in (q, k, v))
+    spec = AttentionSpec(patterns, LAYOUT, text_lengths=text_lengths, scale=dim**-0.5)
+    exact, exact_lse = reference_attention(q_float32, k_float32, v_float32, spec)
     if packed.key_slots is not None:
         from visattn.kernels.permute import permute
 
@@ -111,7 +113,7 @@ def _outputs(
         k,
         v,
         packed.lists,
-        given,
+        text_lengths,
         dim**-0.5,
         q_ordered=variant.q_ordered,
         num_parts=packed.num_parts,

@@ -1,7 +1,7 @@
 """The oracle: dense masked attention from the patterns' token rules. Any dtype, any device, O(L^2)
 memory.
 
-This is the only place where an ``Lq x Lk`` tensor is made.
+No other part of the package creates an ``Lq x Lk`` tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pattern_mask(
     kv_layout: TokenLayout | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The token rule of a pattern as a mask, bool ``[Lq, Lk]``."""
+    """Return the token rule of a pattern as a mask, bool ``[Lq, Lk]``."""
     q = torch.arange(layout.length, device=device)
     k = torch.arange((kv_layout or layout).length, device=device)
     return pattern.allows(q[:, None], k[None, :], layout, kv_layout)
@@ -30,7 +30,7 @@ def pattern_mask(
 
 @on_cpu
 def map_mask(block_map: BlockMap) -> torch.Tensor:
-    """What a block map computes, as a mask in token order, bool ``[Lq, Lk]``."""
+    """Return the pairs that a block map keeps, as a mask in token order, bool ``[Lq, Lk]``."""
     status = block_map.status()
     out = torch.zeros(block_map.layout.length, block_map.kv_layout.length, dtype=torch.bool)
     whole = ((status != NONE) & (status != PARTIAL)).nonzero()
@@ -50,9 +50,9 @@ def map_mask(block_map: BlockMap) -> torch.Tensor:
 def reference_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked softmax attention; a row without a key gives 0 and LSE minus infinity.
+    """Compute masked softmax attention; a row without a key has output 0 and LSE minus infinity.
 
-    Logits, softmax and sums are in float32, float64 for float64 inputs; probabilities are rounded
+    Logits, softmax and sums are in float32 (float64 for float64 inputs). Probabilities are rounded
     to the input dtype.
 
     Args:
@@ -78,7 +78,8 @@ def reference_attention(
 
 
 def known_finite(*tensors: torch.Tensor) -> bool:
-    """Whether nothing is NaN or infinite, where reading that waits for no device; else False."""
+    """Return whether all values are finite. It is False for tensors on a device other than the CPU,
+    where the check would wait for the device."""
     return all(
         x.device.type == "cpu" and bool(x.detach().sum(dtype=_wide(x)).isfinite()) for x in tensors
     )
@@ -97,47 +98,50 @@ def masked_attention(
     *,
     careful: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over the last two axes, output and LSE as ``reference_attention``.
+    """Compute softmax attention over the last two axes; results as ``reference_attention``.
 
     Args:
-        q: ``[..., Lq, D]``; k, v: ``[..., Lk, D]``.
-        mask: bool ``[..., Lq, Lk]``; None: all is seen.
-        careful: there may be NaN or infinite numbers. A weight of 0 does not mask them in a
-            product, so they are left out of products and put back where they are seen: nothing
-            that is masked reaches an output or a gradient, nor does a NaN query that has no
-            gradient.
+        q: ``[..., Lq, D]``.
+        k: ``[..., Lk, D]``.
+        v: ``[..., Lk, D]``.
+        mask: bool ``[..., Lq, Lk]``; None: every query attends to every key.
+        scale: factor of the logits.
+        careful: whether inputs may be NaN or infinite. A weight of 0 does not remove such a number
+            from a product. They are therefore replaced by 0 in the products, and their effect is
+            added for the queries that attend to them. So a masked number reaches no output and no
+            gradient, and neither does a NaN query without a gradient.
     """
-    wide, rounded = _wide(q), q.dtype
-    q, k, v = (x.to(wide) for x in (q, k, v))
+    acc_dtype, in_dtype = _wide(q), q.dtype
+    q, k, v = (x.to(acc_dtype) for x in (q, k, v))
     if not careful:
         logits, values = q @ k.mT * scale, v
     else:
-        q_there, k_there = (x.isfinite().all(-1, keepdim=True) for x in (q, k))
-        own_q = torch.where(q_there, q, 0)
+        q_finite, k_finite = (x.isfinite().all(-1, keepdim=True) for x in (q, k))
+        finite_q = torch.where(q_finite, q, 0)
         values = torch.where(v.isfinite(), v, 0)
-        logits = own_q @ torch.where(k_there, k, 0).mT * scale
-        told = (own_q @ k.mT * scale).detach()
-        logits = torch.where(q_there & ~k_there.mT, told, logits)
+        logits = finite_q @ torch.where(k_finite, k, 0).mT * scale
+        nonfinite_logits = (finite_q @ k.mT * scale).detach()
+        logits = torch.where(q_finite & ~k_finite.mT, nonfinite_logits, logits)
     if mask is None:
         lse = logits.logsumexp(-1)
         weights = (logits - lse[..., None]).exp()
     else:
         weights, lse = _masked_softmax(logits, mask)
-    weights = weights.to(rounded).to(wide)
+    weights = weights.to(in_dtype).to(acc_dtype)
     out = weights @ values
     if careful:
-        lost = (~v.isfinite()).to(wide)
-        kept = torch.ones_like(weights) if mask is None else mask.to(wide).expand_as(weights)
-        told = weights.detach() @ torch.where(v.isfinite(), 0, v)
-        out = out + torch.where(kept @ lost > 0, told, 0)
-        broken = torch.where(q_there[..., 0] | (lse == -torch.inf), 0, torch.nan)
-        out, lse = out + broken[..., None], lse + broken
-    return out.to(rounded), lse
+        nonfinite_v = (~v.isfinite()).to(acc_dtype)
+        kept = torch.ones_like(weights) if mask is None else mask.to(acc_dtype).expand_as(weights)
+        nonfinite_out = weights.detach() @ torch.where(v.isfinite(), 0, v)
+        out = out + torch.where(kept @ nonfinite_v > 0, nonfinite_out, 0)
+        nan_rows = torch.where(q_finite[..., 0] | (lse == -torch.inf), 0, torch.nan)
+        out, lse = out + nan_rows[..., None], lse + nan_rows
+    return out.to(in_dtype), lse
 
 
 def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and LSE of logits inside a mask; a row without a key gives 0 and minus infinity, and
-    no NaN in its gradients."""
+    """Return the softmax weights and the LSE of masked logits. A row without a key has weights 0,
+    LSE minus infinity, and gradients without NaN."""
     empty = ~mask.any(-1)
     logits = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[..., None], 0)
     lse = logits.logsumexp(-1)

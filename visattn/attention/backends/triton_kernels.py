@@ -1,4 +1,4 @@
-"""The Triton backend: the launches that compute the heads of a layer, and what they read."""
+"""The Triton backend: it prepares the inputs of the kernels and launches them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEVICE_MAPS: MapCache[DeviceMaps] = MapCache(limit_bytes=1 << 30)
 
 
 def why_unavailable(q: torch.Tensor) -> str | None:
-    """Why the kernels cannot run on a tensor like ``q``, or None when they can."""
+    """Return why the kernels cannot run on a tensor like ``q``, or None if they can."""
     if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreting()):
         return f"it needs a CUDA or ROCm GPU, and q is on {q.device}"
     try:
@@ -52,7 +52,7 @@ def why_unavailable(q: torch.Tensor) -> str | None:
 
 
 def why_no_kernel(pattern: HeadPattern) -> str | None:
-    """Why the kernels cannot compute a pattern, or None when they can."""
+    """Return why the kernels cannot compute a pattern, or None if they can."""
     if isinstance(pattern, Agent):
         return f"has no kernel for {pattern}, which is plain products"
     return None
@@ -68,7 +68,7 @@ def triton_attention(
     settings: Launch | None = None,
     split: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes and results as ``reference_attention``; the LSE is float32.
+    """Compute attention; shapes and results as ``reference_attention``. The LSE is float32.
 
     Args:
         q: ``[B, H, Lq, D]``.
@@ -76,7 +76,7 @@ def triton_attention(
         v: ``[B, Hk, Lk, D]``.
         spec: static patterns only.
         settings: launch settings; default: those of the launch table.
-        split: key blocks above which a row is split; default as ``device_maps``.
+        split: rows with more key blocks are split; default as ``device_maps``.
 
     Returns:
         Output ``[B, H, Lq, D]`` and natural-log LSE ``[B, H, Lq]``.
@@ -94,7 +94,8 @@ def triton_attention(
 
         order, parts = maps.ordered[0], maps.num_parts
         return forward_hopper(q, k, v, maps.lists, lengths, scale, q_ordered=order, num_parts=parts)
-    if text_lengths is not None:  # keys past the end of a block repeat its first one, with weight 0
+    # Lanes after the end of a block read its first key again, with weight 0.
+    if text_lengths is not None:
         v = without_padding(v, spec.key_layout, text_lengths)
     return forward(
         q,
@@ -126,7 +127,7 @@ def triton_backward(
     *,
     settings: tuple[tuple[int, int], tuple[int, int], int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v.
+    """Compute the gradients of q, k and v.
 
     Args:
         q: ``[B, H, Lq, D]``.
@@ -206,7 +207,7 @@ class TritonAttention(torch.autograd.Function):
 def differentiable_triton_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``triton_attention``, recorded by autograd where a gradient is wanted."""
+    """Compute ``triton_attention``; autograd records it if a gradient is needed."""
     if wants_gradients(q, k, v):
         run = TritonAttention.apply
         out, lse = run(q, k, v, spec)  # type: ignore[no-untyped-call]
@@ -221,7 +222,8 @@ def _maps(
     split: int | None = None,
     backward: bool = False,
 ) -> DeviceMaps:
-    """The block lists of a launch, cached. On a GPU masks are packed bits where they fit."""
+    """Return the block lists of a launch, cached. On a GPU, masks are packed bits if these fit the
+    memory limit."""
     patterns, layouts = spec.patterns, (spec.layout, spec.kv_layout)
     key = (patterns, *layouts, blocks, k.shape[1], k.device, split, backward)
 
@@ -236,9 +238,12 @@ def _maps(
 def _takes_groups(
     q: torch.Tensor, maps: DeviceMaps, lengths: torch.Tensor | None, scale: float
 ) -> bool:
-    """Whether the kernel for Hopper computes a call: 16-bit types, heads of up to 128 whose rows a
-    copy can read, a scale above 0 (its largest logit is that of the largest product), masks that
-    fit in memory as bits, and a trial of the variant that went well."""
+    """Return whether the kernel for Hopper computes a call.
+
+    It needs a 16-bit dtype, a head size that is a multiple of 8 and at most 128, a scale above 0
+    (it takes the maximum before scaling), masks as packed bits, and a variant that passed its
+    self-test.
+    """
     dim = q.shape[3]
     if q.element_size() != 2 or dim % 8 or dim > 128 or scale <= 0 or "firsts" not in maps.lists:
         return False
@@ -249,7 +254,7 @@ def _takes_groups(
 def _ready(
     maps: DeviceMaps, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the kernels take them: stride 1 along D, keys and values in block order."""
+    """Return q, k, v as the kernels read them: stride 1 along D, keys and values in block order."""
     from visattn.kernels.permute import permute
 
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))

@@ -1,5 +1,5 @@
-"""Memory of a CPU that is used again: the first touch of new memory takes several times as long as
-what is copied into it."""
+"""Reused CPU memory. The first write to newly allocated memory takes several times as long as a
+copy into memory that was used before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visattn.runtime.torch_settings import lasting
 
 __all__ = ["workspace"]
 
-KEPT = 1 << 26  # bytes of a tensor that is kept for the next call, at most
+KEPT = 1 << 26  # limit of the bytes of a tensor that is kept for the next call
 
 
 class _Kept(threading.local):
@@ -27,12 +27,12 @@ _KEPT = _Kept()
 
 @lasting
 def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """A tensor of any values on the CPU, in the dtype of ``like``, in the memory that the last one
-    of this name and thread had."""
+    """Return an uninitialised CPU tensor with the dtype of ``like``. It uses the memory of the last
+    tensor of this name and thread, if that is large enough."""
     size = math.prod(shape) * like.element_size()
-    own = _KEPT.tensors.get(name)
-    if own is None or own.numel() < size:
-        own = torch.empty(size, dtype=torch.uint8, device="cpu")
+    memory = _KEPT.tensors.get(name)
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         if size <= KEPT:
-            _KEPT.tensors[name] = own
-    return own[:size].view(like.dtype).view(shape)
+            _KEPT.tensors[name] = memory
+    return memory[:size].view(like.dtype).view(shape)
