@@ -32,7 +32,7 @@ CONSTRUCTIONS = (
 )
 PATTERN = re.compile("|".join(CONSTRUCTIONS), re.IGNORECASE)
 # Parts whose words are still to be mended.
-WAITING = {"blocks", "inject", "kernels", "search"}
+WAITING = {"inject", "kernels", "search"}
 # Parameters of public classes, ``(class, parameter)``: their names stay as they are.
 PUBLIC_NAMES = Path(__file__).parent / "support" / "public_names.txt"
 PUBLIC_PARAMETERS = {

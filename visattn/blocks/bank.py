@@ -18,11 +18,12 @@ class MapBank:
 
     Attributes:
         maps: the distinct maps.
-        head_map: int32 ``[H]``, the map of each head.
-        bounds: int32 ``[M, Nq, 5]`` into ``columns``; rows past a map's own are empty.
-        columns: the maps' columns, one after the other.
-        q_table, k_table: int32 ``[M, Nq, 2]``, ``[M, Nk, 2]``: first position and length of
-            each block.
+        head_map: int32 ``[H]``, the index of the map of each head.
+        bounds: int32 ``[M, Nq, 5]``, indices into ``columns``; rows after the last one of a map are
+            empty.
+        columns: the columns of all maps, concatenated.
+        q_table: int32 ``[M, Nq, 2]``, first position and length of each query block.
+        k_table: int32 ``[M, Nk, 2]``, first position and length of each key block.
     """
 
     maps: tuple[BlockMap, ...]

@@ -1,7 +1,7 @@
-"""BlockMap: per query block, the key blocks that are visited. Patterns lower to it, kernels run it.
+"""BlockMap: the key blocks that each query block visits. Patterns lower to it, kernels read it.
 
-A row of a map lists its key blocks by class, so that a kernel's loops know what they need not
-check::
+A row of a map lists its key blocks by class, so that a kernel applies only the masks that a class
+needs::
 
     bounds[i] = (begin, full, text, short, partial)      columns[begin:partial]
     [begin, full)     full-length blocks, every pair kept: no mask
@@ -9,7 +9,7 @@ check::
     [text, short)     every pair kept, but the block is shorter than ``block_k``: mask by length
     [short, partial)  mask by predicate (or by bit tile) and by length
 
-Positions are those of the ordered sequences (``q_blocks.index``, ``k_blocks.index``).
+Positions are indices into the ordered sequences (``q_blocks.index``, ``k_blocks.index``).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["BlockMap", "PartialPolicy", "build_map", "pack_rows"]
 
 PartialPolicy = Literal["exact", "promote", "drop"]
 NONE, FULL, TEXT, SHORT, PARTIAL = range(5)  # classes of a block pair, in the order of a row's list
-MAX_PREDICATES = 2  # more than two in one map go to bit tiles
-TILE_CHUNK = 1 << 20  # elements of a temporary when partial blocks are evaluated
+MAX_PREDICATES = 2  # a map with more predicates per grid is masked by bit tiles
+TILE_CHUNK = 1 << 20  # elements of a temporary tensor when partial blocks are evaluated
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,14 @@ class BlockMap:
     """The block form of one head's pattern; all tensors live on the CPU.
 
     Attributes:
-        q_blocks, k_blocks: the blocks of the query and key sequence, in their orders.
-        bounds: int32 ``[Nq, 5]``; columns: int16 or int32 ``[visited]`` (int16 while blocks fit).
+        q_blocks: the blocks of the query sequence, in its order.
+        k_blocks: the blocks of the key sequence, in its order.
+        bounds: int32 ``[Nq, 5]``, see above.
+        columns: key block of each visit, ``[visited]``; int16 if the block numbers fit, else int32.
         predicates: per grid of the layout, the predicates whose union masks its partial blocks.
-        given_tiles: (bool ``[U, block_q, block_k]``, int64 ``[partial]``) when the mask of partial
-            blocks is known by bits alone.
-        made: what ``of_map`` has made of it, by key.
+        given_tiles: (bool ``[U, block_q, block_k]``, int64 ``[partial]``) if the masks of partial
+            blocks are given as bits and not as predicates.
+        made: the objects that ``of_map`` has created, by key.
     """
 
     q_blocks: SequenceBlocks
@@ -57,8 +59,14 @@ class BlockMap:
     made: dict[Hashable, Sized] = field(default_factory=dict, init=False, repr=False)
 
     def of_map(self, key: Hashable, make: Callable[[], Item]) -> Item:
-        """What is made of the map once: a part of it, that counts with it and goes with it. It does
-        not refer to the map. ``key``: a key has items of one class."""
+        """Return an object that is derived from the map; create it on the first call.
+
+        Its memory counts as part of the map, and it is freed with the map.
+
+        Args:
+            key: identifies the object; all objects of a key have one class.
+            make: creates the object. The object must not refer to the map.
+        """
         if key not in self.made:
             self.made[key] = make()
             grown()
@@ -96,13 +104,13 @@ class BlockMap:
 
     @property
     def block_density(self) -> float:
-        """Executed block area over that of dense attention with the same blocks and no segments."""
+        """Visited block area divided by that of dense attention, with equal blocks, no segments."""
         rows = -(-self.layout.length // self.block_q)
         return self.num_visited / (rows * -(-self.kv_layout.length // self.block_k))
 
     @property
     def needs_bits(self) -> bool:
-        """Whether partial blocks are masked by bit tiles, because no kernel predicate says them."""
+        """Whether partial blocks need bit tiles, because no kernel predicate describes them."""
         return self.given_tiles is not None or any(
             len(union) > MAX_PREDICATES or any(p.kind == "table" for p in union)
             for union in self.predicates
@@ -115,14 +123,14 @@ class BlockMap:
 
     @property
     def nbytes(self) -> int:
-        """Of the map and all that has been made of it; what maps share counts for each."""
-        found = [self.__dict__.get(name) for name in ("visits", "partial_pairs", "tiles")]
+        """Bytes of the map and all objects derived from it; shared tensors count for each map."""
+        cached = [self.__dict__.get(name) for name in ("visits", "partial_pairs", "tiles")]
         made = sum(item.nbytes for item in tuple(self.made.values()))
-        return self._given_nbytes + _nbytes_of(tuple(found)) + made
+        return self._given_nbytes + _nbytes_of(tuple(cached)) + made
 
     @on_cpu
     def status(self) -> torch.Tensor:
-        """The class of every block pair, uint8 ``[Nq, Nk]``: NONE, FULL, TEXT, SHORT or PARTIAL."""
+        """Return the class of each block pair (NONE, FULL, ... PARTIAL), uint8 ``[Nq, Nk]``."""
         out = torch.zeros(len(self.q_blocks), len(self.k_blocks), dtype=torch.uint8)
         rows = torch.repeat_interleave(torch.arange(len(self.q_blocks)), self.visits)
         place = torch.arange(self.num_visited)
@@ -144,8 +152,9 @@ class BlockMap:
     @cached_property
     @on_cpu
     def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of the partial blocks: distinct tiles bool ``[U, block_q, block_k]``, and each
-        partial block's tile, int64 ``[partial]``. Pairs outside a short block are False.
+        """Masks of the partial blocks: the distinct tiles, bool ``[U, block_q, block_k]``, and the
+        tile index of each partial block, int64 ``[partial]``. Pairs outside a short block are
+        False.
         """
         if self.given_tiles is not None:
             return self.given_tiles
@@ -153,7 +162,7 @@ class BlockMap:
         return distinct_tiles(rows, columns, self.block_q, self.block_k, self._evaluate)
 
     def _evaluate(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Token masks of partial blocks ``[n]``: bool ``[n, block_q, block_k]``."""
+        """Return the token masks of ``n`` partial blocks, bool ``[n, block_q, block_k]``."""
         q, q_exists = self.q_blocks.tokens(rows)
         k, k_exists = self.k_blocks.tokens(columns)
         out = q_exists[:, :, None] & k_exists[:, None, :]
@@ -181,7 +190,7 @@ class BlockMap:
 
     @on_cpu
     def pairs(self) -> int:
-        """Kept (query, key) pairs, counted."""
+        """Return the number of kept (query, key) pairs."""
         areas = self.q_blocks.length[:, None] * self.k_blocks.length
         status = self.status()
         whole = int(areas[(status != NONE) & (status != PARTIAL)].sum())
@@ -190,13 +199,13 @@ class BlockMap:
 
 
 def _nbytes_of(value: object) -> int:
-    """Bytes of the tensors in tuples and dataclasses."""
+    """Return the bytes of all tensors in nested tuples and dataclasses."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, tuple):
         return sum(map(_nbytes_of, value))
     if is_dataclass(value):
-        return sum(_nbytes_of(getattr(value, own.name)) for own in fields(value))
+        return sum(_nbytes_of(getattr(value, field_.name)) for field_ in fields(value))
     return 0
 
 
@@ -207,7 +216,7 @@ def distinct_tiles(
     block_k: int,
     evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evaluate the masks of block pairs in chunks and keep each distinct one once."""
+    """Evaluate the masks of block pairs in chunks, and store each distinct mask once."""
     words = -(-block_q * block_k // 63)
     odd = (
         torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
@@ -237,7 +246,8 @@ def distinct_tiles(
 
 
 def pack_rows(status: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes uint8 ``[Nq, Nk]`` -> (bounds int32 ``[Nq, 5]``, columns), each class ascending."""
+    """Pack classes uint8 ``[Nq, Nk]`` into bounds int32 ``[Nq, 5]`` and columns. Within a class the
+    columns ascend."""
     counts = torch.stack([(status == kind).sum(1) for kind in (FULL, TEXT, SHORT, PARTIAL)], 1)
     ends = counts.flatten().cumsum(0).view_as(counts)
     bounds = torch.cat([(ends[:, :1] - counts[:, :1]), ends], 1).int()
@@ -245,8 +255,8 @@ def pack_rows(status: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     columns = torch.empty(int(counts.sum()), dtype=torch.int16 if fits else torch.int32)
     for place, kind in enumerate((FULL, TEXT, SHORT, PARTIAL)):
         rows, cols = (status == kind).nonzero(as_tuple=True)
-        own = counts[:, place]
-        within = torch.arange(len(rows)) - (own.cumsum(0) - own)[rows]
+        class_counts = counts[:, place]
+        within = torch.arange(len(rows)) - (class_counts.cumsum(0) - class_counts)[rows]
         columns[bounds[rows, place].long() + within] = cols.to(columns.dtype)
     return bounds, columns
 
@@ -263,16 +273,17 @@ def build_map(
     """Classify every block pair and pack the rows.
 
     Args:
-        q_blocks, k_blocks: the blocks of both sequences.
-        predicates: per grid of the query layout, the union that says which pairs with the grid of
-            the same number on the key side are kept; None where there is no such grid.
+        q_blocks: the blocks of the query sequence.
+        k_blocks: the blocks of the key sequence.
+        predicates: per grid of the query layout, the predicates whose union keeps the pairs with
+            the key grid of the same number; None if there is no such key grid.
         partial: ``exact`` keeps partial blocks with their mask, ``promote`` makes them full (a
             superset of the rule), ``drop`` leaves them out (a subset).
         outside: whether pairs outside those grids (text, prefix, another grid) are kept.
         description: the pattern, for error messages.
 
     Raises:
-        ValueError: some query block is left without any key.
+        ValueError: ``partial`` is unknown, or a query block has no key.
     """
     if partial not in ("exact", "promote", "drop"):
         raise ValueError(f"partial={partial!r} must be 'exact', 'promote' or 'drop'")
@@ -296,12 +307,16 @@ def build_map(
         answers = [predicate.classify(q_grid, k_grid) for predicate in union]
         some = torch.zeros(len(q_grid.start), len(k_grid.start), dtype=torch.bool)
         every = some.clone()
-        for own_some, own_every in answers:
-            some |= own_some
-            every |= own_every
+        for union_some, union_every in answers:
+            some |= union_some
+            every |= union_every
         some &= ~every
         used.append(
-            tuple(p for p, (own, _) in zip(union, answers, strict=True) if bool((own & some).any()))
+            tuple(
+                predicate
+                for predicate, (kept, _) in zip(union, answers, strict=True)
+                if bool((kept & some).any())
+            )
         )
         if partial == "drop":
             some.zero_()
@@ -319,7 +334,7 @@ def build_map(
 
 
 def check_rows(bounds: torch.Tensor, partial: str, description: str) -> None:
-    """Refuse a map with a query block that sees no key."""
+    """Raise a ValueError if a query block has no key."""
     empty = (bounds[:, 4] == bounds[:, 0]).nonzero()
     if len(empty):
         remedy = (

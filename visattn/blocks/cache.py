@@ -1,4 +1,4 @@
-"""MapCache: a cache with a limit of bytes for block maps and what is computed from them."""
+"""MapCache: a cache for block maps and objects computed from them, with a limit in bytes."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ __all__ = ["Item", "MapCache", "Sized", "grown"]
 
 
 class Sized(Protocol):
-    """What a MapCache holds."""
+    """An object that a MapCache can hold."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 Item = TypeVar("Item", bound=Sized)
-_growths = [0]  # how often something that caches hold has grown
+_growths = [0]  # counts the calls of ``grown``
 
 
 def grown() -> None:
-    """Note that something that caches may hold takes more memory than before."""
+    """Record that an object which a cache may hold has grown, so that caches check their limits."""
     _growths[0] += 1
 
 
 class MapCache(Generic[Item]):
-    """Maps by key, least recently used out first, within a limit of bytes."""
+    """A cache of maps by key with a limit in bytes; it drops the least recently used map first."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._items: OrderedDict[Hashable, Item] = OrderedDict()
-        self._growths = 0  # when it was last held to the limit
+        self._growths = 0  # value of ``_growths[0]`` at the last check of the limit
 
     def __len__(self) -> int:
         return len(self._items)
@@ -41,8 +41,8 @@ class MapCache(Generic[Item]):
         return sum(item.nbytes for item in self._items.values())
 
     def get(self, key: Hashable, make: Callable[[], Item]) -> Item:
-        """The item of ``key``, made when it is not there. The last one that was asked for stays,
-        whatever its size."""
+        """Return the item of ``key``; create it if it is missing. The most recently used item stays
+        in the cache, whatever its size."""
         if key in self._items:
             self._items.move_to_end(key)
         else:

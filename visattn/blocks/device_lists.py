@@ -1,8 +1,9 @@
-"""A bank of block maps as the tensors that the kernels read, on one device.
+"""Conversion of a bank of block maps into the tensors that the kernels read, on one device.
 
-The rows of all heads become one list of work items, heaviest first, so that a launch ends evenly;
-a row much longer than the rest is split into parts whose results are merged by LSE. Predicates
-become integer parameters; a bank that needs more than two kinds of them is masked by bit tiles.
+The rows of all heads become one list of work items, the longest first, which balances the load of a
+launch. A row that is much longer than the mean is split into parts, whose results are merged by
+LSE. Predicates become integer parameters. A bank that needs more than two kinds of predicates is
+masked by bit tiles.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ __all__ = ["DeviceMaps", "device_maps"]
 
 NONE, AXIS, STRIDED, BAND, RADIAL, LABEL, BITS = range(7)  # as in kernels/masks.py
 PARAMS, SLOTS, USED = 48, (12, 28), 15
-LEAST_PART = 16  # blocks below which a row is not worth splitting
+LEAST_PART = 16  # by default, rows with at most this many blocks are not split
 LIMIT = 2**31 - 1
-WORDS_LIMIT = 512 << 20  # bytes of the distinct bit tiles of a launch
+WORDS_LIMIT = 512 << 20  # limit of the bytes of the distinct bit tiles of a launch
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceMaps:
-    """What one launch needs of a bank; ``lists`` holds the tensors by the kernels' names for them.
+    """The tensors of a bank that one launch reads.
 
     Attributes:
-        lists: work, rows, columns, k_table, q_index, k_index, rules, tables, tile_of, bits.
-        key_slots: int32 ``[2, S]``: key head and row of ``k_index`` of each distinct pair; None
-            where keys stay in token order, and the slot is the key head.
-        kinds: predicate kinds of the two slots; ordered: whether queries, keys are reordered.
-        num_parts: number of parts of rows that are split.
+        lists: tensors by kernel argument: work, rows, columns, k_table, q_index, k_index, rules,
+            tables, tile_of, bits.
+        key_slots: int32 ``[2, S]``, key head and row of ``k_index`` of each distinct pair; None if
+            keys stay in token order, so that the slot is the key head.
+        kinds: predicate kinds of the two slots.
+        ordered: whether queries, and whether keys, are reordered.
+        num_parts: number of parts of split rows.
+        block: queries and keys of a block.
     """
 
     lists: dict[str, torch.Tensor]
@@ -50,7 +54,7 @@ class DeviceMaps:
 
     @property
     def by_coordinates(self) -> bool:
-        """Whether a kernel evaluates predicates."""
+        """Whether the kernel evaluates predicates from coordinates."""
         return self.kinds[0] not in (NONE, BITS)
 
     @property
@@ -65,23 +69,23 @@ def _kind_of(predicate: Predicate) -> int:
 
 
 def _kinds(bank: MapBank) -> tuple[int, int]:
-    """The two kinds that cover every map of the bank, or (BITS, NONE)."""
+    """Return the two predicate kinds that cover every map of the bank, or (BITS, NONE)."""
     if any(item.needs_bits for item in bank.maps):
         return BITS, NONE
     needed: Counter[int] = Counter()
     for item in bank.maps:
         for union in item.predicates:
-            own = Counter(map(_kind_of, union))
-            needed = Counter({kind: max(needed[kind], own[kind]) for kind in needed | own})
-    found = sorted(needed.elements())
-    if len(found) > 2:
+            counts = Counter(map(_kind_of, union))
+            needed = Counter({kind: max(needed[kind], counts[kind]) for kind in needed | counts})
+    ordered_kinds = sorted(needed.elements())
+    if len(ordered_kinds) > 2:
         return BITS, NONE
-    first, second = [*found, NONE, NONE][:2]
+    first, second = [*ordered_kinds, NONE, NONE][:2]
     return first, second
 
 
 class _Tables:
-    """One growing int32 buffer; equal tables are stored once."""
+    """One growing int32 buffer; each table object is stored once."""
 
     def __init__(self) -> None:
         self.parts: list[torch.Tensor] = []
@@ -100,7 +104,7 @@ class _Tables:
 
 
 def _slot(predicate: Predicate, axes: Triple, tables: _Tables) -> list[int]:
-    """The integers of a slot in use, as kernels/masks.py lays them out, for coordinates in the
+    """Return the integers of a used slot, in the format of kernels/masks.py, for coordinates in the
     order ``axes``."""
     values = [0] * (USED + 1)
     if isinstance(predicate, Axis):
@@ -126,35 +130,35 @@ def _slot(predicate: Predicate, axes: Triple, tables: _Tables) -> list[int]:
 
 
 def _parameters(bank: MapBank, kinds: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """rules int32 ``[M, G, 48]`` and the tables they point into."""
+    """Return rules int32 ``[M, G, 48]`` and the tables that their offsets point into."""
     layout, kv_layout = bank.maps[0].layout, bank.maps[0].kv_layout
     rules = torch.ones(len(bank.maps), max(1, len(layout.grids)), PARAMS, dtype=torch.int32)
-    for slot in SLOTS:  # not in use: offsets 0, divisors 1
+    for slot in SLOTS:  # values of an unused slot: offsets 0, divisors 1
         rules[:, :, slot : slot + 6] = 0
         rules[:, :, slot + USED] = 0
     longest = max([max(grid.shape) for _, grid in layout.grids] or [1])
     tables = _Tables()
-    tables.add(torch.zeros(longest, dtype=torch.int32))  # what a slot not in use reads
+    tables.add(torch.zeros(longest, dtype=torch.int32))  # an unused slot reads this table
     for number, item in enumerate(bank.maps):
         for ordinal, (q_start, grid) in enumerate(layout.grids):
-            own = rules[number, ordinal]
+            row = rules[number, ordinal]
             k_start = kv_layout.grids[ordinal][0] if ordinal < len(kv_layout.grids) else 0
             a, b, c = sorted(range(3), key=lambda axis: grid.shape[axis])
             radices = [
                 value for axis in (a, b, c) for value in (grid.strides[axis], grid.shape[axis])
             ]
-            own[:9] = torch.tensor([*radices, q_start, k_start, grid.numel])
+            row[:9] = torch.tensor([*radices, q_start, k_start, grid.numel])
             free = list(zip(kinds, SLOTS, strict=True))
             for predicate in item.predicates[ordinal] if kinds[0] != BITS else ():
                 place = next(pair for pair in free if pair[0] == _kind_of(predicate))
                 free.remove(place)
                 values = _slot(predicate, (a, b, c), tables)
-                own[place[1] : place[1] + len(values)] = torch.tensor(values)
+                row[place[1] : place[1] + len(values)] = torch.tensor(values)
     return rules, tables.tensor()
 
 
 def _bits(bank: MapBank, kinds: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """tile_of int32 ``[columns]`` and bits int32 ``[U, block_q, ceil(block_k / 32)]``."""
+    """Return tile_of int32 ``[columns]`` and bits int32 ``[U, block_q, ceil(block_k / 32)]``."""
     if kinds[0] != BITS:
         return torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     tile_of = torch.zeros(len(bank.columns), dtype=torch.int32)
@@ -178,20 +182,20 @@ def _bits(bank: MapBank, kinds: tuple[int, int]) -> tuple[torch.Tensor, torch.Te
 
 
 def _order_rows(blocks: list[SequenceBlocks]) -> tuple[torch.Tensor, list[int], bool]:
-    """Distinct orders as index int32 ``[orders, L]``, the row of each map, and whether any
-    reorders."""
-    found: dict[tuple[object, ...], int] = {}
-    rows = [found.setdefault(item.orders, len(found)) for item in blocks]
+    """Return the distinct token orders, int32 ``[orders, L]``, the row of each map in it, and
+    whether any map reorders tokens."""
+    row_of_order: dict[tuple[object, ...], int] = {}
+    rows = [row_of_order.setdefault(item.orders, len(row_of_order)) for item in blocks]
     if all(item.index is None for item in blocks):
         return torch.zeros(1, 1, dtype=torch.int32), [0] * len(blocks), False
-    index = torch.empty(len(found), blocks[0].layout.length, dtype=torch.int32)
+    index = torch.empty(len(row_of_order), blocks[0].layout.length, dtype=torch.int32)
     for item, row in zip(blocks, rows, strict=True):
         index[row] = (torch.arange(item.layout.length) if item.index is None else item.index).int()
     return index, rows, True
 
 
 def _k_table(bank: MapBank) -> torch.Tensor:
-    """int32 ``[M, Nk, 4]``: first position, length, text segment (-1: none), offset in it."""
+    """Return int32 ``[M, Nk, 4]``: first position, length, text segment or -1, offset in it."""
     table = torch.zeros(len(bank.maps), bank.k_table.shape[1], 4, dtype=torch.int32)
     table[:, :, :2] = bank.k_table
     table[:, :, 2] = -1
@@ -200,14 +204,14 @@ def _k_table(bank: MapBank) -> torch.Tensor:
     for number, item in enumerate(bank.maps):
         blocks = item.k_blocks
         for ordinal, segment in enumerate(texts):
-            own = (blocks.segment == segment).nonzero()[:, 0]
-            table[number, own, 2] = ordinal
-            table[number, own, 3] = (blocks.start[own] - layout.starts[segment]).int()
+            index = (blocks.segment == segment).nonzero()[:, 0]
+            table[number, index, 2] = ordinal
+            table[number, index, 3] = (blocks.start[index] - layout.starts[segment]).int()
     return table
 
 
 def _firsts(bank: MapBank) -> torch.Tensor:
-    """First key of the block of each visit, int32 ``[columns]``, at least one."""
+    """Return the first key of the block of each visit, int32 ``[columns + 1]``; the last is 0."""
     parts = [
         bank.k_table[number, item.columns.long(), 0] for number, item in enumerate(bank.maps)
     ]
@@ -217,8 +221,8 @@ def _firsts(bank: MapBank) -> torch.Tensor:
 def _work(
     bank: MapBank, slots: list[int], q_rows: list[int], k_rows: list[int], split: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Work items int32 ``[W, 16]`` heaviest first, split rows int32 ``[R, 6]``, and the number of
-    parts."""
+    """Return the work items int32 ``[W, 16]``, longest first, the split rows int32 ``[R, 6]``, and
+    the number of parts."""
     items: list[torch.Tensor] = []
     rows: list[torch.Tensor] = []
     heads = len(bank.head_map)
@@ -248,15 +252,16 @@ def _work(
         work[:, 7:12] = torch.minimum(torch.maximum(bounds[row], low[:, None]), high[:, None])
         work[:, 12], work[:, 13] = q_rows[number], k_rows[number]
         items.append(work)
-        own = (pieces > 1).nonzero()[:, 0]
-        if len(own):
-            split_rows = torch.zeros(len(own), 6, dtype=torch.int64)
+        split_blocks = (pieces > 1).nonzero()[:, 0]
+        if len(split_blocks):
+            split_rows = torch.zeros(len(split_blocks), 6, dtype=torch.int64)
             split_rows[:, 0], split_rows[:, 1] = head, q_rows[number]
-            split_rows[:, 2], split_rows[:, 3] = item.q_blocks.start[own], item.q_blocks.length[own]
-            split_rows[:, 4] = parts + pieces[own].cumsum(0) - pieces[own]
-            split_rows[:, 5] = pieces[own]
+            split_rows[:, 2] = item.q_blocks.start[split_blocks]
+            split_rows[:, 3] = item.q_blocks.length[split_blocks]
+            split_rows[:, 4] = parts + pieces[split_blocks].cumsum(0) - pieces[split_blocks]
+            split_rows[:, 5] = pieces[split_blocks]
             rows.append(split_rows)
-            parts += int(pieces[own].sum())
+            parts += int(pieces[split_blocks].sum())
     work = torch.cat(items)
     heaviest = (work[:, 11] - work[:, 7]).argsort(descending=True, stable=True)
     all_rows = torch.cat(rows) if rows else torch.zeros(0, 6)
@@ -275,11 +280,14 @@ def device_maps(
     """Pack one map per query head for a launch.
 
     Args:
-        heads: one map per query head; key_heads: heads of the keys, which divide them.
-        split: most blocks of an unsplit row; default: four times the mean, at least 16.
-        backward: for the gradients: no row is split, and the lists of ``key_lists`` are there too.
-        words: mask partial and short blocks by bit tiles, whatever says them, if they take no more
-            than ``WORDS_LIMIT`` bytes; ``lists`` then has ``firsts``, the first key of each visit.
+        heads: one map per query head.
+        key_heads: number of key heads; it divides the number of query heads.
+        device: device of the tensors.
+        split: rows with more blocks are split; default: four times the mean, at least 16.
+        backward: prepare the gradients: no row is split, and ``lists`` includes ``key_lists``.
+        words: mask partial and short blocks by bit tiles, also where predicates exist, if the tiles
+            need at most ``WORDS_LIMIT`` bytes. ``lists`` then includes ``firsts``, the first key of
+            each visit.
     """
     bank = MapBank.of(heads)
     packed = packed_words(bank, device, WORDS_LIMIT) if words else None
@@ -309,7 +317,7 @@ def device_maps(
         "tile_of": tile_of,
         "bits": bits,
     }
-    if packed:  # a row of no visit looks at the place behind the last
+    if packed:  # a row without a visit reads the element after the last one
         lists["columns"] = torch.nn.functional.pad(bank.columns, (0, 1))
         lists["firsts"] = _firsts(bank)
     if backward:

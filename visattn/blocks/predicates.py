@@ -1,10 +1,10 @@
-"""Predicates: which (query, key) pairs of one grid are kept, said in coordinates.
+"""Predicates: conditions on coordinates that keep (query, key) pairs of one grid.
 
-Patterns lower to a union (OR) of predicates. Each answers for tokens (``allows``) and for whole
-blocks at once (``classify``), the latter from the boxes that bound them and never from their
-tokens. Kinds ``axis``, ``band``, ``radial`` and ``label`` are what kernels evaluate in partial
-blocks; ``table`` kinds have full blocks only where their unit nests in the block, and go to bit
-tiles elsewhere.
+Patterns lower to a union (OR) of predicates. A predicate decides single token pairs (``allows``)
+and whole block pairs (``classify``). ``classify`` uses the bounding boxes of the blocks, never
+their tokens. Kernels evaluate the kinds ``axis``, ``band``, ``radial`` and ``label`` in partial
+blocks. Partial blocks of the kind ``table`` become bit tiles; this kind has full blocks only where
+its unit nests in the block.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ Status = tuple[torch.Tensor, torch.Tensor]  # (some pair is kept, every pair is 
 Kind = Literal["axis", "band", "radial", "label", "table"]
 
 UNBOUNDED = 2**40
-CHUNK = 1 << 18  # elements of a temporary when block pairs are walked in chunks of query blocks
+CHUNK = 1 << 18  # elements of a temporary tensor; block pairs are processed in chunks of rows
 
 
 class Predicate(Protocol):
-    """``classify`` may call a block partial that is empty or full, never the other way round."""
+    """A condition on token pairs. ``classify`` may report an empty or full block as partial, but
+    never a partial block as empty or full."""
 
     kind: ClassVar[Kind]
 
@@ -52,12 +53,13 @@ class Predicate(Protocol):
     def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status: ...
 
     def permuted(self, axes: Triple) -> Predicate:
-        """The predicate of a permuted grid (axis ``i`` is axis ``axes[i]``) on the grid itself."""
+        """Return a predicate of a permuted grid (its axis ``i`` is axis ``axes[i]``) as one of the
+        grid itself."""
         ...
 
 
 def line_weights(grid: Grid, axes: Triple) -> Triple:
-    """Weights, in ``t, h, w``, of the raster index with the axes nested as given."""
+    """Return the weights of ``t, h, w`` in the raster index with the given nesting of axes."""
     weights = [0, 0, 0]
     for stride, axis in zip(grid.permuted(axes).strides, axes, strict=True):
         weights[axis] = stride
@@ -76,8 +78,8 @@ def linear_form(weights: Triple, places: Places) -> torch.Tensor:
 
 
 def form_range(weights: Triple, blocks: OrderedBlocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest value of a linear form in each block, ``[N]``; exact in the form's own
-    order."""
+    """Return bounds of a linear form in each block, ``[N]`` each. They are exact if the form is the
+    raster index of the order of the blocks."""
     order = blocks.order
     if isinstance(order, LineOrder) and weights == line_weights(
         blocks.grid, axis_permutation(order.axes)
@@ -135,24 +137,25 @@ class AxisRule:
         return inside & ((k - q) % self.modulus == 0) if self.modulus > 1 else inside
 
     def pairs(self) -> int:
-        """Kept pairs of the axis; the bounds stand on the query's own residue class."""
+        """Return the number of kept pairs of the axis. It assumes that both bounds are in the
+        residue class of the query."""
         return int(((self.high - self.low) // self.modulus + 1).clamp(min=0).sum())
 
     def classify(
         self, q_cells: torch.Tensor, q_step: int, k_cells: torch.Tensor, k_step: int
     ) -> Status:
-        """Status of cells ``[n, 2]`` (first, last coordinate) with the given steps inside."""
+        """Return the status of cells ``[n, 2]`` (first, last coordinate) with the given steps."""
         count = (q_cells[:, 1] - q_cells[:, 0]) // q_step + 1
         inside = torch.arange(int(count.max()))
         place = q_cells[:, :1] + q_step * inside.minimum(
             count[:, None] - 1
-        )  # [n, cell], last one repeated
+        )  # [n, cell], padded with the last one
         low, high = self.low[place], self.high[place]
         first, last = k_cells[:, 0], k_cells[:, 1]
         every = (low.amax(1)[:, None] <= first) & (high.amin(1)[:, None] >= last)
         if bool((low.diff(dim=1) >= 0).all()) and bool((high.diff(dim=1) >= 0).all()):
-            # low <= last holds for a prefix of the cell, high >= first for a suffix: they meet or
-            # not
+            # low <= last holds for a prefix of the cell, high >= first for a suffix; a pair is kept
+            # if the two overlap
             reached = torch.searchsorted(low, last.expand(len(low), -1).contiguous(), right=True)
             begun = torch.searchsorted(high, first.expand(len(high), -1).contiguous())
             some = reached > begun
@@ -165,13 +168,13 @@ class AxisRule:
         apart = first - q_cells[:, :1]
         same = apart % self.modulus == 0
         fixed = q_fixed & k_fixed
-        meets = apart % math.gcd(self.modulus, q_step, k_step) == 0  # else no two residues agree
+        meets = apart % math.gcd(self.modulus, q_step, k_step) == 0  # else no equal residues
         return some & torch.where(fixed, same, meets), every & same & fixed
 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """A rule per axis, all of which must hold."""
+    """One rule per axis; a pair is kept if all of them hold."""
 
     rules: tuple[AxisRule, AxisRule, AxisRule]
     kind: ClassVar[Kind] = "axis"
@@ -190,11 +193,11 @@ class Axis:
             k_cells, k_cell = torch.stack([k.low[:, axis], k.high[:, axis]], 1).unique(
                 dim=0, return_inverse=True
             )
-            own_some, own_every = rule.classify(q_cells, q.step[axis], k_cells, k.step[axis])
-            own_some = own_some[:, k_cell].index_select(0, q_cell)
-            own_every = own_every[:, k_cell].index_select(0, q_cell)
-            some = own_some if some is None else some.logical_and_(own_some)
-            every = own_every if every is None else every.logical_and_(own_every)
+            axis_some, axis_every = rule.classify(q_cells, q.step[axis], k_cells, k.step[axis])
+            axis_some = axis_some[:, k_cell].index_select(0, q_cell)
+            axis_every = axis_every[:, k_cell].index_select(0, q_cell)
+            some = axis_some if some is None else some.logical_and_(axis_some)
+            every = axis_every if every is None else every.logical_and_(axis_every)
         assert some is not None and every is not None
         return some, every
 
@@ -204,7 +207,7 @@ class Axis:
 
 
 class _RangeExtremes:
-    """Largest and smallest table value over index ranges, by doubling."""
+    """Largest and smallest table value over index ranges, from tables of doubling range length."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self.largest, self.smallest = [table], [table]
@@ -249,7 +252,7 @@ class RadialBand:
     kind: ClassVar[Kind] = "radial"
 
     def forms(self) -> tuple[int, Triple]:
-        """The slowest axis, and the weights of ``r``."""
+        """Return the slowest axis and the weights of ``r``."""
         axes = axis_permutation(self.axes)
         weights = list(line_weights(self.grid, axes))
         weights[axes[0]] = 0
@@ -262,8 +265,11 @@ class RadialBand:
         ]
 
     def _pieces(self, blocks: OrderedBlocks) -> torch.Tensor:
-        """Blocks as int64 ``[P, 5]``: block, first and last t, first and last r; split at planes
-        where the order is the predicate's own, so that each piece is a product of two ranges."""
+        """Return blocks as int64 ``[P, 5]``: block, first and last t, first and last r.
+
+        Blocks in the order of the predicate are split at planes, so that each piece is a product of
+        two ranges.
+        """
         axis, weights = self.forms()
         number = torch.arange(len(blocks.start))
         if blocks.order != LineOrder(self.axes):
@@ -310,7 +316,7 @@ class RadialBand:
 def _fold(
     out: torch.Tensor, pieces: torch.Tensor, q_owner: torch.Tensor, k_owner: torch.Tensor, how: str
 ) -> None:
-    """Reduce piece pairs ``[p, P]`` into their blocks' entry of ``out`` uint8 ``[Nq, Nk]``."""
+    """Reduce piece pairs ``[p, P]`` into their block pairs, the entries of ``out`` ``[Nq, Nk]``."""
     start = torch.full((len(pieces), out.shape[1]), int(how == "amin"), dtype=torch.uint8)
     by_key = start.scatter_reduce_(1, k_owner.expand(pieces.shape), pieces.byte(), how)
     out.scatter_reduce_(0, q_owner.expand(by_key.shape), by_key, how)
@@ -318,8 +324,8 @@ def _fold(
 
 @dataclass(frozen=True, eq=False)
 class Label:
-    """``q_bits & k_bits != 0``; int32 per raster token ``[n]``. ``q_bits=None`` means all bits
-    set."""
+    """``q_bits & k_bits != 0``, with int32 labels ``[n]`` by raster index. ``q_bits=None`` means
+    that all bits of the queries are set."""
 
     grid: Grid
     k_bits: torch.Tensor
@@ -336,7 +342,7 @@ class Label:
     def _union_and_common(
         bits: torch.Tensor, blocks: OrderedBlocks
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bits set in some, and in every, token of each block, ``[N]``."""
+        """Return the bits set in at least one token, and in all tokens, of each block, ``[N]``."""
         owner = torch.repeat_interleave(torch.arange(len(blocks.start)), blocks.length)
         bits = bits[blocks.order.index(blocks.grid)]
         union = torch.zeros(len(blocks.start), dtype=bits.dtype)

@@ -1,4 +1,4 @@
-"""Predicates that look a pair up in a table; no kernel evaluates them, so they become bit tiles."""
+"""Predicates that are read from a table. No kernel evaluates them, so they become bit tiles."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class CoarseTable:
 
 @dataclass(frozen=True, eq=False)
 class TileOffsets:
-    """Tiles a relative offset apart: ``table[tile(k) - tile(q) + center]``; bool, sides ``2 n -
-    1``."""
+    """``table[tile(k) - tile(q) + center]``: the offset between two tiles decides. The table is
+    bool, with sides ``2 n - 1``."""
 
     tile: Triple
     table: torch.Tensor
@@ -92,9 +92,9 @@ class TileOffsets:
             high = [k1[:, a] - q0[rows, a, None] + center[a] + 1 for a in range(3)]
             count = torch.zeros_like(low[0], dtype=torch.int32)
             for corner in range(8):
-                at = [high[a] if corner >> a & 1 else low[a] for a in range(3)]
+                t, h, w = [high[a] if corner >> a & 1 else low[a] for a in range(3)]
                 sign = 1 if corner in (1, 2, 4, 7) else -1
-                count += sign * flat[(at[0] * side_h + at[1]) * side_w + at[2]]
+                count += sign * flat[(t * side_h + h) * side_w + w]
             volume = (high[0] - low[0]) * (high[1] - low[1]) * (high[2] - low[2])
             some[rows], every[rows] = count > 0, count == volume
         return some, every

@@ -1,4 +1,4 @@
-"""Block lists by key block: which query blocks visit it, for the gradients of keys and values."""
+"""Block lists by key block: the query blocks that visit it. The gradients of k and v use them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from visattn.geometry.layout import TokenLayout
 
 __all__ = ["grid_numbers", "key_lists"]
 
-WHOLE, SHORT, PARTIAL = range(3)  # all queries of a block see all keys; some are not there; a mask
+WHOLE, SHORT, PARTIAL = range(3)  # no mask; fewer queries than block_q; a mask
 
 
 def grid_numbers(layout: TokenLayout) -> torch.Tensor:
-    """Number of the grid of each segment, -1 where it is none."""
+    """Return the grid number of each segment, -1 for a segment that is no grid."""
     numbers, count = [], 0
     for segment in layout.segments:
         numbers.append(count if segment.grid is not None else -1)
@@ -24,10 +24,13 @@ def grid_numbers(layout: TokenLayout) -> torch.Tensor:
 def key_lists(
     bank: MapBank, slots: list[int], q_rows: list[int], k_rows: list[int], tile_of: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """What ``_dkdv_kernel`` reads beside the lists of the forward pass.
+    """Return the lists that ``_dkdv_kernel`` reads in addition to those of the forward pass.
 
     Args:
-        slots: key slot of each head; q_rows, k_rows: rows of ``q_index``, ``k_index`` of each map.
+        bank: the maps of all heads.
+        slots: key slot of each head.
+        q_rows: row of ``q_index`` of each map.
+        k_rows: row of ``k_index`` of each map.
         tile_of: int32 ``[columns]``, the bit tile of each visit, or one element.
 
     Returns:
@@ -51,17 +54,17 @@ def key_lists(
         tiles.append(tile_of[order + offset] if len(tile_of) > 1 else torch.zeros(0))
         offset += len(row)
     grids = grid_numbers(bank.maps[0].kv_layout)
-    grids[grids >= len(bank.maps[0].layout.grids)] = -1  # which no query's grid meets
+    grids[grids >= len(bank.maps[0].layout.grids)] = -1  # no query grid has this number
     work = []
     for head, number in enumerate(bank.head_map.tolist()):
         blocks = bank.maps[number].k_blocks
-        own = torch.zeros(len(blocks), 16, dtype=torch.int64)
-        own[:, 0], own[:, 1], own[:, 2] = head, slots[head], number
-        own[:, 3] = grids[blocks.segment]
-        own[:, 4] = torch.arange(len(blocks))
-        own[:, 5:9] = bounds[number]
-        own[:, 9], own[:, 10] = q_rows[number], k_rows[number]
-        work.append(own)
+        head_work = torch.zeros(len(blocks), 16, dtype=torch.int64)
+        head_work[:, 0], head_work[:, 1], head_work[:, 2] = head, slots[head], number
+        head_work[:, 3] = grids[blocks.segment]
+        head_work[:, 4] = torch.arange(len(blocks))
+        head_work[:, 5:9] = bounds[number]
+        head_work[:, 9], head_work[:, 10] = q_rows[number], k_rows[number]
+        work.append(head_work)
     all_work = torch.cat(work)
     heaviest = (all_work[:, 8] - all_work[:, 5]).argsort(descending=True, stable=True)
     return {
