@@ -1,15 +1,15 @@
 """Attention backward over block lists: dq over the lists of the forward pass, dk and dv over the
-transposed ones. With the logits ``s = scale q k^T`` and the LSE of the forward pass::
+transposed lists. With the logits ``s = scale q k^T`` and the LSE of the forward pass::
 
     p = exp(s - lse)    delta = sum_d grad_out out - grad_lse    ds = p (grad_out v^T - delta)
     dq = scale ds k     dk = scale ds^T q                        dv = p^T grad_out
 
 (Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithm 2). Every element of a gradient is written
-by one program, so the result is the same every time.
+by one program, so results are deterministic.
 
-Layouts as in ``forward.py``: q, grad_out ``[B, H, Lq, D]`` in token order, any strides but 1 along
-D; k, v ``[B, S, Lk, D]`` in block order; lse, delta float32 ``[B, H, Lq]``. dq ``[B, H, Lq, D]``
-and dk, dv ``[B, H, Lk, D]`` in token order, of every query head.
+Layouts as in ``forward.py``: q, grad_out ``[B, H, Lq, D]`` in token order, stride 1 along D; k, v
+``[B, S, Lk, D]`` in block order; lse, delta float32 ``[B, H, Lq]``. dq ``[B, H, Lq, D]`` and dk, dv
+``[B, H, Lk, D]`` in token order, of every query head.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _delta_kernel(
 
 @triton.jit
 def _rows_of(lse, delta, at, token):
-    """LSE in log2 domain, and delta, of queries; a row without a key has p = 0."""
+    """Return the LSE in log2 domain, and delta, of queries; a row without a key gets LSE +inf, so
+    that p = 0."""
     b_lse = tl.load(lse + at + token)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
     return b_lse, tl.load(delta + at + token)
@@ -82,8 +83,8 @@ def _rows_of(lse, delta, at, token):
 def _queries_of(
     p_block, q_index, q_order, length_q, sub, BLOCK_M: tl.constexpr, Q_ORDERED: tl.constexpr
 ):
-    """Tokens of a part of a query block, and which are there; the others repeat the first one.
-    ``p_block`` int32 ``[2]``: first position and length of the block."""
+    """Return the tokens of a part of a query block, and which lanes have one; others repeat the
+    first. ``p_block`` int32 ``[2]``: first position and length of the block."""
     o_m = tl.arange(0, BLOCK_M)
     first = tl.load(p_block)
     m_m = sub * BLOCK_M + o_m < tl.load(p_block + 1)
@@ -144,7 +145,7 @@ def _dq_kernel(
     IEEE: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one work item of one batch item; ``work`` as in
-    ``_forward_kernel``, of whole rows."""
+    ``_forward_kernel``, with no split rows."""
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     i_b = tl.program_id(1)
     sub = tl.program_id(0) % SUBS
@@ -210,7 +211,7 @@ def _dq_kernel(
 
     if KIND_A != NONE and KIND_A != BITS:
         p_params = rules + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
-        # tokens outside the grid are clamped: their rule is not used
+        # tokens outside the grid are clamped; the result of their rule is not used
         last = tl.load(p_params + 8) - 1
         q_place = tl.minimum(tl.maximum(token - tl.load(p_params + 6), 0), last)
         k_origin = tl.load(p_params + 7)
@@ -220,7 +221,7 @@ def _dq_kernel(
         column = tl.load(columns + j).to(tl.int32)
         first, valid = _key_length(p_k_table, text_lengths, column, i_b, texts, LENGTHS)
         m_n = o_n < valid
-        # keys past the end repeat the first one and are masked below
+        # lanes after the last key repeat the first key and are masked below
         inside = tl.where(m_n, o_n, 0)
         b_k = tl.load(
             p_k + first.to(tl.int64) * stride_kl + inside[:, None] * stride_kl + o_d[None, :],
@@ -318,11 +319,12 @@ def _dkdv_kernel(
     IEEE: tl.constexpr,
 ):
     """One program: one key block of one query head of one batch item, and the query blocks that
-    visit it, of BLOCK_Q queries: by BLOCK_M where they see all of it, by BLOCK_P where not.
+    visit it. Query blocks have BLOCK_Q queries; those without a mask are processed BLOCK_M queries
+    at a time, the others BLOCK_P.
 
-    key_work int32 ``[W, 16]``: head, key slot, map, grid (-1: none), key block, the list's ends:
-    begin, whole, short, partial, then the rows of ``q_index`` and ``k_index``. rows int32: query
-    blocks; q_table int32 ``[M, Nq, 2]``: first position and length.
+    key_work int32 ``[W, 16]``: head, key slot, map, grid (-1: none), key block, the bounds of the
+    list (begin, whole, short, partial), and the rows of ``q_index`` and ``k_index``. rows int32:
+    query blocks; q_table int32 ``[M, Nq, 2]``: first position and length.
     """
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     i_b = tl.program_id(1)
@@ -346,7 +348,7 @@ def _dkdv_kernel(
     p_k_table = k_table + i_map * num_k * 4
     p_q_table = q_table + i_map * num_q * 2
     first, valid = _key_length(p_k_table, text_lengths, column, i_b, texts, LENGTHS)
-    # keys past the end repeat the first one, and what they get is not kept
+    # lanes after the last key repeat the first key; their gradients are not stored
     inside = tl.where(o_n < valid, o_n, 0)
     p_k = k + i_b.to(tl.int64) * stride_kb + i_slot.to(tl.int64) * stride_ks
     p_v = v + i_b.to(tl.int64) * stride_vb + i_slot.to(tl.int64) * stride_vs
@@ -388,7 +390,7 @@ def _dkdv_kernel(
         k_place = first + inside
         if K_ORDERED:
             k_place = tl.load(k_index + k_order * length_k + k_place)
-        # tokens outside the grid are clamped: their rule is not used
+        # tokens outside the grid are clamped; the result of their rule is not used
         k_place = tl.minimum(tl.maximum(k_place - tl.load(p_params + 7), 0), last)
     PARTS: tl.constexpr = BLOCK_Q // BLOCK_P
     for i in range(end_whole * PARTS, end_partial * PARTS):
@@ -437,7 +439,8 @@ def _dkdv_kernel(
 def delta_of(
     out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
 ) -> torch.Tensor:
-    """``sum_d grad_out out - grad_lse``, float32 ``[B, H, Lq]``; stride 1 along D."""
+    """Return ``sum_d grad_out out - grad_lse``, float32 ``[B, H, Lq]``; inputs with stride 1 along
+    D."""
     batch, heads, length_q, dim = out.shape
     delta = torch.empty((batch, heads, length_q), dtype=torch.float32, device=out.device)
     rows = 32
@@ -483,34 +486,51 @@ def backward(
     warps: int,
     stages: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq ``[B, H, Lq, D]``, and dk, dv ``[B, H, Lk, D]`` of each query head, contiguous, in the
-    dtype of q; dk and dv in float32 with ``shared_keys``, as they are to be added up.
+    """Compute the gradients of attention over block lists.
 
     Args:
-        q, k, v: as ``forward`` takes them; out, lse: what it gave; grad_out: ``[B, H, Lq, D]``,
-            stride 1 along D; grad_lse: float32 ``[B, H, Lq]``, contiguous, or None.
-        lists: those of ``forward``, with whole rows, and ``key_work, key_rows, row_tiles,
+        q: as in ``forward``.
+        k: as in ``forward``.
+        v: as in ``forward``.
+        out: output of ``forward``.
+        lse: LSE of ``forward``.
+        grad_out: gradient of ``out``, ``[B, H, Lq, D]``, stride 1 along D.
+        grad_lse: gradient of ``lse``, float32 ``[B, H, Lq]``, contiguous, or None.
+        lists: those of ``forward``, without split rows, and ``key_work, key_rows, row_tiles,
             q_table``.
-        block: queries and keys of a block; queries: of a part of it, and of a part where there is
-            a mask in ``_dkdv_kernel``; both divide it.
-        others: as ``forward``.
+        text_lengths: as in ``forward``.
+        scale: as in ``forward``.
+        block: queries and keys of a block.
+        queries: queries processed at a time, and those in the masked loop of ``_dkdv_kernel``; both
+            divide the queries of a block.
+        kinds: as in ``forward``.
+        ordered: as in ``forward``.
+        shared_keys: whether several query heads share a key head; dk and dv are then float32,
+            because the caller sums them.
+        warps: as in ``forward``.
+        stages: as in ``forward``.
+
+    Returns:
+        dq ``[B, H, Lq, D]``, and dk, dv ``[B, H, Lk, D]`` of each query head; contiguous, in the
+        dtype of q, dk and dv in float32 with ``shared_keys``.
     """
     batch, heads, length_q, dim = q.shape
     length_k = k.shape[2]
     delta = delta_of(out, grad_out, grad_lse)
     block_d = max(16, triton.next_power_of_2(dim))
     dq = torch.empty((batch, heads, length_q, dim), dtype=q.dtype, device=q.device)
-    kind = torch.float32 if shared_keys else q.dtype
+    key_dtype = torch.float32 if shared_keys else q.dtype
     dk, dv = (
-        torch.empty((batch, heads, length_k, dim), dtype=kind, device=q.device) for _ in range(2)
+        torch.empty((batch, heads, length_k, dim), dtype=key_dtype, device=q.device)
+        for _ in range(2)
     )
     k, v = (x if x.stride(2) < NEAR else x.contiguous() for x in (k, v))
-    # in a head, tokens of queries are addressed by 32 bits
+    # the kernels address the query tokens of a head with 32 bits
     q, grad_out = (
         x if x.shape[2] * x.stride(2) < 2**31 else x.contiguous() for x in (q, grad_out)
     )
     parts = block[0] // queries[0]
-    same = {
+    shared_arguments = {
         "q": q,
         "k": k,
         "v": v,
@@ -562,7 +582,7 @@ def backward(
         columns=lists["columns"],
         tile_of=lists["tile_of"],
         SUBS=parts,
-        **same,
+        **shared_arguments,
     )
     _dkdv_kernel[(lists["key_work"].shape[0], batch)](
         dk=dk,
@@ -574,6 +594,6 @@ def backward(
         tile_of=lists["row_tiles"],
         BLOCK_P=queries[1],
         BLOCK_Q=block[0],
-        **same,
+        **shared_arguments,
     )
     return dq, dk, dv

@@ -25,7 +25,7 @@ def key_descriptor(
         next. The descriptor refers to a contiguous copy if copies cannot read ``x`` itself.
     """
     matrix = _matrix_of(x, width)
-    if matrix is None:  # the copy also mends a contiguous tensor that starts at a wrong address
+    if matrix is None:  # also for a contiguous tensor with a misaligned address
         matrix = _matrix_of(torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x), width)
         assert matrix is not None, "a new tensor is a matrix"
     x, rows, item, slot, column = matrix

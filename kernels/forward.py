@@ -1,16 +1,18 @@
-"""Attention forward over block lists: one launch for all heads, heaviest rows first.
+"""Attention forward over block lists: one launch for all heads, longest rows first.
 
 For a row of queries and its list of key blocks, in log2 domain with ``c = scale * log2(e)``::
 
     s = c q k^T (masked: -inf)    m' = max(m, max_n s)    p = 2^(s - m')    a = 2^(m - m')
     l = a l + sum_n p             o = a o + p v           out = o / l      lse = (m + log2 l) ln 2
 
-Full blocks run without any masking work; short and partial ones follow in a second loop. A row that
-was split writes its part's normalised output and LSE to scratch; ``merge`` joins the parts.
+The first loop computes full blocks without masks. The second loop computes short and partial
+blocks. A part of a split row writes its normalised output and LSE to scratch; ``merge`` merges the
+parts.
 
-Layouts: q, out ``[B, H, Lq, D]`` in token order, any strides but 1 along D; k, v ``[B, S, Lk, D]``
-in block order, where ``S`` counts the distinct (key head, order); lse float32 ``[B, H, Lq]``.
-float16, bfloat16, float32 (ieee products). D up to 256. A row without a key gives 0 and -inf.
+Layouts: q, out ``[B, H, Lq, D]`` in token order, stride 1 along D, any other strides; k, v ``[B, S,
+Lk, D]`` in block order, where ``S`` counts the distinct (key head, order); lse float32 ``[B, H,
+Lq]``. float16, bfloat16, float32 (ieee products). D up to 256. A row without a key has output 0 and
+LSE -inf.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from visattn.kernels.masks import BITS, NONE, bit_tile, keeps, query_side
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-NEAR = 1 << 24  # elements between tokens of keys and values that the kernel can address
+NEAR = 1 << 24  # limit of the token stride of keys and values that the kernel can address
 ROW: tl.constexpr = tl.constexpr(16)  # integers of a work item
 PARAM_ROW: tl.constexpr = tl.constexpr(48)
 SLOT_A: tl.constexpr = tl.constexpr(12)
@@ -32,7 +34,8 @@ SLOT_B: tl.constexpr = tl.constexpr(28)
 
 @triton.jit
 def _wide(x):
-    """An operand of a product; Triton's interpreter would multiply bfloat16 by its bits."""
+    """Return an operand of a product. Triton's interpreter would multiply the bit patterns of
+    bfloat16 as integers, so it gets float32."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return x.to(tl.float32)
     return x
@@ -40,8 +43,8 @@ def _wide(x):
 
 @triton.jit
 def _key_length(p_k_table, p_text, column, i_b, texts, LENGTHS: tl.constexpr):
-    """First position and valid keys of a block; ``k_table`` int32 ``[Nk, 4]``: first, length, text
-    segment (-1: none), offset in it."""
+    """Return the first position and the number of valid keys of a block; ``k_table`` int32 ``[Nk,
+    4]``: first position, length, text segment (-1: none), offset in it."""
     first = tl.load(p_k_table + column * 4)
     length = tl.load(p_k_table + column * 4 + 1)
     if LENGTHS:
@@ -54,10 +57,10 @@ def _key_length(p_k_table, p_text, column, i_b, texts, LENGTHS: tl.constexpr):
 
 @triton.jit
 def _tokens(p_work, q_index, length_q, BLOCK_M: tl.constexpr, Q_ORDERED: tl.constexpr):
-    """Tokens of a work item's queries, and which are there; the others repeat the first one.
+    """Return the query tokens of a work item, and which lanes have one; others repeat the first.
 
-    The loads are volatile: tokens that are needed again after a loop are read again rather than
-    kept in registers through it, which decides between spills and none.
+    The loads are volatile: tokens that are needed after a loop are loaded again and not kept in
+    registers during the loop. Without this the kernel spills.
     """
     o_m = tl.arange(0, BLOCK_M)
     first_q = tl.load(p_work + 4, volatile=True)
@@ -125,10 +128,11 @@ def _forward_kernel(
 ):
     """One program: one work item of one batch item.
 
-    work int32 ``[W, 16]``: head, key slot, map, grid (-1: none), first query position, queries,
-    part (-1: the whole row), the list's ends: begin, full, text, short, partial, then the rows of
-    ``q_index`` and ``k_index``, int32 ``[orders, L]``: ordered position -> token. With BOXES
-    ``k_box`` and ``v_box`` are tensor descriptors of k, v, in boxes ``[1, 1, BLOCK_N, BLOCK_D]``.
+    work int32 ``[W, 16]``: head, key slot, map, grid (-1: none), first query position, number of
+    queries, part (-1: the whole row), the bounds of the list (begin, full, text, short, partial),
+    and the rows of ``q_index`` and ``k_index``, int32 ``[orders, L]``: ordered position -> token.
+    With BOXES, ``k_box`` and ``v_box`` are tensor descriptors of k and v, with boxes ``[1, 1,
+    BLOCK_N, BLOCK_D]``.
     """
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     i_b = tl.program_id(1)
@@ -199,7 +203,7 @@ def _forward_kernel(
 
     if KIND_A != NONE and KIND_A != BITS:
         p_params = rules + (i_map * grids + tl.maximum(i_grid, 0)) * PARAM_ROW
-        # tokens outside the grid are clamped: their rule is not used
+        # tokens outside the grid are clamped; the result of their rule is not used
         token, _ = _tokens(p_work, q_index, length_q, BLOCK_M, Q_ORDERED)
         last = tl.load(p_params + 8) - 1
         q_place = tl.minimum(tl.maximum(token - tl.load(p_params + 6), 0), last)
@@ -212,7 +216,7 @@ def _forward_kernel(
         m_n = o_n < valid
         p_kn = p_k + first.to(tl.int64) * stride_kl
         p_vn = p_v + first.to(tl.int64) * stride_vl
-        # keys past the end repeat the first one and are masked below
+        # lanes after the last key repeat the first key and are masked below
         inside = tl.where(m_n, o_n, 0)
         o_kn = inside[None, :] * stride_kl + o_d[:, None]
         o_vn = inside[:, None] * stride_vl + o_d[None, :]
@@ -287,7 +291,7 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,
     Q_ORDERED: tl.constexpr,
 ):
-    """Join the parts of a split row: ``lse = log sum_i exp(lse_i)``, ``out = sum_i exp(lse_i -
+    """Merge the parts of a split row: ``lse = log sum_i exp(lse_i)``, ``out = sum_i exp(lse_i -
     lse) out_i``.
 
     rows int32 ``[R, 6]``: head, row of q_index, first query position, queries, first part, parts.
@@ -333,7 +337,7 @@ def _merge_kernel(
 
 
 def describable(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can describe it: its rows begin at multiples of 16 bytes."""
+    """Return whether a tensor descriptor can describe it: rows start at multiples of 16 bytes."""
     steps = [stride * x.element_size() for stride in x.stride()[:3]]
     return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
@@ -354,18 +358,27 @@ def forward(
     stages: int,
     descriptors: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, H, Lq, D]`` in the dtype of q, contiguous, and LSE float32 ``[B, H, Lq]``.
+    """Compute attention over block lists.
 
     Args:
-        q: ``[B, H, Lq, D]`` in token order; k, v: ``[B, S, Lk, D]`` in block order.
+        q: ``[B, H, Lq, D]`` in token order.
+        k: ``[B, S, Lk, D]`` in block order.
+        v: ``[B, S, Lk, D]`` in block order.
         lists: the tensors ``work, rows, columns, k_table, q_index, k_index, rules, tables,
             tile_of, bits`` as the kernels describe them, on the device of q.
         text_lengths: int32 ``[B, text segments]`` or None.
-        block: queries and keys of a block; kinds: the predicates of slots A and B.
-        ordered: whether q_index and k_index are more than the identity.
-        num_parts: parts of split rows.
-        descriptors: read keys and values of full blocks by tensor descriptors (TMA), where their
+        scale: factor of the logits.
+        block: queries and keys of a block.
+        kinds: predicate kinds of slots A and B.
+        ordered: whether ``q_index``, and whether ``k_index``, differs from the identity.
+        num_parts: number of parts of split rows.
+        warps: warps of a program.
+        stages: stages of the loop pipeline.
+        descriptors: read keys and values of full blocks by tensor descriptors (TMA), if their
             strides allow it.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in the dtype of q, contiguous, and LSE float32 ``[B, H, Lq]``.
     """
     batch, heads, length_q, dim = q.shape
     out = torch.empty((batch, heads, length_q, dim), dtype=q.dtype, device=q.device)

@@ -1,22 +1,22 @@
-"""Attention forward over block lists for Hopper: copies and products in warps of their own.
+"""Attention forward over block lists for Hopper, with separate warps for copies and for products.
 
-The same sum as ``forward.py``, for 16-bit types and head sizes up to 128, in Gluon, where the waits
-can be placed by hand. One warp brings keys and values by tensor descriptors (TMA) into two buffers;
-two groups of four warps hold 64 queries each and never wait for one another. A step takes two key
-blocks of 64, whatever their places. Within a group the products of a step's keys run while the
-exponentials of the step before are still multiplied by their values::
+It computes the sum of ``forward.py``, for 16-bit types and head sizes up to 128. It is written in
+Gluon, which lets the kernel place its waits. One warp copies keys and values by tensor descriptors
+(TMA) into two buffers. Two groups of four warps compute 64 queries each and never wait for each
+other. A step processes any two key blocks of 64 keys. Within a group, the product of queries and
+keys of a step overlaps with the product of probabilities and values of the previous step::
 
     wait K_i      S_i = q K_i^T  (begins)       wait V_{i-1}    O += P_{i-1} V_{i-1}  (begins)
-    S_i is there: m, P_i = 2^(c S_i - m), l     O is there: O *= 2^(m' - m)
+    S_i is ready: m, P_i = 2^(c S_i - m), l     O is ready: O *= 2^(m' - m)
 
-In steps without masks the compiler puts the exponentials behind the second wait; they run beside
-the products of the other group.
+In steps without masks the compiler moves the exponentials after the second wait. They then overlap
+with the products of the other group.
 
 Blocks that are partial, or shorter than 64, are masked by bits: two words of 32 keys for each query
-of a block, distinct tiles stored once. A test of a bit costs two instructions an element, which
-coordinates cannot match. A copy brings 64 rows, also of a shorter block: what is past the end of a
-block, of a text or of a list is set to 0 in the buffer of values, as a weight of 0 does not mask a
-NaN there.
+of a block; each distinct tile is stored once. Testing a bit takes two instructions per element,
+fewer than coordinates need. A copy always reads 64 rows, also for a shorter block. Values after the
+end of a block, of a text or of a list are set to 0 in the buffer, because a weight of 0 does not
+remove a NaN.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ROW: gl.constexpr = gl.constexpr(16)
 
 @gluon.jit
 def _copy(box, tiles, full, slot, place_a, place_b, column, HALVES: gl.constexpr):
-    """Two blocks of keys or values into a buffer."""
+    """Copy two blocks of keys or values into a buffer."""
     mbarrier.expect(full, _STEP * _WIDTH * 2 * HALVES)
     for h in gl.static_range(HALVES):
         at = (slot * HALVES + h) * 2
@@ -72,7 +72,7 @@ def _bring(
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The warp that copies: two blocks of keys, two of values, step by step."""
+    """The copying warp: in each step, copy two blocks of keys and two blocks of values."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = buffers
     k_row, k_column = k_place
     v_row, v_column = v_place
@@ -95,8 +95,8 @@ def _bring(
 
 @gluon.jit
 def _length(lists, j, end, LENGTHS: gl.constexpr):
-    """Keys of the block at place j that are there: those before the end of the block, and of its
-    text; none from ``end`` on."""
+    """Return the number of valid keys of the block at position j of the list: those before the end
+    of the block and of its text; 0 if ``j >= end``."""
     _, _, columns, p_k_table, p_text = lists
     place = gl.minimum(j, gl.maximum(end - 1, 0))
     p_block = p_k_table + gl.load(columns + place).to(gl.int32) * 4
@@ -110,8 +110,9 @@ def _length(lists, j, end, LENGTHS: gl.constexpr):
 
 @gluon.jit
 def _words(lists, j, end, length, o_m, LENGTHS: gl.constexpr):
-    """The two words of each query for the block at place j: those of its tile of bits, if it has
-    one, without the keys past the end of a text, none from ``end`` on."""
+    """Return the two mask words of each query for the block at position j of the list: the words of
+    its bit tile, or all ones without a tile. Bits of keys after the end of a text, and all bits if
+    ``j >= end``, are 0."""
     tile_of, bits, _, _, _ = lists
     place = gl.minimum(j, gl.maximum(end - 1, 0))
     number = gl.load(tile_of + place)
@@ -129,8 +130,8 @@ def _words(lists, j, end, length, o_m, LENGTHS: gl.constexpr):
 
 @gluon.jit
 def _blank(v_tiles, v_full, i, length_a, length_b, HALVES: gl.constexpr, STAGES: gl.constexpr):
-    """Set the values past the ends of the blocks of step i to 0. Both groups of warps do so, and
-    each before its own products."""
+    """Set the values after the ends of the blocks of step i to 0. Each group of warps does this
+    before its products."""
     ROWS_OF: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     if gl.minimum(length_a, length_b) < _BLOCK_K:
         slot = i % STAGES
@@ -146,9 +147,10 @@ def _blank(v_tiles, v_full, i, length_a, length_b, HALVES: gl.constexpr, STAGES:
 
 @gluon.jit
 def _masked(s, low_a, high_a, low_b, high_b, layout: gl.constexpr):
-    """-inf where the bit of a key is 0. The shift takes the bits of the column that differ between
-    threads, the constant those that differ between registers of one; a comparison by the compiler
-    would gather all results in a register first, and take it apart again."""
+    """Return logits with -inf where the bit of a key is 0. The shift uses the bits of the column
+    index that differ between threads; the constant uses those that differ between the registers of
+    a thread. The inline assembly avoids the compiler's comparison, which would first pack all
+    results into one register and then unpack them."""
     o_n = gl.arange(0, _STEP, layout=gl.SliceLayout(0, layout))[None, :]
     word = gl.where(
         (o_n & 64) != 0,
@@ -174,7 +176,7 @@ def _masked(s, low_a, high_a, low_b, high_b, layout: gl.constexpr):
 
 @gluon.jit
 def _logits(q_tiles, k_tiles, slot, s, GROUP: gl.constexpr, HALVES: gl.constexpr):
-    """Begin q k^T of a step."""
+    """Start the product q k^T of a step."""
     s = warpgroup_mma(
         q_tiles.index(GROUP * HALVES),
         k_tiles.index(slot * HALVES).permute((1, 0)),
@@ -194,7 +196,8 @@ def _logits(q_tiles, k_tiles, slot, s, GROUP: gl.constexpr, HALVES: gl.constexpr
 
 @gluon.jit
 def _softmax(s, m, l, factor, MASKED: gl.constexpr):
-    """Exponentials of a step against the new largest logit, and what the sums before are worth."""
+    """Return the exponentials of a step relative to the new largest logit, and the factor that
+    rescales the previous sums."""
     m_new = gl.maximum(m, gl.max(s, 1) * factor)
     if MASKED:
         m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
@@ -227,7 +230,7 @@ def _step(
     P_LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
-    """Step i: its logits beside the values of the step before."""
+    """Step i: its logits, overlapped with the value product of the previous step."""
     s, e, o_0, o_1, m, l, length_a, length_b = sums
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = buffers
     slot = i % STAGES
@@ -266,7 +269,7 @@ def _step(
 
 @gluon.jit
 def _tokens(first_q, num_q, q_order, q_index, length_q, o_m, Q_ORDERED: gl.constexpr):
-    """Tokens of queries of a work item, and which are there; the others repeat the first one."""
+    """Return the query tokens of a work item, and which lanes have one; others repeat the first."""
     m_m = o_m < num_q
     token = gl.where(m_m, first_q + o_m, first_q)
     if Q_ORDERED:
@@ -482,8 +485,8 @@ def _hopper_kernel(
 ):
     """One program: one work item of one batch item; ``work`` as in ``forward.py``.
 
-    firsts, tile_of int32: of each place in the lists, the first key of its block, and its tile of
-    ``bits`` int32 ``[U, 128, 2]`` (-1: none). Of ``text_lengths`` only LENGTHS reads.
+    firsts, tile_of int32: for each position in the lists, the first key of the block and its tile
+    of ``bits`` int32 ``[U, 128, 2]`` (-1: none). ``text_lengths`` is read only with LENGTHS.
     """
     DTYPE: gl.constexpr = q.dtype.element_ty
     q_tiles = gl.allocate_shared_memory(DTYPE, [2 * HALVES, _ROWS, _WIDTH], TILE)
@@ -578,7 +581,7 @@ def forward_hopper(
     num_parts: int,
     stages: int = STAGES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``forward.forward``, for float16 and bfloat16, blocks of 128 queries and 64 keys.
+    """Compute ``forward.forward`` for float16 and bfloat16, blocks of 128 queries and 64 keys.
 
     Args:
         q: ``[B, H, Lq, D]``; the head size is a multiple of 8, at most 128.

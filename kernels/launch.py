@@ -16,19 +16,19 @@ __all__ = ["backward_launch_of", "interpreting", "launch_of", "on_device"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# where Triton's interpreter runs the kernels
+# settings for Triton's interpreter
 INTERPRETED = Launch(32, 32, 4, 1)
 INTERPRETED_BACKWARD = ((32, 32), (16, 8), 4, 1)
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET``), as tests do."""
+    """Return whether Triton interprets kernels on the CPU (``TRITON_INTERPRET``), as in tests."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def on_device(function: Callable[P, T]) -> Callable[P, T]:
-    """``function`` with the device of its first tensor as the current one: Triton launches on the
-    current device, wherever the tensors are."""
+    """Decorate a function, so that the device of its first tensor is the current device while it
+    runs. Triton launches on the current device, even if the tensors are on another."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -40,7 +40,7 @@ def on_device(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def launch_of(q: torch.Tensor) -> Launch:
-    """How the forward kernels are launched, from the launch table."""
+    """Return the launch settings of the forward kernels from the launch table."""
     if q.device.type == "cpu":
         return INTERPRETED
     return launch_settings(target_of(q.device), q.dtype, q.shape[3])
@@ -49,10 +49,18 @@ def launch_of(q: torch.Tensor) -> Launch:
 def backward_launch_of(
     q: torch.Tensor, *, spare: bool = False
 ) -> tuple[tuple[int, int], tuple[int, int], int, int]:
-    """Queries and keys of a block, queries of a part and of a masked part of it, warps and stages,
-    from the launch table of gradients; ``spare`` for the kernels that hold more."""
+    """Return the launch settings of the gradient kernels from the launch table.
+
+    Args:
+        q: queries ``[B, H, Lq, D]``.
+        spare: return the settings for kernels that need more registers or shared memory.
+
+    Returns:
+        (queries, keys) of a block, (queries of a part, queries of a masked part), warps, stages.
+    """
     if q.device.type == "cpu":
         return INTERPRETED_BACKWARD
-    own = backward_settings(target_of(q.device), q.dtype, q.shape[3])
-    own = own.spared() if spare else own
-    return (own.block_q, own.block_k), (own.queries, own.masked), own.warps, own.stages
+    settings = backward_settings(target_of(q.device), q.dtype, q.shape[3])
+    settings = settings.spared() if spare else settings
+    block, queries = (settings.block_q, settings.block_k), (settings.queries, settings.masked)
+    return block, queries, settings.warps, settings.stages

@@ -1,13 +1,17 @@
-"""Attention forward by levels: key blocks seen token by token, by means of some, or by one mean.
+"""Attention forward by levels: queries attend to the tokens of a key block, to means of groups of
+its tokens, or to one mean of the block.
 
-The queries of a block see the same blocks. In log2 domain, as in ``forward.py``, over
+All queries of a block attend to the same blocks. Computed in log2 domain, as in ``forward.py``,
+over
 
 - level 1: runs of BLOCK_N keys of the blocks in a list;
-- units: runs of UNIT keys or means, listed by their first one over UNIT, BLOCK_N / UNIT at a time;
+- units: runs of UNIT keys or means, BLOCK_N / UNIT at a time; a list holds the first index of each,
+  divided by UNIT;
 - the rest: one mean of each block whose level is ``REST_LEVEL``, or a sample of keys.
 
-A mean's logit has + log2 n of its tokens; with SPREAD also ``1/2 sum_c (scale q_c)^2 var_c``.
-Keys that do not count have a bias of minus infinity. A row without a key gives 0 and -inf.
+The logit of a mean of n tokens has log2 n added, with SPREAD also ``1/2 sum_c (scale q_c)^2
+var_c``. Keys that are excluded have a bias of minus infinity. A row without a key has output 0 and
+LSE -inf.
 """
 
 from __future__ import annotations
@@ -51,9 +55,12 @@ def _lists_kernel(
     FULL: tl.constexpr,
     POOLS: tl.constexpr,
 ):
-    """One program: ROWS rows. full_list int32 ``[rows, Nk]``: blocks at level 1; unit_list int32
-    ``[rows, units]``: units of the POOLS levels ``value``, ``count`` of each block and counted from
-    ``base``; counts int32 ``[rows, 2]``: how many there are of both."""
+    """One program: ROWS rows.
+
+    full_list int32 ``[rows, Nk]``: the blocks at level 1. unit_list int32 ``[rows, units]``: the
+    units of the blocks at the POOLS levels ``value``; a block has ``count`` units, numbered from
+    ``base``. counts int32 ``[rows, 2]``: the lengths of both lists.
+    """
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_k = tl.arange(0, BLOCK_K)
     m_r = o_r < num_rows
@@ -87,7 +94,7 @@ def _lists_kernel(
 
 @triton.jit
 def _step(b_q, b_k, b_v, b_bias, b_m, b_l, b_o, factor, PRECISION: tl.constexpr):
-    """One tile of keys ``[D, N]`` and values ``[N, D]``, with biases ``[N]`` or ``[M, N]``."""
+    """Add a tile of keys ``[D, N]`` and values ``[N, D]``, with biases ``[1, N]`` or ``[M, N]``."""
     b_s = tl.dot(_wide(b_q), _wide(b_k), input_precision=PRECISION) * factor + b_bias
     m_new = tl.maximum(b_m, tl.max(b_s, 1))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -102,7 +109,7 @@ def _step(b_q, b_k, b_v, b_bias, b_m, b_l, b_o, factor, PRECISION: tl.constexpr)
 
 @triton.jit
 def _keys(p, at, o_d, there, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows at offsets ``at`` as columns ``[D, N]``; without MASKED all of them are there."""
+    """Load rows at offsets ``at`` as columns ``[D, N]``; without MASKED all of them exist."""
     if MASKED:
         return tl.load(
             p + at[None, :] + o_d[:, None], mask=there[None, :] & (o_d < DIM)[:, None], other=0.0
@@ -115,7 +122,7 @@ def _keys(p, at, o_d, there, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: t
 
 @triton.jit
 def _values(p, at, o_d, there, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows at offsets ``at``, ``[N, D]``; without MASKED all of them are there."""
+    """Load rows at offsets ``at``, ``[N, D]``; without MASKED all of them exist."""
     if MASKED:
         return tl.load(
             p + at[:, None] + o_d[None, :], mask=there[:, None] & (o_d < DIM)[None, :], other=0.0
@@ -187,13 +194,13 @@ def _levels_kernel(
 ):
     """One program: BLOCK_M queries of a block, of one head.
 
-    k, v ``[B, S, rows, D]`` and bias float32 ``[Bb, S, rows]`` in block order, WIDTH of a block (0:
-    none at level 1); pooled_k, pooled_v, spread ``[B, S, pooled_rows, D]`` and pooled_bias likewise
-    (UNIT 0: none); rest_k, rest_v, rest_spread ``[B, S, rest_rows, D]``, rest_bias by key, and with
-    SAMPLE by query block and key ``[B, H, Nq, rest_rows]``. tokens int32 ``[G, G', Nq, size]``,
-    length int32 ``[G, G', Nq]``: the queries. With RECORD, highest float32 ``[B, H, Nq, subs, Nk,
-    WIDTH / BLOCK_N]`` is the largest of logit - reference of a tile, reference float32 ``[B, H,
-    Lq]``.
+    k, v ``[B, S, rows, D]`` and bias float32 ``[Bb, S, rows]`` in block order, WIDTH rows per block
+    (0: no level 1). pooled_k, pooled_v, spread ``[B, S, pooled_rows, D]`` and pooled_bias have the
+    same form (UNIT 0: no pools). rest_k, rest_v, rest_spread ``[B, S, rest_rows, D]``, and
+    rest_bias per key, with SAMPLE per query block and key, ``[B, H, Nq, rest_rows]``. tokens int32
+    ``[G, G', Nq, size]`` and length int32 ``[G, G', Nq]`` give the queries of each block. With
+    RECORD, highest float32 ``[B, H, Nq, subs, Nk, WIDTH / BLOCK_N]`` is the largest difference
+    logit - reference of each tile, with reference float32 ``[B, H, Lq]``.
     """
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     subs = (size + BLOCK_M - 1) // BLOCK_M
@@ -303,7 +310,7 @@ def _levels_kernel(
     total = tl.where(empty, 1.0, b_l)
     b_o = b_o / total[:, None]
     b_lse = tl.where(empty, float("-inf"), (b_m + tl.log2(total)) * 0.6931471805599453)
-    # read again rather than kept in registers through the loops
+    # loaded again, so that the loops need not keep them in registers
     many = tl.load(
         length + i_b.to(tl.int64) * stride_nb + i_h.to(tl.int64) * stride_nh + i_q, volatile=True
     )
@@ -318,8 +325,15 @@ def _levels_kernel(
 
 
 class Keys(NamedTuple):
-    """Keys that rows see: k, v and, or None, the variances of the keys, ``[B, S, rows, D]``, and
-    float32 biases in log2: ``[1 or B, S, rows]``, of a sample ``[B, H, Nq, rows]``."""
+    """A set of keys.
+
+    Attributes:
+        k: ``[B, S, rows, D]``.
+        v: ``[B, S, rows, D]``.
+        bias: added to the logits in log2 domain, float32 ``[1 or B, S, rows]``; of a sample ``[B,
+            H, Nq, rows]``.
+        spread: variances of the keys, ``[B, S, rows, D]``, or None.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
@@ -330,8 +344,8 @@ class Keys(NamedTuple):
 def fitted(
     tile: tuple[int, int], stages: int, dim: int, spread: bool
 ) -> tuple[tuple[int, int], int]:
-    """The launch table's tile and stages, smaller where rows are long, and with SPREAD, which holds
-    the queries twice and loads a third tile of keys."""
+    """Return the tile and stages of the launch table, reduced for head sizes above 128 and with
+    ``spread``, which holds the queries twice and loads a third tile of keys."""
     halvings = (dim > 128) + spread
     stages = min(stages, 3 - halvings)
     return (max(16, tile[0] >> halvings), tile[1]), stages
@@ -355,19 +369,31 @@ def levels_forward(
     warps: int,
     stages: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``; then, or None,
-    the rest's share of each query's mass, and the largest logit of each pair of blocks.
+    """Compute attention by levels.
 
     Args:
-        q: ``[B, H, Lq, D]``, stride 1 along D; levels: uint8 ``[B, H, Nq, Nk]``.
-        tokens: int32 ``[G, G', Nq, size]``, length: int32 ``[G, G', Nq]``: the queries of a block;
-            each query is in one.
-        full: keys of level 1 in block order, a multiple of ``tile[1]`` of a block; None: level 1 is
-            among the pools.
-        pools: for each other level ``(level, units of a block, first unit)``; pooled: their keys.
-        rest: one mean of each block, for the level 255; or a sample.
-        reference: LSE ``[B, H, Lq]`` that the largest logits are taken from; None: not recorded.
+        q: ``[B, H, Lq, D]``, stride 1 along D.
+        levels: uint8 ``[B, H, Nq, Nk]``.
+        tokens: int32 ``[G, G', Nq, size]``, the queries of each block; each query is in one block.
+        length: int32 ``[G, G', Nq]``, the number of queries of each block.
+        scale: factor of the logits.
+        full: keys of level 1 in block order; each block has the same multiple of ``tile[1]`` rows.
+            None: level 1 is one of the pools.
+        pools: for each other level ``(level, units of a block, first unit)``.
+        pooled: keys of the pools.
+        unit: keys or means of a unit.
+        rest: one mean of each block, for level 255; or a sample.
+        share: return the share of the rest in each query's attention mass.
+        reference: LSE ``[B, H, Lq]`` that is subtracted from the recorded largest logits; None:
+            they are not recorded.
         tile: queries and keys of a tile.
+        warps: warps of a program.
+        stages: stages of the loop pipeline.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in the dtype of q; LSE float32 ``[B, H, Lq]``; the share of the
+        rest in each query's mass, float32 ``[B, H, Lq]``, or None; the largest logit of each pair
+        of blocks, float32 ``[B, H, Nq, Nk]``, or None.
     """
     batch, heads, length_q, dim = q.shape
     num_q, num_k = levels.shape[2:]
@@ -411,22 +437,22 @@ def levels_forward(
         shape = (batch, heads, num_q, subs, num_k, width // block_n)
         highest = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
     slots = next(keys.k.shape[1] for keys in (full, pooled, rest) if keys)
-    nothing = Keys(q, q, lse)
-    own, few, others = full or nothing, pooled or nothing, rest or nothing
+    no_keys = Keys(q, q, lse)
+    full_keys, pooled_keys, rest_keys = full or no_keys, pooled or no_keys, rest or no_keys
     sampled = rest is not None and rest.bias.ndim == 4
     _levels_kernel[(num_q * subs, heads, batch)](
         q=q,
-        k=own.k,
-        v=own.v,
-        bias=own.bias,
-        pooled_k=few.k,
-        pooled_v=few.v,
-        pooled_bias=few.bias,
-        spread=q if few.spread is None else few.spread,
-        rest_k=others.k,
-        rest_v=others.v,
-        rest_bias=others.bias,
-        rest_spread=q if others.spread is None else others.spread,
+        k=full_keys.k,
+        v=full_keys.v,
+        bias=full_keys.bias,
+        pooled_k=pooled_keys.k,
+        pooled_v=pooled_keys.v,
+        pooled_bias=pooled_keys.bias,
+        spread=q if pooled_keys.spread is None else pooled_keys.spread,
+        rest_k=rest_keys.k,
+        rest_v=rest_keys.v,
+        rest_bias=rest_keys.bias,
+        rest_spread=q if rest_keys.spread is None else rest_keys.spread,
         out=out,
         lse=lse,
         rest_share=lse if rest_share is None else rest_share,
@@ -441,10 +467,10 @@ def levels_forward(
         stride_qb=q.stride(0),
         stride_qh=q.stride(1),
         stride_ql=q.stride(2),
-        stride_biasb=apart(own.bias)[0],
-        stride_poolb=apart(few.bias)[0],
-        stride_restb=apart(others.bias)[0],
-        stride_restr=others.bias.stride(-2),
+        stride_biasb=apart(full_keys.bias)[0],
+        stride_poolb=apart(pooled_keys.bias)[0],
+        stride_restb=apart(rest_keys.bias)[0],
+        stride_restr=rest_keys.bias.stride(-2),
         stride_tb=apart(tokens)[0],
         stride_th=apart(tokens)[1],
         stride_nb=apart(length)[0],
@@ -455,9 +481,9 @@ def levels_forward(
         num_q=num_q,
         num_k=num_k,
         size=size,
-        rows=own.k.shape[2],
-        pooled_rows=few.k.shape[2],
-        rest_rows=others.k.shape[2],
+        rows=full_keys.k.shape[2],
+        pooled_rows=pooled_keys.k.shape[2],
+        rest_rows=rest_keys.k.shape[2],
         units=units,
         scale=scale,
         DIM=dim,

@@ -1,18 +1,20 @@
-"""Gradients of attention by levels, one key set at a time, with the LSE of all of them.
+"""Gradients of attention by levels, one key set at a time, with the LSE over all key sets.
 
-As in ``backward.py``, with ``p = exp(s - lse)`` of a set of keys and the LSE of the whole row, the
-gradients of disjoint key sets are those of the whole; dq is their sum. A set is
+As in ``backward.py``, ``p = exp(s - lse)`` with the keys of a set and the LSE of the whole row. The
+gradients of the keys of disjoint sets are independent, and dq is a sum over the sets. A set is
 
 - LIST: the lanes (tokens, or means of some) of the key blocks at one level of the row, from lists;
-- MEANS: one mean of each block at a level, all of which are looked at;
-- SAMPLE: the same keys for all rows, with a bias of each query block.
+- MEANS: one mean of each block at a level; the kernel checks the level of every block;
+- SAMPLE: the same keys for all rows, with one bias per query block and key.
 
-A lane's logit has its bias, and with SPREAD ``1/2 sum_c (scale q_c)^2 var_c``, so that::
+The bias of a lane is added to its logit, with SPREAD also ``1/2 sum_c (scale q_c)^2 var_c``, so
+that::
 
     dq += scale ds k + scale^2 q (ds var)        dvar = 1/2 ds^T (scale q)^2
 
-Queries that see blocks by themselves (blocks of one) are gathered, and each pair of one with a tile
-of lanes leaves its part of dq in scratch, to be added up in order.
+If each query has its own list of blocks (query blocks of one query), the queries are gathered. Each
+pair of a query and a tile of lanes writes its part of dq to scratch, and a second kernel adds the
+parts in a fixed order.
 
 q, grad_out ``[B, H, Lq, D]``, stride 1 along D; k, v, spread ``[B, S, rows, D]`` and bias float32
 ``[1 or B, S, rows]`` in log2; lse, delta float32 ``[B, H, Lq]``; dq float32 ``[B, H, Lq, D]``; dk,
@@ -89,8 +91,8 @@ def _level_dq_kernel(
     IEEE: tl.constexpr,
 ):
     """One program: BLOCK_M queries of a block, of one head. blocks int32 ``[B H Nq, Nk]`` and
-    counts int32 ``[B H Nq, 2]``: the key blocks at the level, ``lanes`` of each. Without FIRST what
-    is in dq is added to."""
+    counts int32 ``[B H Nq, 2]``: the key blocks at the level, with ``lanes`` lanes each. Without
+    FIRST the result is added to dq."""
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     subs = (size + BLOCK_M - 1) // BLOCK_M
     i_q = tl.program_id(0) // subs
@@ -221,10 +223,10 @@ def _level_dkdv_kernel(
 ):
     """One program: BLOCK_N lanes, of one key block with LIST, and one query head.
 
-    queries int32: the query blocks that see a key block: from ``bases`` int64 ``[B H Nk + 1]`` on
-    with PAIRS, whose blocks are single queries and leave their parts of dq at ``slot_of`` int64;
-    else int32 ``[B H Nk, Nq]`` and counts int32 ``[B H Nk, 2]``. Without FIRST what is in dk, dv
-    and dspread is added to.
+    queries int32: the query blocks that attend to each key block. With PAIRS, query blocks are
+    single queries; the list of a key block starts at its entry of ``bases`` int64 ``[B H Nk + 1]``,
+    and the parts of dq are written at ``slot_of`` int64. Otherwise ``queries`` is ``[B H Nk, Nq]``
+    with counts int32 ``[B H Nk, 2]``. Without FIRST the results are added to dk, dv and dspread.
     """
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     i_h = tl.program_id(1)
@@ -352,7 +354,7 @@ def _sum_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: ROWS queries of one head, whose parts of dq are added up."""
+    """One program: add the parts of dq of ROWS queries of one head."""
     i_bh = tl.program_id(1)
     i_b = (i_bh // heads).to(tl.int64)
     i_h = (i_bh % heads).to(tl.int64)
@@ -375,8 +377,8 @@ def _sum_kernel(
 
 
 def _lists(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns that rows of uint8 ``[B, H, R, C]`` hold a 1 in: int32 ``[B H R, C]``, and how many
-    int32 ``[B H R, 2]``, in the first."""
+    """Return the columns where each row of uint8 ``[B, H, R, C]`` is 1, int32 ``[B H R, C]``, and
+    their number in the first column of int32 ``[B H R, 2]``."""
     count = seen.shape[3]
     rows = seen.numel() // count
     lists = torch.empty((rows, count), dtype=torch.int32, device=seen.device)
@@ -404,8 +406,8 @@ def _lists(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fitted(
     tile: tuple[int, int], stages: int, spread: bool, pairs: bool
 ) -> tuple[tuple[int, int], int]:
-    """The launch table's tile and stages, smaller where variances are a third tile of keys and
-    their gradient a third sum, and where pairs leave parts of dq."""
+    """Return the tile and stages of the launch table, reduced with ``spread``, which adds a tile of
+    variances and the sum of their gradients, and with ``pairs``, which write parts of dq."""
     if not (spread or pairs):
         return tile, stages
     return (max(16, tile[0] >> 1), max(16, tile[1] >> spread)), 1
@@ -431,31 +433,45 @@ def level_backward(
     stages: int,
     most: int = MOST_PAIRS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of the keys of one set, float32 ``[B, H, rows, D]`` of each query head: of keys,
-    values and, or None, variances. dq float32 ``[B, H, Lq, D]``, contiguous, is added to, or with
-    ``first`` written.
+    """Compute the gradients of one set of keys.
 
     Args:
-        q, grad_out, lse, delta: as above; levels: uint8 ``[B, H, Nq, Nk]``.
-        tokens: int32 ``[G, G', Nq, size]``, length: int32 ``[G, G', Nq]``: the queries of a block.
-        keys: of the set; with LIST a multiple of Nk rows, as many of each block.
-        level: that the set is seen at; kind: LIST, MEANS or SAMPLE.
+        q: as above.
+        grad_out: as above.
+        lse: as above.
+        delta: as above.
+        dq: float32 ``[B, H, Lq, D]``, contiguous; the gradient of q is added to it, or written to
+            it with ``first``.
+        levels: uint8 ``[B, H, Nq, Nk]``.
+        tokens: int32 ``[G, G', Nq, size]``, the queries of each block.
+        length: int32 ``[G, G', Nq]``, the number of queries of each block.
+        keys: the keys of the set; with LIST each key block has the same number of rows.
+        scale: factor of the logits.
+        level: the level of the set.
+        kind: LIST, MEANS or SAMPLE.
+        first: whether this is the first set, so that dq is written.
         tile: queries and keys of a tile.
-        most: pairs of single queries and tiles at a time.
+        warps: warps of a program.
+        stages: stages of the loop pipeline.
+        most: limit of the pairs of a single query and a tile that are processed at a time.
+
+    Returns:
+        Gradients of keys, values and variances (or None), float32 ``[B, H, rows, D]`` of each query
+        head.
     """
     batch, heads, length_q, dim = q.shape
     num_q, num_k = levels.shape[2:]
     size, rows = tokens.shape[3], keys.k.shape[2]
     lanes = rows // num_k if kind == LIST.value else 1
-    alone = size == 1 and kind == LIST.value and first and keys.spread is None
-    tile, stages = fitted(tile, stages, keys.spread is not None, alone)
+    single_queries = size == 1 and kind == LIST.value and first and keys.spread is None
+    tile, stages = fitted(tile, stages, keys.spread is not None, single_queries)
     shape = (batch, heads, rows, dim)
     dk, dv = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     dspread = None if keys.spread is None else torch.empty_like(dk)
     block_n = min(tile[1], max(16, triton.next_power_of_2(lanes if kind == LIST.value else rows)))
     parts = triton.cdiv(lanes, block_n)
-    block_m = tile[0] if alone else min(tile[0], max(16, triton.next_power_of_2(size)))
-    same = {
+    block_m = tile[0] if single_queries else min(tile[0], max(16, triton.next_power_of_2(size)))
+    shared_arguments = {
         "q": q,
         "k": keys.k,
         "v": keys.v,
@@ -498,7 +514,7 @@ def level_backward(
     }
     grid = (num_k * parts if kind == LIST.value else triton.cdiv(rows, block_n), heads, batch)
     gradients = {"dk": dk, "dv": dv, "dspread": dk if dspread is None else dspread}
-    if not alone:
+    if not single_queries:
         lists = by_key = (levels, levels)
         if kind == LIST.value:
             seen = (levels == level).to(torch.uint8)
@@ -511,7 +527,7 @@ def level_backward(
             tokens=tokens,
             num_q=num_q,
             FIRST=first,
-            **same,
+            **shared_arguments,
         )
         _level_dkdv_kernel[grid](
             **gradients,
@@ -525,15 +541,16 @@ def level_backward(
             num_q=num_q,
             PAIRS=False,
             FIRST=True,
-            **same,
+            **shared_arguments,
         )
         return dk, dv, dspread
     widest = max(1, int((levels == level).sum(-1, dtype=torch.int32).amax()))
     step = max(1, most // (widest * parts * batch * heads))
     for begin in range(0, num_q, step):
-        own = slice(begin, begin + step)
-        seen = (levels[:, :, own] == level).to(torch.uint8).contiguous()
-        own_tokens = tokens[:, :, own].contiguous()
+        rows_of_step = slice(begin, begin + step)
+        seen = (levels[:, :, rows_of_step] == level).to(torch.uint8).contiguous()
+        step_tokens = tokens[:, :, rows_of_step].contiguous()
+        token_strides = apart(step_tokens)
         pairs = pairs_of(seen)
         part_dq = torch.empty((pairs.count * parts, dim), dtype=torch.float32, device=q.device)
         _level_dkdv_kernel[grid](
@@ -544,19 +561,19 @@ def level_backward(
             counts=pairs.row_of,
             bases=pairs.column_base,
             slot_of=pairs.slot_of,
-            tokens=own_tokens,
+            tokens=step_tokens,
             num_q=seen.shape[2],
             PAIRS=True,
             FIRST=begin == 0,
-            **same | {"stride_tb": apart(own_tokens)[0], "stride_th": apart(own_tokens)[1]},
+            **shared_arguments | {"stride_tb": token_strides[0], "stride_th": token_strides[1]},
         )
         sums = 16
         _sum_kernel[(triton.cdiv(seen.shape[2], sums), batch * heads)](
             part_dq,
             dq,
             pairs.row_base,
-            own_tokens,
-            *apart(own_tokens),
+            step_tokens,
+            *token_strides,
             length_q,
             seen.shape[2],
             heads,

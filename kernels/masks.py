@@ -5,7 +5,7 @@ A predicate of a (map, grid) is a row of integers. ``rules`` is int32 ``[M, G, 4
     0..5    stride and extent of coordinates a, b, c:  x = token // stride % extent
             (c is the longest axis of the grid, a and b the others, each below 2^15)
     6, 7    first token of the grid: queries, keys          8    tokens of the grid
-    12..    slot A        28..    slot B, 16 integers each, by the kind that the launch gives it
+    12..    slot A        28..    slot B, 16 integers each; the launch gives the kind of each slot
 
 ``tables`` is one int32 buffer, and offsets point into it::
 
@@ -21,9 +21,9 @@ A predicate of a (map, grid) is a row of integers. ``rules`` is int32 ``[M, G, 4
               q_bits & k_bits != 0, by raster index
     BITS      none: packed bit tiles
 
-The last integer of a slot says whether the map uses it; one that is not used keeps nothing.
-Two bounds of 15 bits are compared at once: with a guard bit above each field set, a subtraction
-leaves the guard standing exactly where the field was not below what was taken from it.
+The last integer of a slot is 1 if the map uses the slot. An unused slot keeps no pair.
+One subtraction compares two 15-bit fields: a guard bit is set above each field, and it is still set
+after the subtraction if and only if the field was at least as large as the number subtracted.
 """
 
 import triton
@@ -43,11 +43,11 @@ GUARDS: tl.constexpr = tl.constexpr(-2147450880)  # bits 15 and 31
 
 @triton.jit
 def _divided(x, divisor):
-    """Quotient and remainder of int32 ``x >= 0`` by a positive scalar, exact.
+    """Return the exact quotient and remainder of int32 ``x >= 0`` by a positive scalar.
 
     ``x`` times the rounded-down inverse is the quotient or one less. A division by a number that is
-    not known at compile time takes about four times the instructions, and registers that decide
-    whether the partial loop spills.
+    not known at compile time takes about four times as many instructions. It also needs more
+    registers, with which the loop over partial blocks would spill.
     """
     inverse = 0xFFFFFFFF // divisor.to(tl.uint32)
     below = tl.umulhi(x.to(tl.uint32), inverse + tl.zeros_like(x).to(tl.uint32)).to(tl.int32)
@@ -66,7 +66,7 @@ def _coordinate(p_radix, token):
 
 @triton.jit
 def coordinates(p_params, token):
-    """Coordinates a, b, c of raster indices."""
+    """Return the coordinates a, b, c of raster indices."""
     a = _coordinate(p_params, token)
     b = _coordinate(p_params + 2, token)
     c = _coordinate(p_params + 4, token)
@@ -80,7 +80,7 @@ def _weighted(p_weights, a, b, c):
 
 @triton.jit
 def _residues(p_slot, a, b, c):
-    """The residues of the three coordinates as one number."""
+    """Return the residues of the three coordinates as one number."""
     m_a = tl.load(p_slot + 6)
     m_b = tl.load(p_slot + 7)
     m_c = tl.load(p_slot + 8)
@@ -92,7 +92,8 @@ def _residues(p_slot, a, b, c):
 
 @triton.jit
 def query_side(p_params, p_slot, p_tables, token, KIND: tl.constexpr):
-    """What a kind needs of the queries, five vectors [M]; those it does not need cost nothing."""
+    """Return the query values that a kind needs, five vectors [M]. The compiler removes unused
+    ones."""
     a, b, c = coordinates(p_params, token)
     q0 = token
     q1 = token
@@ -125,7 +126,7 @@ def query_side(p_params, p_slot, p_tables, token, KIND: tl.constexpr):
 
 @triton.jit
 def keeps(p_params, p_slot, p_tables, q0, q1, q2, q3, q4, token, KIND: tl.constexpr):
-    """Which pairs of a block are kept, [M, N], for keys of raster index ``token`` [N]."""
+    """Return which pairs of a block are kept, [M, N], for keys of raster index ``token`` [N]."""
     a, b, c = coordinates(p_params, token)
     if KIND == AXIS or KIND == STRIDED:  # noqa: SIM109
         pair = a + (b << 16)
@@ -154,9 +155,9 @@ def keeps(p_params, p_slot, p_tables, q0, q1, q2, q3, q4, token, KIND: tl.conste
 
 @triton.jit
 def bit_tile(p_bits, number, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of packed bits as a mask, [M, N]; ``p_bits`` int32 ``[U, BLOCK_M, ceil(BLOCK_N /
-    32)]``. Words are loaded once for a row, and the shift is by the bits of a column that differ
-    between threads, so that few values are shifted."""
+    """Return a tile of packed bits as a mask, [M, N]; ``p_bits`` int32 ``[U, BLOCK_M, ceil(BLOCK_N
+    / 32)]``. Each row loads its words once. The shift uses only the bits of the column index that
+    differ between threads, so that few values are shifted."""
     WORDS: tl.constexpr = (BLOCK_N + 31) // 32
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)[None, :]

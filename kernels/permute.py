@@ -1,8 +1,8 @@
-"""Keys and values brought into block order, each head in its own: ``dst[b, s, i] = src[b, head[s],
+"""Keys and values in block order, each head in its own order: ``dst[b, s, i] = src[b, head[s],
 index[s, i]]``.
 
-src ``[B, Hk, L, D]`` with any strides but 1 along D; dst contiguous ``[B, S, L, D]``; both tensors
-in one launch.
+src ``[B, Hk, L, D]`` has stride 1 along D and any other strides; dst ``[B, S, L, D]`` is
+contiguous. One launch writes keys and values.
 """
 
 import torch
@@ -30,8 +30,8 @@ def _permute_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: a run of positions of one slot, of keys (even) or values (odd) of a batch
-    item."""
+    """One program: BLOCK_L positions of one slot of a batch item, of the keys (even index) or the
+    values (odd index)."""
     i_s = tl.program_id(1)
     slots = tl.num_programs(1)
     i_b = tl.program_id(2) // 2
@@ -65,10 +65,13 @@ def permute(
     order_of: torch.Tensor,
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values in block order, ``[B, S, L, D]``.
+    """Return keys and values in block order, ``[B, S, L, D]``.
 
     Args:
-        head_of, order_of: int32 ``[S]``, the head, and the row of ``index``, of each slot.
+        k: ``[B, Hk, L, D]``, stride 1 along D.
+        v: ``[B, Hk, L, D]``, stride 1 along D.
+        head_of: int32 ``[S]``, the head of each slot.
+        order_of: int32 ``[S]``, the row of ``index`` of each slot.
         index: int32 ``[orders, L]``, ordered position -> token.
     """
     batch, _, length, dim = k.shape

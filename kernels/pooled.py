@@ -1,7 +1,7 @@
 """Pooled scores: the mean query of each block times the mean key of each block.
 
-``score = factor * mean(q) . mean(k) + bias``, minus infinity for pairs that are not chosen among.
-The mean queries are made in the same launch; products are float32 (ieee).
+``score = factor * mean(q) . mean(k) + bias``. Pairs that are excluded from the choice get minus
+infinity. The same launch computes the mean queries; products are float32 (ieee).
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ def _pooled_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: ROWS query blocks of a head. k_mean float32 ``[B, S, Nk, D]``; bias float32 and
-    k_some uint8 ``[G, G', Nk]``; tokens int32 ``[G, G', Nq, size]``; length int32 and q_some uint8
-    ``[G, G', Nq]``."""
+    """One program: ROWS query blocks of a head.
+
+    k_mean float32 ``[B, S, Nk, D]``; bias float32 and k_some uint8 ``[G, G', Nk]``; tokens int32
+    ``[G, G', Nq, size]``; length int32 and q_some uint8 ``[G, G', Nq]``. q_some and k_some are 1
+    for blocks that take part in the choice.
+    """
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
     o_q = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -94,8 +97,8 @@ def pooled_scores(
     k_some: torch.Tensor,
     factor: float,
 ) -> torch.Tensor:
-    """Scores float32 ``[B, H, Nq, Nk]``; arguments as the kernel says, contiguous, ``G`` and ``G'``
-    1 where all share them."""
+    """Return scores float32 ``[B, H, Nq, Nk]``. Arguments as in ``_pooled_kernel``, contiguous;
+    ``G`` (``G'``) is 1 if all batch items (heads) share a tensor."""
     batch, heads, _, dim = q.shape
     num_q, num_k = tokens.shape[2], k_mean.shape[2]
     scores = torch.empty(batch, heads, num_q, num_k, dtype=torch.float32, device=q.device)
@@ -130,6 +133,6 @@ def pooled_scores(
 
 
 def apart(x: torch.Tensor) -> tuple[int, int]:
-    """The strides of the first two axes, 0 where one is 1 long and stands for all."""
+    """Return the strides of the first two axes; 0 for an axis of length 1, which is broadcast."""
     first, second = (0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1))
     return first, second

@@ -1,9 +1,10 @@
-"""Attention where every query has key blocks of its own: computed key block by key block.
+"""Attention where each query has its own list of key blocks, computed key block by key block.
 
-The queries that see a key block are gathered into tiles, which attend to that block alone; each
-(query, block) pair's output and LSE go to a slot of scratch, and a second kernel merges the slots
-of a query: ``lse = log sum_i exp(lse_i)``, ``out = sum_i exp(lse_i - lse) out_i``. Nothing is added
-atomically, so the result is the same every time. A query without a key gives 0 and -inf.
+The queries that attend to a key block are gathered into tiles, which attend to that block only. The
+output and LSE of each (query, block) pair are written to a slot of a scratch buffer. A second
+kernel merges the slots of a query: ``lse = log sum_i exp(lse_i)``, ``out = sum_i exp(lse_i - lse)
+out_i``. There are no atomic additions, so results are deterministic. A query without a key has
+output 0 and LSE -inf.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from visattn.kernels.levels import Keys, _keys, _step, _values, fitted
 from visattn.kernels.pooled import apart
 
 GROUP: tl.constexpr = tl.constexpr(64)  # columns of a group
-MOST_PAIRS = 1 << 20  # of queries and blocks, at a time: 512 MiB of scratch at head size 128
+MOST_PAIRS = 1 << 20  # (query, block) pairs at a time: 512 MiB of scratch at head size 128
 
 
 @triton.jit
@@ -35,11 +36,12 @@ def _columns_kernel(
     groups,
     ROWS: tl.constexpr,
 ):
-    """One program: GROUP key blocks of one head. Lists, for each, the queries that see it, in
-    order, and the slot of each pair.
+    """One program: GROUP key blocks of one head. For each block it lists the queries that attend to
+    it, in order, and the slot of each pair.
 
-    group_base int32 ``[B H, Nq, groups]``: blocks of a query before a group; row_base int64 ``[B H,
-    Nq]`` and column_base int64 ``[B H, Nk]``: pairs before a query, and before a block.
+    group_base int32 ``[B H, Nq, groups]``: number of blocks of a query before a group. row_base
+    int64 ``[B H, Nq]``: number of pairs before a query. column_base int64 ``[B H, Nk]``: number of
+    pairs before a block.
     """
     i_g = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -92,9 +94,12 @@ def _queries_kernel(
     WIDTH: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """One program: BLOCK_M pairs of one key block. column_of int32 ``[T]``: the block, counted over
-    all heads; first_of int64 ``[T]``: its first pair; k, v ``[B, S, rows, D]`` and bias ``[B, S,
-    rows]``, WIDTH of a block; tokens int32 ``[G, G', Nq, 1]``."""
+    """One program: BLOCK_M pairs of one key block.
+
+    column_of int32 ``[T]``: the block of a tile, numbered over all heads; first_of int64 ``[T]``:
+    the first pair of a tile; k, v ``[B, S, rows, D]`` and bias ``[B, S, rows]``, WIDTH rows per
+    block; tokens int32 ``[G, G', Nq, 1]``.
+    """
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     column = tl.load(column_of + tl.program_id(0))
     i_bh = column // num_k
@@ -150,7 +155,7 @@ def _join_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: ROWS queries of one head, whose slots are joined."""
+    """One program: merge the slots of ROWS queries of one head."""
     i_bh = tl.program_id(1)
     i_b = (i_bh // heads).to(tl.int64)
     i_h = (i_bh % heads).to(tl.int64)
@@ -188,13 +193,14 @@ def _join_kernel(
 
 
 class Pairs(NamedTuple):
-    """Pairs of a query and a key block, in the order of the blocks; their slots are in that of the
-    queries.
+    """Pairs of a query and a key block, sorted by block. Their slots are sorted by query.
 
     Attributes:
-        count: of all; row_base int64 ``[B H Nq + 1]``, column_base int64 ``[B H Nk + 1]``: pairs
-            before a query, and before a block.
-        row_of: int32 ``[count]``, the query of each pair; slot_of: int64 ``[count]``.
+        count: number of pairs.
+        row_base: int64 ``[B H Nq + 1]``, number of pairs before each query.
+        column_base: int64 ``[B H Nk + 1]``, number of pairs before each block.
+        row_of: int32 ``[count]``, the query of each pair.
+        slot_of: int64 ``[count]``, the slot of each pair.
     """
 
     count: int
@@ -205,7 +211,8 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(levels: torch.Tensor) -> Pairs:
-    """The pairs at 1 of uint8 ``[B, H, Nq, Nk]``, contiguous, else 0. Their number is read back."""
+    """Return the pairs where uint8 ``[B, H, Nq, Nk]``, contiguous, is 1 and not 0. This reads their
+    number back from the device."""
     batch, heads, num_q, num_k = levels.shape
     device = levels.device
     flat = levels.view(batch * heads, num_q, num_k)
@@ -247,18 +254,24 @@ def queries_forward(
     stages: int,
     most: int = MOST_PAIRS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``.
+    """Compute attention where each query has its own key blocks.
 
-    The numbers of pairs and of their tiles are read back, as they decide how much scratch there
-    must be.
+    The numbers of pairs and tiles are read back from the device, because the size of the scratch
+    buffer depends on them.
 
     Args:
-        q: ``[B, H, Lq, D]``, stride 1 along D; levels: uint8 ``[B, H, Nq, Nk]``, contiguous, 1
-            where a query sees a block, else 0.
-        tokens: int32 ``[G, G', Nq, 1]``: the query of each row.
-        keys: keys in block order, a multiple of ``tile[1]`` of a block.
+        q: ``[B, H, Lq, D]``, stride 1 along D.
+        levels: uint8 ``[B, H, Nq, Nk]``, contiguous: 1 where a query attends to a block, else 0.
+        tokens: int32 ``[G, G', Nq, 1]``, the query of each row.
+        keys: keys in block order; each block has the same multiple of ``tile[1]`` rows.
+        scale: factor of the logits.
         tile: queries and keys of a tile.
-        most: pairs that are worked on at a time, but for those of a single query.
+        warps: warps of a program.
+        stages: stages of the loop pipeline.
+        most: limit of the pairs processed at a time; a single query may exceed it.
+
+    Returns:
+        Output ``[B, H, Lq, D]`` in the dtype of q, and LSE float32 ``[B, H, Lq]``.
     """
     batch, heads, length_q, dim = q.shape
     num_q = levels.shape[2]
@@ -271,24 +284,26 @@ def queries_forward(
         run(q, levels, tokens, keys, out, lse)
         return out, lse
     step = max(1, most // widest)  # queries of one head
-    share = heads // keys.k.shape[1]
+    queries_per_key = heads // keys.k.shape[1]
     for b in range(batch):
         for h in range(heads):
-            at, slot = (slice(b, b + 1), slice(h, h + 1)), slice(h // share, h // share + 1)
-            own = tuple(
+            key = h // queries_per_key
+            head, key_head = (slice(b, b + 1), slice(h, h + 1)), slice(key, key + 1)
+            token_head = tuple(
                 slice(None) if size == 1 else part
-                for size, part in zip(tokens.shape[:2], at, strict=True)
+                for size, part in zip(tokens.shape[:2], head, strict=True)
             )
-            part = Keys(*(x[at[0], slot].contiguous() for x in (keys.k, keys.v, keys.bias)))
+            tensors = (keys.k, keys.v, keys.bias)
+            head_keys = Keys(*(x[head[0], key_head].contiguous() for x in tensors))
             for begin in range(0, num_q, step):
                 rows = slice(begin, begin + step)
                 run(
-                    q[at],
-                    levels[at][:, :, rows].contiguous(),
-                    tokens[own][:, :, rows].contiguous(),
-                    part,
-                    out[at],
-                    lse[at],
+                    q[head],
+                    levels[head][:, :, rows].contiguous(),
+                    tokens[token_head][:, :, rows].contiguous(),
+                    head_keys,
+                    out[head],
+                    lse[head],
                 )
     return out, lse
 
@@ -306,7 +321,7 @@ def _run(
     warps: int,
     stages: int,
 ) -> None:
-    """All pairs at once; ``out`` and ``lse`` are contiguous, written at the queries of tokens."""
+    """Compute all pairs at once; write contiguous ``out`` and ``lse`` at the queries of tokens."""
     batch, heads, length_q, dim = q.shape
     num_q, num_k = levels.shape[2:]
     device = q.device

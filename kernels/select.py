@@ -1,9 +1,10 @@
 """The select stage: from scores to levels, bit-identical to ``visattn.selectors.stages.prefix``.
 
-A row's scores stay on chip. What is kept is a prefix of one order, score descending and index
-ascending among equals, found by bisection on the score in integers; masses are integers too. Rows
-choose for themselves, or all rows of a head compete: then one program per head walks over its
-scores, which stay in the cache, and rows only compare.
+A row's scores stay on chip. The kept blocks are a prefix in the order of descending scores, with
+ascending indices among equal scores. Bisection on the scores, as integers, finds its end; masses
+are integers too. Either each row chooses alone, or all rows of a head compete. In the second case
+one program per head finds the threshold in the scores of the head, which stay in the cache, and
+rows only compare.
 
 Scores float32 ``[B, H, Nq, Nk]``; forced uint8, any strides; levels uint8 ``[B, H, Nq, Nk]``.
 """
@@ -21,27 +22,30 @@ from visattn.kernels.pooled import apart
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 ONE: tl.constexpr = tl.constexpr(1 << 24)
 LOG2_E: tl.constexpr = tl.constexpr(94548)
-COUNT: tl.constexpr = tl.constexpr(0)  # what an end is a share of
+COUNT: tl.constexpr = tl.constexpr(0)  # units in which the end of a prefix is measured
 MASS: tl.constexpr = tl.constexpr(1)
 TOKENS: tl.constexpr = tl.constexpr(2)
 MOST_ENDS = 4
-MOST_BLOCKS = 1 << 14  # of a row
+MOST_BLOCKS = 1 << 14  # limit of the key blocks of a row
 
 
 class Rule(NamedTuple):
-    """What a row keeps.
+    """The rule by which a row keeps blocks.
 
     Attributes:
-        by: COUNT, MASS or TOKENS, what ends are measured in.
-        ends: for each level where it ends: a share in 1/65536, or a number of blocks with
-            ``numbers``; values: the levels, uint8.
-        least, most: ``(amount, whether it is a number)`` of blocks at the first level; None is no
-            bound.
-        first: whether forced blocks come first and count.
-        some: whether an end is one block at least.
-        above: whether blocks with more than the share ``ends[0]`` in 1/2^24 are kept in the place
-            of a prefix.
-        head: whether all rows of a head compete; each row has the same mass.
+        by: COUNT, MASS or TOKENS, the unit of the ends.
+        ends: the end of the prefix of each level: a share in units of 1/65536, or a number of
+            blocks if ``numbers`` is True.
+        values: the level of each end, uint8.
+        numbers: whether ends are numbers of blocks.
+        least: smallest number of blocks at the first level, ``(amount, whether it is a number and
+            not a share)``; None: no bound.
+        most: largest number of blocks at the first level, in the same form; None: no bound.
+        first: whether forced blocks come first in the order, and count.
+        some: whether a prefix has at least one block.
+        above: keep the blocks with more than the share ``ends[0]``, in units of 1/2^24, instead of
+            a prefix.
+        head: whether all rows of a head compete; each row has the same total mass.
     """
 
     by: int
@@ -58,14 +62,14 @@ class Rule(NamedTuple):
 
 @triton.jit
 def _order_keys(x):
-    """Integers in the order of float32 numbers; zeros of either sign are equal."""
+    """Return integers with the order of float32 numbers; 0 and -0 are equal."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x == float("-inf"), LOWEST, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
 def _mass_weights(x):
-    """Probabilities of a row's softmax as int64, 2^24 for the best one."""
+    """Return the softmax weights of a row as int64, relative to the largest, which is 2^24."""
     gone = x == float("-inf")
     best = tl.max(x, 1)[:, None]
     apart = tl.maximum(tl.where(gone, 0.0, x - tl.where(gone, 0.0, best)), -30.0)
@@ -80,7 +84,7 @@ def _mass_weights(x):
 
 @triton.jit
 def _prefix(keys, weights, target):
-    """The smallest prefix whose weights reach the target, or all; target int64 ``[R]``."""
+    """Return the smallest prefix whose weights reach the target, int64 ``[R]``; else all blocks."""
     free = keys > LOWEST
     target = tl.minimum(target, tl.sum(weights, 1))
     low = tl.full(target.shape, LOWEST, tl.int64)
@@ -102,7 +106,8 @@ def _prefix(keys, weights, target):
 
 @triton.jit
 def _amount(total, amount, NUMBER: tl.constexpr, SOME: tl.constexpr):
-    """A number, or a share in 1/65536 of a total, rounded up and with SOME at least 1."""
+    """Return a number, or a share of a total in units of 1/65536, rounded up; with SOME at least
+    1."""
     if NUMBER:
         return tl.zeros_like(total) + amount
     elif SOME:
@@ -150,9 +155,12 @@ def _select_kernel(
     ABOVE: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """One program: ROWS rows of one head. With HEAD the first end is where ``cuts`` int64
-    ``[B, H, 2]`` says: a key, and the flat index before which equal keys are kept; both are of the
-    row's relative masses with ``BY == MASS``."""
+    """One program: ROWS rows of one head.
+
+    With HEAD, ``cuts`` int64 ``[B, H, 2]`` gives the first end: a key, and the flat index before
+    which blocks with an equal key are kept. With ``BY == MASS`` the keys are the relative masses of
+    the row.
+    """
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
     o_q = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -184,7 +192,7 @@ def _select_kernel(
     total = tl.sum(weights, 1)
     level = tl.zeros([ROWS, BLOCK_K], tl.int32)
     for i in tl.static_range(ENDS):
-        # from the last end to the first, whose level wins
+        # from the last end to the first, whose level takes precedence
         if ENDS - 1 - i == 3:
             end, value = end3, value3
         elif ENDS - 1 - i == 2:
@@ -215,7 +223,8 @@ def _select_kernel(
 
 @triton.jit
 def _masses_kernel(scores, masses, num_k, rows, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Each row's masses over their sum, int32 with 24 binary places, and -1 where none is."""
+    """Write the masses of each row divided by their sum, int32 in units of 2^-24; -1 for
+    excluded blocks."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_k = tl.arange(0, BLOCK_K)
     inside = (o_r < rows)[:, None] & (o_k < num_k)[None, :]
@@ -241,7 +250,7 @@ def _head_items(
     BY: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Keys and weights int64 of some of a head's block pairs."""
+    """Return the sort keys and weights, int64, of the block pairs ``flat`` of a head."""
     if BY == MASS:
         mass = tl.load(masses + at + flat, mask=inside, other=-1)
         free = mass >= 0
@@ -276,7 +285,7 @@ def _cut_kernel(
     FIRST: tl.constexpr,
     SOME: tl.constexpr,
 ):
-    """One program: where the prefix of one head ends."""
+    """One program: find the end of the prefix of one head."""
     i_h = tl.program_id(0)
     i_b = tl.program_id(1)
     at = (i_b.to(tl.int64) * tl.num_programs(0) + i_h) * num_q * num_k
@@ -290,7 +299,7 @@ def _cut_kernel(
             scores, masses, p_forced, at, flat, flat < items, num_k, stride_fq, stride_fk, BY, FIRST
         )
         total += tl.sum(weights, 0)
-    if NUMBERS:  # so many for each row that chooses
+    if NUMBERS:  # this number for each row that has a block to choose
         rows = tl.zeros([], tl.int64)
         p_row = scores + at
         for _ in range(0, num_q):
@@ -356,16 +365,23 @@ def _cut_kernel(
 def select(
     scores: torch.Tensor, length: torch.Tensor, forced: torch.Tensor, rule: Rule
 ) -> torch.Tensor:
-    """Levels uint8 ``[B, H, Nq, Nk]``.
+    """Return the levels of block pairs, uint8 ``[B, H, Nq, Nk]``.
 
     Args:
         scores: float32 ``[B, H, Nq, Nk]``, contiguous.
-        length: tokens of the key blocks, int32 ``[G, G', Nk]``, stride 1 along the last.
-        forced: bool or uint8 that broadcasts to the scores.
+        length: tokens of the key blocks, int32 ``[G, G', Nk]``, stride 1 along the last axis.
+        forced: pairs that are always kept, bool or uint8, broadcast to the scores.
+        rule: the rule by which rows keep blocks.
+
+    Raises:
+        ValueError: there are too many key blocks or ends.
     """
     batch, heads, num_q, num_k = scores.shape
     if num_k > MOST_BLOCKS or len(rule.ends) > MOST_ENDS:
-        raise ValueError(f"{num_k} blocks and {rule} are beyond what the kernel selects from")
+        raise ValueError(
+            f"{num_k} blocks with {rule} exceed the kernel's limits: at most {MOST_BLOCKS} blocks "
+            f"and {MOST_ENDS} ends"
+        )
     levels = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     forced = forced.view(torch.uint8).expand(scores.shape)
     block_k = max(16, triton.next_power_of_2(num_k))

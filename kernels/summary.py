@@ -1,11 +1,11 @@
-"""Summaries of blocks of tokens: means of every few tokens in block order, and what goes with them.
+"""Summaries of blocks of tokens: means, variances and biases of groups of tokens in block order.
 
-Of a block's tokens in its order, every ``part`` ones make a lane: their mean, and if asked for the
-variance of each component. ``part = 1`` is a copy in block order. Lanes are written side by side,
-``width`` of them for a block; the last ones of a short block are empty: 0, and a bias of minus
-infinity.
+Each ``part`` consecutive tokens of a block form a lane: their mean, and optionally the variance of
+each component. ``part = 1`` copies the tokens in block order. A block has ``width`` lanes in
+adjacent rows. The last lanes of a short block are empty: value 0 and bias minus infinity.
 
-x ``[B, H, L, D]`` with any strides but 1 along D. Sums are float32, in the order of the tokens.
+x ``[B, H, L, D]`` has stride 1 along D and any other strides. Sums are float32, in the order of the
+tokens.
 """
 
 from __future__ import annotations
@@ -115,14 +115,18 @@ def summarise(
 
     Args:
         x: ``[B, Hx, L, D]``, stride 1 along D.
-        tokens: int32 ``[G, G', N, size]``; length: int32 ``[G, G', N]``; contiguous, ``G`` and
-            ``G'`` 1 or those of ``mean``.
-        part: tokens of a lane; width: lanes of a block.
-        mean: ``[B, H, rows, D]``, contiguous, of any floating type; H is a multiple of Hx.
+        tokens: the tokens of each block, int32 ``[G, G', N, size]``, contiguous; ``G`` and ``G'``
+            are 1 or those of ``mean``.
+        length: the length of each block, int32 ``[G, G', N]``, contiguous.
+        part: tokens of a lane.
+        width: lanes of a block.
+        mean: output, ``[B, H, rows, D]``, contiguous, of any floating type; H is a multiple of Hx.
         begin: the row of the first lane.
-        spread: as ``mean``.
-        bias: float32 ``[B, H, rows]``: log2 of the tokens that count, in all of them.
-        valid: uint8 ``[B, L]``: which tokens count; all of them enter the mean.
+        spread: output of the variances, as ``mean``; None: not computed.
+        bias: output, float32 ``[B, H, rows]``: log2 of the number of valid tokens of each lane;
+            None: not computed.
+        valid: uint8 ``[B, L]``, 1 for the tokens that ``bias`` counts; None: all. The mean includes
+            all tokens.
     """
     batch, heads, rows, dim = mean.shape
     blocks, size = tokens.shape[2:]

@@ -1,9 +1,9 @@
 """The architectures that kernels are compiled for, and the launch settings on each.
 
-One table and one function; nothing is tuned at run time. ``scripts/compile_matrix.py`` compiles
-every row for its target and writes what it takes into ``assets/tables/compile_matrix.json``. The
-settings are reasoned from that table, in which no 16-bit row spills in the loop over full blocks
-on NVIDIA's targets; what has been timed on its target says so.
+Nothing is tuned at run time. ``scripts/compile_matrix.py`` compiles every row for its target and
+writes the resources that it needs into ``assets/tables/compile_matrix.json``. The settings are
+chosen from that table: no 16-bit row spills in the loop over full blocks on NVIDIA's targets. A
+comment marks settings that were measured on their target.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture: Triton's backend and arch, threads of a warp, shared memory of a block in
-    bytes."""
+    """An architecture.
+
+    Attributes:
+        backend: Triton's backend.
+        arch: Triton's name or number of the architecture.
+        warp_size: threads of a warp.
+        shared_bytes: shared memory that one program can use, in bytes.
+    """
 
     backend: str
     arch: int | str
@@ -48,9 +54,17 @@ TARGETS: dict[str, Target] = {
 
 
 class Launch(NamedTuple):
-    """Queries and keys of a block (of the map too), warps, stages of the loops' pipeline, whether
-    keys and values of full blocks are read by tensor descriptors (TMA), and whether the kernel of
-    ``hopper.py`` runs what it can, whose blocks are 128 x 64."""
+    """Launch settings of the forward kernels.
+
+    Attributes:
+        block_q: queries of a block, also of the block map.
+        block_k: keys of a block, also of the block map.
+        warps: warps of a program.
+        stages: stages of the loop pipeline.
+        descriptors: read keys and values of full blocks by tensor descriptors (TMA).
+        warp_groups: use the kernel of ``hopper.py`` for the calls that it supports; its blocks are
+            128 x 64.
+    """
 
     block_q: int
     block_k: int
@@ -60,11 +74,11 @@ class Launch(NamedTuple):
     warp_groups: bool = False
 
 
-# For 2-byte types the largest tiles with which no variant of the masks spills, as the compile
-# matrix shows. 8 warps: 4 of 32 threads hold too much of a 128 x 64 tile beside the masks
-# (gfx942's 4 are as many threads, of 512 registers each). 3 stages: one loads the block's number,
-# so that keys and values have two. float32 products use no matrix units on NVIDIA and take
-# registers by tile size.
+# For 2-byte types: the largest tiles for which the compile matrix shows no spills in any variant of
+# the masks. 8 warps: with 4 warps of 32 threads, a 128 x 64 tile and the masks need too many
+# registers per thread (the 4 warps of gfx942 have as many threads, with 512 registers each).
+# 3 stages: one loads the block's number, so that two remain for keys and values. float32 products
+# use no matrix units on NVIDIA; their registers grow with the tile size.
 _COMMON = {
     16: Launch(128, 64, 8, 3),
     32: Launch(128, 64, 8, 3),
@@ -82,7 +96,7 @@ _FLOAT32 = {
 
 
 def _described(table: dict[int, Launch]) -> dict[int, Launch]:
-    """Where the architecture has descriptors."""
+    """Return the settings with tensor descriptors, for architectures that have them."""
     return {size: launch._replace(descriptors=True) for size, launch in table.items()}
 
 
@@ -118,9 +132,18 @@ LAUNCHES: dict[str, dict[int, dict[int, Launch]]] = {
 
 @dataclass(frozen=True)
 class BackwardLaunch:
-    """For the gradients: queries and keys of a block (of the map too), queries of a part of a block
-    and of a part of a masked one in dk and dv, warps, and stages; ``spare``, the last three where
-    masks are by coordinates, and for levels, whose kernels hold more; None: the same."""
+    """Launch settings of the gradient kernels.
+
+    Attributes:
+        block_q: queries of a block, also of the block map.
+        block_k: keys of a block, also of the block map.
+        queries: queries that are processed at a time.
+        masked: queries that are processed at a time in masked blocks, for dk and dv.
+        warps: warps of a program.
+        stages: stages of the loop pipeline.
+        spare: (masked, warps, stages) for kernels that need more registers or shared memory: masks
+            by coordinates, and levels. None: the same settings.
+    """
 
     block_q: int
     block_k: int
@@ -131,15 +154,15 @@ class BackwardLaunch:
     spare: tuple[int, int, int] | None = None
 
     def spared(self) -> BackwardLaunch:
-        """The settings of the kernels that hold more."""
+        """Return the settings for kernels that need more registers or shared memory."""
         if self.spare is None:
             return self
         masked, warps, stages = self.spare
         return replace(self, masked=masked, warps=warps, stages=stages, spare=None)
 
 
-# Parts of 64 queries use Hopper's products of 64 rows; 32 in the masked loop of dk and dv leave
-# room for the rule beside two sums of keys.
+# 64 queries at a time use Hopper's matrix products of 64 rows. 32 in the masked loop of dk and dv
+# leave registers for the mask in addition to the two sums of keys.
 _BACKWARD = {
     16: BackwardLaunch(128, 64, 64, 32, 8, 2),
     32: BackwardLaunch(128, 64, 64, 32, 8, 2),
@@ -154,8 +177,9 @@ _BACKWARD_FLOAT32 = {
     128: BackwardLaunch(32, 32, 32, 32, 8, 1),
     256: BackwardLaunch(32, 16, 16, 16, 8, 1),
 }
-# sm_90: measured, 2.1 times as fast at 128 as 8 warps with blocks of 128 queries. sm_120: the
-# compile matrix shows the common ones to spill in dq of the radial rule and in levels at 64.
+# sm_90: measured; at head size 128, 2.1 times as fast as 8 warps with blocks of 128 queries.
+# sm_120: the compile matrix shows that the common settings spill at head size 64, in dq of the
+# radial rule and in levels.
 _BACKWARD_OWN = {
     "sm_90": {
         64: BackwardLaunch(64, 64, 64, 32, 4, 3),
@@ -170,7 +194,8 @@ BACKWARD: dict[str, dict[int, dict[int, BackwardLaunch]]] = {
 
 
 def target_of(device: torch.device) -> str:
-    """The entry of TARGETS for a device: its own, or the nearest older one of its vendor.
+    """Return the entry of TARGETS for a device: the same architecture, or the nearest older one of
+    the vendor.
 
     Raises:
         ValueError: the device is no GPU, or older than every target.
@@ -180,13 +205,13 @@ def target_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    own = 10 * major + minor
-    if own == 86:
-        return "sm_89"  # of the same shared memory
+    capability = 10 * major + minor
+    if capability == 86:
+        return "sm_89"  # it has the same amount of shared memory
     older = [
         (int(target.arch), name)
         for name, target in TARGETS.items()
-        if target.backend == "cuda" and int(target.arch) <= own
+        if target.backend == "cuda" and int(target.arch) <= capability
     ]
     if not older:
         raise ValueError(
@@ -196,15 +221,15 @@ def target_of(device: torch.device) -> str:
 
 
 def _size(dim: int) -> int:
-    """The head size of the tables that holds ``dim``: a power of two, at least 16."""
+    """Return the padded head size, which is the key of the tables: a power of two, at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
 def launch_settings(target: str, dtype: torch.dtype, dim: int) -> Launch:
-    """Settings for a dtype (float16, bfloat16, float32) and head size (up to 256) on a target."""
+    """Return settings for a dtype (float16, bfloat16, float32) and head size (up to 256)."""
     return LAUNCHES[target][dtype.itemsize][_size(dim)]
 
 
 def backward_settings(target: str, dtype: torch.dtype, dim: int) -> BackwardLaunch:
-    """As ``launch_settings``, for the gradients."""
+    """Return ``launch_settings`` of the gradient kernels."""
     return BACKWARD[target][dtype.itemsize][_size(dim)]

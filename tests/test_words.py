@@ -31,8 +31,9 @@ CONSTRUCTIONS = (
     r"\bin place of\b",
 )
 PATTERN = re.compile("|".join(CONSTRUCTIONS), re.IGNORECASE)
+KERNEL_DECORATORS = {"gluon.jit", "triton.jit"}
 # Parts whose words are still to be mended.
-WAITING = {"inject", "kernels", "search"}
+WAITING = {"inject", "search"}
 # Parameters of public classes, ``(class, parameter)``: their names stay as they are.
 PUBLIC_NAMES = Path(__file__).parent / "support" / "public_names.txt"
 PUBLIC_PARAMETERS = {
@@ -50,10 +51,18 @@ def files_of(part: str) -> list[Path]:
 def empty_names(source: str) -> list[str]:
     """Return ``line: name`` for each variable or parameter with a name of EMPTY_NAMES.
 
-    The fields of a class that are its public parameters are not among them.
+    The fields of a class that are its public parameters are not among them, and neither are the
+    names inside compiled kernels, whose code is recorded in the compile matrix.
     """
     lines = []
     tree = ast.parse(source)
+    compiled = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and not KERNEL_DECORATORS.isdisjoint(map(ast.unparse, node.decorator_list))
+        for inner in ast.walk(node)
+    }
     public = {
         id(field.target)
         for node in ast.walk(tree)
@@ -65,7 +74,7 @@ def empty_names(source: str) -> list[str]:
     for node in ast.walk(tree):
         name = node.arg if isinstance(node, ast.arg) else getattr(node, "id", None)
         stored = isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
-        if stored and name in EMPTY_NAMES and id(node) not in public:
+        if stored and name in EMPTY_NAMES and id(node) not in public | compiled:
             lines.append(f"{node.lineno}: {name}")
     return lines
 
@@ -107,6 +116,12 @@ def test_what_is_to_be_found_is_found():
     assert empty_names("class ASA:\n    own: bool = True\n    at: int = 0\nown: int = 1") == [
         "4: own",
         "3: at",
+    ]
+    kernels = "@triton.jit\ndef f(at): own = at\n@gluon.jit\ndef g(at): pass\nown = 1"
+    assert empty_names(kernels) == ["5: own"]
+    assert empty_names("@jit\ndef f(at): pass\n@other.jit\ndef g(own): pass") == [
+        "2: at",
+        "4: own",
     ]
     assert constructions('x = 1  # equal to the bit\ny = "a row beside it"') == [
         "1: to the bit",
