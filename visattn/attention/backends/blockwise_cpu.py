@@ -33,8 +33,8 @@ from visattn.runtime.torch_settings import lasting
 
 __all__ = ["rows_on_cpu"]
 
-NARROW = 768  # the logits of rows with fewer queries are written to memory
-LEAST = (1 << 17, 1 << 18)  # ... if the product has so many logits, (without, with) a mask
+NARROW = 768  # logits are written to memory for rows with fewer queries
+LEAST = (1 << 17, 1 << 18)  # and products with at least this many logits: (without, with) a mask
 LOGITS = 1 << 21  # limit of the logits in memory at a time
 MASKS = 1 << 22  # limit of the mask elements that are stored with a map
 PLACES = 1 << 22  # limit of the positions that a program stores

@@ -108,8 +108,8 @@ def masked_attention(
         scale: factor of the logits.
         careful: whether inputs may be NaN or infinite. A weight of 0 does not remove such a number
             from a product. They are therefore replaced by 0 in the products, and their effect is
-            added for the queries that attend to them. So a masked number reaches no output and no
-            gradient, and neither does a NaN query without a gradient.
+            added for the queries that attend to them. So a masked NaN reaches no output and no
+            gradient, and a NaN query without a gradient reaches no gradient.
     """
     acc_dtype, in_dtype = _wide(q), q.dtype
     q, k, v = (x.to(acc_dtype) for x in (q, k, v))
