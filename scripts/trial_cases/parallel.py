@@ -89,7 +89,7 @@ def _replaced(_: Path) -> str:
     visattn.apply_plan(pipe, Diagonal(4))
     pipe.transformer = tiny.wan_transformer(5, layers=2)
     text = str(visattn.summary(pipe))
-    assert "transformer took the place of one with a plan" in text, text
+    assert "transformer replaced a denoiser with a plan" in text, text
     return "summary says that the denoiser with the plan is gone"
 
 

@@ -71,7 +71,7 @@ def test_another_denoiser_in_the_place_of_one_with_a_plan_is_told() -> None:
     pipe.transformer = other
     found = summary(pipe)
     assert found.replaced == ("transformer",)
-    assert "transformer took the place of one with a plan, and has none" in str(found)
+    assert "transformer replaced a denoiser with a plan and has no plan" in str(found)
     assert found.numbers()["replaced"] == ["transformer"]
     with sparse(pipe, Diagonal(4)):
         assert summary(pipe).replaced == ()

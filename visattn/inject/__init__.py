@@ -1,4 +1,4 @@
-"""Plans on diffusers pipelines: put on by one call, taken off without a trace."""
+"""Plans on diffusers pipelines: one call applies a plan, another one removes it completely."""
 
 from visattn.inject.apply import apply_plan, observe, remove_plan, sparse
 from visattn.inject.layer_summary import Summary, summary

@@ -1,4 +1,4 @@
-"""What an editor sees of an attention call: the call before it is computed, and the computing."""
+"""What an editor gets for an attention call: its inputs, and a function that computes it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ Kind = Literal["self", "joint", "cross"]
 
 
 class Kernel(Protocol):
-    """Attention of a part of the batch as the plan has it, or the pipeline's own where it has
-    nothing for the layer.
+    """Attention of a part of the batch by the plan, or by the pipeline if the plan has no rule for
+    the layer.
 
     Args:
-        part: which of the equal parts of the batch that the passes make; 0 where there is one.
-        q: ``[b, H', Lq, D']``; k, v: ``[b, H', Lk, D']`` as they are to be used: ``D'`` may be
-            wider than that of the call, whose scale stays.
-        heads: numbers of the heads that ``q`` has, ascending; None: all of them.
-        lse: whether the LSE ``[b, H', Lq]`` is given too.
-        again: whether this is a further attention of a call, of which dynamic patterns remember
-            nothing; they choose for it alone.
+        part: index of the part of the batch. Each pass is one part, all of the same size; 0 if
+            there is one.
+        q: queries ``[b, H', Lq, D']``. ``D'`` may be larger than ``D`` of the call; the scale does
+            not change.
+        k: keys ``[b, H', Lk, D']``.
+        v: values ``[b, H', Lk, D']``.
+        heads: numbers of the heads in ``q``, ascending; None: all heads.
+        lse: whether the log-sum-exp ``[b, H', Lq]`` is also returned.
+        again: whether this is a further attention of the same call. Dynamic patterns then choose
+            for it alone and remember nothing of it.
     """
 
     def __call__(
@@ -43,14 +46,14 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class AttentionCall(Observation):
-    """An attention call that an editor may compute in its own way.
+    """An attention call that an editor may change.
 
     Args:
         kind: ``self``, ``joint`` (text is part of the sequence) or ``cross`` (keys are text).
-        kv_layout: what the keys are.
-        factor: of the logits.
+        kv_layout: layout of the keys.
+        factor: factor of the logits.
         sparse: whether some head of some part of the batch is sparse under the plan.
-        kernel: the computing.
+        kernel: computes the attention.
         masked: whether the call has an attention mask or is causal.
     """
 
@@ -63,14 +66,18 @@ class AttentionCall(Observation):
 
 
 class Editor(Protocol):
-    """Computes attention calls in its own way. ``paths``: of the layers whose calls it is shown."""
+    """Changes attention calls.
+
+    Attributes:
+        paths: paths of the layers whose calls it gets.
+    """
 
     paths: frozenset[str]
 
     def wants(self, call: Observation) -> bool:
-        """Whether it edits a call, by its layer, step and passes."""
+        """Return whether it edits a call; this depends on the layer, step and passes."""
         ...
 
     def __call__(self, call: AttentionCall) -> torch.Tensor | None:
-        """The attention ``[B, H, Lq, D]``, or None where nothing is edited."""
+        """Return the attention ``[B, H, Lq, D]``, or None if it changes nothing."""
         ...

@@ -1,4 +1,4 @@
-"""``summary``: what the layers of a pipeline with a plan run, and have run."""
+"""``summary``: the patterns of the layers of a pipeline with a plan, and counts of their calls."""
 
 from __future__ import annotations
 
@@ -27,14 +27,23 @@ __all__ = ["LayerSummary", "Summary", "summary"]
 class LayerSummary:
     """A layer with a plan.
 
-    ``phase`` and ``pass_`` say when it runs ``patterns`` (written form, how many heads).
-    ``density`` and ``block_density`` are means over its heads at ``layout``, the last one that ran,
-    or else the plan's own; None without either. ``sparse_calls`` and ``dense_calls`` count its
-    calls so far, in all phases and passes, and ``reason`` says why calls were dense that the plan
-    wanted sparse, or kept all of their blocks. ``dropped`` and ``error`` are means over the audited
-    rows of its sparse heads at their last calls: the mass that was left out (None beside a head
-    that has no LSE, as of Agent), and the L1 norm of the output's error over that of the exact
-    output; None without an audit.
+    Attributes:
+        role: name of the denoiser in its pipeline.
+        layer: path of the attention module in the denoiser.
+        phase: index of the phase in which it runs ``patterns``.
+        pass_: the pass in which it runs ``patterns``, or ``"any"``.
+        patterns: number of heads by pattern, in written form.
+        density: mean density of its heads at the layout of the last call, or else of the plan;
+            None without either.
+        block_density: mean share of computed blocks at the same layout; None likewise.
+        sparse_calls: calls so far with sparse heads, in all phases and passes.
+        dense_calls: other calls so far, in all phases and passes.
+        reason: why calls were dense although the plan has sparse heads, or kept all blocks; None:
+            there were no such calls.
+        dropped: attention mass that was left out, mean over the audited rows of the sparse heads at
+            their last calls; None without an audit, or if a head has no log-sum-exp (Agent).
+        error: L1 norm of the error of the output relative to that of the exact output, mean over
+            the same rows; None without an audit.
     """
 
     role: str
@@ -53,14 +62,28 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a pipeline with a plan runs; printed, it is a table.
+    """What a pipeline with a plan runs. ``print`` shows it as a table.
 
-    ``attention_share`` is the share of attention in the multiplications of a step, counted and not
-    timed (weights of linear layers times tokens, against 2 · tokens² · width per layer), and
-    ``most_speedup`` what a step could gain if every visited block cost what it does in dense
-    attention and nothing else were added: 1 / (1 − share · (1 − block density)). Both are None
-    before a layout is known. ``backend`` is the one asked for, ``ran`` those that ran.
-    ``replaced`` are the roles of denoisers that took the place of one with a plan since.
+    Attributes:
+        layers: the layers with a plan, one entry for each phase and pass.
+        dense_layers: number of attention layers to which the plan applies no pattern.
+        backend: the requested backend.
+        ran: the backends that ran.
+        layout: layout of the tokens; None if it is not known yet.
+        attention_share: share of attention in the multiplications of a step; None if ``layout`` is
+            None. It is counted, not timed: weights of linear layers times tokens, against
+            ``2 * tokens**2 * width`` for each attention layer.
+        most_speedup: upper bound of the speedup of a step, ``1 / (1 - share * (1 - block
+            density))``; None likewise. It assumes that a computed block costs as much as in dense
+            attention and that nothing else is added.
+        replaced: roles of denoisers that replaced one with a plan.
+
+    Example:
+        >>> from visattn import sparse, summary
+        >>> with sparse(pipe, "diagonal(3)"):
+        ...     numbers = summary(pipe).numbers()
+        >>> numbers["dense_layers"], numbers["layers"][0]["patterns"]
+        (0, {'Diagonal(width=3)': 4})
     """
 
     layers: tuple[LayerSummary, ...]
@@ -73,7 +96,7 @@ class Summary:
     replaced: tuple[str, ...] = ()
 
     def numbers(self) -> dict[str, Any]:
-        """The summary as JSON values."""
+        """Return the summary as JSON values."""
         value = asdict(self)
         value["ran"], value["replaced"] = list(self.ran), list(self.replaced)
         value["layers"] = [
@@ -83,12 +106,12 @@ class Summary:
         return value
 
     def __str__(self) -> str:
-        lost = [
-            f"{role} took the place of one with a plan, and has none: call apply_plan again"
+        warnings = [
+            f"{role} replaced a denoiser with a plan and has no plan: call apply_plan again"
             for role in self.replaced
         ]
         if not self.layers:
-            return "\n".join(["no layer has a plan: all attention is dense", *lost])
+            return "\n".join(["no layer has a plan: all attention is dense", *warnings])
         planned = len({(row.role, row.layer) for row in self.layers})
         single = {row.phase for row in self.layers} == {0}
         ran = f" ({', '.join(self.ran)} ran)" if self.ran else ""
@@ -100,18 +123,18 @@ class Summary:
         measured = ("dropped", "error") if audited else ()
         calls = ("sparse calls", "dense calls")
         table = [("layer", "when", "density", "blocks", *measured, *calls, "heads")]
-        for rows in _runs(self.layers):
+        for rows in _equal_rows(self.layers):
             row = rows[0]
             table.append(
                 (
                     f"{row.role}.{row.layer}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
-                    _when(row, single),
+                    _phase_and_pass(row, single),
                     _share(row.density),
                     _share(row.block_density),
                     *((_share(row.dropped), _share(row.error)) if audited else ()),
                     str(row.sparse_calls),
                     str(row.dense_calls) + ("" if row.reason is None else f" ({row.reason})"),
-                    " + ".join(f"{count} {names[own]}" for own, count in row.patterns.items()),
+                    " + ".join(f"{count} {names[name]}" for name, count in row.patterns.items()),
                 )
             )
         lines = [
@@ -125,17 +148,17 @@ class Summary:
                 f"attention is {self.attention_share:.0%} of the multiplications of a step; a step "
                 f"can gain {self.most_speedup:.2f}x at most"
             )
-        return "\n".join([*lines, *lost])
+        return "\n".join([*lines, *warnings])
 
 
-def _when(row: LayerSummary, single: bool) -> str:
-    """Phase and pass in words; ``single``: the plan has one phase."""
+def _phase_and_pass(row: LayerSummary, single: bool) -> str:
+    """Return phase and pass in words; ``single``: the plan has one phase."""
     words = ([] if single else [f"phase {row.phase}"]) + ([] if row.pass_ == ANY else [row.pass_])
     return " ".join(words) or "always"
 
 
-def _runs(rows: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:
-    """Neighbouring rows that differ in nothing but the layer."""
+def _equal_rows(rows: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:
+    """Group neighbouring rows that differ only in the layer."""
     out: list[list[LayerSummary]] = []
     for row in rows:
         if out and replace(row, layer="") == replace(out[-1][0], layer=""):
@@ -146,22 +169,37 @@ def _runs(rows: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:
 
 
 def summary(pipe: Any) -> Summary:
-    """What the layers of a pipeline or denoiser run under its plan, and have run; without a plan
-    there are none."""
+    """Return the patterns of the layers of a pipeline under its plan, and counts of their calls.
+
+    Args:
+        pipe: a diffusers pipeline, or a denoiser of one.
+
+    Returns:
+        The summary; without a plan it has no layers.
+
+    Example:
+        >>> from visattn import sparse, summary
+        >>> with sparse(pipe, "diagonal(3)"):
+        ...     row = summary(pipe).layers[0]
+        >>> row.layer, row.sparse_calls, row.dense_calls
+        ('blocks.0.attn1', 0, 0)
+    """
     models = models_of(pipe)
-    found = [own for model in models.values() if (own := attached(model)) is not None]
-    if not found:
+    attachments = [one for model in models.values() if (one := attached(model)) is not None]
+    if not attachments:
         return Summary((), 0, "auto", (), None, None, None, replaced(pipe, models))
-    rows = [row for own in found for row in _rows(own)]
-    layouts = {str(layout) for own in found if (layout := _layout(own)) is not None}
-    share, speedup = _gain(found)
+    rows = [row for attachment in attachments for row in _rows(attachment)]
+    layouts = {str(layout) for one in attachments if (layout := _layout(one)) is not None}
+    share, speedup = _gain(attachments)
+    ran = {name for one in attachments for layer in one.layers for name in layer.ran}
     return Summary(
         layers=tuple(rows),
         dense_layers=sum(
-            len(own.paths) - sum(bool(layer.table) for layer in own.layers) for own in found
+            len(attachment.paths) - sum(bool(layer.table) for layer in attachment.layers)
+            for attachment in attachments
         ),
-        backend=found[0].backend,
-        ran=tuple(sorted({name for own in found for layer in own.layers for name in layer.ran})),
+        backend=attachments[0].backend,
+        ran=tuple(sorted(ran)),
         layout=", ".join(sorted(layouts)) or None,
         attention_share=share,
         most_speedup=speedup,
@@ -173,15 +211,18 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _layout(own: Attachment) -> TokenLayout | None:
-    return TokenLayout.from_tokens(own.latest) if own.latest else own.plan.geometry
+def _layout(attachment: Attachment) -> TokenLayout | None:
+    """Return the layout of the last call, or else of the plan."""
+    if attachment.latest:
+        return TokenLayout.from_tokens(attachment.latest)
+    return attachment.plan.geometry
 
 
 def _densities(
     layer: Layer, heads: tuple[HeadPattern, ...], layout: TokenLayout
 ) -> tuple[float | None, float | None]:
-    """Mean density and block density of the heads of a layer. Those of a dynamic pattern are what
-    it had computed; None before that."""
+    """Return the mean density and block density of the heads of a layer. Those of a dynamic pattern
+    are measured at its calls; None before its first call."""
     sizes = block_sizes(layout.length)
     density = blocks = 0.0
     for pattern, count in Counter(heads).items():
@@ -196,10 +237,10 @@ def _densities(
     return density / len(heads), min(blocks / len(heads), 1.0)
 
 
-def _rows(own: Attachment) -> list[LayerSummary]:
-    layout = _layout(own)
+def _rows(attachment: Attachment) -> list[LayerSummary]:
+    layout = _layout(attachment)
     rows = []
-    for layer in own.layers:
+    for layer in attachment.layers:
         for memory in layer.memories.values():
             layer.warn(memory)
         for (phase, pass_), heads in layer.table.items():
@@ -207,7 +248,7 @@ def _rows(own: Attachment) -> list[LayerSummary]:
             audited = missed(layer, heads)
             rows.append(
                 LayerSummary(
-                    role=own.role,
+                    role=attachment.role,
                     layer=layer.path,
                     phase=phase,
                     pass_=pass_,
@@ -224,40 +265,42 @@ def _rows(own: Attachment) -> list[LayerSummary]:
     return rows
 
 
-def _gain(found: list[Attachment]) -> tuple[float | None, float | None]:
-    """Share of attention in the multiplications of a step, and the most that a step can gain."""
+def _gain(attachments: list[Attachment]) -> tuple[float | None, float | None]:
+    """Return the share of attention in the multiplications of a step, and the largest possible
+    speedup of a step."""
     attention = saved = linear = 0.0
-    for own in found:
-        layout = _layout(own)
+    for attachment in attachments:
+        layout = _layout(attachment)
         if layout is None:
             return None, None
-        model: Any = own.model
+        model: Any = attachment.model
         weights = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
         linear += float(sum(weights)) * layout.length
-        modules = attention_layers(model, own.family)
+        modules = attention_layers(model, attachment.family)
         widths = {path: _width(model, module) for path, module in modules.items()}
         if None in widths.values():
             return None, None
-        each = {path: 2.0 * layout.length**2 * (width or 0) for path, width in widths.items()}
-        attention += sum(each.values())
-        for layer in own.layers:
-            one = each.get(layer.path, 0.0)
+        costs = {path: 2.0 * layout.length**2 * (width or 0) for path, width in widths.items()}
+        attention += sum(costs.values())
+        for layer in attachment.layers:
+            cost = costs.get(layer.path, 0.0)
             parts = [_densities(layer, heads, layout)[1] for heads in layer.table.values()]
             if not parts:  # it is observed or edited, and has no plan
                 continue
             known = [part for part in parts if part is not None]
             if len(known) < len(parts):
                 return None, None
-            saved += one * (1 - sum(known) / len(known))
-    whole = attention + linear
-    return attention / whole, whole / (whole - saved)
+            saved += cost * (1 - sum(known) / len(known))
+    total = attention + linear
+    return attention / total, total / (total - saved)
 
 
 def _width(model: Any, module: Any) -> int | None:
-    """Heads times head size of an attention module; None where nothing says it."""
-    found = getattr(module, "inner_dim", getattr(getattr(module, "to_q", None), "out_features", 0))
-    if isinstance(found, int) and found > 0:
-        return found
+    """Return heads times head size of an attention module; None if it is not known."""
+    width = getattr(module, "inner_dim", getattr(getattr(module, "to_q", None), "out_features", 0))
+    if isinstance(width, int) and width > 0:
+        return width
     config = getattr(model, "config", None)
-    heads, size = (getattr(config, own, 0) for own in ("num_attention_heads", "attention_head_dim"))
+    names = ("num_attention_heads", "attention_head_dim")
+    heads, size = (getattr(config, name, 0) for name in names)
     return heads * size if isinstance(heads, int) and isinstance(size, int) and heads else None

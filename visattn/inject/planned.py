@@ -1,4 +1,4 @@
-"""Which denoisers of a pipeline were given a plan, so that one that took their place is noticed."""
+"""Records which denoisers of a pipeline have a plan, to detect one that was replaced later."""
 
 from __future__ import annotations
 
@@ -18,31 +18,37 @@ ATTRIBUTE = "_visattn_planned"
 Models = Mapping[str, weakref.ref[torch.nn.Module]]
 
 
-class _Noted(dict[str, "weakref.ref[torch.nn.Module]"]):
-    """By role, weakly, which cannot be pickled: what is read is None."""
+class _WeakModels(dict[str, "weakref.ref[torch.nn.Module]"]):
+    """Weak references by role. These cannot be pickled, so a pickle holds None instead."""
 
     def __reduce_ex__(self, protocol: object) -> tuple[type, tuple[()]]:
         return type(None), ()
 
-    def __deepcopy__(self, memo: object) -> _Noted:
-        return _Noted(self)
+    def __deepcopy__(self, memo: object) -> _WeakModels:
+        return _WeakModels(self)
 
 
 def planned(pipe: Any) -> Models | None:
-    """The denoisers that the plan of a pipeline is on, by role."""
-    found: Models | None = vars(pipe).get(ATTRIBUTE)
-    return found
+    """Return the denoisers that have the plan of a pipeline, by role; None: there is no plan."""
+    models: Models | None = vars(pipe).get(ATTRIBUTE)
+    return models
 
 
-def note_planned(pipe: Any, found: Models | None) -> None:
-    """Note them on the pipeline, a denoiser alone excepted; None: there is no plan."""
+def note_planned(pipe: Any, models: Models | None) -> None:
+    """Record on a pipeline which of its denoisers have its plan. Nothing is recorded on a denoiser
+    without a pipeline.
+
+    Args:
+        pipe: the pipeline or denoiser.
+        models: the denoisers by role; None: there is no plan.
+    """
     vars(pipe).pop(ATTRIBUTE, None)
-    if found is not None and not isinstance(pipe, torch.nn.Module):
-        vars(pipe)[ATTRIBUTE] = _Noted(found)
+    if models is not None and not isinstance(pipe, torch.nn.Module):
+        vars(pipe)[ATTRIBUTE] = _WeakModels(models)
 
 
 def replaced(pipe: Any, models: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:
-    """Roles whose denoiser took the place of one with a plan, and has none itself."""
+    """Return the roles whose denoiser replaced one with a plan and has no plan itself."""
     return tuple(
         role
         for role, model in (planned(pipe) or {}).items()
