@@ -29,7 +29,7 @@ PACKAGES = (
     "visattn.selectors",
 )
 # Packages whose docstrings are still to be written.
-WAITING = {"visattn", "visattn.inject", "visattn.search"}
+WAITING = {"visattn", "visattn.search"}
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

@@ -107,7 +107,7 @@ def late_backward(folder: Path) -> str:
         loss.backward()
     except RuntimeError as error:
         said = str(error)
-    assert "call backward before the plan is taken off" in said, said
+    assert "call backward before the plan is removed" in said, said
     return "refused in a sentence"
 
 

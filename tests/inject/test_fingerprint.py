@@ -212,7 +212,7 @@ def test_weights_that_cannot_be_read_are_told(caplog):
     with caplog.at_level(logging.WARNING, "visattn"):
         fingerprint(model)
     (record,) = caplog.records
-    assert "cannot be read, transformer.scale_shift_table first" in record.getMessage()
+    assert "cannot be read, the first is transformer.scale_shift_table" in record.getMessage()
 
 
 def test_sharded_weights():

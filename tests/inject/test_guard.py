@@ -51,7 +51,7 @@ def test_slow_heads_run_dense_and_are_told_once(calibrated, caplog):
     assert set(asked) == {("cpu", torch.float32, 16, "native")}
     said = [line for line in caplog.messages if "Diagonal(width=3) runs dense" in line]
     assert len(said) == 1
-    assert "guard=False or VISATTN_GUARD=0 runs it all the same" in said[0]
+    assert "guard=False or VISATTN_GUARD=0 runs it anyway" in said[0]
     found = summary(pipe)
     assert all(row.sparse_calls == 0 and row.dense_calls > 0 for row in found.layers)
     assert {row.reason for row in found.layers} == {

@@ -113,9 +113,9 @@ def test_an_edit_sees_the_valid_tokens_alone(plan, latents):
 
 
 def test_an_edit_of_texts_of_different_lengths_is_refused(latents):
-    with pytest.raises(ValueError, match="whose texts have 3 and 6 valid tokens") as refusal:
+    with pytest.raises(ValueError, match="batch have 3 and 6 valid tokens") as refusal:
         edited(tiny.hunyuanvideo(), PROMPTS, latents, [Perturb(heads=[1])])
-    assert "give prompts of as many tokens, or one at a time" in str(refusal.value)
+    assert "use prompts of equal token length, or batch size 1" in str(refusal.value)
 
 
 def test_what_is_not_edited_may_have_texts_of_different_lengths(latents):

@@ -90,7 +90,7 @@ def test_model_of_no_known_family_is_refused():
 def test_model_of_a_family_that_has_none_of_its_layers_is_refused(act, monkeypatch):
     other = replace(known_denoisers(tiny.wan21())["transformer"][1], layers=r"layers\.\d+\.attn")
     monkeypatch.setitem(FAMILIES, "WanTransformer3DModel", other)
-    match = r"WanTransformer3DModel has no attention layer with a path like .*as models of Wan have"
+    match = r"WanTransformer3DModel has no attention layer with a path like .*which models of Wan"
     with pytest.raises(ValueError, match=match):
         act(tiny.wan21())
 
@@ -188,7 +188,7 @@ def test_another_grid_is_announced_once(pipe, caplog):
         tiny.generate(pipe)
     assert [r.getMessage() for r in caplog.records] == [
         "transformer: the plan was made at 21x30x52 and runs at 3x6x4: fractions in its patterns "
-        "follow the grid, token counts stay"
+        "follow the grid, token counts do not change"
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "visattn"):
@@ -283,7 +283,8 @@ def test_processor_without_attention_that_can_be_caught_says_so(caplog):
     with caplog.at_level(logging.WARNING, "visattn"):
         assert torch.equal(tiny.generate(pipe), expected)
     assert [r.getMessage() for r in caplog.records] == [
-        "transformer: blocks.1.attn1 stays dense: ByHand calls no attention that can be caught"
+        "transformer: blocks.1.attn1 stays dense: ByHand calls no attention that visattn can "
+        "intercept"
     ]
 
 

@@ -141,7 +141,7 @@ def test_pipeline_of_unknown_order_has_steps_and_is_refused_where_passes_matter(
     found = moments(pipe, lambda: variants.generate("flux img2img", pipe, False))
     assert found == [(2, None, 1), (3, None, 1)]
     apply_plan(pipe, PASSED)
-    match = "OfItsOwn does not say it here; use a plan without passes"
+    match = "OfItsOwn does not expose it; use a plan without passes"
     with pytest.raises(ValueError, match=match):
         variants.generate("flux img2img", pipe, False)
 

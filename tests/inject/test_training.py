@@ -170,7 +170,7 @@ def test_backward_after_the_plan_is_taken_off_is_refused(reentrant):
     own["hidden_states"].requires_grad_()
     with sparse(model, PLAN):
         loss = model(**own, return_dict=False)[0].mean()
-    with pytest.raises(RuntimeError, match="call backward before the plan is taken off"):
+    with pytest.raises(RuntimeError, match="call backward before the plan is removed"):
         loss.backward()
     model(**own, return_dict=False)[0].mean().backward()  # without a plan as ever
 

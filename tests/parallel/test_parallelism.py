@@ -101,7 +101,7 @@ def test_tensor_parallelism_stays_dense_and_is_not_edited(found: list[dict[str, 
         for case in ("plan, then heads", "heads, then plan"):
             off, calls = own[case]
             assert off <= 1e-5
-            assert calls == [[0, 4, "it has 2 heads where the plan has 4"]]
+            assert calls == [[0, 4, "it has 2 heads, but the plan has 4"]]
         for kind in KINDS:
             assert own[f"heads, then {kind}"].startswith(
                 "ValueError: transformer runs under tensor parallelism (enable_parallelism)"

@@ -10,7 +10,7 @@ from visattn.attention import Backend
 from visattn.geometry.layout import Tokens
 from visattn.inject.editor import Editor
 from visattn.inject.hooks.argument_names import argument_names, named_arguments
-from visattn.inject.hooks.call_state import CallState, Told
+from visattn.inject.hooks.call_state import CallInputs, CallState
 from visattn.inject.hooks.class_swap import add_handler, remove_handler
 from visattn.inject.hooks.denoiser_methods import follow_checkpointing, put_methods, take_methods
 from visattn.inject.hooks.run_state import PipeRef
@@ -32,8 +32,8 @@ __all__ = ["Attachment", "attached"]
 
 ATTRIBUTE = "_visattn"
 NOT_CALLED = (
-    "it was never called when its model ran; a plan has no effect where a block calls the forward "
-    "or the processor of its attention by itself"
+    "it was never called when its model ran; a plan has no effect if a block calls the forward "
+    "or the processor of its attention directly"
 )
 
 
@@ -54,10 +54,10 @@ class Attachment(DenoisingState):
         plan: a plan that fits it.
         backend: the backend of sparse attention.
         pipe: the pipeline that it is part of; None: it has none.
-        observers: each with the paths of the layers whose calls it is shown.
-        audit: query rows of a head whose exact attention is computed too.
-        guard: whether heads that are predicted to be slower than dense ones run dense; None: unless
-            the environment says no.
+        observers: the observers, each with the paths of the layers that it observes.
+        audit: query rows of a head for which exact attention is also computed.
+        guard: whether heads that are predicted to be slower than dense ones run dense; None: yes,
+            unless the environment variable ``VISATTN_GUARD`` is 0.
         editor: computes some calls instead of the layers.
     """
 
@@ -84,16 +84,16 @@ class Attachment(DenoisingState):
         super().__init__(role, family, plan, backend, pipe, audit, guarded, tables)
         self._model, self.wanted_guard = Weak(model), guard
         self.observers, self.editor = observers, editor
-        self.turn = Turn(role)  # of those that run it while it is edited
+        self.turn = Turn(role)  # which thread or task runs the denoiser while it is edited
         self.announced, self.announcing = Announced(), PipeRef()
         self.names = argument_names(type(model))
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.looked = False  # for layers that a call of the model does not reach
+        self.looked = False  # whether the layers that were never called have been reported
         self.layers: list[Layer] = self._layers({})
         self.number = register_attachment(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of an attachment is another one."""
+        """Restore a copy. It gets its own number."""
         self.__dict__.update(state)
         register_attachment(self, self.number)
 
@@ -103,7 +103,7 @@ class Attachment(DenoisingState):
         return self._model()
 
     def _layers(self, former: dict[str, Layer]) -> list[Layer]:
-        """Return the layers that are planned, observed or edited; ``former`` ones are kept."""
+        """Return the layers with a plan, observer or editor. Those in ``former`` are reused."""
         edited = frozenset() if self.editor is None else self.editor.paths
         shown = edited.union(*(paths for _, paths in self.observers))
         layers = []
@@ -127,7 +127,7 @@ class Attachment(DenoisingState):
         """Change the editor from the next call on.
 
         Args:
-            editor: the new one; None: none.
+            editor: the new editor; None removes the present one.
         """
         self.remove()
         self.editor = editor
@@ -156,7 +156,7 @@ class Attachment(DenoisingState):
         return not self.plan.rules and not self.observers and self.editor is None
 
     def install(self) -> None:
-        """Put the plan on the model."""
+        """Install the plan on the model."""
         setattr(self.model, ATTRIBUTE, self)
         put_methods(self.model)
         if not self.layers and self.editor is None:
@@ -174,11 +174,11 @@ class Attachment(DenoisingState):
 
     @property
     def work(self) -> tuple[object, ...]:
-        """What decides how a call is computed, besides the call itself."""
+        """The settings, other than the call itself, that decide how a call is computed."""
         return self.plan, self.backend, self.wanted_guard, self.editor
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model to its state before ``install``."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -193,33 +193,33 @@ class Attachment(DenoisingState):
 
     def watch(self) -> None:
         """Intercept processors and attention backends that were replaced."""
-        for layer in self.layers:  # all of them first: layers may share a processor
+        for layer in self.layers:  # release all of them first, as layers may share a processor
             layer.let_go()
         for layer in self.layers:
             layer.install()
 
     def end(self) -> None:
-        """End a call of the denoiser: what its layers compute from now on is not part of it."""
+        """End a call of the denoiser. Later calls of its layers do not belong to it."""
         self.call.tokens = ()
         self.look()
 
     def look(self) -> None:
-        """Note, after the first call of the model, which of its layers were not called."""
+        """Log, after the first call of the model, which of its layers were not called."""
         for layer in () if self.looked else self.layers:
             if layer.table and not layer.sparse_calls + layer.dense_calls and not layer.reason:
                 layer.tell(NOT_CALLED)
         self.looked = True
 
-    def begin(self, tokens: Tokens, told: Told) -> CallState:
+    def begin(self, tokens: Tokens, inputs: CallInputs) -> CallState:
         """Begin a call of the denoiser in this thread or task.
 
         Args:
-            tokens: of its attention.
-            told: what its arguments say.
+            tokens: the tokens of its attention.
+            inputs: the arguments that determine its step and passes.
         """
         if self.editor is not None:
             self.turn.check()
-        state = self.take(told)
+        state = self.take(inputs)
         state.tokens = self.latest = tokens
         return state
 
@@ -233,13 +233,13 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     check_dispatch(model, attachment.role)
     arguments = named_arguments(attachment.names, type(model).__name__, args, kwargs)
     tokens = attachment.family.tokens(model.config, arguments)
-    told = attachment.told_by(arguments)
+    inputs = attachment.inputs_of(arguments)
     if torch.compiler.is_compiling():
-        begin_call(attachment, tokens, told)
+        begin_call(attachment, tokens, inputs)
         return
     if attachment.editor is not None:
         attachment.turn.call()
-    attachment.begin(tokens, told)
+    attachment.begin(tokens, inputs)
     attachment.begun.clear()
     follow_checkpointing(model)
     attachment.watch()

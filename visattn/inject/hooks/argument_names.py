@@ -1,4 +1,4 @@
-"""The names of the arguments that a model may be given by position."""
+"""The names of the arguments that a model takes by position."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ __all__ = ["argument_names", "named_arguments"]
 
 
 def argument_names(kind: type) -> tuple[str, ...]:
-    """Names of the positional arguments of ``kind.forward``. Where it is replaced by a function
-    that takes any (``*args``), they are those of the source of the class, or of a class that it
-    derives from; none where no source is known."""
+    """Return the names of the positional arguments of ``kind.forward``.
+
+    If a function with ``*args`` replaces it, the names are read from the source of the class or of
+    a base class. Without a source there are none.
+    """
     for base in kind.__mro__:
         if "forward" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())
-        if all(one.kind is not one.VAR_POSITIONAL for one in parameters):
-            return tuple(one.name for one in parameters[1:])
-        names = _written(base)
+        if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters):
+            return tuple(parameter.name for parameter in parameters[1:])
+        names = _names_in_source(base)
         if names is not None:
             return names
     return ()
@@ -30,10 +32,16 @@ def argument_names(kind: type) -> tuple[str, ...]:
 def named_arguments(
     names: Sequence[str], kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by name.
+    """Return the arguments of a call by name.
+
+    Args:
+        names: names of the positional arguments of the forward.
+        kind: class name of the model.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
 
     Raises:
-        TypeError: the names of those by position are not known.
+        TypeError: there are more positional arguments than names.
     """
     if len(args) > len(names):
         raise TypeError(
@@ -43,13 +51,13 @@ def named_arguments(
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _written(kind: type) -> tuple[str, ...] | None:
-    """The same by the source of a class; None where it has none, or takes any too."""
+def _names_in_source(kind: type) -> tuple[str, ...] | None:
+    """Return the names by the source of a class; None without a source, or if it has ``*args``."""
     try:
-        own = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    except (OSError, TypeError, SyntaxError):  # a text in an indented class may not be
+        definition = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError, SyntaxError):  # unindented strings in a class prevent the dedent
         return None
-    for node in own.body if isinstance(own, ast.ClassDef) else ():
+    for node in definition.body if isinstance(definition, ast.ClassDef) else ():
         if isinstance(node, ast.FunctionDef) and node.name == "forward" and not node.args.vararg:
-            return tuple(one.arg for one in node.args.args[1:])
+            return tuple(argument.arg for argument in node.args.args[1:])
     return None

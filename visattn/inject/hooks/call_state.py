@@ -1,5 +1,5 @@
-"""The state of the running call of a denoiser. Each thread, and each asyncio task, has its own, so
-that two requests at once over one denoiser do not meet."""
+"""The state of the running call of a denoiser. Each thread and each asyncio task has its own state,
+so two requests can use one denoiser at the same time."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ from visattn.geometry.layout import Tokens
 from visattn.inject.hooks.run_state import Batch, Context
 from visattn.inject.hooks.running import Calls
 
-__all__ = ["CallState", "Held", "States", "Told", "caller"]
+__all__ = ["CallInputs", "CallState", "Held", "States", "caller"]
 
-# the timestep of a call, its text, and whether the pipeline makes a perturbed call of its own
-Told = tuple[torch.Tensor | None, torch.Tensor | None, bool]
+# the timestep of a call, its text, and whether the pipeline makes a separate perturbed call
+CallInputs = tuple[torch.Tensor | None, torch.Tensor | None, bool]
 
 
 def _nothing() -> None:
-    """What a weak reference gives whose object is gone."""
+    """Return None, as a weak reference to a freed object does."""
 
 
 class Held(NamedTuple):
-    """Where a call stood, for a part of it that runs again: its step, the number of steps, the
-    passes in its batch, where they are known, and the samples of that."""
+    """What is known of a call, for a part of it that runs again later.
+
+    Attributes:
+        step: the denoising step; None if it is not known.
+        steps: the number of steps; None if it is not known.
+        passes: the passes in the batch; None if they are not known.
+        size: samples of the batch.
+    """
 
     step: int | None
     steps: int | None
@@ -42,18 +48,19 @@ class CallState:
     """What belongs to the running call of a denoiser in one thread or task.
 
     Attributes:
-        slot: a number that no other living thread or task has for this denoiser.
-        tokens: of the attention; empty before the first call.
-        context: what the pipeline has said of the call.
-        timestep_ref, text_ref: give the timestep and the text, which they do not keep alive.
-        text_length: of the text.
-        aside: whether the pipeline makes a perturbed call of its own.
-        batch: the passes in the batch, over the calls of a schedule.
-        calls: the passes of calls without a name, over those of a run.
-        last: the step and the number of steps of the call before, where they were asked for.
-        held: of a call a part of which runs again.
-        step, runs: the step and the number of steps, and whether the pipeline is the one that runs,
-            once they have been asked for: finding out may wait for the device.
+        slot: a number that is unique among the living threads and tasks of this denoiser.
+        tokens: the tokens of the attention; empty before the first call.
+        context: what the pipeline passed to ``cache_context`` for the call.
+        timestep_ref: weak reference to the timestep.
+        text_ref: weak reference to the text.
+        text_length: number of text tokens.
+        aside: whether this is a separate perturbed call of the pipeline.
+        batch: finds the passes in the batch over the calls of a schedule.
+        calls: finds the passes of calls without a name over those of a run.
+        last: the step and the number of steps of the previous call, if they were computed.
+        held: what is known of the call, if a part of it runs again.
+        step: the step and the number of steps, once computed. This may wait for the device.
+        runs: whether the pipeline makes the call, once computed. This may wait for the device.
     """
 
     slot: int
@@ -70,9 +77,9 @@ class CallState:
     step: tuple[int | None, int | None] | None = None
     runs: bool | None = None
 
-    def note(self, told: Told) -> None:
-        """A call begins."""
-        timestep, text, self.aside = told
+    def note(self, inputs: CallInputs) -> None:
+        """Begin a call."""
+        timestep, text, self.aside = inputs
         self.step = self.runs = None
         self.timestep_ref = _nothing if timestep is None else weakref.ref(timestep)
         self.text_ref = _nothing if text is None else weakref.ref(text)
@@ -80,40 +87,40 @@ class CallState:
 
 
 class States:
-    """The states of the calls of one denoiser, by who calls. A state is dropped with its thread or
-    task; a copy has none."""
+    """The states of the calls of one denoiser, one for each calling thread or task. A state is
+    freed with its thread or task. A copy has no states."""
 
     def __init__(self) -> None:
         self._states: weakref.WeakKeyDictionary[Any, CallState] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def here(self) -> CallState:
-        """The state of whoever asks."""
-        own = caller()
-        state = self._states.get(own)
+        """Return the state of the calling thread or task."""
+        thread_or_task = caller()
+        state = self._states.get(thread_or_task)
         if state is None:
             with self._lock:
-                taken = {one.slot for one in self._states.values()}
+                taken = {other.slot for other in self._states.values()}
                 slot = next(n for n in range(len(taken) + 1) if n not in taken)
-                state = self._states[own] = CallState(slot)
+                state = self._states[thread_or_task] = CallState(slot)
         return state
 
     @contextmanager
     def resumed(self, state: CallState) -> Iterator[None]:
-        """Inside, the call of a state runs in this thread or task, whatever ran last."""
-        own, before = caller(), self.here()
-        self._states[own] = state
+        """Inside the block this thread or task continues the call of a state."""
+        thread_or_task, before = caller(), self.here()
+        self._states[thread_or_task] = state
         try:
             yield
         finally:
-            self._states[own] = before
+            self._states[thread_or_task] = before
 
     def __deepcopy__(self, memo: object) -> States:
         return States()
 
 
 def caller() -> object:
-    """The running task of asyncio, or else the thread."""
+    """Return the running asyncio task, or else the thread."""
     try:
         return asyncio.current_task() or threading.current_thread()
     except RuntimeError:  # no loop runs in this thread

@@ -1,7 +1,7 @@
-"""Classes that go in front of the class of a module or pipeline, so that a call of it passes by us.
+"""Front classes: subclasses that replace the class of a module or pipeline to intercept its calls.
 
-``object.__class__`` is what ``torch.compile`` guards, and what hooks, offloading and caches put on
-an object stays as it is.
+``torch.compile`` guards ``object.__class__``, so compiled code notices the change. What hooks,
+offloading and caches put on an object is not changed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ __all__ = [
     "remove_handler",
 ]
 
-OWN = "_visattn"  # what the names of all our attributes begin with
+PREFIX = "_visattn"  # prefix of all attributes that visattn sets
 ATTRIBUTE = "_visattn_front"
-Next = Callable[..., Any]  # the call as it would be without the handler
+Next = Callable[..., Any]  # the call without the handler
 Handler = Callable[[Any, Next, tuple[Any, ...], dict[str, Any]], Any]
 _classes: dict[tuple[type, type], type] = {}
-_made: dict[type, tuple[type, type]] = {}  # the classes that were made, and of what
+_made: dict[type, tuple[type, type]] = {}  # generated class: (front class, original class)
 
 
 class FrontClass:
-    """What all classes share that go in front of others. A copy of an object has them too, with all
-    that they do; what is pickled is the object without them, as its own class alone can be found
-    by its name where it is read."""
+    """Base of all front classes. A copy of an object keeps them. A pickle has the object without
+    them, because a reader can import only the original class by its name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return pickled(self, protocol)
@@ -48,30 +47,37 @@ class FrontClass:
         return copied(self, super().__reduce_ex__(4), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        own = getattr(super(), "__deepcopy__", None)
-        return copied(self, super().__reduce_ex__(4), memo) if own is None else own(memo)
+        method = getattr(super(), "__deepcopy__", None)
+        return copied(self, super().__reduce_ex__(4), memo) if method is None else method(memo)
 
 
-def pickled(own: Any, protocol: Any) -> tuple[Any, ...]:
-    """What an object is reduced to for a pickle, without what is ours."""
-    reduced: Any = object.__reduce_ex__(own, max(2, int(protocol)))
+def pickled(instance: Any, protocol: Any) -> tuple[Any, ...]:
+    """Reduce an object for a pickle, without the classes and attributes of visattn."""
+    reduced: Any = object.__reduce_ex__(instance, max(2, int(protocol)))
     make, arguments, state, *rest = reduced
-    kind = kind_of(own)
-    arguments = tuple(kind if one is type(own) else one for one in arguments)
+    kind = kind_of(instance)
+    present = type(instance)
+    arguments = tuple(kind if argument is present else argument for argument in arguments)
     registry: Any = copyreg
-    if make is registry.__newobj__:  # which is for the object's present class alone
+    if make is registry.__newobj__:  # it accepts only the present class of the object
         make, arguments = registry._reconstructor, (kind, object, None)
     if isinstance(state, dict):
-        state = {key: value for key, value in state.items() if not key.startswith(OWN)}
+        state = {key: value for key, value in state.items() if not key.startswith(PREFIX)}
     return (make, arguments, state, *rest)
 
 
-def copied(own: Any, reduced: Any, memo: dict[int, Any] | None) -> Any:
-    """The copy of an object by what it is reduced to, which ``copy`` would ask the object for."""
+def copied(instance: Any, reduced: Any, memo: dict[int, Any] | None) -> Any:
+    """Return a copy of an object, as ``copy`` makes it.
+
+    Args:
+        instance: the object.
+        reduced: the result of its ``__reduce_ex__``.
+        memo: of ``copy.deepcopy``; None: a shallow copy.
+    """
     make, arguments, state = reduced[:3]
     new = make(*arguments)
     if memo is not None:
-        memo[id(own)] = new
+        memo[id(instance)] = new
         state = copy.deepcopy(state, memo)
     if hasattr(new, "__setstate__"):
         new.__setstate__(state)
@@ -81,7 +87,8 @@ def copied(own: Any, reduced: Any, memo: dict[int, Any] | None) -> Any:
 
 
 def front_class(front: type, kind: type) -> type:
-    """``kind`` behind ``front``, under the same name; always the same class."""
+    """Return a class that derives from ``front`` and ``kind`` and has the name of ``kind``. It is
+    generated once."""
     if (front, kind) not in _classes:
         names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         new = _classes[front, kind] = type(kind.__name__, (front, kind), names)
@@ -89,29 +96,29 @@ def front_class(front: type, kind: type) -> type:
     return _classes[front, kind]
 
 
-def add_class(own: Any, front: type) -> None:
-    """Put a class in front of that of an object, if it is not there."""
-    if not isinstance(own, front):
-        object.__setattr__(own, "__class__", front_class(front, type(own)))
+def add_class(instance: Any, front: type) -> None:
+    """Add a front class to an object, unless it has it."""
+    if not isinstance(instance, front):
+        object.__setattr__(instance, "__class__", front_class(front, type(instance)))
 
 
-def remove_class(own: Any, front: type) -> None:
-    """Take it away again, also from behind others of ours. Behind a class that somebody else has
-    put in front it stays, and idles."""
-    fronts, kind = [], type(own)
+def remove_class(instance: Any, front: type) -> None:
+    """Remove a front class from an object, also if it has other front classes of visattn. If
+    another library has added a class in front of it, it stays and has no effect."""
+    fronts, kind = [], type(instance)
     while kind in _made:
-        one, kind = _made[kind]
-        fronts.append(one)
+        added, kind = _made[kind]
+        fronts.append(added)
     if front in fronts:
         fronts.remove(front)
-        for one in reversed(fronts):
-            kind = front_class(one, kind)
-        object.__setattr__(own, "__class__", kind)
+        for kept in reversed(fronts):
+            kind = front_class(kept, kind)
+        object.__setattr__(instance, "__class__", kind)
 
 
 class CallHandlers(FrontClass):
-    """Hands calls to the handlers of the object, the newest first. Code that ``torch.compile``
-    traces goes by them."""
+    """Passes calls to the handlers of the object, the newest first. Code that ``torch.compile``
+    traces does not call them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner: Next = super().__call__  # type: ignore[misc]
@@ -124,52 +131,54 @@ class CallHandlers(FrontClass):
 
     @property
     def components(self) -> Any:
-        """Those of a pipeline. ``from_pipe`` leaves out a denoiser that has a class of ours."""
-        found: Any = super().components  # type: ignore[misc]
-        asked_by = sys._getframe(1).f_code.co_name
-        if asked_by == "from_pipe" and any(isinstance(one, CallHandlers) for one in found.values()):
+        """The components of a pipeline. ``from_pipe`` would omit a denoiser with a front class, so
+        it gets an error."""
+        components: Any = super().components  # type: ignore[misc]
+        reader = sys._getframe(1).f_code.co_name
+        parts = components.values() if reader == "from_pipe" else ()
+        if any(isinstance(part, CallHandlers) for part in parts):
             raise ValueError(
                 "from_pipe cannot take over a denoiser that is inside guide, as diffusers compares "
                 "its class; call from_pipe before guide, or after it"
             )
-        return found
+        return components
 
 
-def _bound(handler: Handler, own: Any, inner: Next) -> Next:
+def _bound(handler: Handler, instance: Any, inner: Next) -> Next:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return handler(own, inner, args, kwargs)
+        return handler(instance, inner, args, kwargs)
 
     return call
 
 
-def add_handler(own: Any, handler: Handler) -> None:
-    """Let calls of an object go through a handler, which goes before those that are there, but for
-    those that say that they are ``outermost``."""
-    add_class(own, CallHandlers)
-    every = (*own.__dict__.get(ATTRIBUTE, ()), handler)
-    own.__dict__[ATTRIBUTE] = tuple(sorted(every, key=_is_outermost))
+def add_handler(instance: Any, handler: Handler) -> None:
+    """Add a handler of the calls of an object. It runs before the present handlers, except those
+    with the attribute ``outermost``."""
+    add_class(instance, CallHandlers)
+    handlers = (*instance.__dict__.get(ATTRIBUTE, ()), handler)
+    instance.__dict__[ATTRIBUTE] = tuple(sorted(handlers, key=_is_outermost))
 
 
 def _is_outermost(handler: Handler) -> bool:
     return getattr(handler, "outermost", False)
 
 
-def kind_of(own: Any) -> type:
-    """The class of an object that may have handlers, without ours in front of it."""
-    return next(kind for kind in type(own).__mro__ if FrontClass not in kind.__mro__)
+def kind_of(instance: Any) -> type:
+    """Return the class of an object without front classes."""
+    return next(kind for kind in type(instance).__mro__ if FrontClass not in kind.__mro__)
 
 
-def handlers_of(own: Any) -> tuple[Handler, ...]:
-    """The handlers of an object, the oldest first."""
-    found: tuple[Handler, ...] = own.__dict__.get(ATTRIBUTE, ())
-    return found
+def handlers_of(instance: Any) -> tuple[Handler, ...]:
+    """Return the handlers of an object, the oldest first."""
+    handlers: tuple[Handler, ...] = instance.__dict__.get(ATTRIBUTE, ())
+    return handlers
 
 
-def remove_handler(own: Any, handler: Handler) -> None:
-    """Take a handler off; with the last one the object has its own class again."""
-    left = tuple(one for one in own.__dict__.get(ATTRIBUTE, ()) if one is not handler)
-    if left:
-        own.__dict__[ATTRIBUTE] = left
+def remove_handler(instance: Any, handler: Handler) -> None:
+    """Remove a handler. After the last one the object has its original class again."""
+    others = tuple(one for one in instance.__dict__.get(ATTRIBUTE, ()) if one is not handler)
+    if others:
+        instance.__dict__[ATTRIBUTE] = others
         return
-    own.__dict__.pop(ATTRIBUTE, None)
-    remove_class(own, CallHandlers)
+    instance.__dict__.pop(ATTRIBUTE, None)
+    remove_class(instance, CallHandlers)

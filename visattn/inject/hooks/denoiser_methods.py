@@ -1,7 +1,7 @@
-"""What goes on a denoiser that has a plan, besides its hook. Its class stays what it is: diffusers
-looks for it where another pipeline is made of its parts.
+"""Methods that are set on a denoiser with a plan. Its class does not change, because diffusers
+compares it when another pipeline is built from the same components.
 
-Everything here refers to the denoiser weakly, and to the copy of the denoiser in a copy.
+Everything here has weak references to the denoiser; those of a copy refer to the copied denoiser.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Attached(Protocol):
     """A plan on a denoiser, as the methods of the denoiser know it; ``Attachment`` is one.
 
     Attributes:
-        context: what the pipeline says of the running call.
+        context: what the pipeline passed to ``cache_context`` for the running call.
         states: the states of the running calls.
-        handles: of the hooks of the denoiser.
+        handles: handles of the hooks of the denoiser.
     """
 
     context: Context | None
@@ -37,7 +37,7 @@ class Attached(Protocol):
 
     @property
     def work(self) -> tuple[object, ...]:
-        """What decides how a call is computed, besides the call itself."""
+        """The settings, other than the call itself, that decide how a call is computed."""
 
     def held(self, batch: int) -> CallState:
         """Return the state of the running call, for a part of the call that runs again later."""
@@ -66,61 +66,65 @@ class _Method:
 
 
 class _Checkpointing(_Method):
-    """What a denoiser, or a module that wraps one of its blocks, calls blocks by, to run them again
-    in the backward."""
+    """The function by which a denoiser, or a module that wraps one of its blocks, calls blocks that
+    run again in the backward (gradient checkpointing)."""
 
     def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
-        own: Attached | None = model.__dict__.get("_visattn")
-        if own is None or torch.compiler.is_compiling():
+        attachment: Attached | None = model.__dict__.get("_visattn")
+        if attachment is None or torch.compiler.is_compiling():
             return self.function(block, *args, **kwargs)
-        given = (*args, *kwargs.values())
-        return self.function(_Again(model, own, block, given), *args, **kwargs)
+        inputs = (*args, *kwargs.values())
+        return self.function(_RepeatedBlock(model, attachment, block, inputs), *args, **kwargs)
 
 
-class _Again:
-    """A block that runs in a call of its denoiser, and again in the backward of that call: as part
-    of the same call, whatever calls the denoiser has had since."""
+class _RepeatedBlock:
+    """A block that runs in a call of its denoiser and again in the backward of that call. The
+    second run belongs to the same call, even if the denoiser was called again in between."""
 
     def __init__(
-        self, model: Any, own: Attached, block: Callable[..., Any], given: tuple[Any, ...]
+        self,
+        model: Any,
+        attachment: Attached,
+        block: Callable[..., Any],
+        inputs: tuple[Any, ...],
     ) -> None:
-        samples = next((len(x) for x in given if isinstance(x, torch.Tensor)), 1)
+        samples = next((len(x) for x in inputs if isinstance(x, torch.Tensor)), 1)
         self.model, self.block = model, block
-        self.work, self.state = own.work, own.held(samples)
+        self.work, self.state = attachment.work, attachment.held(samples)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own: Attached | None = self.model.__dict__.get("_visattn")
-        if own is None or own.work != self.work:
+        attachment: Attached | None = self.model.__dict__.get("_visattn")
+        if attachment is None or attachment.work != self.work:
             raise RuntimeError(
                 "gradient checkpointing runs a block again with another plan, or other edits, than "
-                "in its forward; call backward before the plan is taken off or changed"
+                "in its forward; call backward before the plan is removed or changed"
             )
-        with own.states.resumed(self.state):
+        with attachment.states.resumed(self.state):
             return self.block(*args, **kwargs)
 
 
 def put_methods(model: Any) -> None:
-    """Put the methods of a denoiser with a plan on it."""
+    """Set the methods of a denoiser with a plan."""
     methods: dict[str, Callable[..., Any]] = {"__reduce_ex__": _reduce, "__deepcopy__": _deepcopy}
     if hasattr(type(model), "cache_context"):
         methods["cache_context"] = _cache_context
-    model.__dict__.update({name: _Method(model, own) for name, own in methods.items()})
+    model.__dict__.update({name: _Method(model, method) for name, method in methods.items()})
 
 
 def take_methods(model: Any) -> None:
-    """Take them off."""
+    """Remove them."""
     for module in model.modules():
-        for name, own in [*module.__dict__.items()]:
-            if isinstance(own, _Checkpointing):
-                module.__dict__[name] = own.function
-            elif isinstance(own, _Method):
+        for name, value in [*module.__dict__.items()]:
+            if isinstance(value, _Checkpointing):
+                module.__dict__[name] = value.function
+            elif isinstance(value, _Method):
                 del module.__dict__[name]
 
 
 def follow_checkpointing(model: Any) -> None:
-    """Let blocks that gradient checkpointing runs again be part of their own call: that of
-    diffusers, and that of modules that torch puts around blocks, as FSDP does."""
+    """Make blocks that gradient checkpointing runs again belong to their original call. This covers
+    the checkpointing of diffusers and the wrappers of torch around blocks, as FSDP has them."""
     _follow(model, model, CHECKPOINTING)
     for module in model.modules() if torch.is_grad_enabled() else ():
         if type(module).__name__ == "CheckpointWrapper":  # of torch.distributed
@@ -128,14 +132,15 @@ def follow_checkpointing(model: Any) -> None:
 
 
 def _follow(model: Any, module: Any, name: str) -> None:
-    own = module.__dict__.get(name)
-    if own is not None and not isinstance(own, _Checkpointing):
-        module.__dict__[name] = _Checkpointing(model, own)
+    function = module.__dict__.get(name)
+    if function is not None and not isinstance(function, _Checkpointing):
+        module.__dict__[name] = _Checkpointing(model, function)
 
 
 @contextmanager
 def _cache_context(model: Any, name: str, **details: Any) -> Iterator[None]:
-    """``cache_context`` of a denoiser, by which a pipeline says where it is, listened to."""
+    """``cache_context`` of a denoiser, which also records the pass and the step that the pipeline
+    gives."""
     attachment: Attached = model._visattn
     before = attachment.context
     attachment.context = Context(
@@ -150,9 +155,9 @@ def _cache_context(model: Any, name: str, **details: Any) -> Iterator[None]:
 
 
 def _reduce(model: Any, protocol: Any) -> Any:
-    """What is pickled of a denoiser: the same without a plan, and nothing of ours."""
-    own: Attached = model._visattn
-    own.tell("what is pickled is without the plan; apply it again to what is read")
+    """Reduce a denoiser for a pickle, without its plan and without attributes of visattn."""
+    attachment: Attached = model._visattn
+    attachment.tell("the pickle has no plan; apply the plan again after loading")
     make, arguments, state, *rest = pickled(model, protocol)
     stock = dict(state)
     for name, value in model.__dict__.items():
@@ -160,16 +165,16 @@ def _reduce(model: Any, protocol: Any) -> Any:
             stock[name] = value.function
         elif isinstance(value, _Method):
             del stock[name]
-    ours = {handle.id for handle in own.handles}
+    hook_ids = {handle.id for handle in attachment.handles}
     for name, hooks in [*stock.items()]:
         if name.startswith("_forward_") and isinstance(hooks, dict):  # by number
-            kept = {number: hook for number, hook in hooks.items() if number not in ours}
+            kept = {number: hook for number, hook in hooks.items() if number not in hook_ids}
             stock[name] = type(hooks)(kept)
     return (make, arguments, stock, *rest)
 
 
 def _deepcopy(model: Any, memo: dict[int, Any]) -> Any:
-    """A copy, which has a plan of its own."""
+    """Return a copy, which has its own plan."""
     of_class = getattr(type(model), "__deepcopy__", None)
     if of_class is not None:
         return of_class(model, memo)

@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 
 class Recent(dict[K, V]):
-    """The last 256 items that were set: a server runs many sizes, and the oldest ones go."""
+    """Keeps the last 256 items that were set, as a server runs many sizes."""
 
     def __setitem__(self, key: K, value: V) -> None:
         if key not in self and len(self) >= MOST:

@@ -1,4 +1,4 @@
-"""Where a denoising loop is: the step, how many there are, and the passes in the batch."""
+"""The position in a denoising loop: the step, the number of steps, and the passes in the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "step_of",
 ]
 
-# the names that pipelines and guiders give their calls
+# the pass by the name that a pipeline or guider gives its call
 PASS_OF = {
     "cond": "cond",
     "pred_cond": "cond",
@@ -40,7 +40,7 @@ PASS_OF = {
 
 
 class Context(NamedTuple):
-    """What a pipeline says of a call of its denoiser (``model.cache_context``)."""
+    """What a pipeline passes to ``model.cache_context`` for a call of its denoiser."""
 
     name: str
     step: int | None
@@ -48,8 +48,8 @@ class Context(NamedTuple):
 
 
 class PipeRef:
-    """A pipeline that is not kept alive. A copy of it refers to the copy of the pipeline, and to
-    none where the denoiser alone was copied."""
+    """A weak reference to a pipeline. A copy of it refers to the copy of the pipeline, or to
+    none if only the denoiser was copied."""
 
     def __init__(self, pipe: object | None = None) -> None:
         self._ref = None if pipe is None else weakref.ref(pipe)
@@ -65,8 +65,8 @@ class PipeRef:
 
 
 def place(timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
-    """Index of a timestep that is a view of the scheduler's, as those are that pipelines get by
-    looping over them; None for another tensor."""
+    """Return the index of a timestep that is a view of the scheduler's timesteps, as a loop over
+    them yields; None for another tensor."""
     if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
         return None
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
@@ -76,14 +76,14 @@ def place(timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
 
 
 def schedule_of(pipe: Any) -> torch.Tensor | None:
-    """The timesteps of a pipeline's scheduler, one-dimensional."""
+    """Return the timesteps of a pipeline's scheduler, ``[steps]``; None if it has none."""
     timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
     return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
 
 
 def current_of(pipe: Any) -> torch.Tensor | None:
-    """The timestep at which a pipeline stands: as it says it, or else, while its call is under way,
-    as its scheduler counts."""
+    """Return the present timestep of a pipeline: the one that it exposes, or else, during its call,
+    the one that its scheduler counts."""
     current, timesteps = current_timestep(pipe), schedule_of(pipe)
     if isinstance(current, torch.Tensor):
         return current
@@ -94,19 +94,28 @@ def current_of(pipe: Any) -> torch.Tensor | None:
 
 
 def index_of(pipe: Any) -> int | None:
-    """The step at which the scheduler of a pipeline stands; before the first step, the one that it
-    was told to begin at."""
+    """Return the present step of the scheduler of a pipeline; before the first step, the step at
+    which it will begin."""
     scheduler = getattr(pipe, "scheduler", None)
-    found = step_index(scheduler)
-    found = begin_index(scheduler) if found is None else found
-    return found if isinstance(found, int) else None
+    index = step_index(scheduler)
+    index = begin_index(scheduler) if index is None else index
+    return index if isinstance(index, int) else None
 
 
 def runs(pipe: Any, timestep: torch.Tensor | None, unit: int = 1) -> bool:
-    """Whether a pipeline is the one that makes a call of its denoiser: it stands at the timestep of
-    the call, or at one of its present schedule where that of the call is not known. Another may
-    share the denoiser and the scheduler, and one that was interrupted stays where it was. A
-    pipeline whose calls are announced runs inside them. ``unit``: what it divides timesteps by."""
+    """Return whether a pipeline makes a call of its denoiser.
+
+    Several pipelines can share a denoiser and a scheduler, and an interrupted pipeline keeps its
+    old timestep. A pipeline makes the call if its present timestep is that of the call. If the
+    timestep of the call is not known, its present timestep must be one of its schedule. If the
+    pipeline exposes no timestep, that of the call must be a view of its schedule. A pipeline whose
+    calls are announced (``Announced``) runs only inside them.
+
+    Args:
+        pipe: the pipeline.
+        timestep: of the call; None: it is not known.
+        unit: the pipeline divides its timesteps by this before the call.
+    """
     timesteps = schedule_of(pipe)
     if timesteps is None:
         return False
@@ -123,15 +132,24 @@ def runs(pipe: Any, timestep: torch.Tensor | None, unit: int = 1) -> bool:
     if timestep.data_ptr() == current.data_ptr():
         return True
     now = current.to(timestep) if unit == 1 else current.to(timestep) / unit
-    return bool(timestep.amax() == now)  # image-to-video has 0 for given frames
+    return bool(timestep.amax() == now)  # image-to-video has 0 for the input frames
 
 
 def step_of(
     context: Context | None, pipe: Any, timestep: torch.Tensor | None, unit: int = 1
 ) -> tuple[int | None, int | None]:
-    """The step and the number of steps: as the pipeline says them, or else the place of the
-    timestep in its schedule. Values are compared for a pipeline that runs alone: one that shares
-    the denoiser with it may have the same value at another place."""
+    """Return the step and the number of steps: as the pipeline gives them, or else the index of the
+    timestep in its schedule; None for what is not known.
+
+    Timesteps are compared by value only if the pipeline makes the call, because another pipeline
+    that shares the denoiser may have the same value at another index.
+
+    Args:
+        context: what the pipeline passed to ``cache_context``; None: nothing.
+        pipe: the pipeline.
+        timestep: of the call; None: it is not known.
+        unit: the pipeline divides its timesteps by this before the call.
+    """
     if context is not None and context.step is not None and context.steps is not None:
         return context.step, context.steps
     timesteps = schedule_of(pipe)
@@ -143,16 +161,18 @@ def step_of(
         assert current is not None
         step = place(current, timesteps)
         if step is None:
-            found = (timesteps == current.to(timesteps.device)).nonzero()
-            step = int(found[0]) if len(found) else None
+            indices = (timesteps == current.to(timesteps.device)).nonzero()
+            step = int(indices[0]) if len(indices) else None
     return step, len(timesteps)
 
 
 class Batch:
-    """The passes in the batch of a pipeline. The pipeline says the scale of its guidance, and a
-    dynamic one moves from step to step, through 1 as well, while the batch stays what it was: the
-    scale at the first call of a schedule decides, until the batch has another size. Then guidance
-    was switched off or on in between, and the present scale decides, if the size fits it."""
+    """Finds the passes in the batch of a pipeline by its guidance scale.
+
+    A dynamic scale changes from step to step and may become 1, while the batch keeps its passes.
+    Therefore the scale at the first call of a schedule decides. If the batch gets another size,
+    guidance was turned on or off, and the present scale decides, if the size fits it.
+    """
 
     def __init__(self) -> None:
         self._timesteps: object = None
@@ -160,45 +180,51 @@ class Batch:
         self._size = 0
 
     def __call__(self, pipe: Any, order: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        """Those of a batch of ``size`` samples, where they are known; ``order``: of a batch that
-        guidance has doubled."""
+        """Return the passes in a batch; None if they are not known.
+
+        Args:
+            pipe: the pipeline.
+            order: the passes in a batch that guidance doubles.
+            size: samples of the batch.
+        """
         scale = guidance_scale(pipe)
         if not isinstance(scale, (int, float)):
             return None
-        now = order if scale > 1 else ("cond",)
+        passes = order if scale > 1 else ("cond",)
         if getattr(pipe, "do_perturbed_attention_guidance", False):
-            now = (*now, "perturbed")
+            passes = (*passes, "perturbed")
         timesteps = schedule_of(pipe)
         if timesteps is None or timesteps is not self._timesteps:
-            self._timesteps, self._passes, self._size = timesteps, now, size
+            self._timesteps, self._passes, self._size = timesteps, passes, size
         if size == self._size:
             return self._passes
-        fits = now != self._passes and size * len(self._passes) == self._size * len(now)
-        return now if fits else None
+        fits = passes != self._passes and size * len(self._passes) == self._size * len(passes)
+        return passes if fits else None
 
 
 def passes_in(
     passes: tuple[str, ...], size: int, batch: int, masked: bool
 ) -> tuple[str, ...] | None:
-    """The passes in an attention call.
+    """Return the passes in an attention call; None if they are not known.
 
     Args:
-        passes: in the batch of the denoiser, which has ``size`` samples.
-        batch: samples of the call. Layers of perturbed attention guidance make two calls: one for
-            the perturbed samples, which has a mask, and one for those before them.
+        passes: the passes in the batch of the denoiser.
+        size: samples of the batch of the denoiser.
+        batch: samples of the attention call. Layers of perturbed attention guidance make two calls:
+            one for the perturbed samples, which has a mask, and one for those before them.
         masked: whether the call has a mask.
     """
     if batch % len(passes) == 0 and batch == size:
         return passes
     if passes[-1] != "perturbed" or len(passes) == 1 or size % len(passes):
         return None
-    each = size // len(passes)
+    pass_size = size // len(passes)
     if masked:
-        return passes[-1:] if batch == each else None
-    return passes[:-1] if batch == size - each else None
+        return passes[-1:] if batch == pass_size else None
+    return passes[:-1] if batch == size - pass_size else None
 
 
 def pass_named(context: Context | None) -> tuple[str, ...] | None:
-    """The pass that a pipeline gives its name."""
-    named = None if context is None else PASS_OF.get(context.name)
-    return None if named is None else (named,)
+    """Return the pass of the name that a pipeline gives to its call; None for an unknown name."""
+    pass_ = None if context is None else PASS_OF.get(context.name)
+    return None if pass_ is None else (pass_,)

@@ -1,4 +1,4 @@
-"""Which pipeline runs, where pipelines do not say where they stand: their calls are announced."""
+"""Records which pipeline runs, for pipelines that do not expose their present step and pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ __all__ = ["Announced", "Calls", "Run", "is_announced", "is_stock", "run_of", "s
 
 
 class Run:
-    """A call of a pipeline that is under way.
+    """A running call of a pipeline.
 
     Args:
-        pipe: the pipeline; args, kwargs: of its call.
+        pipe: the pipeline.
+        args: the positional arguments of its call.
+        kwargs: the keyword arguments of its call.
     """
 
     def __init__(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -31,8 +33,8 @@ class Run:
         self.given |= dict(zip(names, args, strict=False)) | dict(kwargs)
 
     def guided(self) -> bool:
-        """Whether the pipeline may run an unconditional pass now. Pipelines whose model is told
-        ``guidance_scale`` have ``true_cfg_scale``, or no guidance."""
+        """Return whether the pipeline may run an unconditional pass now. Pipelines whose model gets
+        ``guidance_scale`` as an input have ``true_cfg_scale``, or no guidance."""
         if "true_cfg_scale" in self.given:
             scale = self.given["true_cfg_scale"]
             negative = any(
@@ -45,7 +47,7 @@ class Run:
 
 
 class _Running(threading.local):
-    """The calls that are under way in this thread, the innermost last."""
+    """The running calls of this thread, the innermost last."""
 
     runs: tuple[Run, ...] = ()
 
@@ -54,7 +56,7 @@ _running = _Running()
 
 
 class Announced:
-    """A handler of calls of a pipeline: inside them it is known that the pipeline runs."""
+    """A handler that announces the calls of a pipeline, so that ``run_of`` returns them."""
 
     def __call__(
         self, pipe: Any, inner: Next, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -68,19 +70,23 @@ class Announced:
 
 
 def is_announced(pipe: Any) -> bool:
-    """Whether the calls of a pipeline are announced."""
-    return any(isinstance(one, Announced) for one in handlers_of(pipe))
+    """Return whether the calls of a pipeline are announced."""
+    return any(isinstance(handler, Announced) for handler in handlers_of(pipe))
 
 
 def run_of(pipe: Any) -> Run | None:
-    """The call of a pipeline that is under way in this thread, unless another one runs inside."""
+    """Return the running call of a pipeline in this thread; None if another one runs inside it."""
     last = _running.runs[-1] if _running.runs else None
     return last if last is not None and last.pipe() is pipe else None
 
 
 def says_where(pipe: Any, batched: bool) -> bool:
-    """Whether a pipeline says its step and its passes by the code of its call, or is called by
-    nobody. ``batched``: its passes are one batch, so that it has no names for them."""
+    """Return whether the code of a pipeline exposes its step and passes, or it is not callable.
+
+    Args:
+        pipe: the pipeline.
+        batched: whether its passes are one batch, so that it gives them no names.
+    """
     if not callable(pipe):
         return True
     names = getattr(_call_of(pipe), "__code__", None)
@@ -89,7 +95,7 @@ def says_where(pipe: Any, batched: bool) -> bool:
 
 
 def is_stock(pipe: Any) -> bool:
-    """Whether a pipeline runs code of diffusers, whose order of passes is known."""
+    """Return whether a pipeline runs code of diffusers, whose order of passes is known."""
     return getattr(_call_of(pipe), "__module__", "").startswith("diffusers.pipelines.")
 
 
@@ -99,13 +105,15 @@ def _call_of(pipe: Any) -> Any:
 
 
 class Calls:
-    """The pass of calls that a pipeline makes one after the other and does not name, by the text
-    that the denoiser gets: each pass has its own, and the first step has them in a known order. A
-    text that comes later belongs to no pass that is known."""
+    """Finds the passes of separate calls to which a pipeline gives no names, by their text.
+
+    Each pass has its own text, and the first step has the passes in a known order. The pass of a
+    text that is new in a later step is not known.
+    """
 
     def __init__(self) -> None:
         self._run: Run | None = None
-        self._at: object = None
+        self._first_index: object = None
         self._texts: tuple[weakref.ref[torch.Tensor], ...] = ()
 
     def __deepcopy__(self, memo: object) -> Calls:
@@ -115,20 +123,21 @@ class Calls:
         return Calls, ()
 
     def note(self, run: Run, scheduler: Any, text: torch.Tensor) -> None:
-        """Take note of a call that begins, and gets a text."""
-        at = step_index(scheduler, "not counted")
+        """Record the text of a call that begins."""
+        index = step_index(scheduler, "not counted")
         if run is not self._run:
-            self._run, self._at, self._texts = run, at, ()
+            self._run, self._first_index, self._texts = run, index, ()
         new = self._number(text) is None
-        if new and (not self._texts or (at == self._at and at != "not counted")):
+        first_step = index == self._first_index and index != "not counted"
+        if new and (not self._texts or first_step):
             self._texts = (*self._texts, weakref.ref(text))
 
     def pass_of(
         self, run: Run, text: torch.Tensor | None, order: tuple[str, ...]
     ) -> str | None:
-        """The pass of a call with a text, where it is known."""
+        """Return the pass of a call with a text; None if it is not known."""
         number = None if text is None or run is not self._run else self._number(text)
         return None if number is None or number >= len(order) else order[number]
 
     def _number(self, text: torch.Tensor) -> int | None:
-        return next((n for n, one in enumerate(self._texts) if one() is text), None)
+        return next((n for n, ref in enumerate(self._texts) if ref() is text), None)

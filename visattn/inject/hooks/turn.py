@@ -1,5 +1,5 @@
-"""Inside ``guide`` and ``steer`` a denoiser is for one request at a time: what they keep from call
-to call is that of one. A second request is refused before it computes anything."""
+"""Inside ``guide`` and ``steer`` a denoiser serves one request at a time, because they keep the
+state of one request between calls. A second request gets an error before it computes anything."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Gate", "Turn"]
 
 
 class Turn:
-    """Which thread or asyncio task runs an edited denoiser now. The same one may begin again.
+    """Records which thread or asyncio task runs an edited denoiser. The same one may start again.
 
     Args:
-        role: of the denoiser.
+        role: name of the denoiser in its pipeline.
     """
 
     def __init__(self, role: str) -> None:
         self.role = role
         self._lock = threading.Lock()
         self._holder: weakref.ref[Any] | None = None
-        self._runs = 0  # of pipelines, and of what makes several calls of the denoiser
-        self._calls = False  # whether a call of the denoiser is under way
+        self._runs = 0  # running blocks of ``taken``, such as calls of the pipeline
+        self._calls = False  # whether a call of the denoiser is running
 
     def __deepcopy__(self, memo: object) -> Turn:
         return Turn(self.role)
@@ -37,10 +37,10 @@ class Turn:
         return Turn, (self.role,)
 
     def check(self) -> None:
-        """Raise RuntimeError where another thread or task runs the denoiser."""
+        """Raise RuntimeError if another thread or task runs the denoiser."""
         holder = None if self._holder is None else self._holder()
         busy = self._calls or self._runs > 0
-        if busy and holder is not None and holder is not caller() and _lives(holder):
+        if busy and holder is not None and holder is not caller() and _is_alive(holder):
             raise RuntimeError(
                 f"another thread or asyncio task runs the {self.role} now, which is inside guide, "
                 "steer or the like and keeps the state of one request; run one request at a time, "
@@ -49,7 +49,7 @@ class Turn:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Inside, the denoiser is run by this thread or task."""
+        """Reserve the denoiser for this thread or task inside the block."""
         with self._lock:
             self._take()
             self._runs += 1
@@ -57,35 +57,35 @@ class Turn:
             yield
         finally:
             with self._lock:
-                if self._mine():
+                if self._is_held_by_caller():
                     self._runs -= 1
-                    self._calls = False  # one that an interruption has ended says nothing
+                    self._calls = False  # an interrupted call does not report its end
 
     def call(self) -> None:
-        """A call of the denoiser begins."""
+        """Record that a call of the denoiser begins."""
         with self._lock:
             self._take()
             self._calls = True
 
     def done(self) -> None:
-        """It has ended."""
+        """Record that the call has ended."""
         with self._lock:
-            if self._mine():
+            if self._is_held_by_caller():
                 self._calls = False
 
     def _take(self) -> None:
         self.check()
-        if not self._mine():
+        if not self._is_held_by_caller():
             self._holder, self._runs, self._calls = weakref.ref(caller()), 0, False
 
-    def _mine(self) -> bool:
+    def _is_held_by_caller(self) -> bool:
         return self._holder is not None and self._holder() is caller()
 
 
 class Gate:
-    """A handler of calls of a pipeline: each has the turn of all its denoisers."""
+    """A handler of calls of a pipeline: each call reserves all denoisers of the pipeline."""
 
-    outermost = True  # other handlers change what they keep
+    outermost = True  # it must run before handlers that change their state
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self.turns = turns
@@ -97,5 +97,5 @@ class Gate:
             return inner(*args, **kwargs)
 
 
-def _lives(holder: Any) -> bool:
+def _is_alive(holder: Any) -> bool:
     return not holder.done() if isinstance(holder, asyncio.Task) else bool(holder.is_alive())

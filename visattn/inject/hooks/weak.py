@@ -1,4 +1,4 @@
-"""References that keep nothing alive: a denoiser with a plan is freed with its last user."""
+"""Weak references: a denoiser with a plan is freed when nothing else refers to it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ T = TypeVar("T")
 
 
 class Weak(Generic[T]):
-    """An object that is not kept alive. A copy refers to the copy of the object, which the copy of
-    its owner keeps alive."""
+    """A weak reference. A copy refers to the copy of the object, which the copy of its owner keeps
+    alive."""
 
-    def __init__(self, own: T) -> None:
-        self._ref = weakref.ref(own)
+    def __init__(self, target: T) -> None:
+        self._ref = weakref.ref(target)
 
     def __call__(self) -> T:
-        own = self._ref()
-        if own is None:
+        target = self._ref()
+        if target is None:
             raise RuntimeError(
-                "a part of a denoiser with a plan is called, and the denoiser is gone; keep the "
-                "denoiser, or remove_plan before calling parts of it"
+                "a part of a denoiser with a plan was called after the denoiser was freed; keep a "
+                "reference to the denoiser, or call remove_plan before calling parts of it"
             )
-        return own
+        return target
 
     def __deepcopy__(self, memo: dict[int, object]) -> Weak[T]:
         return Weak(copy.deepcopy(self(), memo))

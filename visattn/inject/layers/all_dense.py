@@ -1,4 +1,4 @@
-"""Why a plan leaves everything that runs dense."""
+"""Explains why a plan has no effect on a run: all its calls are dense."""
 
 from __future__ import annotations
 

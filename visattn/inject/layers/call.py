@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 def heads_first(plain: Plain, call: Call) -> Plain:
-    """Return ``plain``, which takes tensors as ``call.heads_first`` says, for ``[B, H, L, D]``."""
+    """Return ``plain``, whose tensors are as in ``call``, as a function of ``[B, H, L, D]``."""
     if call.heads_first:
         return plain
 

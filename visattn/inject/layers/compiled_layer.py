@@ -1,10 +1,10 @@
-"""What ``torch.compile`` sees of a layer with a plan: one opaque op. The layer travels as a number
-in a 0-d CPU tensor, so that all layers of a model share one graph; what it runs at this step, and
-at these tokens, is looked up when the op runs.
+"""The opaque op that ``torch.compile`` traces for a layer with a plan. The layer is passed as a
+number in a 0-d CPU tensor, so all layers of a model share one graph. When the op runs, it looks up
+what the layer computes at this step and for these tokens.
 
-Where the whole model is compiled, another op at its beginning notes the call when the graph runs.
-Its sizes are data there too: a Python value that is read while tracing would be a guard, and every
-resolution another graph.
+If the whole model is compiled, another op at its beginning records the call when the graph runs.
+The sizes are passed as data too: a Python value that is read during tracing would become a guard,
+and each resolution would need its own graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from visattn.geometry.layout import Tokens
-from visattn.inject.hooks.call_state import CallState, Told
+from visattn.inject.hooks.call_state import CallInputs, CallState
 from visattn.inject.layers.call import Call
 from visattn.runtime.private_names import parallel_settings
 from visattn.runtime.torch_settings import cast_for_attention
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 KINDS = ("grid", "text", "prefix")
-# what an op does depends on the step, and a choice may read back: no CUDA graph can replay it
+# an op depends on the step and may read from the device, so no CUDA graph can replay it
 UNSAFE = (torch.Tag.cudagraph_unsafe,)
 _numbers = itertools.count(1)
 _LAYERS: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
@@ -41,24 +41,24 @@ _NO_CALL = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class Begun:
-    """What the op at the beginning of a call has given, for the layers that the same graph has, or
-    a later one of the same call; empty where the beginning is not compiled. It orders the ops, and
-    says which call it is of: the slot of its thread, and the tokens as ``packed`` has them."""
+    """The result of the op at the beginning of a call, for the layers in the same graph or in a
+    later graph of the same call. It orders the ops and identifies the call: the slot of its thread,
+    then the tokens as in ``packed``. It is empty if the beginning is not compiled."""
 
     def __init__(self) -> None:
         self.call = _NO_CALL
 
     def clear(self) -> None:
-        """The beginning of this call is not compiled."""
+        """Record that the beginning of this call is not compiled."""
         self.call = _NO_CALL
 
 
 class AttentionLayer(Protocol):
-    """A layer, as the code that intercepts its attention knows it; ``Layer`` is one.
+    """What the code that intercepts attention needs of a layer; ``Layer`` implements it.
 
     Attributes:
-        number: of the layer, int64, 0-d, on the CPU.
-        begun: of its denoiser.
+        number: number of the layer, int64, 0-d, on the CPU.
+        begun: the beginning of the call of its denoiser.
         cross: whether it is cross-attention.
         through_sdpa: whether its processor calls torch's attention itself.
     """
@@ -90,46 +90,51 @@ class AttentionLayer(Protocol):
         """Return whether a call is cross-attention to an image."""
 
     def look(self) -> None:
-        """Note, after a call of the module, whether its attention was intercepted."""
+        """Log, after a call of the module, if its attention was not intercepted."""
 
 
 class PlannedDenoiser(Protocol):
-    """A denoiser with a plan, as a compiled graph knows it; ``Attachment`` is one.
+    """What a compiled graph needs of a denoiser with a plan; ``Attachment`` implements it.
 
     Attributes:
-        number: of the denoiser, int64, 0-d, on the CPU.
+        number: number of the denoiser, int64, 0-d, on the CPU.
         begun: what the op at the beginning of a call returned.
     """
 
     number: torch.Tensor
     begun: Begun
 
-    def begin(self, tokens: Tokens, told: Told) -> CallState:
+    def begin(self, tokens: Tokens, inputs: CallInputs) -> CallState:
         """Begin a call of the denoiser in this thread or task."""
 
 
 def register_layer(
     layer: AttentionLayer, number: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A number for a layer, int64, 0-d, on the CPU; written into ``number`` where one is given."""
+    """Return a new number for a layer, int64, 0-d, on the CPU.
+
+    Args:
+        layer: the layer.
+        number: tensor that the number is written into; None: a new one.
+    """
     return _register(_LAYERS, layer, number)
 
 
 def register_attachment(
     denoiser: PlannedDenoiser, number: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The same for an attachment."""
+    """Return a new number for a denoiser, as ``register_layer``."""
     return _register(_ATTACHMENTS, denoiser, number)
 
 
-def _register(known: Any, own: object, number: torch.Tensor | None) -> torch.Tensor:
+def _register(registry: Any, entry: object, number: torch.Tensor | None) -> torch.Tensor:
     new = next(_numbers)
-    known[new] = own
+    registry[new] = entry
     return torch.tensor(new, device="cpu") if number is None else number.fill_(new)
 
 
 def packed(tokens: Tokens) -> list[int]:
-    """Tokens as numbers, four to a segment: the kind and up to three sizes."""
+    """Return tokens as numbers, four for each segment: the kind and up to three sizes."""
     out: list[int] = []
     for kind, *sizes in tokens:
         out += [KINDS.index(str(kind)), *(int_of(size) for size in sizes), *[0] * (3 - len(sizes))]
@@ -137,17 +142,17 @@ def packed(tokens: Tokens) -> list[int]:
 
 
 def int_of(size: int | str) -> int:
-    """A size is a number; the type of a segment's items is wider than that."""
+    """Return a size as an int; the declared type of a segment's items includes str."""
     assert not isinstance(size, str)
     return size
 
 
 def unpacked(numbers: list[int]) -> Tokens:
-    """The tokens of ``packed``."""
+    """Return the tokens of ``packed``."""
     out: list[tuple[str | int, ...]] = []
-    for at in range(0, len(numbers), 4):
-        kind = KINDS[numbers[at]]
-        out.append((kind, *numbers[at + 1 : at + (4 if kind == "grid" else 2)]))
+    for start in range(0, len(numbers), 4):
+        kind = KINDS[numbers[start]]
+        out.append((kind, *numbers[start + 1 : start + (4 if kind == "grid" else 2)]))
     return tuple(out)
 
 
@@ -159,9 +164,9 @@ def begin_op(
     text: torch.Tensor | None,
     aside: bool,
 ) -> torch.Tensor:
-    """``Attachment.begin`` by the number of the attachment; gives what ``Begun`` keeps."""
-    own = _ATTACHMENTS[int(attachment)]
-    state = own.begin(unpacked(tokens), (timestep, text, aside))
+    """``Attachment.begin`` by the number of the attachment; returns what ``Begun`` keeps."""
+    denoiser = _ATTACHMENTS[int(attachment)]
+    state = denoiser.begin(unpacked(tokens), (timestep, text, aside))
     return torch.tensor([state.slot, *tokens], device="cpu")
 
 
@@ -176,9 +181,9 @@ def _(
     return torch.empty(1 + len(tokens), dtype=torch.int64, device="cpu")
 
 
-def begin_call(denoiser: PlannedDenoiser, tokens: Tokens, told: Told) -> None:
-    """The beginning of a call as it is traced."""
-    denoiser.begun.call = begin_op(denoiser.number, packed(tokens), *told)
+def begin_call(denoiser: PlannedDenoiser, tokens: Tokens, inputs: CallInputs) -> None:
+    """Begin a call inside a traced graph."""
+    denoiser.begun.call = begin_op(denoiser.number, packed(tokens), *inputs)
 
 
 @torch.library.custom_op("visattn::layer_attention", mutates_args=(), tags=UNSAFE)
@@ -196,13 +201,13 @@ def layer_op(
     heads_first: bool,
     parallel: bool,
 ) -> torch.Tensor:
-    """``Layer.attend`` by the number of the layer; ``parallel``: under the context parallelism of
-    its processor."""
+    """``Layer.attend`` by the number of the layer; ``parallel``: whether its processor has context
+    parallelism."""
     called = _LAYERS[int(layer)]
     call = Call(mask, dropout, causal, scale, grouped, heads_first)
     if begun.numel():
         slot, *numbers = begun.tolist()
-        if slot == called.slot:  # otherwise another thread began it, with the same model
+        if slot == called.slot:  # otherwise another thread began that call of the model
             call = call._replace(tokens=unpacked(numbers))
     config = parallel_settings(called.module.processor) if parallel else None
     return called.attend(query, key, value, call, config).contiguous()
@@ -234,8 +239,8 @@ def layer_attention(
     call: Call,
     parallel: bool = False,
 ) -> torch.Tensor:
-    """The call as it is traced. The op has no gradient: a call that wants one is refused, which
-    ends the graph there, or the tracing where one graph is asked for."""
+    """Compute attention inside a traced graph. The op has no gradient, so a call that needs one
+    raises an error. This breaks the graph, or the tracing if ``fullgraph`` is set."""
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     ):

@@ -1,4 +1,4 @@
-"""What the heads of a layer run at a call: as the plan says, or as the guard does."""
+"""What the heads of a layer run at a call, by the plan and the guard."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Decision", "Guard"]
 
 
 class GuardedLayer(Protocol):
-    """A layer, as the guard knows it; ``Layer`` is one.
+    """What the guard needs of a layer; ``Layer`` implements it.
 
     Attributes:
-        path: of its module.
+        path: path of its module.
     """
 
     path: str
@@ -32,27 +32,31 @@ class GuardedLayer(Protocol):
         """The attention module."""
 
     def tell(self, reason: str) -> None:
-        """Note why calls are dense that the plan has sparse, and log it once."""
+        """Record why calls are dense although the plan has sparse heads, and log it once."""
 
     def log(self, text: str) -> None:
         """Log a line once."""
 
 
 class Decision(NamedTuple):
-    """What the heads run in each equal part of the batch, None where all is dense; and what times
-    such calls, where there is a prediction to hold them to."""
+    """What the heads of a layer run at calls of one kind.
+
+    Attributes:
+        parts: the patterns in each equal part of the batch; None: all heads are dense.
+        watch: times the calls, to compare them with the prediction; None: there is no prediction.
+    """
 
     parts: tuple[HeadGroups, ...] | None
     watch: Watch | None = None
 
     def timed(self, query: torch.Tensor) -> AbstractContextManager[None]:
-        """Around the attention of a call."""
+        """Time the attention of a call inside the block."""
         return nullcontext() if self.watch is None else self.watch.call(query.device)
 
 
 class Guard:
-    """The decisions of a layer, each worked out once, and again where calls contradict it. A copy
-    works out its own."""
+    """The decisions of a layer. Each is computed once, and again if calls contradict it. A copy
+    starts without decisions."""
 
     def __init__(self) -> None:
         self._decisions: Recent[tuple[object, ...], Decision] = Recent()
@@ -67,7 +71,7 @@ class Guard:
         query: torch.Tensor,
         layout: TokenLayout,
     ) -> Decision:
-        """The parts without the heads that would be slower than dense ones."""
+        """Return the parts with dense heads instead of those that would be slower."""
         dense = dense_attention(layer.module)
         key = (parts, layout, query.device, query.dtype, query.shape, dense.name)
         decision = self._decisions.get(key)
@@ -87,10 +91,10 @@ def _predicted(
     dense: DenseAttention,
     last: bool,
 ) -> Decision:
-    """The parts as the calibration of the device has them; ``last``: it has been measured again."""
-    one = query[: max(1, len(query) // len(parts))]
+    """Decide by the calibration of the device; ``last``: it has been measured again already."""
+    one_part = query[: max(1, len(query) // len(parts))]
     tell = layer.log
-    verdicts = {part: worthwhile(part.heads, one, layout, tell, dense) for part in parts}
+    verdicts = {part: worthwhile(part.heads, one_part, layout, tell, dense) for part in parts}
     guarded = {part: HeadGroups(verdict.heads, layout) for part, verdict in verdicts.items()}
     sparse = any(part.sparse for part in guarded.values())
     if not sparse:
@@ -109,15 +113,16 @@ def _contradicted(
     layout: TokenLayout,
     dense: DenseAttention,
 ) -> Decision:
-    """What runs from now on, where the first calls took longer than was predicted. The device is
-    measured again, once in a process; where calls contradict that too, the layer runs dense."""
-    took = f"{1e3 * min(watch.seconds):.3g} ms, where at most {1e3 * watch.limit:.3g} ms"
+    """Decide again, because the first calls took longer than predicted. The device is measured
+    again, once in a process. If calls contradict that measurement too, the layer runs dense."""
+    times = f"{1e3 * min(watch.seconds):.3g} ms, but at most {1e3 * watch.limit:.3g} ms"
     if not watch.last:
         if measure_again(query, dense):
             layer.log(
-                f"{layer.path}: calls take {took} was predicted; the device has been measured again"
+                f"{layer.path}: calls take {times} was predicted; the device has been measured "
+                "again"
             )
         return _predicted(layer, parts, query, layout, dense, True)
     if watch.sparse:
-        layer.tell(f"its sparse calls take {took} is predicted for dense ones")
+        layer.tell(f"its sparse calls take {times} is predicted for dense ones")
     return Decision(None)

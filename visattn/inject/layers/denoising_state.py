@@ -12,7 +12,7 @@ import torch
 
 from visattn.attention import Backend
 from visattn.geometry.layout import TokenLayout, Tokens
-from visattn.inject.hooks.call_state import CallState, Held, States, Told
+from visattn.inject.hooks.call_state import CallInputs, CallState, Held, States
 from visattn.inject.hooks.recent import Recent
 from visattn.inject.hooks.run_state import (
     Context,
@@ -32,12 +32,13 @@ from visattn.plan import ANY, Plan
 
 __all__ = ["DenoisingState"]
 
-PASSES_OF_STAND_IN = "_visattn_passes"  # by which an object in a pipeline's place names its passes
+# attribute with the passes, on an object that replaces a pipeline
+PASSES_OF_STAND_IN = "_visattn_passes"
 logger = logging.getLogger("visattn")
 
 
 class DenoisingState:
-    """What the layers of a denoiser ask of the running call, and of the plan at that call.
+    """What the layers of a denoiser need to know of the running call and of the plan.
 
     Args:
         role: the name of the denoiser in its pipeline.
@@ -45,9 +46,9 @@ class DenoisingState:
         plan: a plan that fits it.
         backend: the backend of sparse attention.
         pipe: the pipeline that it is part of; None: it has none.
-        audit: query rows of a head whose exact attention is computed too.
+        audit: query rows of a head for which exact attention is also computed.
         guard: whether heads that are predicted to be slower than dense ones run dense.
-        tables: by path of the layer, what its heads run by phase and pass.
+        tables: the patterns of the heads, by path of the layer, then by phase and pass.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class DenoisingState:
         self.role, self.family, self.plan, self.backend = role, family, plan, backend
         self.pipe, self.audit, self.guard, self.tables = PipeRef(pipe), audit, guard, tables
         self.states, self.begun = States(), Begun()
-        self.latest: Tokens = ()  # of the last call, from any thread
+        self.latest: Tokens = ()  # tokens of the last call of any thread
         self.sparse_ran = False  # whether a layer has computed sparse attention
         self._logged: set[str] = set()
 
@@ -85,7 +86,7 @@ class DenoisingState:
 
     @property
     def context(self) -> Context | None:
-        """What the pipeline says of the running call."""
+        """What the pipeline passed to ``cache_context`` for the running call."""
         return self.call.context
 
     @context.setter
@@ -95,29 +96,29 @@ class DenoisingState:
 
     @property
     def timestep(self) -> torch.Tensor | None:
-        """The timestep of the running call, where it is known."""
+        """The timestep of the running call; None if it is not known."""
         return self.call.timestep_ref()
 
     # ---- a call of the denoiser
 
-    def told_by(self, arguments: Mapping[str, Any]) -> Told:
-        """Return what the arguments of a call say of its step and passes.
+    def inputs_of(self, arguments: Mapping[str, Any]) -> CallInputs:
+        """Return the arguments of a call that determine its step and passes.
 
         Args:
-            arguments: of the forward of the denoiser, by name.
+            arguments: the arguments of the forward of the denoiser, by name.
         """
         tensors = (arguments.get("timestep"), arguments.get("encoder_hidden_states"))
         timestep, text = (x if isinstance(x, torch.Tensor) else None for x in tensors)
         return timestep, text, arguments.get(self.family.perturbed_argument) is not None
 
     def note(self, arguments: Mapping[str, Any]) -> None:
-        """Take the step and the passes of a call that begins from its arguments, by name."""
-        self.take(self.told_by(arguments))
+        """Begin a call: derive its step and passes from its arguments, by name."""
+        self.take(self.inputs_of(arguments))
 
-    def take(self, told: Told) -> CallState:
-        """Take the step and the passes of a call that begins from ``told_by`` its arguments."""
-        state, pipe, text = self.call, self.pipe(), told[1]
-        state.note(told)
+    def take(self, inputs: CallInputs) -> CallState:
+        """Begin a call: derive its step and passes from ``inputs_of`` its arguments."""
+        state, pipe, text = self.call, self.pipe(), inputs[1]
+        state.note(inputs)
         run = None if pipe is None else run_of(pipe)
         if text is not None and run is not None and state.context is None:
             state.calls.note(run, pipe.scheduler, text)
@@ -142,9 +143,9 @@ class DenoisingState:
         if not tokens:
             raise RuntimeError(
                 f"an attention layer of {self.role} was called outside the forward of its model, "
-                "so that its token layout is not known; remove_plan before calling parts of a "
-                "model, and let blocks run again in the backward by enable_gradient_checkpointing "
-                "or torch's checkpoint_wrapper"
+                "so its token layout is not known; call remove_plan before calling parts of a "
+                "model; to run blocks again in the backward, use enable_gradient_checkpointing or "
+                "torch's checkpoint_wrapper"
             )
         return self.layout_of(tokens)
 
@@ -157,7 +158,7 @@ class DenoisingState:
         checked against it.
 
         Args:
-            tokens: of a call.
+            tokens: the tokens of a call.
 
         Raises:
             ValueError: a pattern does not fit the grid.
@@ -167,7 +168,8 @@ class DenoisingState:
             return known
         layout = TokenLayout.from_tokens(tokens)
         for path, table in self.tables.items():
-            tuples = {id(heads): heads for heads in table.values()}.values()  # many are the same
+            # many phases and passes share one tuple
+            tuples = {id(heads): heads for heads in table.values()}.values()
             for pattern in dict.fromkeys(p for heads in tuples for p in heads):
                 _check(pattern, layout, path, self.plan.geometry)
         made_for = self.plan.geometry
@@ -177,7 +179,7 @@ class DenoisingState:
         if made_for is not None and not same:
             logger.warning(
                 "%s: the plan was made at %s and runs at %s: fractions in its patterns follow the "
-                "grid, token counts stay",
+                "grid, token counts do not change",
                 self.role,
                 made_for,
                 layout,
@@ -188,8 +190,8 @@ class DenoisingState:
     # ---- steps and passes
 
     def moments(self, batch: int, masked: bool = False) -> tuple[tuple[int, str], ...]:
-        """Return the phase and the pass of each equal part of a batch; phase -1 is a step that
-        stays dense.
+        """Return the phase and the pass of each equal part of a batch; phase -1 is a dense
+        step.
 
         Args:
             batch: samples of the attention call.
@@ -233,7 +235,7 @@ class DenoisingState:
         )
 
     def _check_steps(self, step: int, steps: int) -> None:
-        """Log, at the first step of a run, that the plan keeps all of its steps dense."""
+        """At the first step of a run, log if the plan keeps all of its steps dense."""
         state = self.call
         last, state.last = state.last, (step, steps)
         first = last is None or steps != last[1] or step < last[0]
@@ -243,7 +245,7 @@ class DenoisingState:
                 self.tell(reason)
 
     def _check_unguided(self) -> None:
-        """Log, where the conditional pass is the only one, that the plan keeps it dense."""
+        """If the conditional pass is the only one, log if the plan keeps it dense."""
         pipe = self.pipe()
         if callable(pipe) and not self.sparse_ran:
             doubled = bool(self.family.cfg_batch_order)
@@ -252,23 +254,23 @@ class DenoisingState:
                 self.tell(reason)
 
     def unknown(self, what: str, instead: str, act: str = "apply the plan to") -> str:
-        """Return why a step or pass is not known, and the remedy.
+        """Return the reason why a step or pass is not known, and the remedy.
 
         Args:
             what: ``"step"`` or ``"pass"``.
-            instead: what to use instead.
-            act: what to do with the pipeline that runs.
+            instead: a plan to use instead.
+            act: what the user should do with the pipeline that runs.
         """
-        pipe, why = self.pipe(), f"the {what} of this call of {self.role} is not known: "
+        pipe, problem = self.pipe(), f"the {what} of this call of {self.role} is not known: "
         if pipe is None:
-            return f"{why}no pipeline is known that runs it; {act} the pipeline that runs"
+            return f"{problem}no pipeline is known that runs it; {act} the pipeline that runs"
         name = type(pipe).__name__
         if not self._runs(pipe):
-            return f"{why}{name} is not the pipeline that runs; {act} the pipeline that runs"
-        return f"{why}{name} does not say it here; use {instead}"
+            return f"{problem}{name} is not the pipeline that runs; {act} the pipeline that runs"
+        return f"{problem}{name} does not expose it; use {instead}"
 
     def step(self) -> tuple[int | None, int | None]:
-        """Return the denoising step and the number of steps, where they are known."""
+        """Return the denoising step and the number of steps; None for what is not known."""
         state, unit = self.call, self.family.timestep_unit
         if state.held is not None:
             return state.held.step, state.held.steps
@@ -277,7 +279,7 @@ class DenoisingState:
         return state.step
 
     def passes(self, batch: int, masked: bool = False) -> tuple[str, ...] | None:
-        """Return the pass of each equal part of the batch of an attention call, where it is known.
+        """Return the pass of each equal part of the batch of an attention call, if it is known.
 
         Args:
             batch: samples of the call.
@@ -298,10 +300,10 @@ class DenoisingState:
         return state.runs
 
     def _size(self, batch: int) -> int:
-        """Return the samples of the denoiser's batch, of which a cache may compute a part."""
+        """Return the samples of the denoiser's batch. A cache may compute only a part of it."""
         timestep = self.timestep
-        several = timestep is not None and timestep.ndim and len(timestep) != 1
-        return len(timestep) if timestep is not None and several else batch
+        per_sample = timestep is not None and timestep.ndim and len(timestep) != 1
+        return len(timestep) if timestep is not None and per_sample else batch
 
     def _passes(self, size: int) -> tuple[str, ...] | None:
         """Return the passes in a batch of the denoiser."""

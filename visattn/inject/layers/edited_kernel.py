@@ -1,4 +1,4 @@
-"""The attention that an editor asks for with its own tensors, at one intercepted call."""
+"""The attention that an editor computes with changed tensors, at one intercepted call."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class EditedKernel:
     """The ``Kernel`` of a layer at one call.
 
     Args:
-        path: of the layer.
+        path: path of the layer.
         denoising: the state of the denoiser.
-        memories: of the layer.
+        memories: the memories of the layer.
         call: the arguments of the call.
         plain: what the pipeline computes without visattn, for ``[B, H, L, D]``.
-        parts: what the heads run in each part of the batch; None: all is dense.
-        layout: of the queries.
+        parts: the patterns of the heads in each part of the batch; None: all heads are dense.
+        layout: layout of the queries.
         dim: size of the heads.
         batch: samples of the call.
-        factor: of the logits.
-        padding: the padding that the tensors are without, and that the mask excludes.
+        factor: factor of the logits.
+        padding: the padding that was removed from the tensors and that the mask excludes; None: no
+            padding was removed.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class EditedKernel:
         return attention_by(q, k, v, spec, memory)
 
     def _part(self, part: int, heads: tuple[int, ...] | None) -> HeadGroups | None:
-        """Return what some heads run in a part of the batch; None where all of it is dense."""
+        """Return what some heads run in a part of the batch; None if all of them are dense."""
         if self.parts is None:
             return None
         groups = self.parts[part if len(self.parts) > 1 else 0]
@@ -109,8 +110,8 @@ class EditedKernel:
         return dense_with_lse(q, k, v, self.factor)
 
     def _dense_only(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return attention by the backend of the pipeline; by torch where the edit made the heads
-        larger, which backends that quantise do not accept."""
+        """Return attention by the backend of the pipeline. If the edit made the heads larger, torch
+        computes it, as quantizing backends do not accept them."""
         plain = self.plain
         if q.shape[3] != self.dim:
             plain = torch_attention(self.call._replace(scale=self.factor))

@@ -1,4 +1,4 @@
-"""The first calls of a guarded layer, beside the seconds that were predicted for them."""
+"""Times the first calls of a guarded layer, to compare them with the prediction."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CALLS = 5
 class Watch:
     """Times the first calls of a layer.
 
-    On a CPU it takes the CPU time of the calling thread. On a GPU it takes the time between two
-    events, which a later call reads when they are done, so that nothing waits.
+    On a CPU it measures the CPU time of the calling thread. On a GPU it measures the time between
+    two events. A later call reads them when they are done, so nothing waits for the device.
 
     Args:
-        limit: seconds; a layer whose first calls all take longer contradicts its prediction.
-        sparse: whether something sparse runs.
+        limit: time in seconds; if all first calls take longer, the prediction is wrong.
+        sparse: whether some head is sparse.
         last: whether the device has been measured again already.
     """
 
@@ -30,7 +30,7 @@ class Watch:
         self.limit, self.sparse, self.last = limit, sparse, last
         self.seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._lock = threading.Lock()  # as several threads may run the layer
+        self._lock = threading.Lock()  # several threads may run the layer
 
     @property
     def done(self) -> bool:
@@ -39,7 +39,7 @@ class Watch:
 
     @property
     def contradicts(self) -> bool:
-        """Whether every call that was timed took longer than the limit."""
+        """Whether all timed calls took longer than the limit."""
         return self.done and min(self.seconds) > self.limit
 
     @contextmanager

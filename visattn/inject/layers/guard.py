@@ -1,4 +1,4 @@
-"""No plan makes a layer slower: heads that would take longer than dense attention run dense."""
+"""The guard: heads that would take longer than dense attention run dense."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Verdict(NamedTuple):
     """What the heads of a layer run under the guard.
 
     Attributes:
-        heads: with ``Dense()`` in place of patterns that would be slower.
-        limit: seconds that a call must not exceed, if the prediction is right: those of the layer's
-            dense attention where something sparse runs, and those that were predicted for the plan
-            where all of it runs dense. None where a dynamic pattern leaves it unknown.
+        heads: the patterns of the heads, with ``Dense()`` instead of patterns that would be slower.
+        limit: time in seconds that a call does not exceed if the prediction is right: the time of
+            dense attention if some head is sparse, and the predicted time of the plan if all heads
+            run dense. None if a dynamic pattern makes it unknown.
     """
 
     heads: tuple[HeadPattern, ...]
@@ -42,8 +42,15 @@ class Verdict(NamedTuple):
 
 
 def guards(wanted: bool | None, plan: Plan, device: torch.device) -> bool:
-    """Whether heads are guarded: as wanted, or if that is None unless ``VISATTN_GUARD=0``, or the
-    plan was measured on such a device, which says more than a prediction."""
+    """Return whether heads are guarded.
+
+    Args:
+        wanted: the choice of the user. None: they are guarded, unless the environment has
+            ``VISATTN_GUARD=0`` or the plan was measured on such a device. A measurement is better
+            than a prediction.
+        plan: the plan.
+        device: the device of the denoiser.
+    """
     if wanted is not None:
         return wanted
     if os.environ.get("VISATTN_GUARD", "1") == "0":
@@ -60,12 +67,15 @@ def worthwhile(
     tell: Callable[[str], None],
     dense_attention: DenseAttention,
 ) -> Verdict:
-    """The heads of a layer, with ``Dense()`` in place of static patterns that the calibration of
-    the device predicts to take longer than dense attention; each is told once.
+    """Return the heads of a layer, with ``Dense()`` instead of static patterns that the calibration
+    of the device predicts to take longer than dense attention.
 
     Args:
-        q: ``[B, ..., D]``, of the device and dtype that they run on.
-        dense_attention: what the pipeline runs where a head is dense.
+        heads: the patterns of the heads.
+        q: queries ``[B, ..., D]``, on the device and with the dtype of the layer.
+        layout: the layout of the tokens.
+        tell: logs a text once; called for each slow pattern.
+        dense_attention: the attention that the pipeline runs for a dense head.
     """
     calibration = calibration_of(q.device, q.dtype, q.shape[-1], dense_attention)
     batch = q.shape[0]
@@ -83,15 +93,15 @@ def worthwhile(
     margin = 1 + calibration.spread
     if set(kept) - {DENSE} and cost.seconds < cost.dense:
         return Verdict(kept, margin * cost.dense)
-    # what parting the heads costs is more than they save, or none of them saves anything
+    # splitting the heads costs more than they save, or no head saves time
     planned = layer_cost(_static(heads), layout, calibration, batch=batch)
     return Verdict((DENSE,) * len(heads), margin * planned.seconds)
 
 
 @plain_torch()
 def measure_again(q: torch.Tensor, dense_attention: DenseAttention) -> bool:
-    """Measure the device anew, since a call contradicts what is kept; False where this process has
-    done so before."""
+    """Measure the device again, because calls contradict the stored calibration. Return False if
+    this process has already done so."""
     return measured_again(q.device, q.dtype, q.shape[-1], dense_attention)
 
 
@@ -114,6 +124,6 @@ def _slower(
         f"{pattern} runs dense at {layout}: for {heads} heads it is predicted to take "
         f"{1e3 * cost.seconds:.3g} ms on {calibration.device}, and dense attention "
         f"({calibration.dense_by}) takes {1e3 * cost.dense:.3g} ms; guard=False or VISATTN_GUARD=0 "
-        "runs it all the same"
+        "runs it anyway"
     )
     return True

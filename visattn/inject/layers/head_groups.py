@@ -18,8 +18,8 @@ DENSE = Dense()
 
 
 class HeadGroups:
-    """What the heads of a layer run in a part of the batch: numbers of the dense ones, and of the
-    others with their patterns."""
+    """What the heads of a layer run in a part of the batch: the numbers of the dense heads, and the
+    numbers and patterns of the others."""
 
     def __init__(self, heads: Heads, layout: TokenLayout) -> None:
         self.heads = heads
@@ -33,7 +33,7 @@ class HeadGroups:
 
     @lasting
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense and the other heads as indices on a device, which they are copied to once."""
+        """Return the dense and the other heads as indices on a device, copied to it once."""
         if device not in self._indices:
             dense, sparse = (torch.tensor(x, device=device) for x in (self.dense, self.sparse))
             if torch.compiler.is_compiling():
@@ -45,12 +45,12 @@ class HeadGroups:
 @functools.lru_cache(maxsize=4096)
 @on_cpu
 def is_dense(pattern: HeadPattern, layout: TokenLayout) -> bool:
-    """Whether a pattern keeps every pair of a layout. A few rows tell most patterns apart, so that
-    the pairs are seldom counted."""
+    """Return whether a pattern keeps every pair of a layout. A few rows are enough for most
+    patterns, so the pairs are seldom counted."""
     if pattern == DENSE:
         return True
     if not isinstance(pattern, Pattern):
-        return False  # it is known at a call only
+        return False  # this is known only at a call
     queries = torch.linspace(0, layout.length - 1, 5).long()[:, None]
     if not bool(pattern.allows(queries, torch.arange(layout.length), layout).all()):
         return False

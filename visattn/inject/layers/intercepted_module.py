@@ -1,4 +1,4 @@
-"""An attention module of a denoiser, on which visattn intercepts the attention."""
+"""An attention module of a denoiser whose attention visattn intercepts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["InterceptedModule"]
 
 
 class InterceptedModule:
-    """The part of a layer that is on its module: what it intercepts, counts and logs.
+    """The part of a layer that intercepts its module, counts calls and logs.
 
     Args:
         denoising: the state of the denoiser.
-        path: of the attention module.
+        path: path of the attention module.
         module: the attention module.
 
     Attributes:
@@ -27,7 +27,7 @@ class InterceptedModule:
         sparse_calls: calls with sparse heads so far.
         dense_calls: other calls so far.
         ran: the backends of the sparse calls.
-        reason: why the last call did not run, or did not choose, as the plan has it.
+        reason: why the last call did not run, or did not choose, by the plan.
     """
 
     def __init__(self, denoising: DenoisingState, path: str, module: Any) -> None:
@@ -55,30 +55,30 @@ class InterceptedModule:
         return self.denoising.call.slot
 
     def install(self) -> None:
-        """Intercept the attention of the module. Where it is intercepted already, check that it
-        still is: other calls change processors and their backends too."""
+        """Intercept the attention of the module. Calling this again restores the interception after
+        other code has changed the processor or its backend."""
         setattr(self.module, ATTRIBUTE, self)
         add_class(self.module, Intercepted)
         self.processor = self.module.processor
-        # a processor that dispatches without a backend of its own ends in torch's attention too
+        # a processor without an attribute for its backend calls torch's attention in the end
         self.through_sdpa = not has_attention_backend(self.processor)
         if not self.through_sdpa:
             hook(self.processor)
 
     def let_go(self) -> None:
-        """Leave a processor that the module no longer has as it was."""
+        """Restore a processor that the module no longer uses."""
         if self.processor is not self.module.processor:
             unhook(self.processor)
 
     def remove(self) -> None:
-        """Leave the module as it was."""
+        """Restore the module to its state before ``install``."""
         unhook(self.processor)
-        unhook(self.module.processor)  # another one, which modules may share
+        unhook(self.module.processor)  # it may be another one, which modules share
         self.module.__dict__.pop(ATTRIBUTE, None)
         remove_class(self.module, Intercepted)
 
     def tell(self, reason: str) -> None:
-        """Note why a call is dense that the plan has sparse, and log it once.
+        """Record why a call is dense although the plan has sparse heads, and log it once.
 
         Args:
             reason: why.
@@ -104,14 +104,14 @@ class InterceptedModule:
         """Log once that the scores of a call were not finite.
 
         Args:
-            memory: of the call.
+            memory: the memory of the call.
         """
         if memory.broken is not None and bool(memory.broken):
             reason = "scores of its blocks were not finite, so that all of them are kept"
             self._note(reason, f"{self.path}: {reason}")
 
     def look(self) -> None:
-        """Note, after a call of the module, whether its attention was intercepted."""
+        """Log, after a call of the module, if its attention was not intercepted."""
         if not self.sparse_calls + self.dense_calls:
             kind = type(self.module.processor).__name__
-            self.tell(f"{kind} calls no attention that can be caught")
+            self.tell(f"{kind} calls no attention that visattn can intercept")

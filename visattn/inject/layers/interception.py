@@ -1,11 +1,12 @@
-"""How the attention of a layer is caught: its module announces itself, and then either the
-attention backend of its processor is ours (processors that dispatch), or calls of torch's
-attention are caught while the module runs (processors that call it themselves).
+"""Interception of the attention of a layer.
 
-An attention module announces itself through a class of its own that goes in front of its class:
-``module.__class__`` is what ``torch.compile`` guards, so that a plan that comes or goes is seen by
-code that is compiled already, where hooks are not; and what others put on the module (hooks,
-wrapped forwards, processors) stays as it is.
+The attention module of the layer registers the layer as the running one. Processors that dispatch
+have an attention backend of visattn. For processors that call torch's attention themselves, a mode
+intercepts these calls while the module runs.
+
+A front class of the module does this. ``torch.compile`` guards ``module.__class__``, so compiled
+code notices when a plan is applied or removed; it would not notice hooks. What other libraries put
+on the module (hooks, wrapped forwards, processors) is not changed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
     "ATTRIBUTE",
     "Intercepted",
     "hook",
-    "own_backend",
+    "original_backend",
     "stock_attention",
     "unhook",
 ]
@@ -52,23 +53,23 @@ class _Running(threading.local):
 
 
 class _Traced:
-    """The same for code that ``torch.compile`` traces, which knows no thread locals. One graph that
-    holds module and attention sets and reads it while it is traced; where a graph ends between the
-    two, it is set by one and read by the other, which two threads must not do at once."""
+    """The same for code that ``torch.compile`` traces, which cannot use thread locals. A graph that
+    has both module and attention sets and reads this during tracing. If a graph break lies between
+    them, one graph sets it and the next one reads it; two threads must not do this at once."""
 
-    layer: AttentionLayer | None = None  # whose module was traced
-    shown: AttentionLayer | None = None  # whose module runs, with a forward that is compiled
+    layer: AttentionLayer | None = None  # the layer whose module was traced
+    shown: AttentionLayer | None = None  # the layer whose module runs, if its forward is compiled
 
 
 _running, _traced = _Running(), _Traced()
 
 
 class Intercepted(FrontClass):
-    """Goes in front of the class of an attention module that has a plan."""
+    """Front class of an attention module that has a plan."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer: AttentionLayer | None = self.__dict__.get(ATTRIBUTE)
-        if layer is None:  # taken off, under a class that somebody else put in front of ours
+        if layer is None:  # removed, but another library has added a class in front
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if layer.through_sdpa:
             with _TorchAttentionCalls(layer):
@@ -81,7 +82,7 @@ class Intercepted(FrontClass):
             _running.layer = _traced.shown = layer
             try:
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            finally:  # it may have ended, by an error or a cache, before its attention was called
+            finally:  # an error or a cache may end it before its attention is called
                 _running.layer = _traced.shown = None
         if not torch.compiler.is_compiling():
             layer.look()
@@ -89,9 +90,9 @@ class Intercepted(FrontClass):
 
 
 class _TorchAttentionCalls(TorchFunctionMode):
-    """Takes the calls of ``scaled_dot_product_attention`` inside one call of a module. The first is
-    the layer's own, and so are others of as many queries and keys; a call of another length is what
-    an adapter attends to beside, as an image."""
+    """Intercepts the calls of ``scaled_dot_product_attention`` inside one call of a module. The
+    first call belongs to the layer, and so do calls with the same numbers of queries and keys. A
+    call of another length belongs to an adapter, such as one for image prompts."""
 
     def __init__(self, layer: AttentionLayer) -> None:
         self.layer = layer
@@ -117,7 +118,7 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """torch's attention, ``[B, H, L, D]``, of a layer."""
+    """Compute a call of torch's attention, ``[B, H, L, D]``, inside the module of a layer."""
     layer, lengths = calls.layer, (query.shape[2], key.shape[2])
     if calls.lengths is None:
         calls.lengths = lengths
@@ -132,7 +133,7 @@ def _sdpa(
 
 
 def _dispatched(
-    own: Any,
+    original: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -143,14 +144,14 @@ def _dispatched(
     enable_gqa: bool = False,
     _parallel_config: Any = None,
 ) -> torch.Tensor:
-    """The attention backend, ``[B, L, H, D]``, on a processor that has the backend ``own`` without
-    us. Whose attention it is, the module has said; a call that nobody announced comes from a module
-    that shares a processor with a layer."""
+    """Attention backend, ``[B, L, H, D]``, for processors whose original backend is ``original``.
+    The running module has registered its layer. A call without a layer comes from another module
+    with the same processor; it runs the original backend."""
     call = Call(attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_first=False)
     if torch.compiler.is_compiling():
         layer = _traced.layer or _traced.shown
         if layer is not None:
-            if not layer.cross:  # which may have an image's too: the op tells them apart
+            if not layer.cross:  # it may also attend to an image: the op distinguishes them
                 _traced.layer = _traced.shown = None
             return layer_attention(layer, query, key, value, call, _parallel_config is not None)
     else:
@@ -158,68 +159,80 @@ def _dispatched(
         if layer is not None and not layer.of_image(key, call):
             _running.layer = _traced.layer = _traced.shown = None
             return layer.attend(query, key, value, call, _parallel_config)
-    stock = stock_attention(own, _parallel_config)
+    stock = stock_attention(original, _parallel_config)
     return stock(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def stock_attention(own: Any, parallel: Any) -> Callable[..., torch.Tensor]:
-    """The attention of diffusers by the backend ``own``, or by the active one where that is None.
+def stock_attention(backend: Any, parallel: Any) -> Callable[..., torch.Tensor]:
+    """Return the attention of diffusers by a backend.
+
+    Args:
+        backend: the attention backend; None: the active one.
+        parallel: the context parallelism of the processor; None: none.
 
     Raises:
-        ValueError: it is under context parallelism, which the backend does not support. diffusers
-            says so where either is set; at a call it would attend to the tokens of this process.
+        ValueError: the backend does not support context parallelism. diffusers checks this only
+            when the backend or the parallelism is set. A call would attend to the tokens of this
+            process alone.
     """
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    if parallel is not None and not supports_parallel(own):
-        active = own or active_attention_backend()
-        backends = map(type(active), parallel_attention_backends())
-        known = sorted(one.value for one in backends if not hasattr(one, "_visattn_own"))
+    if parallel is not None and not supports_parallel(backend):
+        active = backend or active_attention_backend()
+        members = map(type(active), parallel_attention_backends())
+        known = sorted(one.value for one in members if not hasattr(one, "_visattn_own"))
         raise ValueError(
             f"Context parallelism is enabled but current attention backend '{active.value}' does "
             f"not support context parallelism. Please set a compatible attention backend: {known} "
             "using `model.set_attention_backend()`."
         )
-    return functools.partial(dispatch_attention_fn, backend=own, parallel_config=parallel)
+    return functools.partial(dispatch_attention_fn, backend=backend, parallel_config=parallel)
 
 
 @functools.cache
-def _member(own: Any, stays: bool) -> Any:
-    """Our member of diffusers' enumeration of attention backends for processors that have the
-    backend ``own`` without us, made and registered once. It has a value and no name there: it is
-    set on processors and is nothing to choose by name."""
-    value = f"visattn over {getattr(own, 'value', own)}{'' if stays else ' of the class'}"
-    call = functools.partial(_dispatched, own)
-    member = add_attention_backend(value, call, supports_parallel(own))
-    member._visattn_own = own, stays
-    # a copy is the member itself; what is pickled is the backend without us
+def _member(original: Any, on_instance: bool) -> Any:
+    """Return the visattn backend in the enumeration of attention backends of diffusers, for
+    processors with one original backend.
+
+    It is registered once, with a value and no name, so users cannot choose it by name.
+
+    Args:
+        original: the backend of the processors without visattn.
+        on_instance: whether it is set on the processor itself, not only on its class.
+    """
+    suffix = "" if on_instance else " of the class"
+    value = f"visattn over {getattr(original, 'value', original)}{suffix}"
+    call = functools.partial(_dispatched, original)
+    member = add_attention_backend(value, call, supports_parallel(original))
+    member._visattn_own = original, on_instance
+    # a copy is the member itself; a pickle has the original backend
     vars(member)["__copy__"] = lambda: member
     vars(member)["__deepcopy__"] = lambda _: member
-    plain = (type(None), ()) if own is None else (type(member), (own.value,))
+    plain = (type(None), ()) if original is None else (type(member), (original.value,))
     vars(member)["__reduce_ex__"] = lambda _: plain
     return member
 
 
-def own_backend(processor: Any) -> Any:
-    """The attention backend that a processor has without us."""
+def original_backend(processor: Any) -> Any:
+    """Return the original attention backend of a processor."""
     backend = attention_backend(processor)
     return backend._visattn_own[0] if hasattr(backend, "_visattn_own") else backend
 
 
 def hook(processor: Any) -> None:
-    """Put our backend on a processor that dispatches, in place of its own."""
+    """Set the visattn backend on a processor that dispatches, instead of the original one."""
     backend = attention_backend(processor)
     if not hasattr(backend, "_visattn_own"):
         set_attention_backend(processor, _member(backend, sets_attention_backend(processor)))
 
 
 def unhook(processor: Any) -> None:
-    """Give a processor its own backend again."""
+    """Restore the original backend of a processor."""
     backend = attention_backend(processor) if sets_attention_backend(processor) else None
     if backend is None or not hasattr(backend, "_visattn_own"):
         return
-    own, stays = backend._visattn_own
-    if stays:
-        set_attention_backend(processor, own)
+    original, on_instance = backend._visattn_own
+    if on_instance:
+        set_attention_backend(processor, original)
     else:
         remove_attention_backend(processor)

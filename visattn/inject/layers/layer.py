@@ -1,4 +1,4 @@
-"""One attention layer with a plan: what it runs at a call, and the call."""
+"""One attention layer with a plan: chooses what its heads run at a call, and computes the call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from visattn.inject.layers.denoising_state import DenoisingState
 from visattn.inject.layers.edited_kernel import EditedKernel
 from visattn.inject.layers.head_groups import DENSE, HeadGroups, Heads
 from visattn.inject.layers.intercepted_module import InterceptedModule
-from visattn.inject.layers.interception import own_backend, stock_attention
+from visattn.inject.layers.interception import original_backend, stock_attention
 from visattn.inject.layers.memories import Memories
 from visattn.inject.layers.mixed_heads import mixed_attention
 from visattn.inject.layers.text_padding import Padding, text_lengths_of
@@ -40,15 +40,15 @@ Moments = tuple[tuple[int, str], ...]
 
 
 class Layer(InterceptedModule):
-    """An attention module that is planned, observed or edited.
+    """An attention module with a plan, an observer or an editor.
 
     Args:
         denoising: the state of its denoiser.
-        path: of the attention module.
-        index: of the layer among the layers of its kind.
+        path: path of the attention module.
+        index: index of the layer among the layers of its kind.
         module: the attention module.
-        table: what its heads run, by phase and pass.
-        observers: that are shown its calls.
+        table: the patterns of its heads, by phase and pass.
+        observers: the observers of its calls.
         cross: whether it is cross-attention.
     """
 
@@ -73,7 +73,7 @@ class Layer(InterceptedModule):
         self.number = register_layer(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of a layer is another layer."""
+        """Restore a copy. It has its own memories."""
         self.__dict__.update(state)
         self.memories = Memories()
         register_layer(self, self.number)
@@ -88,10 +88,10 @@ class Layer(InterceptedModule):
         call: Call,
         parallel: Any = None,
     ) -> torch.Tensor:
-        """Return the attention of a call, in the form of the arguments.
+        """Return the attention of a call, in the layout of the query.
 
         Args:
-            query: ``[B, H, L, D]``, or ``[B, L, H, D]``, as ``call.heads_first`` says.
+            query: ``[B, H, L, D]`` if ``call.heads_first``, else ``[B, L, H, D]``.
             key: likewise.
             value: likewise.
             call: the other arguments.
@@ -138,7 +138,7 @@ class Layer(InterceptedModule):
             out = outs[0] if len(outs) == 1 else torch.cat(outs)
         for memory in memories:
             if memory.broken is not None and memory.broken.device.type == "cpu":
-                self.warn(memory)  # on another device reading waits: the summary does
+                self.warn(memory)  # reading another device waits: the summary does it
         self._count(parts, query)
         return out if call.heads_first else out.transpose(1, 2)
 
@@ -147,17 +147,17 @@ class Layer(InterceptedModule):
         to that to text.
 
         Args:
-            key: of the call.
+            key: the key of the call.
             call: its other arguments.
         """
         length = key.shape[2 if call.heads_first else 1]
         return self.cross and self.denoising.call.text_length not in (None, length)
 
     def lengths(self, query: torch.Tensor, call: Call) -> torch.Tensor | None:
-        """Return the valid tokens of each text of a call, int64 ``[B, texts]``; None: all are.
+        """Return the valid tokens of each text of a call, int64 ``[B, texts]``; None: all.
 
         Args:
-            query: of the call.
+            query: the query of the call.
             call: its other arguments.
         """
         return self._text_lengths(query, call, self.denoising.layout)
@@ -180,10 +180,10 @@ class Layer(InterceptedModule):
         lengths: torch.Tensor | None,
         parts: tuple[HeadGroups, ...] | None,
     ) -> torch.Tensor | None:
-        """Return what the editor computes for a call, ``[B, H, L, D]``, or None. The editor sees no
-        padding."""
+        """Return what the editor computes for a call, ``[B, H, L, D]``, or None. The editor gets
+        tensors without padding."""
         assert self.editor is not None
-        # removing the padding reads the lengths: it is done only where the editor edits
+        # removing the padding reads the lengths from the device: only for calls that are edited
         if lengths is not None and not self.editor.wants(
             self._observation(query, key, value, call, layout, lengths)
         ):
@@ -213,20 +213,22 @@ class Layer(InterceptedModule):
         parts: tuple[HeadGroups, ...] | None,
         padding: Padding | None,
     ) -> torch.Tensor | None:
-        """Return what the editor computes for tensors ``[B, H, L, D]`` without a padding.
+        """Return what the editor computes for tensors ``[B, H, L, D]`` without padding.
 
-        ``plain`` is the attention of the pipeline, for tensors with the padding.
+        ``plain`` is the attention of the pipeline, for tensors with padding.
         """
         assert self.editor is not None
-        seen = self._seen(query, key, value, call, layout, plain, parts, padding)
+        attention_call = self._attention_call(
+            query, key, value, call, layout, plain, parts, padding
+        )
         with plain_torch():
-            edited = self.editor(seen)
+            edited = self.editor(attention_call)
         if edited is not None:
             self._count(parts, edited)
         return edited
 
     def _count(self, parts: tuple[HeadGroups, ...] | None, tensor: torch.Tensor) -> None:
-        """Note a call for the summary."""
+        """Count a call for the summary."""
         if parts is None:
             self.dense_calls += 1
             return
@@ -235,10 +237,10 @@ class Layer(InterceptedModule):
         backend = choose_backend(self.denoising.backend, tensor).backend
         if any(part.kernels for part in parts):
             self.ran.add(backend)
-        if any(part.products for part in parts):  # which are plain products on every backend
+        if any(part.products for part in parts):  # matrix products, the same on every backend
             self.ran.add("blockwise" if backend == "triton" else backend)
 
-    def _seen(
+    def _attention_call(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -249,12 +251,12 @@ class Layer(InterceptedModule):
         parts: tuple[HeadGroups, ...] | None,
         padding: Padding | None,
     ) -> AttentionCall:
-        """Return the call as an editor sees it."""
-        seen = self._observation(query, key, value, call, layout, None)
-        keys = seen.k.shape[2]
+        """Return the call as it is passed to an editor."""
+        observation = self._observation(query, key, value, call, layout, None)
+        num_keys = observation.k.shape[2]
         kind: Kind = "cross" if self.cross else "joint" if layout.texts else "self"
-        kv_layout = TokenLayout.from_tokens((("text", keys),)) if self.cross else layout
-        batch, _, _, dim = seen.q.shape
+        kv_layout = TokenLayout.from_tokens((("text", num_keys),)) if self.cross else layout
+        batch, _, _, dim = observation.q.shape
         factor = dim**-0.5 if call.scale is None else call.scale
         kernel = EditedKernel(
             self.path,
@@ -270,7 +272,7 @@ class Layer(InterceptedModule):
             padding,
         )
         return AttentionCall(
-            **vars(seen),
+            **vars(observation),
             kind=kind,
             kv_layout=kv_layout,
             factor=factor,
@@ -308,11 +310,11 @@ class Layer(InterceptedModule):
         )
 
     def _plain(self, call: Call, parallel: Any) -> Plain:
-        """Return the attention of the pipeline without visattn, which takes tensors as
-        ``call.heads_first`` says."""
+        """Return the attention of the pipeline without visattn. ``call.heads_first`` gives the
+        layout of its tensors."""
         if self.through_sdpa:
             return torch_attention(call)
-        stock = stock_attention(own_backend(self.module.processor), parallel)
+        stock = stock_attention(original_backend(self.module.processor), parallel)
         return functools.partial(stock, **keyword_arguments(call))
 
     def _decided(
@@ -344,9 +346,9 @@ class Layer(InterceptedModule):
         elif parallel is not None:
             reason = "context parallelism splits its sequence"
         elif length != layout.length or keys != layout.length:
-            reason = f"it has {length} queries and {keys} keys where {layout} is expected"
+            reason = f"it has {length} queries and {keys} keys, but {layout} is expected"
         elif heads != self.heads:
-            reason = f"it has {heads} heads where the plan has {self.heads}"
+            reason = f"it has {heads} heads, but the plan has {self.heads}"
         if reason is not None:
             self.tell(reason)
             return Decision(None)
@@ -355,8 +357,8 @@ class Layer(InterceptedModule):
         return self._guard.decide(self, parts, query, layout)
 
     def _planned(self, moments: Moments, layout: TokenLayout) -> tuple[HeadGroups, ...] | None:
-        """Return what the plan has for each part of a batch, once where all parts are the same;
-        None where it has dense heads only."""
+        """Return what the plan has for each part of a batch, one entry if all parts are the same;
+        None if all heads are dense."""
         parts = self._split.get((moments, layout))
         if parts is None:
             all_dense = (DENSE,) * self.heads
@@ -370,19 +372,19 @@ class Layer(InterceptedModule):
         return parts if any(part.sparse for part in parts) else None
 
 
-never_compile_alone(Layer.attend)  # it runs between graphs, where one ended before the attention
+never_compile_alone(Layer.attend)  # it runs after a graph break before the attention
 
 
 def _keys(moment: tuple[int, str]) -> tuple[tuple[int, str], ...]:
     """Return the keys of the table that apply to a moment, in order of priority. A perturbed pass
-    runs the patterns of the conditional one, unless the plan has its own for it."""
+    runs the patterns of the conditional one, unless the plan has patterns for it."""
     phase, pass_ = moment
     conditional = ((phase, "cond"),) if pass_ == "perturbed" else ()
     return (moment, *conditional, (phase, ANY))
 
 
 def _can_measure(query: torch.Tensor) -> bool:
-    """Return whether a call computes; a call that is traced or captured does not."""
+    """Return whether a call can be timed; one that is traced or captured cannot."""
     if torch.compiler.is_compiling() or query.device.type not in ("cpu", "cuda"):
         return False
     return query.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""What the dynamic patterns of a layer, and its audited calls, have measured."""
+"""Measurements of the dynamic patterns and of the audited calls of a layer."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ __all__ = ["executed", "missed"]
 
 
 def executed(layer: Layer, pattern: HeadPattern) -> float | None:
-    """Share of the keys that a dynamic pattern has had computed, the mean of its last choices; None
-    before the first."""
-    found = [
+    """Return the density of a dynamic pattern, the mean of its last choices; None before the first
+    call."""
+    densities = [
         memory.density[pattern]
         for memory in layer.memories.values()
         if isinstance(pattern, Selector) and pattern in memory.density
     ]
-    return float(torch.stack(found).mean()) if found else None
+    return float(torch.stack(densities).mean()) if densities else None
 
 
 def missed(layer: Layer, patterns: Heads) -> tuple[float, float] | None:
-    """Mean dropped mass and error of the heads with some patterns in the last audited calls of the
-    size that ran last; None before the first. The mass is NaN where it is not known."""
-    found = [
-        (own.dropped[:, n].mean(), own.error[:, n].mean())
+    """Return the mean dropped mass and the mean error of the heads with some patterns, in the last
+    audited calls of the last size; None before the first. An unknown mass is NaN."""
+    pairs = [
+        (result.dropped[:, n].mean(), result.error[:, n].mean())
         for key, memory in layer.memories.items()
         if memory.audited is not None and key[:2] == layer.memories.latest
-        for heads, own in [memory.audited]
+        for heads, result in [memory.audited]
         for n, pattern in enumerate(heads)
         if pattern in patterns
     ]
-    if not found:
+    if not pairs:
         return None
-    dropped, error = (float(torch.stack(own).mean()) for own in zip(*found, strict=True))
+    dropped, error = (float(torch.stack(values).mean()) for values in zip(*pairs, strict=True))
     return dropped, error

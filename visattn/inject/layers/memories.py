@@ -1,4 +1,4 @@
-"""What the dynamic patterns of a layer remember from call to call."""
+"""The state that the dynamic patterns of a layer keep between calls."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from visattn.selectors import Memory
 
 __all__ = ["Memories"]
 
-MOST = 64  # of a layer; texts of many lengths would have as many
+MOST = 64  # limit for a layer, as texts of many lengths need one each
 
 
 class Memories(dict[tuple[object, ...], Memory]):
-    """The memories of a layer. They are separate for each size, for each pass as far as it is
-    known, for the heads that share one, and for each thread or task. A copy is empty.
+    """The memories of a layer. They are separate for each size, for each known pass, for
+    the heads that share one, and for each thread or task. A copy is empty.
 
     Attributes:
-        latest: the first items of the keys of the last call.
+        latest: batch size and layout of the last call, the first items of its keys.
     """
 
     latest: tuple[object, ...] = ()
@@ -39,10 +39,10 @@ class Memories(dict[tuple[object, ...], Memory]):
         Args:
             parts: what the heads run in each part.
             denoising: the state of the denoiser.
-            layout: of the call.
+            layout: layout of the call.
             batch: samples of the parts.
-            first: number of the first part.
-            whole: samples of the batch, if the parts are not all of it.
+            first: index of the first part.
+            whole: samples of the whole batch, if the parts are only some of it.
         """
         if not any(part.dynamic for part in parts) and not denoising.audit:
             return [Memory() for _ in parts]

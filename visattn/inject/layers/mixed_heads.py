@@ -1,4 +1,4 @@
-"""Attention of one part of a batch: the dense heads by the pipeline, the others by visattn."""
+"""Attention of one part of a batch: the pipeline computes the dense heads, visattn the others."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def mixed_attention(
         q: queries ``[B, H, L, D]``.
         k: keys ``[B, Hk, L, D]``.
         v: values ``[B, Hk, L, D]``.
-        part: what the heads run.
+        part: the patterns of the heads.
         layout: the tokens.
         lengths: valid tokens of each text, int64 ``[B, texts]``; None: all.
         scale: factor of the logits; None: ``D ** -0.5``.
         plain: the attention of the pipeline, which dense heads run.
-        memory: of the dynamic patterns.
+        memory: the memory of the dynamic patterns.
         backend: the backend of sparse attention.
-        audited_rows: query rows of a head whose exact attention is computed too; 0: none.
+        audited_rows: query rows of a head for which exact attention is also computed; 0: none.
     """
     if not part.sparse:
         return plain(q, k, v)

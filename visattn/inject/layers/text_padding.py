@@ -1,4 +1,4 @@
-"""Padding of the text in a call of attention: by its mask as lengths, and cut away."""
+"""Padding of the text in an attention call: reads its lengths from the mask, and removes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["Padding", "text_lengths_of"]
 
 
 def text_lengths_of(call: Call, layout: TokenLayout, batch: int) -> torch.Tensor | None:
-    """Valid tokens of each text by the mask of a call, int64 ``[B, texts]``; None where the call
-    has no mask, or one that is not of keys. Nothing waits for a device."""
+    """Return the valid tokens of each text by the mask of a call, int64 ``[B, texts]``; None if
+    there is no mask, or not one of keys. This does not wait for the device."""
     mask = call.mask
     if mask is None or mask.dtype != torch.bool or not layout.texts:
         return None
@@ -26,46 +26,48 @@ class Padding:
     """The tokens of a call without the padding of its text.
 
     Args:
-        layout: of the call; lengths: ``text_lengths_of`` it, which are read.
-        path: of its layer.
+        layout: layout of the call.
+        lengths: ``text_lengths_of`` the call; reading them waits for the device.
+        path: path of its layer.
 
     Raises:
         ValueError: the samples have texts of different lengths.
 
     Attributes:
-        tokens: those that are left; kept: where they are, int64 ``[L']``, of ``length``.
+        tokens: the tokens without padding.
+        length: number of tokens with padding.
+        kept: indices of ``tokens`` among those with padding, int64 ``[L']``.
     """
 
     def __init__(self, layout: TokenLayout, lengths: torch.Tensor, path: str) -> None:
-        each = lengths.unique(dim=0).tolist()
-        if len(each) > 1:
-            found = " and ".join(str(sum(own)) for own in each)
+        different = lengths.unique(dim=0).tolist()
+        if len(different) > 1:
+            counts = " and ".join(str(sum(sample)) for sample in different)
             raise ValueError(
-                f"an edit of {path} is of a batch whose texts have {found} valid tokens, and it "
-                "can be made of texts of one length; give prompts of as many tokens, or one at a "
-                "time"
+                f"cannot edit {path}: the prompts of this batch have {counts} valid tokens, and "
+                "edits need equal lengths; use prompts of equal token length, or batch size 1"
             )
-        left = iter(each[0])
-        every = (
-            ("text", next(left)) if kind == "text" else (kind, *sizes)
+        text_lengths = iter(different[0])
+        segments = (
+            ("text", next(text_lengths)) if kind == "text" else (kind, *sizes)
             for kind, *sizes in layout.tokens
         )
-        self.tokens: Tokens = tuple(own for own in every if own != ("text", 0))
+        self.tokens: Tokens = tuple(segment for segment in segments if segment != ("text", 0))
         self.length = layout.length
         self.kept = valid_keys(lengths[:1], layout)[0].nonzero()[:, 0]
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, H, L, D]`` without the padding."""
+        """Return ``[B, H, L, D]`` without the padding."""
         return x.index_select(2, self.kept)
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, H, L', D]`` with the padding, which is 0."""
-        whole = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
-        return whole.index_copy(2, self.kept, x)
+        """Return ``[B, H, L', D]`` with the padding, which is 0."""
+        padded = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
+        return padded.index_copy(2, self.kept, x)
 
     def around(self, plain: Plain) -> Plain:
-        """Attention of tensors without the padding by ``plain``, which masks it: what no edit
-        changes stays the same to the bit."""
+        """Return attention of tensors without the padding. It adds the padding and runs ``plain``,
+        which masks it, so that parts without an edit stay bit-identical."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.cut(plain(*map(self.back, (q, k, v))))

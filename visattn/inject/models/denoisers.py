@@ -1,4 +1,4 @@
-"""The denoisers of a pipeline: which there are, of what family, and where their attention is."""
+"""The denoisers of a pipeline, their model families and their attention modules."""
 
 from __future__ import annotations
 
@@ -25,10 +25,19 @@ __all__ = [
 
 
 def denoisers(pipe: Any) -> dict[str, Denoiser]:
-    """Return what the denoisers of a pipeline are, by role, as ``Plan(denoisers=...)`` records it.
+    """Return a description of the denoisers of a pipeline, as ``Plan(denoisers=...)`` records it.
 
     Args:
         pipe: a diffusers pipeline, or a denoiser of one.
+
+    Returns:
+        Class, number of attention layers and number of heads by role, without the denoisers whose
+        model family visattn does not know.
+
+    Example:
+        >>> from visattn.inject import denoisers
+        >>> print(denoisers(pipe)["transformer"])
+        WanTransformer3DModel with 3 layers of 4 heads
     """
     return {
         role: describe(model, family)
@@ -38,13 +47,13 @@ def denoisers(pipe: Any) -> dict[str, Denoiser]:
 
 
 def known_denoisers(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
-    """Return the denoisers of known families, by role, with their families; at least one.
+    """Return the denoisers of known model families with their families, by role; at least one.
 
     Args:
         pipe: a diffusers pipeline, or a denoiser of one.
 
     Raises:
-        ValueError: visattn knows the family of none of them.
+        ValueError: visattn knows the family of no denoiser.
     """
     models = models_of(pipe)
     known = {
@@ -52,9 +61,9 @@ def known_denoisers(pipe: Any) -> dict[str, tuple[torch.nn.Module, Family]]:
     }
     if not known:
         kinds = ", ".join(type(model).__name__ for model in models.values())
-        none = f"no denoiser under {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+        no_denoiser = f"no denoiser under {', '.join(ROLES[:-1])} or {ROLES[-1]}"
         raise ValueError(
-            f"pipe={type(pipe).__name__} has {kinds or none}; plans can be "
+            f"pipe={type(pipe).__name__} has {kinds or no_denoiser}; plans can be "
             f"applied to {', '.join(sorted(FAMILIES))}; in another model, call "
             "visattn.sparse_attention where it computes its attention"
         )
@@ -84,7 +93,7 @@ def is_denoiser(pipe: Any) -> bool:
 
 
 def family_of(model: torch.nn.Module) -> Family | None:
-    """Return the family of a denoiser, by its class or a base of it; None for an unknown one."""
+    """Return the family of a denoiser, by its class or a base class; None if it is not known."""
     kinds = (kind.__name__ for kind in type(model).__mro__)
     return next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), None)
 
@@ -97,7 +106,7 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
         family: its family.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the denoiser has no such module.
     """
     layers = {
         bare(path): module
@@ -107,7 +116,7 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no attention layer with a path like {family.layers!r}, "
-            f"as models of {family.name} have, so that no plan or edit can be applied to it; "
+            f"which models of {family.name} have, so no plan or edit can be applied to it; "
             "pass the denoiser of a published pipeline"
         )
     return layers
@@ -125,7 +134,7 @@ def cross_layers(model: torch.nn.Module, family: Family) -> dict[str, Any]:
 
 
 def describe(model: torch.nn.Module, family: Family) -> Denoiser:
-    """Return what a denoiser is, as plans record it."""
+    """Return the description of a denoiser that plans record."""
     layers = attention_layers(model, family)
     kind = next(k.__name__ for k in type(model).__mro__ if k.__name__ in family.models)
     return Denoiser(kind, len(layers), next(iter(layers.values())).heads)

@@ -1,5 +1,5 @@
-"""A hash of all of a pipeline that its results depend on, by which kept results of another one are
-told apart."""
+"""A hash of everything in a pipeline that affects its results. It distinguishes the stored results
+of different pipelines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from visattn.inject.hooks.class_swap import kind_of
-from visattn.inject.layers.interception import own_backend
+from visattn.inject.layers.interception import original_backend
 from visattn.inject.models.denoisers import models_of
 from visattn.inject.models.json_values import plain
 from visattn.inject.models.weights import sample, tensors_of
@@ -30,8 +30,8 @@ __all__ = ["fingerprint"]
 
 logger = logging.getLogger("visattn")
 
-# Attributes of modules, besides their tensors, that a result depends on: of adapters (peft), of
-# decoding in tiles, of image prompts and of FreeU.
+# Attributes of modules, other than tensors, that affect results: of adapters (PEFT), tiled
+# decoding, image prompts and FreeU.
 ADAPTERS = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 PLAIN = ("scale", "b1", "b2", "s1", "s2")
 PREFIXES = ("use_", "tile_")
@@ -40,17 +40,18 @@ OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_grou
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash of a pipeline, 24 hexadecimal digits: its class and settings, the class, settings and
-    some elements of every tensor of each of its models, adapters with their scales, caches, what
-    computes attention, offloading and compilation, the scheduler and the tokenizers.
+    """Return a hash of a pipeline, 24 hexadecimal digits.
 
-    It does not depend on the device, on what has run before, or on a plan.
+    It covers the class and settings of the pipeline; the class, settings and some elements of every
+    tensor of each model; adapters with their scales, caches, attention backends, offloading and
+    compilation; the scheduler and the tokenizers. It does not depend on the device, on earlier
+    calls, or on a plan.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     unread: list[str] = []
 
     def add(*values: object) -> None:
-        found.update(json.dumps([plain(value) for value in values], sort_keys=True).encode())
+        digest.update(json.dumps([plain(value) for value in values], sort_keys=True).encode())
 
     add(kind_of(pipe).__name__, _settings(getattr(pipe, "config", None)), _attention())
     parts = models_of(pipe) if isinstance(pipe, torch.nn.Module) else _components(pipe)
@@ -63,7 +64,7 @@ def fingerprint(pipe: Any) -> str:
                 values = sample(tensor)
                 if values is None:
                     unread.append(f"{name}.{key}")
-                found.update(key.encode() + (values or str(tuple(tensor.shape)).encode()))
+                digest.update(key.encode() + (values or str(tuple(tensor.shape)).encode()))
             for path, module in model.named_modules():
                 if state := _state(module):
                     add(path, state)
@@ -71,71 +72,71 @@ def fingerprint(pipe: Any) -> str:
             add(getattr(part, "shift", None), _vocabulary(part))
     if unread:
         logger.warning(
-            "visattn: %d tensors of the pipeline cannot be read, %s first: results that are kept "
-            "cannot be told from those of other weights there; keep them in another place when "
-            "weights change",
+            "visattn: %d tensors of the pipeline cannot be read, the first is %s: stored results "
+            "cannot be distinguished from those of other weights in these tensors; use another "
+            "folder for results when weights change",
             len(unread),
             unread[0],
         )
-    return found.hexdigest()[:24]
+    return digest.hexdigest()[:24]
 
 
 def _components(pipe: Any) -> dict[str, Any]:
-    """The parts of a pipeline by name."""
+    """Return the components of a pipeline by name."""
     names = [name for name in getattr(pipe, "config", ()) if not name.startswith("_")]
-    found = {name: vars(pipe).get(name) for name in names} | models_of(pipe)
-    return {name: part for name, part in found.items() if part is not None}
+    parts = {name: vars(pipe).get(name) for name in names} | models_of(pipe)
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _settings(config: Any) -> Any:
-    """A configuration, without where it came from."""
-    own = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(own, Mapping):
+    """Return a configuration without paths, dtypes and versions."""
+    settings = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(settings, Mapping):
         return None
     left_out = ("transformers_version", "dtype", "torch_dtype")
-    return {k: v for k, v in own.items() if not str(k).startswith("_") and k not in left_out}
+    return {k: v for k, v in settings.items() if not str(k).startswith("_") and k not in left_out}
 
 
 def _state(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module has that a result depends on, besides its tensors."""
-    found: dict[str, Any] = {}
+    """Return what affects results in a module, other than its tensors."""
+    state: dict[str, Any] = {}
     if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
-        found |= {name: getattr(module, name, None) for name in ADAPTERS}
-    found |= _numbers(module)
+        state |= {name: getattr(module, name, None) for name in ADAPTERS}
+    state |= _numbers(module)
     processor = getattr(module, "processor", None)
     if processor is not None:
-        found["processor"] = type(processor).__name__
-        found |= {f"processor.{name}": value for name, value in _numbers(processor).items()}
+        state["processor"] = type(processor).__name__
+        state |= {f"processor.{name}": value for name, value in _numbers(processor).items()}
         if has_attention_backend(processor):
-            found["attention"] = own_backend(processor)
+            state["attention"] = original_backend(processor)
     if cache_settings(module) is not None:
-        found["cache"] = cache_settings(module)
+        state["cache"] = cache_settings(module)
     hooks = diffusers_hooks(module)
     names = [name for name in hooks if name not in OFFLOADING]
     if names:
-        found["hooks"] = names
+        state["hooks"] = names
     if "group_offloading" in hooks:
-        found["offloaded"] = "by groups"
+        state["offloaded"] = "by groups"
     offload = accelerate_hook(module, missing := object())
     if offload is not missing:
-        found["offloaded"] = type(offload).__name__
+        state["offloaded"] = type(offload).__name__
     if compiled_call(module) is not None:
-        found["compiled"] = True
-    return found
+        state["compiled"] = True
+    return state
 
 
-def _numbers(own: Any) -> dict[str, Any]:
-    """Numbers of an object that have one of the known names."""
+def _numbers(instance: Any) -> dict[str, Any]:
+    """Return the numbers of an object under the known names."""
     return {
         name: value
-        for name, value in vars(own).items()
+        for name, value in vars(instance).items()
         if (name in PLAIN or name.startswith(PREFIXES))
         and isinstance(value, (bool, int, float, list, tuple))
     }
 
 
 def _attention() -> Any:
-    """The attention backend of this process for processors that have none of their own."""
+    """Return the attention backend of this process, for processors without one."""
     try:
         return active_attention_backend()
     except ImportError:
@@ -143,7 +144,7 @@ def _attention() -> Any:
 
 
 def _vocabulary(part: Any) -> Any:
-    """What a tokenizer makes of a text."""
+    """Return the vocabulary and the settings of a tokenizer; None for another component."""
     if not hasattr(part, "get_vocab"):
         return None
     names = ("model_max_length", "padding_side", "truncation_side")

@@ -1,4 +1,4 @@
-"""Values of settings as JSON has them, the same in every process."""
+"""Conversion of settings to JSON values that are the same in every process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["plain"]
 
 
 def plain(value: Any) -> Any:
-    """Numbers and texts as they are, containers and dataclasses by what they hold, and anything
-    else by the name of its function or class alone."""
+    """Return a value for JSON. Numbers and texts do not change, containers and dataclasses are
+    converted by their items, and anything else becomes the name of its function or class."""
     if isinstance(value, Enum):
         return str(value.value)
     if value is None or isinstance(value, (bool, int, str)):
@@ -23,13 +23,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, (float, torch.dtype, torch.device)):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(own) for key, own in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(own) for own in value]
+        return [plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(plain(own), sort_keys=True) for own in value)
+        return sorted(json.dumps(plain(item), sort_keys=True) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        held = {field.name: getattr(value, field.name) for field in fields(value)}
-        return [type(value).__name__, plain(held)]
+        values = {field.name: getattr(value, field.name) for field in fields(value)}
+        return [type(value).__name__, plain(values)]
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -1,4 +1,4 @@
-"""Models that are split over several processes, by ``enable_parallelism`` of diffusers or else."""
+"""Checks for models that are split over processes, by ``enable_parallelism`` or other means."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["check_dispatch", "check_whole"]
 
 
 def check_dispatch(model: Any, role: str) -> None:
-    """Refuse a model whose attention goes by other backends than those of diffusers.
+    """Raise an error if the attention of a model does not use the backends of diffusers.
 
     Raises:
-        ValueError: it has the context parallelism of cache-dit.
+        ValueError: the model has the context parallelism of cache-dit.
     """
     if cache_dit_parallel(model) is not None:
         raise ValueError(
@@ -23,10 +23,10 @@ def check_dispatch(model: Any, role: str) -> None:
 
 
 def check_whole(model: Any, role: str) -> None:
-    """Refuse a model of which this process computes a part alone.
+    """Raise an error if this process computes only a part of a model.
 
     Raises:
-        ValueError: its tokens or its heads are split over processes.
+        ValueError: the tokens or the heads of the model are split over processes.
     """
     config = parallel_settings(model)
     if config is None:
@@ -35,6 +35,6 @@ def check_whole(model: Any, role: str) -> None:
     name, part = ("context", "tokens") if by_tokens else ("tensor", "heads")
     raise ValueError(
         f"{role} runs under {name} parallelism (enable_parallelism), where each process has a part "
-        f"of the {part}: its attention cannot be edited, guided or observed; do that with a "
-        "pipeline that is loaded without it"
+        f"of the {part}: its attention cannot be edited, guided or observed; load the "
+        "pipeline without it"
     )

@@ -1,4 +1,4 @@
-"""Values of a model's tensors, wherever they lie: on a device, quantized, sharded, or offloaded."""
+"""Values of the tensors of a model: on a device, quantized, sharded or offloaded."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from visattn.runtime.private_names import accelerate_hook, diffusers_hooks, is_o
 
 __all__ = ["sample", "tensors_of"]
 
-SAMPLED = 64  # elements of a tensor that are looked at
+SAMPLED = 64  # number of elements of a tensor that are read
 UNREADABLE = (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError)
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name. Of one that offloading keeps elsewhere its kept value."""
+    """Yield parameters and buffers by name. For an offloaded tensor, yield the stored value."""
     maps: dict[str, Mapping[str, torch.Tensor]] = {}
     files: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
-        hook: Any = accelerate_hook(module)  # of accelerate
-        for own in getattr(hook, "hooks", (hook,)):
-            if getattr(own, "weights_map", None) is not None:
-                maps[path] = own.weights_map
+        hook: Any = accelerate_hook(module)
+        for part in getattr(hook, "hooks", (hook,)):
+            if getattr(part, "weights_map", None) is not None:
+                maps[path] = part.weights_map
         offload = diffusers_hooks(module).get("group_offloading")
         files |= _files_of(getattr(offload, "group", None))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in files:
             yield name, _read(*files[id(tensor)])
         else:
-            yield name, _kept(name, maps) if tensor.is_meta and maps else tensor
+            yield name, _stored_value(name, maps) if tensor.is_meta and maps else tensor
 
 
 def _files_of(group: Any) -> dict[int, tuple[str, str]]:
-    """File and key of the tensors of a group that diffusers keeps on disk; in memory they then have
-    no values."""
+    """Return file and key of the tensors of a group that diffusers keeps on disk. In memory they
+    have no values."""
     if not is_offloaded_to_disk(group):
         return {}
     path = str(group.safetensors_file_path)
@@ -49,44 +49,44 @@ def _read(path: str, key: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        found: torch.Tensor = file.get_tensor(key)
-    return found
+        tensor: torch.Tensor = file.get_tensor(key)
+    return tensor
 
 
-def _kept(name: str, maps: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """The value of a tensor in the map of the module that it belongs to, or of one around it."""
+def _stored_value(name: str, maps: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """Return the value of a tensor in the map of its module or of a parent module."""
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
-        own = maps.get(".".join(parts[:end]))
+        weights = maps.get(".".join(parts[:end]))
         try:
-            if own is not None:
-                return own[".".join(parts[end:])]
+            if weights is not None:
+                return weights[".".join(parts[end:])]
         except KeyError:
             continue
     return torch.empty(0, device="meta")
 
 
 def sample(tensor: torch.Tensor) -> bytes | None:
-    """Kind, shape, dtype and some elements of a tensor; None where its values cannot be read.
+    """Return kind, shape, dtype and some elements of a tensor; None if its values cannot be read.
 
-    Of a quantized or sharded tensor the tensors that it is made of are read: what they are is
-    known to torch, and elements of the whole need not be.
+    For a quantized or sharded tensor, its component tensors are read instead, because torch cannot
+    always read elements of the whole.
     """
     kind = "Tensor" if type(tensor) is torch.nn.Parameter else type(tensor).__name__
-    said = f"{kind} {tuple(tensor.shape)} {tensor.dtype}".encode()
+    header = f"{kind} {tuple(tensor.shape)} {tensor.dtype}".encode()
     if hasattr(tensor, "__tensor_flatten__"):
         names, settings = tensor.__tensor_flatten__()
         parts = [getattr(tensor, name) for name in names]
         inner = [sample(part) for part in parts if isinstance(part, torch.Tensor)]
-        said += json.dumps(plain(settings), sort_keys=True).encode()
-        return None if None in inner else b" ".join([said, *filter(None, inner)])
+        header += json.dumps(plain(settings), sort_keys=True).encode()
+        return None if None in inner else b" ".join([header, *filter(None, inner)])
     if tensor.is_meta:
         return None
-    own: Any = tensor
+    untyped: Any = tensor
     with suppress(*UNREADABLE):
-        return said + _elements(tensor)
+        return header + _elements(tensor)
     with suppress(*UNREADABLE):
-        return said + _elements(own.dequantize())
+        return header + _elements(untyped.dequantize())
     return None
 
 
@@ -94,7 +94,7 @@ def sample(tensor: torch.Tensor) -> bytes | None:
 def _elements(tensor: torch.Tensor) -> bytes:
     flat = tensor.flatten()
     count = min(SAMPLED, len(flat))
-    places = torch.arange(count, device="cpu") * (len(flat) - 1) // max(1, count - 1)
-    some = flat[places.to(flat.device)].cpu()
-    values = torch.view_as_real(some) if some.is_complex() else some
+    indices = torch.arange(count, device="cpu") * (len(flat) - 1) // max(1, count - 1)
+    sampled = flat[indices.to(flat.device)].cpu()
+    values = torch.view_as_real(sampled) if sampled.is_complex() else sampled
     return values.double().numpy().tobytes()

@@ -1,5 +1,5 @@
-"""Modules that hold a denoiser, or a part of it, and run it: of torch.compile, of training over
-several processes, and of PEFT."""
+"""Modules that wrap a denoiser or a part of it: of torch.compile, of distributed training, and of
+PEFT."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PEFT = frozenset({"PeftModel", "PeftMixedModel"})
 
 
 def unwrapped(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """A module and what it wraps, the innermost last."""
-    found = [model]
-    while (inner := _inner(found[-1])) is not None:
-        found.append(inner)
-    return found
+    """Return a module and the modules that it wraps, the innermost last."""
+    modules = [model]
+    while (inner := _inner(modules[-1])) is not None:
+        modules.append(inner)
+    return modules
 
 
 def bare(path: str) -> str:
-    """The path of a module as it is where nothing is wrapped."""
+    """Return the path of a module without the names of wrappers."""
     return ".".join(step for step in path.split(".") if step not in WRAPPER_STEPS)
 
 
@@ -34,5 +34,5 @@ def _inner(model: Any) -> torch.nn.Module | None:
     if kinds & TRAINING:
         inner = model.module
     elif kinds & PEFT:
-        inner = getattr(model.base_model, "model", None)  # a prompt alone has none
+        inner = getattr(model.base_model, "model", None)  # prompt tuning has none
     return inner if isinstance(inner, torch.nn.Module) else None
