@@ -10,8 +10,9 @@ import pytest
 import torch
 from support.cli import made, refused, run
 
-from visattn.generation import Job, Loading, load_pipeline, read_record, run_job
-from visattn.guidance import HeadSet, SkipBlock, SoftPAG
+from visattn.cli.search_heads import default_objective
+from visattn.generation import Job, Loading, default_model, load_pipeline, read_record, run_job
+from visattn.guidance import HeadSet, SkipBlock, SoftPAG, caption_score
 from visattn.guidance.registry import GUIDANCES
 from visattn.media.video import read_video, to_bytes
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]
 CAPTION = "a red square moves right over the fog"
 PLAIN = ["search-heads", "--model", "wan", *SMALL, "-o", "heads.json"]
-SEARCH = [*PLAIN, CAPTION]
+SEARCH = [*PLAIN, CAPTION, "--objective", "scorer"]
 MINE = ["--objective", "mine:red", "--candidates", "{0: [1], 1: None}"]
 GUIDED = ["generate", "a red square", "--model", "wan", *SMALL, "-o", "clip"]
 
@@ -122,7 +123,10 @@ WRONG = {
     "output over a file": ([*SEARCH, "-o", "other.json"], "exists and is no head set"),
     "no prompts": (PLAIN, "has no visattn_prompts"),
     "prompts twice": ([*SEARCH, "--prompts", "p.txt"], "not both"),
-    "no caption": ([*PLAIN, "hello"], "fails without any candidate.*caption='hello'"),
+    "no caption": (
+        [*PLAIN, "hello", "--objective", "scorer"],
+        "fails without any candidate.*caption='hello'",
+    ),
     "seed": ([*SEARCH, "--seed", "3"], "use --seeds"),
     "seeds": ([*SEARCH, "--seeds", "3-1"], "--seeds '3-1'"),
     "seeds text": ([*SEARCH, "--seeds", "a"], "--seeds 'a'"),
@@ -141,6 +145,10 @@ WRONG = {
     "keep no dict": ([*SEARCH, "--keep", "{3: [1]"], "--keep: heads .* no call with literal"),
     "keep strength": ([*SEARCH, "--keep", "{3: {1: 2}}"], "strength 2 in layer 3"),
     "keep": ([*SEARCH, "--keep", "{0: [9]}"], "keep names head 9"),
+    "objective needed": (
+        [*PLAIN, CAPTION],
+        "--objective is needed: model 'wan' names no scorer; give MODULE:FUNCTION as in mine.sc",
+    ),
     "objective": ([*SEARCH, "--objective", "mine"], "must be scorer, or MODULE:FUNCTION"),
     "no objective": ([*SEARCH, "--objective", "mine:blue"], "cannot be imported: AttributeError"),
     "no module": ([*SEARCH, "--objective", "no_such:f"], "cannot be imported: ModuleNotFound"),
@@ -153,6 +161,19 @@ WRONG = {
     "model": ([*SEARCH, "--model", "no-such"], "is no folder"),
     "odd height": ([*SEARCH, "--height", "33"], "divisible"),
 }
+
+
+def test_objective_is_that_of_the_scorer_that_the_model_names(tmp_path):
+    assert default_objective(default_model()) is caption_score
+    shapes = tmp_path / "visattn_shapes.json"
+    shapes.write_text('{"scorer": "captions"}')
+    assert default_objective(str(tmp_path)) is caption_score
+    shapes.write_text('{"scorer": "os:system"}')
+    with pytest.raises(ValueError, match="names the scorer 'os:system'; it must be captions"):
+        default_objective(str(tmp_path))
+    for model in (str(tmp_path / "no-such"), "user/model"):
+        with pytest.raises(ValueError, match=r"--objective is needed: model .* names no scorer"):
+            default_objective(model)
 
 
 @pytest.mark.usefixtures("scores")

@@ -140,6 +140,7 @@ def test_the_first_process_writes(capsys, folder, monkeypatch, started, command)
     monkeypatch.setattr(part, lambda *args, **options: Found())
     output = "out.json" if heads else "out"
     argv = [command, "a red square", "--model", "wan", "-o", output]
+    argv += ["--objective", "scorer"] if heads else []
     started(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     assert run(capsys, *argv) == (0, "", "")
     assert not list(folder.glob("out*"))

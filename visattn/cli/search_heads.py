@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from visattn.cli.generation_options import (
 from visattn.cli.output import Output
 from visattn.cli.prompt_options import add_prompt_arguments, read_prompts
 from visattn.generation import load_pipeline
+from visattn.generation.clip_shapes import SHAPES_FILE, read_scorer_name
 from visattn.generation.silence_logs import quiet
 from visattn.guidance.guiders.soft_pag import SoftPAG
 from visattn.guidance.head_search.driver import search_heads
@@ -32,6 +34,8 @@ from visattn.runtime.processes import processes
 from visattn.runtime.progress import ProgressBar
 
 SCORER = "scorer"
+# By the names in visattn_shapes.json. A fixed table: the file of a model cannot import code.
+OBJECTIVES: Mapping[str, Objective] = {"captions": caption_score}
 UNUSED = ("seed", "image", "fps")
 MAX_SEEDS = 100_000
 
@@ -46,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--objective",
-        default=SCORER,
         metavar="MODULE:FUNCTION",
         help="function of frames [T, H, W, 3] in [0, 1] and their prompt, which returns a larger "
-        f"number for better frames; or {SCORER}, for captions of the small model (default)",
+        f"number for better frames; or {SCORER}, for captions of the small model (default: the "
+        f"scorer that {SHAPES_FILE} of the model names)",
     )
     parser.add_argument(
         "--rounds", type=int, default=1, metavar="N", help="number of rounds (default 1)"
@@ -124,12 +128,14 @@ def run(args: argparse.Namespace) -> Output:
     seeds = read_seeds(args.seeds)
     candidates = read_heads("candidates", args.candidates)
     keep = read_heads("keep", args.keep)
-    objective = read_objective(args.objective)
+    objective = None if args.objective is None else read_objective(args.objective)
     loading = read_loading(args)
     prompts, _ = read_prompts(args, loading.model)
     fields = job_fields(args)
     backend = args.backend or "auto"
     plan = read_one_plan(args.plan, loading, backend)
+    if objective is None:
+        objective = default_objective(loading.model)
     pipe = load_pipeline(loading)
     with quiet() as log_lines:
         if plan is not None:
@@ -233,6 +239,26 @@ def read_heads(name: str, text: str | None) -> Any:
         return parse_heads(text)
     except ValueError as error:
         raise ValueError(f"--{name}: {error}") from None
+
+
+def default_objective(model: str) -> Objective:
+    """Return the objective of the scorer that a model's ``visattn_shapes.json`` names.
+
+    Raises:
+        ValueError: the file names no scorer or an unknown one, or cannot be read.
+    """
+    name = read_scorer_name(model)
+    if name is None:
+        raise ValueError(
+            f"--objective is needed: model {model!r} names no scorer; give MODULE:FUNCTION as in "
+            "mine.scores:aesthetic"
+        )
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"{SHAPES_FILE} of model {model!r} names the scorer {name!r}; it must be "
+            f"{' or '.join(OBJECTIVES)}"
+        )
+    return OBJECTIVES[name]
 
 
 def read_objective(text: str) -> Objective:
