@@ -1,4 +1,4 @@
-"""``visattn.search``: from a pipeline and a few prompts to a plan with a receipt."""
+"""``visattn.search``: find a plan for a pipeline from a few prompts, with a receipt."""
 
 from __future__ import annotations
 
@@ -45,44 +45,49 @@ def search(
 ) -> SearchResult:
     """Find which attention each head of a pipeline needs at a shape, and what that costs.
 
-    A search has five stages. It times dense generations; reads their attention and records calls of
-    the denoiser; measures the error and the seconds of every candidate; makes plans for several
-    speeds, together with one pattern for all heads and the choices of published rules, and judges
-    them by the error of the model's own output on the dense trajectory; and generates clips of
-    held-out prompts, dense and by the chosen plan.
+    A search has five stages:
+
+    1. It times dense generations.
+    2. It reads their attention and records calls of the denoiser.
+    3. It measures the error and the seconds of every candidate.
+    4. It makes plans for several speeds, plans with one pattern for all heads, and the plans of
+       published rules. It judges them by the error of the model output on the dense trajectory.
+    5. It generates clips of held-out prompts, dense and with the chosen plan.
 
     Args:
-        pipe: a diffusers pipeline of a known family; a plan that it has is removed.
+        pipe: a diffusers pipeline of a known family. The search removes a plan that it has.
         prompts: a few prompts to calibrate on. Stencils are learned from the first half, and
             candidates are scored on the other half.
         call: arguments of the pipeline's call: ``height``, ``width``, ``num_frames``,
             ``num_inference_steps``, ``guidance_scale``, ``negative_prompt``.
-        also: other shapes that the plan is for, as the fields of ``call`` that differ. Losses are
-            means over all shapes, and the speed is reached at each of them (as MoA's constraint for
-            several lengths; Fu et al. 2024, arXiv 2406.14909). Validation is at ``call``.
-        target_speedup: speedup of a whole generation, above 1; the plan of least error at that
-            speed is chosen.
-        max_error: instead, the fastest plan whose error of the denoiser's output
-            (``|e' - e|^2 / |e|^2`` with guidance, teacher-forced) is at most this. Without any of
-            the three goals it is 0.05.
-        min_psnr: instead, the fastest plan whose videos have this PSNR against dense, in dB.
-        budget: a time such as ``"10m"``, or seconds; validation takes no further clip after it.
+        also: other shapes that the plan is for, each as the fields of ``call`` that differ. Losses
+            are means over all shapes, and the plan reaches the speed at each of them (as MoA's
+            constraint for several lengths; Fu et al. 2024, arXiv 2406.14909). The validation uses
+            ``call``.
+        target_speedup: choose the plan of least error at this speedup of a whole generation,
+            above 1.
+        max_error: choose the fastest plan with at most this error of the denoiser's output,
+            ``|e' - e|^2 / |e|^2`` with guidance, teacher-forced. It is 0.05 if no goal is given.
+        min_psnr: choose the fastest plan whose videos have this PSNR against dense, in dB.
+        budget: time after which the validation starts no further clip: a text such as ``"10m"``,
+            or seconds.
         phases: number of equal parts of the denoising steps, each with its own patterns.
-        candidates: names of families, or patterns; None: all.
-        seeds: seeds of the calibration, one for each prompt in turn; held-out clips have others.
-        held_out: prompts of the validation. None: every second one of ``prompts`` is held out; a
-            single prompt is used with other seeds.
-        resume: a folder in which every intermediate result is kept; an interrupted search with the
-            same arguments resumes from it. Processes of ``torchrun`` share the folder and the work.
+        candidates: names of families, or patterns. All families are tried if it is None.
+        seeds: seeds of the calibration, one for each prompt in turn. Held-out clips have other
+            seeds.
+        held_out: prompts of the validation. If it is None, every second prompt of ``prompts`` is
+            held out, and a single prompt is used with other seeds.
+        resume: folder for all intermediate results. An interrupted search with the same arguments
+            resumes from it. The processes of ``torchrun`` share the folder and the work.
         settings: how much is measured.
-        scorer: judges what a clip shows: a function of its frames, float32 ``[T, H, W, 3]`` in
-            [0, 1], and its prompt that returns verdicts by name, each from 0 to 1. The receipt
-            counts how many differ between dense and sparse clips. None: clips are compared by PSNR,
-            SSIM and flicker only, and the receipt says so.
+        scorer: function of the frames of a clip, float32 ``[T, H, W, 3]`` in [0, 1], and its
+            prompt. It returns verdicts by name, each from 0 to 1. The receipt counts how many
+            differ between dense and sparse clips. If it is None, clips are compared only by PSNR,
+            SSIM and flicker, and the receipt says so.
         model: name of the model, for the receipt.
         command: command line, for the receipt.
-        progress: called as work is done, with the stage, the number of finished tasks, the number
-            of all, and the seconds left of the stage or None.
+        progress: called after each task with the stage, the number of finished tasks, the number
+            of all tasks, and the seconds left of the stage or None.
 
     Returns:
         The plan and the receipt.

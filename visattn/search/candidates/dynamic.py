@@ -11,7 +11,7 @@ ORACLE = "exact mass (oracle)"
 
 
 def dynamic_families(block: int) -> dict[str, list[HeadPattern]]:
-    """Return the dynamic candidates by label, each label at several budgets.
+    """Return the dynamic candidates by label, several budgets for each label.
 
     Args:
         block: tokens of a block.
