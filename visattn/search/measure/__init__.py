@@ -1,1 +1,1 @@
-"""What the search measures: errors, latencies, videos."""
+"""Measurements of the search: errors, latencies, clips."""

@@ -1,4 +1,4 @@
-"""Whole generations of prompts that the search has not used, dense and by plans, clip by clip."""
+"""Clips of whole generations, dense and with plans, and their metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from visattn.plan import Plan
 
 __all__ = ["MOST_DB", "ClipScorer", "clip_of"]
 
-MOST_DB = 80.0  # of a clip in means; the PSNR of equal frames is infinite
+MOST_DB = 80.0  # upper bound of a clip's PSNR in means; that of equal frames is infinite
 # Verdicts by name, each from 0 to 1, of frames [T, H, W, 3] in [0, 1] and their prompt.
 ClipScorer = Callable[[torch.Tensor, str], Mapping[str, float]]
 
@@ -31,20 +31,20 @@ def clip_of(
     pictures: Sequence[str],
     turn: int,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Generate a prompt by the dense pipeline and by each plan, from the same noise.
+    """Generate a clip with the dense pipeline and with each plan, from the same noise.
 
     Args:
         pipe: the pipeline.
         job: the generation.
-        plans: by name.
-        scorer: judges the content of the frames; None: there are no verdicts.
-        pictures: names of the plans whose video is kept, and ``"dense"``.
+        plans: the plans by name.
+        scorer: judges the content of the frames. If it is None, there are no verdicts.
+        pictures: names of the plans whose videos are kept; ``"dense"`` is one of these names.
         turn: number of the clip. The order of the plans rotates with it, so that a machine that
-            slows down slows all of them.
+            becomes slower affects all plans.
 
     Returns:
-        For ``"dense"`` and each plan the seconds and verdicts, for plans the metrics against dense;
-        and videos as bytes of an mp4.
+        A dictionary with the seconds and verdicts of ``"dense"`` and of each plan, and the metrics
+        of each plan against dense; and the videos by name, as bytes of an mp4.
     """
     names = ["dense", *plans]
     order = names[turn % len(names) :] + names[: turn % len(names)]

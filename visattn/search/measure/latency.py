@@ -1,4 +1,4 @@
-"""What a pattern costs in a layer, measured on one of its calls."""
+"""The seconds of patterns in a layer, measured on one of its calls."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from visattn.patterns import Dense, HeadPattern
 
 __all__ = ["HeadLatency", "LayerLatency", "heads_run_separately", "measure"]
 
-SPAN = 0.06  # seconds that the calls of a pattern may take
+SPAN = 0.06  # seconds spent on timing one pattern
 DENSE = repr(Dense())
 
 
 class HeadLatency(NamedTuple):
-    """Of a pattern on one head of a layer, and on all of its heads."""
+    """Seconds of a pattern.
+
+    Attributes:
+        alone: on one head of a layer.
+        all: on all heads of the layer.
+    """
 
     alone: float
     all: float
@@ -29,12 +34,13 @@ class HeadLatency(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """What patterns cost in a layer of ``heads`` heads.
+    """Seconds of patterns in a layer.
 
     Args:
-        seconds: by written form, ``Dense()`` among them.
-        heads: of the layer; parted: whether heads of different patterns run one after the other
-            (plain torch) and not in one launch.
+        seconds: by the written form of the pattern; ``Dense()`` is among them.
+        heads: number of heads of the layer.
+        heads_run_separately: whether heads of different patterns run one after the other (plain
+            torch) and not in one launch.
     """
 
     seconds: Mapping[str, HeadLatency]
@@ -42,27 +48,28 @@ class LayerLatency:
     heads_run_separately: bool
 
     def head(self, pattern: HeadPattern) -> float:
-        """What a head costs, for adding up before its neighbours are known."""
-        own = self.seconds[repr(pattern)]
-        return own.alone if self.heads_run_separately else own.all / self.heads
+        """Return the seconds of one head, as a summand where the patterns of the other heads are
+        not known."""
+        latency = self.seconds[repr(pattern)]
+        return latency.alone if self.heads_run_separately else latency.all / self.heads
 
     def layer(self, patterns: Sequence[HeadPattern]) -> float:
-        """What a layer costs."""
+        """Return the seconds of a layer with these patterns of its heads."""
         counts = Counter(map(repr, patterns))
         if not self.heads_run_separately:
             return sum(n * self.seconds[name].all / self.heads for name, n in counts.items())
-        return sum(self._some(self.seconds[name], n) for name, n in counts.items())
+        return sum(self._interpolated(self.seconds[name], n) for name, n in counts.items())
 
     @property
     def dense(self) -> float:
-        """A layer without a plan."""
+        """Seconds of a layer without a plan."""
         return self.seconds[DENSE].all
 
-    def _some(self, own: HeadLatency, heads: int) -> float:
-        """Of heads that share a pattern: on a line between one and all."""
+    def _interpolated(self, latency: HeadLatency, heads: int) -> float:
+        """Return the seconds of several heads of one pattern, linear between one and all heads."""
         if heads == self.heads or self.heads == 1:
-            return own.all
-        return own.alone + (heads - 1) / (self.heads - 1) * (own.all - own.alone)
+            return latency.all
+        return latency.alone + (heads - 1) / (self.heads - 1) * (latency.all - latency.alone)
 
 
 @torch.no_grad()
@@ -74,21 +81,22 @@ def measure(
     layout: TokenLayout,
     dense_attention: DenseAttention = TORCH,
 ) -> tuple[dict[str, HeadLatency], dict[str, str]]:
-    """Time patterns, and dense attention, on a call; all of them take turns.
+    """Time patterns and dense attention on a call, in interleaved repetitions.
 
     Args:
-        patterns: to time, besides ``Dense()``.
-        q: ``[1, H, L, D]``, as a pipeline has it.
-        k, v: ``[1, Hk, L, D]``.
-        layout: of the tokens.
-        dense_attention: what the pipeline runs where a head is dense.
+        patterns: the patterns to time. ``Dense()`` is always timed.
+        q: queries ``[1, H, L, D]`` of the pipeline.
+        k: keys ``[1, Hk, L, D]``.
+        v: values ``[1, Hk, L, D]``.
+        layout: the layout of the tokens.
+        dense_attention: what the pipeline runs for dense heads.
 
     Returns:
-        Seconds by written form; and why some could not run.
+        The seconds by written form, and the errors of the patterns that could not run.
     """
     group = q.shape[1] // k.shape[1]
     index, shared = (torch.tensor([0], device=q.device) for _ in range(2))
-    one = q.shape[1] == 1 or group > 1
+    all_only = q.shape[1] == 1 or group > 1  # one head is not timed alone
 
     def of_all(pattern: HeadPattern) -> Callable[[], object]:
         if pattern == Dense():
@@ -97,11 +105,11 @@ def measure(
 
     def of_one(pattern: HeadPattern) -> Callable[[], object]:
         def run() -> None:
-            own = q[:, index], k[:, shared], v[:, shared]
+            inputs = q[:, index], k[:, shared], v[:, shared]
             if pattern == Dense():
-                out = dense_attention.run(*own)
+                out = dense_attention.run(*inputs)
             else:
-                out = sparse_attention(*own, pattern, layout)
+                out = sparse_attention(*inputs, pattern, layout)
             torch.empty_like(q[:, :1])[:] = out
 
         return run
@@ -110,21 +118,22 @@ def measure(
     failures: dict[str, str] = {}
     for pattern in (Dense(), *dict.fromkeys(patterns)):
         name = repr(pattern)
-        own = {f"all {name}": of_all(pattern)}
-        if not one:
-            own[f"alone {name}"] = of_one(pattern)
+        timed = {f"all {name}": of_all(pattern)}
+        if not all_only:
+            timed[f"alone {name}"] = of_one(pattern)
         try:
-            for function in own.values():
+            for function in timed.values():
                 function()
-        except Exception as error:  # Triton has errors of types of its own
+        except Exception as error:  # Triton raises errors of its own types
             failures[name] = " ".join(str(error).split())[:300]
         else:
-            functions |= own
+            functions |= timed
     times = interleaved(functions, q.device, SPAN * len(functions))
     names = [name.removeprefix("all ") for name in functions if name.startswith("all ")]
     return {
         name: HeadLatency(
-            times["all " + name if one else "alone " + name].seconds, times["all " + name].seconds
+            times["all " + name if all_only else "alone " + name].seconds,
+            times["all " + name].seconds,
         )
         for name in names
     }, failures

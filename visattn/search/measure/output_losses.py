@@ -1,14 +1,14 @@
 """The error of every candidate on every head, from sampled rows of dense generations.
 
-The softmax of a row is computed once. A static candidate keeps some of its weights, and its output
-is their sum over the kept mass; a dynamic one chooses by the whole call, and its output is read at
-the same rows. Three losses of a head are kept::
+The softmax of a row is computed once. A static candidate keeps some of the weights of the row; its
+output is the weighted sum of the values over the kept mass. A dynamic candidate runs on the whole
+call, and its output is read at the same rows. Three losses of a head are kept::
 
     projected   |W_h (o - o')|^2 / |sum_h W_h o|^2    W_h: its columns of the output projection
     output      |o - o'|^2 / |o|^2
-    mass        the softmax's mass that is left out, the mean over rows
+    mass        the softmax mass that the candidate leaves out, the mean over rows
 
-The first is what the search goes by; the others are what published rules go by.
+The search minimises the first loss; published rules use the others.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ __all__ = ["LOSSES", "CandidatePool", "CandidateScorer"]
 
 LOSSES = ("projected", "output", "mass")
 
-MASKED = 1 << 26  # elements of masked weights that are there at a time
+MASKED = 1 << 26  # elements of masked weights that are in memory at a time
 Layer = tuple[str, int]  # role, number
 
 
 @dataclass(frozen=True)
 class CandidatePool:
-    """What heads may run besides Dense.
+    """The candidates of all heads, without Dense.
 
     Args:
-        static, dynamic: for every head, each with the name of its family.
-        stencils: by (role, layer), for each head as many as for any other.
+        static: static candidates of every head, each with the name of its family.
+        dynamic: dynamic candidates of every head, each with the name of its family.
+        stencils: the learned stencils of each head by (role, layer); all heads of a layer have the
+            same number.
     """
 
     static: tuple[tuple[str, Pattern], ...]
@@ -49,14 +51,14 @@ class CandidatePool:
     stencils: Mapping[Layer, Sequence[Sequence[Stencil]]]
 
     def options(self, layer: Layer, head: int) -> list[tuple[str, HeadPattern]]:
-        """The candidates of a head with their families, in the order of the errors: static,
-        dynamic, its own stencils, Skip."""
-        own = self.stencils[layer][head] if layer in self.stencils else ()
-        stencils: list[tuple[str, HeadPattern]] = [("stencil", stencil) for stencil in own]
+        """Return the candidates of a head with their families, in the order of the errors: static
+        ones, dynamic ones, the stencils of the head, Skip."""
+        learned = self.stencils[layer][head] if layer in self.stencils else ()
+        stencils: list[tuple[str, HeadPattern]] = [("stencil", stencil) for stencil in learned]
         return [*self.static, *self.dynamic, *stencils, ("skip", Skip())]
 
-    def words(self, layers: Collection[Layer]) -> dict[str, Any]:
-        """What the pool is, as JSON values."""
+    def json_values(self, layers: Collection[Layer]) -> dict[str, Any]:
+        """Return the written forms of all candidates, as JSON values."""
         return {
             "static": [repr(pattern) for _, pattern in self.static],
             "dynamic": [repr(pattern) for _, pattern in self.dynamic],
@@ -68,13 +70,17 @@ class CandidatePool:
 
 
 class CandidateScorer:
-    """An observer that takes the errors of a pool on a generation.
+    """An observer that measures the losses of all candidates on a generation.
 
     Args:
-        pool: the candidates; weights: gives the output projection ``[out, H D]`` of (role, layer).
-        steps: that are read; grids: the tiles of the stencils.
-        tiles, rows_per_tile, seed: of the sample of rows, as ``draw_rows`` takes them.
-        exact: score all rows and whole outputs, which is slower and what the sample stands for.
+        pool: the candidates.
+        weights: function from (role, layer) to the output projection ``[out, H D]``.
+        steps: the denoising steps that are read.
+        grids: the tilings of the stencils.
+        tiles: number of sampled query tiles, as in ``draw_rows``.
+        rows_per_tile: number of sampled rows in each of these tiles.
+        seed: seed of the sample.
+        exact: score all rows. This is slower; the sample estimates its result.
     """
 
     def __init__(
@@ -112,9 +118,9 @@ class CandidateScorer:
             self.errors.append(errors)
 
     def item(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What is kept of a generation: losses ``[calls, H, candidates, 3]``, NaN where one could
-        not be computed."""
-        places = [list(own) for own in self.places]
+        """Return what is stored of a generation: JSON values, and the losses ``[calls, H,
+        candidates, 3]``, NaN for a loss that could not be computed."""
+        places = [list(place) for place in self.places]
         value = {"places": places, "failures": self.failures}
         return value, {"errors": torch.stack(self.errors)} if self.errors else {}
 
@@ -152,8 +158,8 @@ class CandidateScorer:
         ]
 
     def _errors(self, call: AttentionSample) -> torch.Tensor:
-        """Losses of the candidates of every head, float64 ``[H, candidates, 3]``, as LOSSES names
-        them."""
+        """Return the losses of the candidates of every head, float64 ``[H, candidates, 3]``, in the
+        order of LOSSES."""
         layer = call.place.role, call.place.number
         heads = len(call.q)
         group = heads // len(call.k)
@@ -163,46 +169,47 @@ class CandidateScorer:
         count = len(self.pool.options(layer, 0)) - 1
         sums = torch.zeros(heads, count - len(self.pool.dynamic), 3, dtype=torch.float64)
         for chunk in attention_rows(call.q, call.k, self.rows, scale=call.scale, valid=call.valid):
-            for place, head in enumerate(range(chunk.heads.start, chunk.heads.stop)):
-                own, v = chunk.weights[place], call.v[head // group].float()
-                exact[head, chunk.rows] = out = own @ v
-                found = [
+            for index, head in enumerate(range(chunk.heads.start, chunk.heads.stop)):
+                head_weights, v = chunk.weights[index], call.v[head // group].float()
+                exact[head, chunk.rows] = out = head_weights @ v
+                losses_of_head = [
                     _losses(out, kept, gram[head])
                     for kept in (
-                        *self._static(own, v, chunk.rows),
-                        *self._stencils(layer, head, own, v, chunk.rows),
+                        *self._static(head_weights, v, chunk.rows),
+                        *self._stencils(layer, head, head_weights, v, chunk.rows),
                     )
                 ]
-                if found:
-                    sums[head] += torch.cat(found).double().cpu()
+                if losses_of_head:
+                    sums[head] += torch.cat(losses_of_head).double().cpu()
         whole = (exact.transpose(0, 1).flatten(1) @ weights.mT).double().square().sum().cpu()
         nothing = torch.zeros(1, *exact.shape[1:], device=exact.device)
         nothing = torch.cat([nothing, nothing[..., :1]], -1)
         skip = torch.stack([_losses(out, nothing, g) for out, g in zip(exact, gram, strict=True)])
-        own_norm = exact.double().square().sum((-2, -1)).cpu()
-        at = len(self.pool.static)
+        norm = exact.double().square().sum((-2, -1)).cpu()
+        static = len(self.pool.static)
         sums[:, self.unfit] = torch.nan
-        for head, line in enumerate(self.pool.stencils.get(layer, ())):
-            for number, stencil in enumerate(line):
+        for head, stencils in enumerate(self.pool.stencils.get(layer, ())):
+            for number, stencil in enumerate(stencils):
                 if not self._fits(stencil):
-                    sums[head, at + number] = torch.nan
-        parts = [sums[:, :at], self._dynamic(call, exact, gram), sums[:, at:], skip.double().cpu()]
+                    sums[head, static + number] = torch.nan
+        dynamic = self._dynamic(call, exact, gram)
+        parts = [sums[:, :static], dynamic, sums[:, static:], skip.double().cpu()]
         losses = torch.cat(parts, 1)
         rows = torch.full((heads,), len(self.rows))
-        return losses / torch.stack([whole.expand(heads), own_norm, rows], 1)[:, None]
+        return losses / torch.stack([whole.expand(heads), norm, rows], 1)[:, None]
 
     def _gram(self, layer: Layer, heads: int, weights: torch.Tensor) -> torch.Tensor:
-        """``W_h^T W_h`` of each head, ``[H, D, D]``."""
+        """Return ``W_h^T W_h`` of each head, ``[H, D, D]``."""
         if layer not in self._grams:
-            own = weights.unflatten(1, (heads, -1)).transpose(0, 1)
-            self._grams[layer] = own.mT @ own
+            by_head = weights.unflatten(1, (heads, -1)).transpose(0, 1)
+            self._grams[layer] = by_head.mT @ by_head
         return self._grams[layer]
 
     def _static(
         self, weights: torch.Tensor, v: torch.Tensor, rows: slice
     ) -> Iterator[torch.Tensor]:
-        """Sums of the static candidates' kept values and, in the last column, weights: ``[c, r, D +
-        1]``, some candidates at a time."""
+        """Yield the sums that static candidates keep, ``[c, r, D + 1]``, for some candidates at a
+        time: of the weighted values and, in the last column, of the weights."""
         step = max(1, MASKED // weights.numel())
         counted = torch.cat([v, torch.ones_like(v[:, :1])], 1)
         for begin in range(0, len(self.masks), step):
@@ -211,10 +218,10 @@ class CandidateScorer:
     def _stencils(
         self, layer: Layer, head: int, weights: torch.Tensor, v: torch.Tensor, rows: slice
     ) -> Iterator[torch.Tensor]:
-        """The same of the head's own stencils, by sums over tiles."""
-        own = self.pool.stencils[layer][head] if layer in self.pool.stencils else ()
+        """Yield the same sums for the stencils of a head, computed from sums over tiles."""
+        learned = self.pool.stencils[layer][head] if layer in self.pool.stencils else ()
         for grid, numbers in zip(self.grids, self.numbers, strict=True):
-            stencils = [stencil for stencil in own if stencil.tile == grid.tile]
+            stencils = [stencil for stencil in learned if stencil.tile == grid.tile]
             if not stencils:
                 continue
             tables = torch.stack([stencil.table(grid.count).flatten() for stencil in stencils])
@@ -228,29 +235,30 @@ class CandidateScorer:
             sums = torch.cat([part @ v[tokens], part.sum(-1, keepdim=True)], -1)  # [n, r, D + 1]
             total = torch.einsum("crn,nrd->crd", kept.float(), sums)
             outside = grid.owner.to(v.device) < 0
-            if bool(outside.any()):  # text is always seen
+            if bool(outside.any()):  # every stencil keeps the text
                 other = weights[:, outside]
                 total = total + torch.cat([other @ v[outside], other.sum(-1, keepdim=True)], -1)
             yield total
 
     def _fits(self, stencil: Stencil) -> bool:
-        """Whether a stencil that was learned at another grid has its columns in this one."""
+        """Return whether the columns of a stencil, perhaps learned at another grid, are in this
+        grid."""
         grid = next(grid for grid in self.grids if grid.tile == stencil.tile)
         return max(stencil.columns, default=0) < grid.count.numel
 
     def _dynamic(
         self, call: AttentionSample, exact: torch.Tensor, gram: torch.Tensor
     ) -> torch.Tensor:
-        """Sums of the dynamic candidates, ``[H, E, 3]``; NaN where one cannot run, and for the
-        mass, which they do not say."""
-        found = torch.full((len(call.q), len(self.pool.dynamic), 3), torch.nan, dtype=torch.float64)
+        """Return the sums of the dynamic candidates, ``[H, E, 3]``: NaN for a candidate that cannot
+        run, and for the mass, which is not known."""
+        sums = torch.full((len(call.q), len(self.pool.dynamic), 3), torch.nan, dtype=torch.float64)
         q, k, v = (x[None] for x in (call.q, call.k, call.v))
         rows = self.rows.to(q.device)
         for number, (family, pattern) in enumerate(self.pool.dynamic):
             if pattern in self._broken:
                 continue
             try:
-                every = sparse_attention(
+                output = sparse_attention(
                     q,
                     k,
                     v,
@@ -259,25 +267,32 @@ class CandidateScorer:
                     text_lengths=call.text_lengths,
                     scale=call.scale,
                 )
-            except Exception as error:  # Triton has errors of types of its own
+            except Exception as error:  # Triton raises errors of its own types
                 self._broken.add(pattern)
                 self.failures[f"{family}: {pattern}"] = " ".join(str(error).split())[:300]
                 continue
-            apart = exact - every[0][:, rows].float()
-            found[:, number, 0] = ((apart @ gram) * apart).sum((-2, -1)).double().cpu()
-            found[:, number, 1] = apart.square().sum((-2, -1)).double().cpu()
-        return found
+            difference = exact - output[0][:, rows].float()
+            projected = ((difference @ gram) * difference).sum((-2, -1))
+            sums[:, number, 0] = projected.double().cpu()
+            sums[:, number, 1] = difference.square().sum((-2, -1)).double().cpu()
+        return sums
 
 
 def _losses(out: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Sums over rows of ``|W (o - o')|^2``, ``|o - o'|^2`` and the dropped mass, ``[c, 3]``, of
-    exact outputs ``[r, D]`` and of what candidates keep, ``[c, r, D + 1]``."""
+    """Return the sums over rows of ``|W (o - o')|^2``, ``|o - o'|^2`` and the dropped mass,
+    ``[c, 3]``.
+
+    Args:
+        out: exact outputs ``[r, D]``.
+        kept: what candidates keep, ``[c, r, D + 1]``, as ``_static`` yields it.
+        gram: ``W^T W`` of the head, ``[D, D]``.
+    """
     mass = kept[..., -1:]
-    apart = out - kept[..., :-1] / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    difference = out - kept[..., :-1] / mass.clamp(min=torch.finfo(mass.dtype).tiny)
     return torch.stack(
         [
-            ((apart @ gram) * apart).sum((-2, -1)),
-            apart.square().sum((-2, -1)),
+            ((difference @ gram) * difference).sum((-2, -1)),
+            difference.square().sum((-2, -1)),
             (1 - mass).sum((-2, -1)),
         ],
         1,

@@ -1,4 +1,4 @@
-"""What a head's output does to that of its layer: its columns of the output projection."""
+"""The output projection of an attention layer, by which a head's output reaches the layer's."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ __all__ = ["output_weights"]
 
 
 def output_weights(module: Any, shared: Any = None) -> torch.Tensor:
-    """The output projection of an attention module, float32 ``[out, H D]``: a linear layer, or one
-    that adapters or quantisation stand in front of, which is asked for the images of the unit
+    """Return the weights of the output projection of an attention module.
+
+    A plain linear layer holds them. A layer with adapters or quantisation is run on the unit
     vectors.
 
     Args:
-        shared: the linear layer that projects the outputs of a module without a projection of its
-            own, and behind them those of others.
+        module: the attention module.
+        shared: the linear layer that projects the output of a module without its own projection.
+            Its further inputs, after those of the module, come from other modules.
+
+    Returns:
+        The weights, float32 ``[out, H D]``.
 
     Raises:
         ValueError: there is no output projection that is linear.
     """
-    own = getattr(module, "to_out", None)
-    if isinstance(own, torch.nn.Sequential | torch.nn.ModuleList):  # with dropout behind
-        own = own[0]
-    weights = _weights(module, shared if own is None else own)
-    return weights[:, : getattr(module, "inner_dim", weights.shape[1])]  # others stand behind
+    projection = getattr(module, "to_out", None)
+    if isinstance(projection, torch.nn.Sequential | torch.nn.ModuleList):  # dropout follows
+        projection = projection[0]
+    weights = _weights(module, shared if projection is None else projection)
+    # the columns of other modules follow those of this one
+    return weights[:, : getattr(module, "inner_dim", weights.shape[1])]
 
 
 @plain_torch()
@@ -37,9 +43,9 @@ def _weights(module: Any, layer: Any) -> torch.Tensor:
         return weight.detach().float()
     if layer is None or not hasattr(layer, "in_features"):
         raise ValueError(f"{type(module).__name__} has no linear output projection to_out")
-    own = next(layer.parameters())
-    dtype = own.dtype if own.dtype.is_floating_point else torch.float32
-    unit = torch.eye(layer.in_features, dtype=dtype, device=own.device)
+    parameter = next(layer.parameters())
+    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
+    unit = torch.eye(layer.in_features, dtype=dtype, device=parameter.device)
     with torch.no_grad():
-        found: torch.Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
-    return found.float().mT
+        images: torch.Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
+    return images.float().mT

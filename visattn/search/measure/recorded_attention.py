@@ -1,4 +1,4 @@
-"""The attention calls of dense generations that a search looks at, sample by sample."""
+"""The attention calls of dense generations that a search reads, one sample at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ __all__ = ["AttentionSample", "SamplePlace", "calls_of", "spread_steps"]
 
 
 class SamplePlace(NamedTuple):
-    """A layer's call of a generation: ``number`` counts the layers of its denoiser."""
+    """Which attention call of a generation a sample comes from.
+
+    Attributes:
+        role: of the denoiser.
+        number: of the layer in its denoiser.
+        pass_: of the guidance, as ``"cond"``.
+        step: the denoising step.
+    """
 
     role: str
     number: int
@@ -24,8 +31,18 @@ class SamplePlace(NamedTuple):
 
 
 class AttentionSample(NamedTuple):
-    """One sample of a call: ``q [H, L, D]``, ``k, v [Hk, L, D]``; valid tokens of each text, int64
-    ``[1, texts]``, or None."""
+    """One sample of an attention call.
+
+    Attributes:
+        place: which call it is.
+        layer: path of the layer's module.
+        q: queries ``[H, L, D]``.
+        k: keys ``[Hk, L, D]``.
+        v: values ``[Hk, L, D]``.
+        layout: the layout of the tokens.
+        scale: factor of the logits.
+        text_lengths: number of valid tokens of each text, int64 ``[1, texts]``; None: all are.
+    """
 
     place: SamplePlace
     layer: str
@@ -38,15 +55,19 @@ class AttentionSample(NamedTuple):
 
     @property
     def valid(self) -> torch.Tensor | None:
-        """The keys that are seen, bool ``[L]``; None: all."""
+        """The keys that are attended to, bool ``[L]``; None: all."""
         return None if self.text_lengths is None else valid_keys(self.text_lengths, self.layout)[0]
 
 
 def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[AttentionSample]:
-    """The calls of an observation at some steps, one of each pass.
+    """Yield one sample of each pass of an observed call, if its step is one of the steps.
+
+    Args:
+        observation: the observed call.
+        steps: the denoising steps to read.
 
     Raises:
-        ValueError: its step is not known.
+        ValueError: the step of the call is not known.
     """
     if observation.step is None:
         raise ValueError(
@@ -60,21 +81,21 @@ def calls_of(observation: Observation, steps: Collection[int]) -> Iterator[Atten
     each = observation.q.shape[0] // len(passes)
     lengths = observation.text_lengths
     for number, pass_ in enumerate(passes):
-        own = number * each  # of several samples with one noise each, the first speaks for all
+        index = number * each  # the first of the samples of a pass represents all of them
         place = SamplePlace(observation.role, observation.number, pass_, observation.step)
         yield AttentionSample(
             place,
             observation.layer,
-            observation.q[own],
-            observation.k[own],
-            observation.v[own],
+            observation.q[index],
+            observation.k[index],
+            observation.v[index],
             observation.layout,
             scale,
-            None if lengths is None else lengths[own : own + 1],
+            None if lengths is None else lengths[index : index + 1],
         )
 
 
 def spread_steps(steps: int, count: int) -> tuple[int, ...]:
-    """``count`` steps out of ``steps``, in the middles of equal parts."""
+    """Return ``count`` of ``steps`` steps: the middles of equal parts."""
     count = min(count, steps)
     return tuple((2 * n + 1) * steps // (2 * count) for n in range(count))

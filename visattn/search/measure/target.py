@@ -1,4 +1,4 @@
-"""What is searched: a pipeline at a shape, its attention layers, and who it is."""
+"""The target of a search: a pipeline at a shape, its attention layers and its fingerprint."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class SearchTarget:
     """A pipeline and the arguments of its calls.
 
     Args:
-        pipe: a diffusers pipeline; a plan that it has is taken off.
-        call: fields of a Job besides prompt and seed.
-        name: of the model.
+        pipe: a diffusers pipeline; a plan that it has is removed.
+        call: fields of a Job, without prompt and seed.
+        name: name of the model; None: the name in the pipeline's config, or its class.
 
     Raises:
-        TypeError, ValueError: the pipeline is of no known family, has a cache, is edited or is
-            parallel, or a field is unknown.
+        TypeError: ``pipe`` is a denoiser alone.
+        ValueError: the pipeline is of no known family, has a cache, is edited or is parallel, or a
+            field is unknown.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], name: str | None) -> None:
@@ -61,20 +62,23 @@ class SearchTarget:
                 self.paths[role, number], self.modules[role, number] = path, module
         check_searchable(pipe)
         remove_plan(pipe)
-        own = getattr(getattr(pipe, "config", None), "get", lambda _: None)("_name_or_path")
-        self.name = name or (own if isinstance(own, str) and own else type(pipe).__name__)
+        config_name = getattr(getattr(pipe, "config", None), "get", lambda _: None)(
+            "_name_or_path"
+        )
+        has_name = isinstance(config_name, str) and config_name
+        self.name = name or (config_name if has_name else type(pipe).__name__)
 
     @property
     def device(self) -> torch.device:
-        """Where the denoisers compute."""
+        """The device of the denoisers."""
         return next(next(iter(models_of(self.pipe).values())).parameters()).device
 
     def heads(self, layer: Layer) -> int:
-        """Query heads of a layer."""
+        """Return the number of query heads of a layer."""
         return int(self.modules[layer].heads)
 
     def weights(self, layer: Layer) -> torch.Tensor:
-        """The output projection of a layer, float32 ``[out, H D]``."""
+        """Return the output projection of a layer, float32 ``[out, H D]``."""
         role, _ = layer
         model = models_of(self.pipe)[role]
         family = family_of(model)
@@ -84,13 +88,13 @@ class SearchTarget:
         return output_weights(self.modules[layer], getattr(block, name, None) if name else None)
 
     def job(self, prompt: str, seed: int) -> Job:
-        """A generation."""
+        """Return the job of a generation."""
         return Job(prompt=prompt, seed=seed, **self.call)
 
     def generate(self, prompt: str, seed: int) -> Result:
-        """Frames of a prompt by the pipeline as it is."""
+        """Generate the frames of a prompt with the pipeline in its current state."""
         return run_job(self.pipe, self.job(prompt, seed))
 
     def fingerprint(self) -> str:
-        """A hash of the pipeline."""
+        """Return a hash of the pipeline."""
         return fingerprint(self.pipe)

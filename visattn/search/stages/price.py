@@ -114,7 +114,7 @@ def _losses(
     """Return the losses of the pool on the prompts to score."""
     settings, target, steps = request.settings, request.target, observed.all_read_steps
     sampled = {"tiles": settings.tiles, "rows": settings.rows, "exact": settings.exact}
-    words = pool.words(list(calibrated.tables))
+    pool_json = pool.json_values(list(calibrated.tables))
 
     def task(pair: PromptPair) -> Task:
         prompt, seed = pair
@@ -133,7 +133,7 @@ def _losses(
                 target.generate(prompt, seed)
             return scorer.item()
 
-        question = {"prompt": prompt, "seed": seed, "steps": sorted(steps), "pool": words}
+        question = {"prompt": prompt, "seed": seed, "steps": sorted(steps), "pool": pool_json}
         return Task(question | sampled, f"{prompt!r}, seed {seed}", run)
 
     results = request.runner.do("score", [task(pair) for pair in request.to_score])
