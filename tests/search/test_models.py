@@ -98,7 +98,7 @@ def test_error_is_that_of_true_guidance():
             tiny.generate(pipe, steps=2, true_cfg_scale=scale)
         passes = {own.name: own.output.double() for own in recorder.calls}
         replay = Replay(pipe, recorder.calls)
-        with sparse(replay.stand, plan):
+        with sparse(replay.stand_in, plan):
             planned = {own.name: replay._run(own).double() for own in recorder.calls}
         exact, other = (x["uncond"] + scale * (x["cond"] - x["uncond"]) for x in (passes, planned))
         found[scale] = replay.error(plan)

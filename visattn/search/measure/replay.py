@@ -1,4 +1,4 @@
-"""Calls of a denoiser on the dense trajectory, run again under plans: the error of the model's own
+"""Recorded denoiser calls of the dense trajectory, replayed with plans: the error of the model
 output, and the time of a step."""
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ __all__ = ["CallRecorder", "RecordedCall", "Replay"]
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call of a denoiser: where it stood, what it got and what it gave.
+    """A call of a denoiser, with its position in the generation, its arguments and its output.
 
     Attributes:
-        role, name: of the denoiser, and what the pipeline calls the pass, or None.
-        step: from 0; schedule: the timesteps of the generation; guidance: its scale, or None.
-        passes: in the batch, where they are known.
-        arguments: of the forward; output: its first result.
+        role: role of the denoiser.
+        name: the pipeline's name of the pass, or None.
+        step: the denoising step, from 0.
+        schedule: the timesteps of the generation.
+        guidance: the guidance scale, or None.
+        passes: the passes in the batch; None if they are not known.
+        arguments: arguments of the forward.
+        output: the first result of the forward.
     """
 
     role: str
@@ -44,12 +48,13 @@ class RecordedCall:
 
 
 class CallRecorder:
-    """Keeps the calls of a pipeline's denoisers at some steps.
+    """Records the calls of a pipeline's denoisers at some steps.
 
     Args:
-        pipe: the pipeline; steps: that are kept.
-        true_scale: of classifier-free guidance, where the pipeline does not say it: what some say
-            is what their model is told.
+        pipe: the pipeline.
+        steps: the denoising steps that are recorded.
+        true_scale: scale of classifier-free guidance, for pipelines whose ``guidance_scale`` is an
+            input of a distilled model.
     """
 
     def __init__(
@@ -60,9 +65,9 @@ class CallRecorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, generations are recorded."""
+        """Record the generations that run inside the context."""
         handles = []
-        with observe(self.pipe, _nothing):  # which makes step and pass known
+        with observe(self.pipe, _nothing):  # without it, step and pass are not known
             for role, model in models_of(self.pipe).items():
                 if attached(model) is not None:
                     hook = _Hook(self, role)
@@ -74,54 +79,56 @@ class CallRecorder:
                     handle.remove()
 
     def item(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What is kept of a generation."""
+        """Return what is stored of a generation: JSON values and tensors."""
         tensors: dict[str, torch.Tensor] = {}
         calls = [
             {
-                "role": own.role,
-                "name": own.name,
-                "step": own.step,
-                "guidance": own.guidance,
-                "passes": None if own.passes is None else list(own.passes),
-                "schedule": _put(own.schedule, tensors),
-                "arguments": _put(dict(own.arguments), tensors),
-                "output": _put(own.output, tensors),
+                "role": call.role,
+                "name": call.name,
+                "step": call.step,
+                "guidance": call.guidance,
+                "passes": None if call.passes is None else list(call.passes),
+                "schedule": _put(call.schedule, tensors),
+                "arguments": _put(dict(call.arguments), tensors),
+                "output": _put(call.output, tensors),
             }
-            for own in self.calls
+            for call in self.calls
         ]
         return {"calls": calls}, tensors
 
     @staticmethod
     def read(item: StoredResult, device: torch.device) -> list[RecordedCall]:
-        """The calls of an item, on a device."""
+        """Return the calls of a stored result of ``item``, with their tensors on a device."""
         return [
             RecordedCall(
-                role=own["role"],
-                name=own["name"],
-                step=own["step"],
-                schedule=_take(own["schedule"], item.tensors, device),
-                guidance=own["guidance"],
-                passes=None if own["passes"] is None else tuple(own["passes"]),
-                arguments=_take(own["arguments"], item.tensors, device),
-                output=_take(own["output"], item.tensors, device),
+                role=values["role"],
+                name=values["name"],
+                step=values["step"],
+                schedule=_take(values["schedule"], item.tensors, device),
+                guidance=values["guidance"],
+                passes=None if values["passes"] is None else tuple(values["passes"]),
+                arguments=_take(values["arguments"], item.tensors, device),
+                output=_take(values["output"], item.tensors, device),
             )
-            for own in item.value["calls"]
+            for values in item.value["calls"]
         ]
 
 
 class _Hook:
+    """A forward hook that records the calls of one denoiser."""
+
     def __init__(self, recorder: CallRecorder, role: str) -> None:
         self.recorder, self.role = recorder, role
 
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        own = attached(model)
-        assert own is not None
-        step, _ = own.step()
+        attachment = attached(model)
+        assert attachment is not None
+        step, _ = attachment.step()
         if step not in self.recorder.steps:
             return
-        arguments = dict(zip(own.names, args, strict=False)) | kwargs
+        arguments = dict(zip(attachment.names, args, strict=False)) | kwargs
         arguments.pop("return_dict", None)
         first = output[0] if isinstance(output, tuple) else output.sample
         guidance = self.recorder.true_scale
@@ -134,11 +141,11 @@ class _Hook:
         self.recorder.calls.append(
             RecordedCall(
                 role=self.role,
-                name=None if own.context is None else own.context.name,
+                name=None if attachment.context is None else attachment.context.name,
                 step=step,
                 schedule=self.recorder.pipe.scheduler.timesteps.clone(),
                 guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
-                passes=own.passes(len(first)),
+                passes=attachment.passes(len(first)),
                 arguments=_copied(arguments),
                 output=first.detach().clone(),
             )
@@ -146,7 +153,7 @@ class _Hook:
 
 
 class PipelineStandIn:
-    """To a plan, the pipeline that stands at a recorded call."""
+    """An object with the attributes of a pipeline that plans read, set from a recorded call."""
 
     def __init__(self, models: Mapping[str, torch.nn.Module]) -> None:
         self.__dict__.update(models)
@@ -157,86 +164,89 @@ class PipelineStandIn:
 
 
 class Replay:
-    """Recorded calls, run again.
+    """Runs recorded calls again.
 
     Args:
-        pipe: whose denoisers they are of; calls: in the order of their generations.
+        pipe: the pipeline whose denoisers were recorded.
+        calls: the recorded calls in the order in which they ran.
+
+    Raises:
+        ValueError: there are no calls.
     """
 
     def __init__(self, pipe: Any, calls: Sequence[RecordedCall]) -> None:
         if not calls:
             raise ValueError("calls is empty; record a generation first")
         self.models, self.calls = models_of(pipe), list(calls)
-        self.stand = PipelineStandIn(self.models)
+        self.stand_in = PipelineStandIn(self.models)
 
     @torch.no_grad()
     def error(self, plan: Plan, *, backend: str = "auto") -> float:
-        """How far the guided output of the denoisers is from the dense one when each call alone
-        runs under a plan: ``|e' - e|^2 / |e|^2``, the mean over the recorded steps; ``e = u + s (c
-        - u)`` with guidance of scale ``s``. Infinite where it is not finite."""
-        with sparse(self.stand, plan, backend=backend, guard=False):
-            found = [(own, self._run(own)) for own in self.calls]
-        return _guided_error(found)
+        """Return the relative error of the guided output when the calls run with a plan.
+
+        Each call gets its recorded input, so that errors do not add up over steps. With guidance of
+        scale ``s`` the output is ``e = u + s (c - u)``.
+
+        Returns:
+            ``|e' - e|^2 / |e|^2``, the mean over the recorded steps; infinity where it is not a
+            number.
+        """
+        with sparse(self.stand_in, plan, backend=backend, guard=False):
+            outputs = [(call, self._run(call)) for call in self.calls]
+        return _guided_error(outputs)
 
     @torch.no_grad()
     def seconds(self, plan: Plan | None, *, backend: str = "auto") -> float:
-        """Seconds of the recorded calls, one after the other."""
+        """Run the recorded calls one after the other, and return the seconds that they take."""
         planned = (
             nullcontext()
             if plan is None
-            else sparse(self.stand, plan, backend=backend, guard=False)
+            else sparse(self.stand_in, plan, backend=backend, guard=False)
         )
         with planned:
             device = self.calls[0].output.device
             begin = now(device)
-            for own in self.calls:
-                self._run(own)
+            for call in self.calls:
+                self._run(call)
             return now(device) - begin
 
     @torch.no_grad()
     def observed(self, observer: Any, number: int) -> None:
-        """Run one call dense, with its attention shown to an observer."""
-        with observe(self.stand, observer):
+        """Run the call with an index, dense, while an observer sees its attention."""
+        with observe(self.stand_in, observer):
             self._run(self.calls[number])
 
-    def part(self, numbers: Sequence[int]) -> Replay:
-        """Some of the calls."""
-        out = object.__new__(Replay)
-        out.models, out.stand = self.models, self.stand
-        out.calls = [self.calls[number] for number in numbers]
-        return out
-
-    def _run(self, own: RecordedCall) -> torch.Tensor:
-        model: Any = self.models[own.role]
-        self.stand.scheduler.timesteps = own.schedule
-        self.stand._current_timestep = own.schedule[own.step]
-        self.stand._guidance_scale = own.guidance
-        self.stand._visattn_passes = own.passes
-        named = own.name is not None and hasattr(model, "cache_context")
-        with model.cache_context(own.name) if named else nullcontext():
-            out: torch.Tensor = model(**own.arguments, return_dict=False)[0]
+    def _run(self, call: RecordedCall) -> torch.Tensor:
+        model: Any = self.models[call.role]
+        self.stand_in.scheduler.timesteps = call.schedule
+        self.stand_in._current_timestep = call.schedule[call.step]
+        self.stand_in._guidance_scale = call.guidance
+        self.stand_in._visattn_passes = call.passes
+        named = call.name is not None and hasattr(model, "cache_context")
+        with model.cache_context(call.name) if named else nullcontext():
+            out: torch.Tensor = model(**call.arguments, return_dict=False)[0]
         return out
 
 
-def _guided_error(found: Sequence[tuple[RecordedCall, torch.Tensor]]) -> float:
-    """The mean over steps; neighbouring calls of one step are its passes."""
+def _guided_error(outputs: Sequence[tuple[RecordedCall, torch.Tensor]]) -> float:
+    """Return the mean error over steps; consecutive calls of one step are its passes."""
     steps: list[list[tuple[RecordedCall, torch.Tensor]]] = []
-    for own, out in found:
+    for call, out in outputs:
         last = steps[-1][-1][0] if steps else None
-        alike = last is not None and (last.role, last.step) == (own.role, own.step)
-        several = own.passes is None or len(own.passes) == 1
-        seen = {call.passes for call, _ in steps[-1]} if steps else set()
-        if alike and several and own.passes not in seen:
-            steps[-1].append((own, out))
+        same_step = last is not None and (last.role, last.step) == (call.role, call.step)
+        one_pass = call.passes is None or len(call.passes) == 1
+        seen = {other.passes for other, _ in steps[-1]} if steps else set()
+        if same_step and one_pass and call.passes not in seen:
+            steps[-1].append((call, out))
         else:
-            steps.append([(own, out)])
+            steps.append([(call, out)])
     errors = []
     for calls in steps:
         dense: dict[str, torch.Tensor] = {}
         planned: dict[str, torch.Tensor] = {}
-        for number, (own, out) in enumerate(calls):
-            names = own.passes or (str(number),)
-            pairs = zip(names, own.output.chunk(len(names)), out.chunk(len(names)), strict=True)
+        for number, (call, out) in enumerate(calls):
+            names = call.passes or (str(number),)
+            pairs = zip(names, call.output.chunk(len(names)), out.chunk(len(names)), strict=True)
             for name, a, b in pairs:
                 dense[name], planned[name] = a.double(), b.double()
         scale = calls[0][0].guidance
@@ -247,17 +257,18 @@ def _guided_error(found: Sequence[tuple[RecordedCall, torch.Tensor]]) -> float:
 
 
 def _guide(passes: Mapping[str, torch.Tensor], scale: float | None) -> torch.Tensor:
+    """Return the guided output; without guidance the outputs of all passes."""
     if scale is not None and {"cond", "uncond"} <= set(passes):
         return passes["uncond"] + scale * (passes["cond"] - passes["uncond"])
     return torch.cat(list(passes.values()))
 
 
 def _nothing(observation: Observation) -> None:
-    """Shown calls are not looked at."""
+    """An observer that does nothing."""
 
 
 def _copied(value: Any) -> Any:
-    """A value without the tensors of a running generation, which may change them."""
+    """Return a value with copies of its tensors: the generation may change the originals."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, (tuple, list)):
@@ -269,7 +280,7 @@ def _copied(value: Any) -> Any:
 
 
 def _put(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """A value as JSON, its tensors beside."""
+    """Return a value as JSON values, and add its tensors to ``tensors``; ``_take`` reads it."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value
@@ -282,11 +293,12 @@ def _put(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise TypeError(
-        f"the denoiser got an argument of {type(value).__name__}, which cannot be recorded"
+        f"the denoiser got an argument of type {type(value).__name__}, which cannot be recorded"
     )
 
 
 def _take(value: Any, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+    """Return the value that ``_put`` has written, with its tensors on a device."""
     if "tensor" in value:
         return tensors[value["tensor"]].to(device)
     if "list" in value:
