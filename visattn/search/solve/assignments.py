@@ -1,8 +1,9 @@
-"""Ways to give each head a pattern within a budget of seconds, and what others would choose."""
+"""Methods that assign a pattern to each head within a budget of seconds, and published rules."""
 
 from __future__ import annotations
 
 import bisect
+import copy
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -14,21 +15,23 @@ from visattn.search.solve.price_table import Allowed, Assignment, Group, PriceTa
 
 __all__ = ["LayerFronts", "meeting", "published_rules", "solutions", "uniform_plans"]
 
-POINTS = 200  # of a layer's front
-HEAD_CAP = 0.25  # of the whole loss that one head may have, or four times its even share
-LAYER_CAPS = (0.4, 2.0)  # of an even share of the seconds that a layer may have
-TIGHTER = 8  # times that a budget is drawn in until the prediction meets the target
-ROUNDS = 40  # of options that are taken from heads whose loss is above the cap
+POINTS = 200  # largest number of options on a layer's front
+HEAD_CAP = 0.25  # largest share of the total loss of one head, or four times its even share
+LAYER_CAPS = (0.4, 2.0)  # least and largest seconds of a layer, relative to an even share
+BISECTIONS = 8  # steps in which a budget is adjusted until the prediction meets the target
+ROUNDS = 40  # most options that are removed from heads whose loss is above the cap
 
 Made = dict[Group, tuple[HeadPattern, ...]]
 Fronts = Mapping[Group, Sequence[Option]]
 
 
 class LayerFronts:
-    """The best options of each layer, over its heads.
+    """The best options of each layer: combinations of the options of its heads.
 
     Args:
-        table: of the search; allowed: families and patterns; loss: one of LOSSES.
+        table: losses and seconds of the candidates.
+        allowed: whether a head can take a pattern of a family; None: all patterns.
+        loss: one of LOSSES.
     """
 
     def __init__(
@@ -42,28 +45,41 @@ class LayerFronts:
             ]
             for group in table.groups
         }
-        self.fronts: Fronts = {group: frontier(own, POINTS) for group, own in self.heads.items()}
+        self.fronts: Fronts = {
+            group: frontier(options, POINTS) for group, options in self.heads.items()
+        }
+
+    def copied(self) -> LayerFronts:
+        """Return a copy whose options can be removed without a change of the original."""
+        other = copy.copy(self)
+        other.heads = {group: list(options) for group, options in self.heads.items()}
+        return other
 
     def measured(
         self,
         errors: Mapping[Group, Sequence[tuple[float, float]]],
         weights: Mapping[Group, float] | None = None,
     ) -> Fronts:
-        """The fronts with the error of the model's output in place of losses, on a line between
-        what was measured, in logarithms.
+        """Return the fronts with the error of the model output instead of the loss.
+
+        The error is interpolated between the measured points, linearly in logarithms.
 
         Args:
-            errors: of each layer alone, ``(loss, error)`` for some of its options.
+            errors: ``(loss, error)`` for some options of each layer, when only this layer is
+                sparse.
             weights: factors of the errors of some layers.
         """
-        out = {}
+        fronts = {}
         for group, front in self.fronts.items():
             weight = 1.0 if weights is None else weights.get(group, 1.0)
             known = errors.get(group, ())
-            out[group] = pareto(
-                [own._replace(loss=weight * _between(known, own.loss)) for own in front]
+            fronts[group] = pareto(
+                [
+                    option._replace(loss=weight * _interpolated(known, option.loss))
+                    for option in front
+                ]
             )
-        return out
+        return fronts
 
     def error_of(
         self,
@@ -71,88 +87,91 @@ class LayerFronts:
         heads: tuple[HeadPattern, ...],
         errors: Mapping[Group, Sequence[tuple[float, float]]],
     ) -> float:
-        """The error of the model's output that a layer alone is expected to make."""
-        return _between(errors.get(group, ()), self.table.loss(group, heads))
+        """Return the expected error of the model output when only this layer is sparse."""
+        return _interpolated(errors.get(group, ()), self.table.loss(group, heads))
 
     def even(self, budget: float) -> Made:
-        """Every layer with the same seconds, by its share of the steps."""
+        """Give every layer the same seconds for each run of its attention, and return the options
+        of least loss."""
         table = self.table
-        whole = sum(table.weight(group) for group in self.fronts)
+        total = sum(table.weight(group) for group in self.fronts)
         made = {}
         for group, front in self.fronts.items():
-            own = budget * table.weight(group) / whole
-            within = [option for option in front if option.cost <= own] or [front[0]]
+            share = budget * table.weight(group) / total
+            within = [option for option in front if option.cost <= share] or [front[0]]
             made[group] = table.patterns(group, within[-1].choice)
         return made
 
     def across(
         self, budget: float, fronts: Fronts | None = None, caps: tuple[float, float] | None = None
     ) -> Made | None:
-        """The options of least loss in all, None where the budget is too small.
+        """Return the options of least total loss, or None if the budget is too small.
 
         Args:
-            fronts: other losses; caps: shares of an even part of the budget that a layer's seconds
-                must lie between.
+            budget: seconds of all layers.
+            fronts: fronts with other losses; None: those of the layers.
+            caps: least and largest seconds of a layer, relative to an even share of the budget.
         """
         fronts = self.fronts if fronts is None else fronts
         groups = list(fronts)
-        lines = [list(fronts[group]) for group in groups]
+        options = [list(fronts[group]) for group in groups]
         if caps is not None:
-            whole = sum(map(self.table.weight, groups))
+            total = sum(map(self.table.weight, groups))
             for number, group in enumerate(groups):
-                even = budget * self.table.weight(group) / whole
+                even = budget * self.table.weight(group) / total
                 low, high = (cap * even for cap in caps)
-                within = [own for own in lines[number] if low <= own.cost <= high]
-                lines[number] = within or [min(lines[number], key=lambda own: abs(own.cost - even))]
-        chosen = best_choice(lines, budget)
+                within = [x for x in options[number] if low <= x.cost <= high]
+                options[number] = within or [min(options[number], key=lambda x: abs(x.cost - even))]
+        chosen = best_choice(options, budget)
         if chosen is None:
             return None
         return {
-            group: self.table.patterns(group, line[number].choice)
-            for group, line, number in zip(groups, lines, chosen, strict=True)
+            group: self.table.patterns(group, of_group[number].choice)
+            for group, of_group, number in zip(groups, options, chosen, strict=True)
         }
 
     def capped(self, budget: float) -> Made | None:
-        """As ``across``, with a cap on each layer's seconds and on each head's share of the
-        loss."""
+        """Return what ``across`` does, with caps on each layer's seconds and on each head's share
+        of the loss. This removes options; use a copy."""
         for _ in range(ROUNDS):
             made = self.across(budget, caps=LAYER_CAPS)
-            if made is None or not self._without_worst(made):
+            if made is None or not self._removed_worst(made):
                 return made
         return made
 
-    def _without_worst(self, made: Assignment) -> bool:
-        """Take its option from the head that has more of the loss than it may; False where none
-        has."""
-        found = []
+    def _removed_worst(self, made: Assignment) -> bool:
+        """Remove the chosen option of the head with the largest loss, if that is above the cap;
+        return whether it was."""
+        choices = []
         for group, heads in made.items():
             for head, pattern in enumerate(heads):
-                for own in self.heads[group][head]:
-                    if self.table.patterns(group, (-1,) * head + own.choice)[head] == pattern:
-                        found.append((own.loss, group, head, own))
+                for option in self.heads[group][head]:
+                    if self.table.patterns(group, (-1,) * head + option.choice)[head] == pattern:
+                        choices.append((option.loss, group, head, option))
                         break
-        total = sum(own[0] for own in found)
-        loss, group, head, option = max(found, key=lambda own: own[0])
-        if total == 0 or loss <= max(HEAD_CAP, 4 / len(found)) * total:
+        total = sum(choice[0] for choice in choices)
+        loss, group, head, worst = max(choices, key=lambda choice: choice[0])
+        if total == 0 or loss <= max(HEAD_CAP, 4 / len(choices)) * total:
             return False
-        self.heads[group][head] = [own for own in self.heads[group][head] if own != option]
+        self.heads[group][head] = [x for x in self.heads[group][head] if x != worst]
         self.fronts = {**self.fronts, group: frontier(self.heads[group], POINTS)}
         return True
 
 
-def _between(points: Sequence[tuple[float, float]], loss: float) -> float:
-    """The error at a loss, from some ``(loss, error)``."""
+def _interpolated(points: Sequence[tuple[float, float]], loss: float) -> float:
+    """Return the error at a loss from some ``(loss, error)``, linear in logarithms between them and
+    proportional to the loss outside; the loss itself if there are no points."""
     known = sorted((x, y) for x, y in points if x > 0 and y > 0 and math.isfinite(y))
     if loss <= 0:
         return 0.0
     if not known:
         return loss
-    at = bisect.bisect([x for x, _ in known], loss)
-    if at == 0:
+    index = bisect.bisect([x for x, _ in known], loss)
+    if index == 0:
         return known[0][1] * loss / known[0][0]
-    if at == len(known):
+    if index == len(known):
         return known[-1][1] * loss / known[-1][0]
-    (x0, y0), (x1, y1) = known[at - 1], known[at]
+    (x0, y0), (x1, y1) = known[index - 1], known[index]
     share = math.log(loss / x0) / math.log(x1 / x0) if x1 > x0 else 0.0
     return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
 
@@ -163,17 +182,19 @@ def solutions(
     fronts: Mapping[str, LayerFronts],
     errors: Mapping[Group, Sequence[tuple[float, float]]],
 ) -> dict[str, Made]:
-    """Assignments of a predicted speed, by how they were found.
+    """Return assignments that reach a predicted speed, by the name of the method.
 
     Args:
-        speed: of a whole generation, at least.
+        table: losses and seconds of the candidates.
+        speed: least speedup of a whole generation.
         fronts: by name: ``"all"``, ``"static"``, ``"stencils"``, ``"output"``, ``"mass"``.
-        errors: of the model's output, as ``LayerFronts.measured`` takes them; empty: not measured.
+        errors: errors of the model output, as ``LayerFronts.measured`` takes them; empty if they
+            were not measured.
     """
     every = fronts["all"]
-    ways: dict[str, Callable[[float], Made | None]] = {
+    methods: dict[str, Callable[[float], Made | None]] = {
         "projected error": every.across,
-        "projected error, capped": lambda budget: _copy(every).capped(budget),
+        "projected error, capped": lambda budget: every.copied().capped(budget),
         "projected error, even layers": every.even,
         "stencils, even layers": fronts["stencils"].even,
         "static, even layers": fronts["static"].even,
@@ -182,29 +203,34 @@ def solutions(
     }
     if errors:
         measured = every.measured(errors)
-        ways["error by layer"] = lambda budget: every.across(budget, measured)
-        ways["error by layer, capped"] = lambda budget: every.across(budget, measured, LAYER_CAPS)
-    out: dict[str, Made] = {}
-    for name, way in ways.items():
-        made = meeting(table, speed, way)
+        methods["error by layer"] = lambda budget: every.across(budget, measured)
+        methods["error by layer, capped"] = lambda budget: every.across(
+            budget, measured, LAYER_CAPS
+        )
+    assignments: dict[str, Made] = {}
+    for name, method in methods.items():
+        made = meeting(table, speed, method)
         if made is not None:
-            out[name] = made
-    return out
-
-
-def _copy(fronts: LayerFronts) -> LayerFronts:
-    """Fronts that may be cut without the first ones' knowing."""
-    out = object.__new__(LayerFronts)
-    out.table, out.fronts = fronts.table, fronts.fronts
-    out.heads = {group: list(own) for group, own in fronts.heads.items()}
-    return out
+            assignments[name] = made
+    return assignments
 
 
 def meeting(
-    table: PriceTable, speed: float, way: Callable[[float], Made | None]
+    table: PriceTable, speed: float, method: Callable[[float], Made | None]
 ) -> Made | None:
-    """What a way finds with a budget that meets the speed as it is predicted for whole layers,
-    whose heads cost a little less or more than they do one by one."""
+    """Return the assignment of a method at the largest budget that reaches a predicted speed.
+
+    A bisection finds the budget: the method adds up the seconds of single heads, but the speed is
+    predicted for whole layers, which cost slightly less or more.
+
+    Args:
+        table: losses and seconds of the candidates.
+        speed: least speedup of a whole generation.
+        method: function from a budget in seconds to an assignment.
+
+    Returns:
+        The assignment, or None if the speed is not reached.
+    """
     attention = table.times.dense * sum(map(table.weight, table.groups))
     wanted = attention - (table.generation - table.generation / speed)
     heads = sum(
@@ -213,9 +239,9 @@ def meeting(
     low, high, best = 0.0, 1.5, None
     if wanted <= 0:
         return None
-    for _ in range(TIGHTER):
+    for _ in range(BISECTIONS):
         share = (low + high) / 2
-        made = way(share * wanted * heads / attention)
+        made = method(share * wanted * heads / attention)
         if made is not None and table.speedup(made) >= speed:
             low, best = share, made
         elif made is None:
@@ -228,34 +254,40 @@ def meeting(
 def uniform_plans(
     table: PriceTable, speed: float, kinds: Mapping[str, Sequence[HeadPattern]]
 ) -> dict[str, HeadPattern]:
-    """Of each family the member for all heads that meets a predicted speed with the least loss in
-    all, or, where that is not known, the slowest; families that never meet it are left out.
+    """Return for each family one pattern for all heads that reaches a predicted speed.
+
+    It is the member of least total loss, or the slowest member if no loss is known. Families
+    without a member that reaches the speed are left out.
 
     Args:
-        kinds: members by family.
+        table: losses and seconds of the candidates.
+        speed: least speedup of a whole generation.
+        kinds: the members of each family.
     """
 
-    def worth(pattern: HeadPattern) -> tuple[float, float]:
+    def loss_and_speed(pattern: HeadPattern) -> tuple[float, float]:
         return total_loss(table, pattern), -table.times.head(pattern)
 
-    out: dict[str, HeadPattern] = {}
+    chosen: dict[str, HeadPattern] = {}
     for family, members in kinds.items():
-        fitting = [
-            own
-            for own in members
-            if table.known(table.uniform(own)) and table.speedup(table.uniform(own)) >= speed
+        fast_enough = [
+            pattern
+            for pattern in members
+            if table.known(table.uniform(pattern))
+            and table.speedup(table.uniform(pattern)) >= speed
         ]
-        if fitting:
-            out[family] = min(fitting, key=worth)
-    return out
+        if fast_enough:
+            chosen[family] = min(fast_enough, key=loss_and_speed)
+    return chosen
 
 
 def total_loss(table: PriceTable, pattern: HeadPattern) -> float:
-    """Of a pattern on all heads; infinite where it is not in the pool or could not run."""
-    names = [own for _, own in table.candidates(table.groups[0], 0)]
-    if pattern not in names:
+    """Return the loss of a pattern on all heads; infinity if it is not in the pool or could not
+    run."""
+    candidates = [candidate for _, candidate in table.candidates(table.groups[0], 0)]
+    if pattern not in candidates:
         return math.inf
-    number = names.index(pattern)
+    number = candidates.index(pattern)
     total = sum(
         table.share(group) * float(table.losses[group][:, number, 0].sum())
         for group in table.groups
@@ -264,18 +296,24 @@ def total_loss(table: PriceTable, pattern: HeadPattern) -> float:
 
 
 def published_rules(table: PriceTable, speed: float, seed: int = 0) -> dict[str, Made]:
-    """What published rules choose at the densest level of their candidates that meets a predicted
-    speed.
+    """Return the assignments of published rules, each at the densest level of its candidates that
+    reaches a predicted speed.
 
-    - SVG (Xi et al. 2025, arXiv 2502.01776): per head a band within frames or, in the order (h, w,
-      t), across them, by the output's error.
-    - Sparse-vDiT (arXiv 2506.03065): per head skip, a band, a band across frames, or first frame
-      and band, by the output's relative error + 0.5 (1 - sparsity), dense where none is below 1.
-    - STA (Zhang et al. 2025, arXiv 2502.04507): per head the sliding window of least output error;
-      no head stays dense.
-    - Random: of all static candidates near the level, by a seeded draw.
+    - SVG (Xi et al. 2025, arXiv 2502.01776): each head gets a band within frames or, in the order
+      (h, w, t), a band across frames, whichever has less output error.
+    - Sparse-vDiT (arXiv 2506.03065): each head gets skip, a band, a band across frames, or the
+      first frame and a band. The rule minimises relative output error + 0.5 (1 - sparsity). A head
+      is dense if the minimum is not below 1.
+    - STA (Zhang et al. 2025, arXiv 2502.04507): each head gets the sliding window of least output
+      error. No head stays dense.
+    - Random: each head gets a random static candidate near the level.
+
+    Args:
+        table: losses and seconds of the candidates.
+        speed: least speedup of a whole generation.
+        seed: seed of the random assignment.
     """
-    luck = random.Random(seed)
+    generator = random.Random(seed)
 
     def svg(level: float) -> Made | None:
         return _arg_min(table, {"band", "band hwt"}, level, near=True)
@@ -284,25 +322,19 @@ def published_rules(table: PriceTable, speed: float, seed: int = 0) -> dict[str,
         return _arg_min(table, {"sliding tile"}, level, near=False)
 
     def vdit(level: float) -> Made | None:
-        own = _arg_min(
-            table,
-            {"skip", "band", "bands across frames", "first frame and band"},
-            level,
-            near=True,
-            penalty=0.5,
-            most=1.0,
-        )
-        return own
+        families = {"skip", "band", "bands across frames", "first frame and band"}
+        return _arg_min(table, families, level, near=True, penalty=0.5, most=1.0)
 
     def at_random(level: float) -> Made | None:
-        own = [p for _, p in table.pool.static if _near(table, p, level)]
-        return (
-            {g: tuple(luck.choice(own) for _ in range(table.heads[g[1:]])) for g in table.groups}
-            if own
-            else None
-        )
+        near = [pattern for _, pattern in table.pool.static if _near(table, pattern, level)]
+        if not near:
+            return None
+        return {
+            group: tuple(generator.choice(near) for _ in range(table.heads[group[1:]]))
+            for group in table.groups
+        }
 
-    out: dict[str, Made] = {}
+    assignments: dict[str, Made] = {}
     levels = sorted({round(p.density(table.layout), 2) for _, p in table.pool.static}, reverse=True)
     for name, rule in (
         ("SVG's choice", svg),
@@ -313,13 +345,13 @@ def published_rules(table: PriceTable, speed: float, seed: int = 0) -> dict[str,
         for level in levels:
             made = rule(level)
             if made is not None and table.known(made) and table.speedup(made) >= speed:
-                out[name] = made
+                assignments[name] = made
                 break
-    return out
+    return assignments
 
 
 def _near(table: PriceTable, pattern: HeadPattern, level: float) -> bool:
-    """Whether a pattern keeps about as much as a level says."""
+    """Return whether the density of a static pattern is close to a level."""
     if not isinstance(pattern, Pattern):
         return False
     return 0.7 * level <= pattern.density(table.layout) <= 1.02 * level
@@ -334,14 +366,26 @@ def _arg_min(
     penalty: float = 0.0,
     most: float = math.inf,
 ) -> Made | None:
-    """For each head the candidate of some families with the least output error, plus a penalty
-    times its density; dense where the least is above ``most``. None where none keeps so much."""
-    at = LOSSES.index("output")
+    """Return for each head the candidate of some families with the least output error plus a
+    penalty.
+
+    Args:
+        table: losses and seconds of the candidates.
+        families: names of the families.
+        level: density of the candidates.
+        near: whether a candidate's density must be near the level, and not just at most the level.
+        penalty: factor of the density that is added to the error.
+        most: a head is dense if its minimum is above this.
+
+    Returns:
+        The assignment, or None if a head has no candidate of that density but Skip.
+    """
+    loss_index = LOSSES.index("output")
     made: Made = {}
     for group in table.groups:
         heads: list[HeadPattern] = []
         for head in range(table.heads[group[1:]]):
-            found: list[tuple[float, int, HeadPattern]] = []
+            scored: list[tuple[float, int, HeadPattern]] = []
             for number, (family, pattern) in enumerate(table.candidates(group, head)):
                 assert isinstance(pattern, Pattern) or family not in families
                 if family not in families or not isinstance(pattern, Pattern):
@@ -349,11 +393,11 @@ def _arg_min(
                 density = pattern.density(table.layout)
                 within = _near(table, pattern, level) if near else density <= 1.02 * level
                 if within or family == "skip":
-                    loss = float(table.losses[group][head, number, at]) + penalty * density
-                    found.append((loss, number, pattern))
-            if not any(repr(own) != "Skip()" for _, _, own in found):
+                    loss = float(table.losses[group][head, number, loss_index])
+                    scored.append((loss + penalty * density, number, pattern))
+            if not any(repr(candidate) != "Skip()" for _, _, candidate in scored):
                 return None
-            loss, _, own = min(found)
-            heads.append(own if loss <= most else Dense())
+            loss, _, best = min(scored)
+            heads.append(best if loss <= most else Dense())
         made[group] = tuple(heads)
     return made
