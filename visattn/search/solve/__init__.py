@@ -1,1 +1,1 @@
-"""The choice of one candidate for each head."""
+"""The solver: it chooses one candidate for each head."""

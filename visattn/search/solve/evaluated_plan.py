@@ -1,4 +1,4 @@
-"""Plans that a search has judged."""
+"""Plans with the error that a search has measured for them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ __all__ = ["EvaluatedPlan"]
 
 @dataclass(frozen=True)
 class EvaluatedPlan:
-    """A plan that was judged.
+    """A plan with its error and its predicted speed.
 
     Attributes:
-        name: of the method or family that it comes from.
+        name: name of the method or family that it comes from.
         kind: ``"searched"``, ``"uniform static"``, ``"uniform dynamic"``, ``"published rule"`` or
             ``"random"``.
-        target_speedup: the speedup of a generation that it was made for; None: for none.
+        target_speedup: the speedup of a generation that it was made for, or None.
         plan: the plan.
-        heads: its patterns.
-        pattern: the pattern of all heads, if it is one.
-        predicted: speedup by what its layers cost; None where they were not timed.
-        error: of the model's own output.
-        density: kept share of the pairs, the mean over heads; None with a dynamic pattern.
+        heads: the patterns of all heads.
+        pattern: written form of the pattern if all heads have the same one, or None.
+        predicted: speedup predicted from the seconds of its layers, or None if a pattern was not
+            timed.
+        error: relative error of the model output.
+        density: share of the pairs that is kept, the mean over heads; None if a pattern is dynamic.
     """
 
     name: str
@@ -41,6 +42,6 @@ class EvaluatedPlan:
 
     @property
     def label(self) -> str:
-        """Its name and speed."""
+        """The name and the target speedup."""
         speed = "" if self.target_speedup is None else f", {self.target_speedup:g}x"
         return f"{self.name}{speed}"

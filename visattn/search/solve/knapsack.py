@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option for each head, least loss within a budget."""
+"""The multiple-choice knapsack: one option for each group, least total loss within a budget."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from visattn.geometry.layout import on_cpu
 
 __all__ = ["Option", "best_choice", "frontier", "pareto"]
 
-BINS = 2000  # of a budget, at least
-BINS_EACH = 20  # and for each group, so that rounded costs add up to little
+BINS = 2000  # least number of bins of a budget
+BINS_EACH = 20  # bins for each group, so that the rounding errors of many groups stay small
 
 
 class Option(NamedTuple):
-    """What a group may take: its cost and its loss, and which of its choices it stands for."""
+    """An option of a group.
+
+    Attributes:
+        cost: in seconds.
+        loss: its loss.
+        choice: numbers of the candidates that it consists of.
+    """
 
     cost: float
     loss: float
@@ -24,54 +30,69 @@ class Option(NamedTuple):
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
-    """The options that no other beats in both cost and loss, by rising cost."""
+    """Return the options that no other beats in both cost and loss, in ascending order of cost."""
     kept: list[Option] = []
-    for own in sorted(options):
-        if not kept or own.loss < kept[-1].loss:
-            kept.append(own)
+    for option in sorted(options):
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
     return kept
 
 
 def best_choice(groups: Sequence[Sequence[Option]], budget: float) -> list[int] | None:
-    """The option of each group of least summed loss within a budget of summed cost, but for
-    rounding: costs are counted in ``1 / max(2000, 20 groups)`` of what the budget leaves above the
-    cheapest. None where not even the cheapest fit. Equal losses are decided by order.
+    """Return one option of each group: those of least total loss whose total cost is in a budget.
+
+    Costs are rounded to bins. The number of bins is ``max(2000, 20 groups)``; together they are
+    what remains of the budget after the cheapest options. If losses are equal, the first option is
+    taken.
+
+    Args:
+        groups: the options of each group.
+        budget: largest total cost.
+
+    Returns:
+        The index of an option for each group, or None if the cheapest options exceed the budget.
 
     Raises:
         ValueError: a group is empty.
     """
-    found = _solve(groups, budget)
-    if found is None:
+    solved = _solve(groups, budget)
+    if solved is None:
         return None
-    table, steps, losses = found
-    return _back(table, steps, len(losses) - 1)
+    table, steps, losses = solved
+    return _chosen(table, steps, len(losses) - 1)
 
 
 def frontier(groups: Sequence[Sequence[Option]], points: int) -> list[Option]:
-    """The best options of several groups together, up to the dearest, by rising cost; where there
-    are more than ``points``, every second or third of them. Choices are those of the groups one
-    after the other.
+    """Return the best combinations of the options of several groups, in ascending order of cost.
+
+    Args:
+        groups: the options of each group.
+        points: about the largest number of combinations. If there are more, every n-th is returned.
+
+    Returns:
+        Combinations as options; the choice of each is that of its groups in order.
 
     Raises:
         ValueError: a group is empty.
     """
-    found = _solve(groups, sum(max(own.cost for own in group) for group in groups))
-    assert found is not None
-    table, steps, losses = found
+    solved = _solve(groups, sum(max(option.cost for option in group) for group in groups))
+    assert solved is not None
+    table, steps, losses = solved
+    # the numbers of bins at which the least loss becomes smaller
     falls = [0, *((losses[1:] < losses[:-1]).nonzero().flatten() + 1).tolist()]
-    each = -(-len(falls) // points)
-    out = []
-    for place in [*falls[:-1:each], falls[-1]]:
-        chosen = _back(table, steps, place)
-        own = [group[n] for group, n in zip(groups, chosen, strict=True)]
-        out.append(
+    every = -(-len(falls) // points)
+    combinations = []
+    for bins in [*falls[:-1:every], falls[-1]]:
+        chosen = _chosen(table, steps, bins)
+        options = [group[n] for group, n in zip(groups, chosen, strict=True)]
+        combinations.append(
             Option(
-                sum(x.cost for x in own),
-                sum(x.loss for x in own),
-                tuple(n for x in own for n in x.choice),
+                sum(x.cost for x in options),
+                sum(x.loss for x in options),
+                tuple(n for x in options for n in x.choice),
             )
         )
-    return pareto(out)
+    return pareto(combinations)
 
 
 Step = list[int]  # the costs of a group's options in bins
@@ -81,11 +102,16 @@ Step = list[int]  # the costs of a group's options in bins
 def _solve(
     groups: Sequence[Sequence[Option]], budget: float
 ) -> tuple[list[torch.Tensor], list[Step], torch.Tensor] | None:
-    """Which option of each group gives the least loss of the groups so far, by the bins that may be
-    spent; the bins of the options; and the least loss of all."""
+    """Solve the knapsack for all budgets up to one, or return None if no choice fits.
+
+    Returns:
+        For each group the index of the best option by the number of bins that this group and the
+        groups before it can spend; the bins of the options of each group; and the least total loss
+        by the number of bins.
+    """
     if not all(groups):
-        raise ValueError("groups holds an empty one; each has an option at least")
-    cheapest = [min(own.cost for own in group) for group in groups]
+        raise ValueError("groups holds an empty group; each group must have an option")
+    cheapest = [min(option.cost for option in group) for group in groups]
     left = budget - sum(cheapest)
     if left < -1e-12 * abs(budget):
         return None
@@ -94,25 +120,30 @@ def _solve(
     best = torch.zeros(bins + 1, dtype=torch.float64)
     table, steps = [], []
     for group, least in zip(groups, cheapest, strict=True):
-        step = [
-            round((own.cost - least) / unit) if unit > 0 else 0 if own.cost <= least else bins + 1
-            for own in group
-        ]
-        lines = torch.full((len(group), bins + 1), torch.inf, dtype=torch.float64)
-        for number, (own, moved) in enumerate(zip(group, step, strict=True)):
-            if moved <= bins:
-                lines[number, moved:] = best[: bins + 1 - moved] + own.loss
-        best, which = lines.min(0)
+        step = [_bins_of(option.cost, least, unit, bins) for option in group]
+        sums = torch.full((len(group), bins + 1), torch.inf, dtype=torch.float64)
+        for number, (option, spent) in enumerate(zip(group, step, strict=True)):
+            if spent <= bins:
+                sums[number, spent:] = best[: bins + 1 - spent] + option.loss
+        best, which = sums.min(0)
         table.append(which)
         steps.append(step)
     return table, steps, best
 
 
-def _back(table: Sequence[torch.Tensor], steps: Sequence[Step], place: int) -> list[int]:
-    """The options that lead to a place."""
+def _bins_of(cost: float, least: float, unit: float, bins: int) -> int:
+    """Return how many bins of the size ``unit`` a cost takes above the least cost of its group; more
+    than ``bins`` if the bins have no size and it is above."""
+    if unit > 0:
+        return round((cost - least) / unit)
+    return 0 if cost <= least else bins + 1
+
+
+def _chosen(table: Sequence[torch.Tensor], steps: Sequence[Step], bins: int) -> list[int]:
+    """Return the index of the option of each group in the best choice for a number of bins."""
     chosen = []
     for which, step in zip(reversed(table), reversed(steps), strict=True):
-        own = int(which[place])
-        chosen.append(own)
-        place -= step[own]
+        index = int(which[bins])
+        chosen.append(index)
+        bins -= step[index]
     return chosen[::-1]

@@ -1,4 +1,4 @@
-"""What a search knows of every head: losses and seconds of its candidates; plans are made of it."""
+"""The table of losses and seconds of all candidates, from which plans are made."""
 
 from __future__ import annotations
 
@@ -28,31 +28,42 @@ Allowed = Callable[[str, HeadPattern], bool]
 def losses_of(
     items: Sequence[StoredResult], phase_of: Callable[[int], int]
 ) -> dict[Group, list[tuple[int, SamplePlace, torch.Tensor]]]:
-    """Losses ``[H, candidates, 3]`` of every call that was scored, by group, with the number of its
-    generation."""
-    out: dict[Group, list[tuple[int, SamplePlace, torch.Tensor]]] = {}
-    for number, item in enumerate(items):
-        for at, values in enumerate(item.value["places"]):
+    """Return the losses ``[H, candidates, 3]`` of every scored call by group, with the number of
+    its generation and its place.
+
+    Args:
+        items: stored results of ``CandidateScorer.item``, one for each generation.
+        phase_of: function from a step to its phase.
+    """
+    by_group: dict[Group, list[tuple[int, SamplePlace, torch.Tensor]]] = {}
+    for generation, item in enumerate(items):
+        for index, values in enumerate(item.value["places"]):
             place = SamplePlace(*values)
             group = phase_of(place.step), place.role, place.number
-            out.setdefault(group, []).append((number, place, item.tensors["errors"][at]))
-    return out
+            losses = item.tensors["errors"][index]
+            by_group.setdefault(group, []).append((generation, place, losses))
+    return by_group
 
 
 @dataclass(frozen=True)
 class PriceTable:
-    """Losses and seconds.
+    """Losses and seconds of all candidates.
 
     Args:
-        pool: the candidates; times: what they cost in a layer.
-        calls: losses of every scored call, of ``losses_of``.
-        heads: of every layer; paths: of their modules.
-        runs: how often a layer's attention runs in a generation, by phase and role, passes counted
-            apart.
-        generation: seconds of a dense one.
-        layout, denoisers, phases, model: for plans.
-        also: the same at other shapes, with the same candidates; losses are then means over the
-            shapes, and a plan is as fast as at the shape where it is slowest.
+        pool: the candidates.
+        times: the seconds of patterns in a layer.
+        calls: losses of every scored call, as ``losses_of`` returns them.
+        heads: number of heads of each layer.
+        paths: path of the module of each layer.
+        runs: how often a layer's attention runs in a generation, by phase and role; each pass
+            counts.
+        generation: seconds of a dense generation.
+        layout: layout of the tokens.
+        denoisers: description of each denoiser by role, for plans.
+        phases: where one phase ends and the next begins, as in a Plan.
+        model: name of the model, for plans.
+        also: tables at other shapes, with the same candidates. Losses are then means over all
+            shapes, and the speedup of a plan is that of the shape where it is least.
     """
 
     pool: CandidatePool
@@ -68,70 +79,79 @@ class PriceTable:
     model: str | None = None
     also: tuple[PriceTable, ...] = ()
 
-    # ---- what is known of heads
+    # ---- heads
 
     def weight(self, group: Group) -> int:
-        """How often the attention of a group runs in a generation."""
+        """Return how often the attention of a group runs in a generation."""
         return self.runs[group[0], group[1]]
 
     def share(self, group: Group) -> float:
-        """The same, of a denoiser that has the group's steps throughout."""
+        """Return the share of a group's phase and role in the attention runs of a generation."""
         return self.weight(group) / sum(self.runs.values())
 
     @cached_property
     def groups(self) -> list[Group]:
-        """Every layer in every phase that was scored."""
+        """All layers in all phases whose candidates were scored."""
         return sorted(self.losses)
 
     @cached_property
     def losses(self) -> dict[Group, torch.Tensor]:
-        """Mean losses over calls, ``[H, candidates, 3]``, NaN where one could never be computed, or
-        not at every shape."""
-        own = {
+        """Mean losses over calls, ``[H, candidates, 3]`` by group. A loss is NaN if at some shape
+        it could not be computed for any call."""
+        of_this_shape = {
             group: torch.stack([losses for _, _, losses in calls]).nanmean(0)
             for group, calls in self.calls.items()
         }
         return {
             group: torch.stack([losses, *(other.losses[group] for other in self.also)]).mean(0)
-            for group, losses in own.items()
+            for group, losses in of_this_shape.items()
             if all(group in other.losses for other in self.also)
         }
 
     def candidates(self, group: Group, head: int) -> list[tuple[str, HeadPattern]]:
-        """Of a head, with their families, in the order of the losses."""
+        """Return the candidates of a head with their families, in the order of the losses."""
         return self.pool.options(group[1:], head)
 
     def options(
         self, group: Group, head: int, allowed: Allowed | None = None, loss: str = LOSSES[0]
     ) -> list[Option]:
-        """What a head may take: seconds in a generation, its loss, and the number of the candidate,
-        -1 for Dense; without those that another beats in both.
+        """Return the options of a head, without those that another option beats in both cost and
+        loss.
+
+        The cost of an option is its seconds in a generation. Its choice is the number of the
+        candidate, or -1 for Dense.
 
         Args:
-            allowed: which families and patterns; None: all. Dense always is.
+            group: the phase and the layer.
+            head: the head.
+            allowed: whether the head can take a pattern of a family; None: all patterns. Dense is
+                always allowed.
             loss: one of LOSSES.
         """
-        at = LOSSES.index(loss)
+        loss_index = LOSSES.index(loss)
         share = self.share(group)
-        own = [Option(self.cost(group, Dense()), 0.0, (-1,))]
-        values = self.losses[group][head, :, at].tolist()
+        options = [Option(self.cost(group, Dense()), 0.0, (-1,))]
+        values = self.losses[group][head, :, loss_index].tolist()
         for number, ((family, pattern), value) in enumerate(
             zip(self.candidates(group, head), values, strict=True)
         ):
             if not math.isfinite(value) or not self.timed(pattern):
                 continue
             if allowed is None or allowed(family, pattern):
-                own.append(Option(self.cost(group, pattern), share * value, (number,)))
-        return pareto(own)
+                options.append(Option(self.cost(group, pattern), share * value, (number,)))
+        return pareto(options)
 
     def timed(self, pattern: HeadPattern) -> bool:
-        """Whether a pattern's seconds are known, at every shape."""
+        """Return whether the seconds of a pattern are known at every shape."""
         name = repr(pattern)
         return all(name in table.times.seconds for table in (self, *self.also))
 
     def cost(self, group: Group, pattern: HeadPattern) -> float:
-        """Seconds of a head in a generation: what dense attention takes, less the smallest saving
-        at any shape, as a share of the generation there."""
+        """Return the seconds of a head in a generation.
+
+        With several shapes it is the time of dense attention minus the least saving: the saving at
+        each shape is a share of the generation there.
+        """
         dense = self.weight(group) * self.times.head(Dense())
         if not self.also:
             return self.weight(group) * self.times.head(pattern)
@@ -144,29 +164,29 @@ class PriceTable:
         return dense - self.generation * min(shares)
 
     def patterns(self, group: Group, choices: Sequence[int]) -> tuple[HeadPattern, ...]:
-        """The patterns of a layer's heads by the numbers of their candidates."""
+        """Return the patterns of a layer's heads from the numbers of their candidates."""
         return tuple(
             Dense() if number < 0 else self.candidates(group, head)[number][1]
             for head, number in enumerate(choices)
         )
 
     def loss(self, group: Group, patterns: Sequence[HeadPattern]) -> float:
-        """The projected loss of a layer's heads, as options have it."""
+        """Return the total projected loss of a layer's heads, in the unit of the options."""
         total = 0.0
         for head, pattern in enumerate(patterns):
-            own = [known for _, known in self.candidates(group, head)]
-            if pattern in own:
-                total += float(self.losses[group][head, own.index(pattern), 0])
+            candidates = [candidate for _, candidate in self.candidates(group, head)]
+            if pattern in candidates:
+                total += float(self.losses[group][head, candidates.index(pattern), 0])
         return self.share(group) * total
 
     def uniform(self, pattern: HeadPattern) -> dict[Group, tuple[HeadPattern, ...]]:
-        """One pattern for all heads."""
+        """Return the assignment of one pattern to all heads."""
         return {group: (pattern,) * self.heads[group[1:]] for group in self.groups}
 
-    # ---- what is known of plans
+    # ---- plans
 
     def saved(self, assignment: Assignment) -> float:
-        """Seconds of a generation that an assignment saves, by what its layers cost."""
+        """Return the seconds of a generation that an assignment saves, from those of its layers."""
         return sum(
             self.weight(group) * (self.times.dense - self.times.layer(heads))
             for group, heads in assignment.items()
@@ -174,16 +194,16 @@ class PriceTable:
         )
 
     def speedup(self, assignment: Assignment) -> float:
-        """Of a whole generation, predicted, at the shape where it is least."""
-        own = self.generation / max(1e-9, self.generation - self.saved(assignment))
-        return min([own, *(other.speedup(assignment) for other in self.also)])
+        """Return the predicted speedup of a whole generation, at the shape where it is least."""
+        speedup = self.generation / max(1e-9, self.generation - self.saved(assignment))
+        return min([speedup, *(other.speedup(assignment) for other in self.also)])
 
     def known(self, assignment: Assignment) -> bool:
-        """Whether all of its patterns were timed."""
-        return all(self.timed(own) for own in {p for heads in assignment.values() for p in heads})
+        """Return whether the seconds of all patterns of an assignment are known."""
+        return all(self.timed(x) for x in {p for heads in assignment.values() for p in heads})
 
     def plan(self, assignment: Assignment) -> Plan:
-        """The plan of an assignment; layers that are all dense have no rule."""
+        """Return the plan of an assignment. Layers whose heads are all dense have no rule."""
         rules = []
         roles = {role for role, _ in self.heads}
         for group in sorted(assignment):
