@@ -30,6 +30,7 @@ PACKAGES = (
 )
 # Packages whose docstrings are still to be written.
 WAITING = {"visattn", "visattn.search"}
+WAITING = {"visattn", "visattn.inject"}
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 

@@ -1,4 +1,4 @@
-"""The claims of a receipt: what a search should reach, and whether this one did."""
+"""The claims of a receipt: what a search should reach, and whether this search reached it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEST_STATIC, BEST_DYNAMIC = "best static", "best dynamic"  # names of plans amon
 FLIPS_OF_60 = 2  # verdicts that may differ from dense
 SPEED_TOLERANCE = 0.07  # relative difference of measured and predicted speed
 LEAST_GAIN = 1.0  # dB over the best uniform static family
-AS_FAST = 0.97  # of the chosen plan's speed, from which a dynamic rule counts as being as fast
+AS_FAST = 0.97  # least share of the chosen plan's speed at which a dynamic rule is "as fast"
 
 
 def claims(
@@ -25,10 +25,10 @@ def claims(
     predicted: float,
     fastest: EvaluatedPlan | None,
 ) -> list[dict[str, Any]]:
-    """Return each claim with what was measured and, where it does not hold, the cause.
+    """Return each claim with the measured numbers and, if it does not hold, the cause.
 
     Args:
-        clips: of the validation.
+        clips: statistics of the validation.
         chosen: the plan of the search.
         static: the best uniform static plan at its speed, ``BEST_STATIC`` among the clips.
         dynamic: the dynamic rule to compare with, ``BEST_DYNAMIC`` among the clips.
@@ -58,7 +58,7 @@ def _above_static(
         "figures": _decibels(gain),
         "cause": None
         if holds
-        else "the error of the model's own output by which plans are chosen differs too "
+        else "the error of the model output, by which plans are chosen, differs too "
         f"little: {chosen.error:.4f} against {static.error:.4f}",
     }
 

@@ -12,7 +12,7 @@ from visattn.search.solve.evaluated_plan import EvaluatedPlan
 
 __all__ = ["Comparison", "best_by_speed"]
 
-SLOWER = 1.25  # a dynamic rule is compared that is at most this much slower than the fastest
+SLOWER = 1.25  # a compared dynamic rule is at most this factor slower than the fastest one
 
 
 def best_by_speed(plans: Sequence[EvaluatedPlan]) -> dict[float, EvaluatedPlan]:
@@ -29,12 +29,12 @@ def best_by_speed(plans: Sequence[EvaluatedPlan]) -> dict[float, EvaluatedPlan]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A chosen plan and the others.
+    """The chosen plan and the plans that it is compared with.
 
     Args:
-        plans: all that were judged.
-        front: the best by speed.
-        chosen: one of the front.
+        plans: all evaluated plans.
+        front: the plan of least error for each speed.
+        chosen: the chosen plan, one of the front.
     """
 
     plans: Sequence[EvaluatedPlan]
@@ -65,8 +65,8 @@ class Comparison:
 
     @property
     def dynamic(self) -> EvaluatedPlan | None:
-        """The dynamic rule to compare with: the one of least error among those as fast as the
-        chosen plan; where there is none, among those little slower than the fastest rule."""
+        """The dynamic rule to compare with: the one of least error among those that reach the
+        chosen speed. If there is none, it is the one of least error among the fastest rules."""
         best = self._best("uniform dynamic")
         fastest = self._fastest([x for x in self._dynamic if math.isfinite(x.error)])
         if best is not None or fastest is None:

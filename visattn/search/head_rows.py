@@ -1,4 +1,4 @@
-"""What the receipt says of each head: its pattern, density, error, stability, and its stencil."""
+"""The rows of the receipt for each head: pattern, density, error, stability, and stencil."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from visattn.search.solve.price_table import Assignment, Group, PriceTable
 __all__ = ["head_rows", "stability_rows", "stencil_rows"]
 
 MOST_STENCILS = 200  # heads whose stencils the page draws
-STABILITY_DENSITY = (0.15, 0.26)  # of the static candidates that stability is judged by
+STABILITY_DENSITY = (0.15, 0.26)  # range of the static candidates whose order shows stability
 
 
 def head_rows(table: PriceTable, assignment: Assignment) -> list[dict[str, Any]]:
-    """Return what every head runs, with what is known of it."""
+    """Return the pattern of every head with its density, error and seconds, one row a head."""
     sizes = block_sizes(table.layout.length)
     rows = []
     for group in table.groups:
@@ -109,8 +109,7 @@ def stencil_rows(
     attention: Mapping[Layer, torch.Tensor],
     query: tuple[int, int, int],
 ) -> list[dict[str, Any]]:
-    """Return where the attention of heads lies by relative tile offset, and what their stencils
-    keep.
+    """Return the attention mass of heads by relative tile offset, and what their stencils keep.
 
     Args:
         table: of the search.

@@ -43,13 +43,13 @@ class Searched:
     Attributes:
         request: the search.
         goal: which plan was asked for.
-        observed: of the first stage.
-        calibrated: of the second.
-        priced: of the third.
+        observed: result of the first stage.
+        calibrated: result of the second stage.
+        priced: result of the third stage.
         comparison: the plans, the chosen one, and those it is compared with.
         steps: predicted speedup of each compared plan, by name.
-        clips: of the fifth stage.
-        notes: for the reader.
+        clips: clips of the fifth stage.
+        notes: sentences for the reader of the receipt.
         command: the command line, if there was one.
         begin: ``time.monotonic()`` at the start of the search.
     """
@@ -143,7 +143,7 @@ def attention_share(observed: Observed, priced: Priced) -> float:
 
 
 def _with_evidence(searched: Searched) -> Plan:
-    """Return the chosen plan with what was measured of it, and where it comes from."""
+    """Return the chosen plan with its evidence and its provenance."""
     request, clips, chosen = searched.request, searched.clips, searched.comparison.chosen
     return replace(
         chosen.plan,

@@ -1,4 +1,4 @@
-"""A search at one shape: the pipeline, what it is asked for, and who does the work."""
+"""A search at one shape: the pipeline, the arguments of the search, and the task runner."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class SearchRequest:
         target: the pipeline with the arguments of its call.
         prompts: (prompt, seed) pairs to calibrate on.
         held_out: (prompt, seed) pairs to validate on.
-        runner: does the work and keeps the results.
+        runner: runs the tasks and stores their results.
         phases: where one phase ends and the next begins, as in a Plan.
         candidates: which candidates are tried.
         settings: how much is measured.
-        scorer: judges the content of clips; None: nothing does.
-        deadline: ``time.monotonic()`` at which validation takes no further pair.
+        scorer: judges the content of clips; None: there are no verdicts.
+        deadline: ``time.monotonic()`` after which the validation starts no further pair.
     """
 
     target: SearchTarget
@@ -84,9 +84,9 @@ def runner_of(
     """Return the runner of a search's tasks.
 
     Args:
-        target: what is searched.
-        folder: where results are kept; None: in memory.
-        progress: called as tasks are done.
+        target: the pipeline with the arguments of its call.
+        folder: folder of the stored results; None: they are in memory.
+        progress: called after each task.
         group: the processes that share the work.
     """
     about = {

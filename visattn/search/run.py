@@ -23,7 +23,7 @@ from visattn.search.stages.validate import step_speedups, validate
 
 __all__ = ["run_search"]
 
-CHOOSING_CLIPS = 4  # by which min_psnr is judged, none of them held out
+CHOOSING_CLIPS = 4  # clips that decide whether a plan reaches min_psnr; none is held out
 
 
 def run_search(
@@ -88,8 +88,8 @@ def check_reached(
         raise ValueError(
             "no plan is faster than dense here, where attention is "
             f"{attention_share(observed, priced):.0%} of a generation, "
-            f"{1e3 * table.times.dense:.3g} ms in a layer: more tokens or more steps have more to "
-            "save"
+            f"{1e3 * table.times.dense:.3g} ms in a layer; sparse attention saves more with more "
+            "tokens or more steps"
         )
     if goal.target_speedup is not None and goal.target_speedup not in front:
         raise ValueError(
@@ -124,6 +124,6 @@ def choose(
         ((name, value),) = goal.given.items()
         raise ValueError(
             f"{name}={value:g} is met by no plan that is faster than dense: the slowest, "
-            f"{speeds[0]:g}x, has an error of {front[speeds[0]].error:.3g}; ask for less"
+            f"{speeds[0]:g}x, has an error of {front[speeds[0]].error:.3g}; relax the goal"
         )
     return front[max(within)], notes

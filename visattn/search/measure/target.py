@@ -62,11 +62,11 @@ class SearchTarget:
                 self.paths[role, number], self.modules[role, number] = path, module
         check_searchable(pipe)
         remove_plan(pipe)
-        config_name = getattr(getattr(pipe, "config", None), "get", lambda _: None)(
-            "_name_or_path"
-        )
-        has_name = isinstance(config_name, str) and config_name
-        self.name = name or (config_name if has_name else type(pipe).__name__)
+        read_config = getattr(getattr(pipe, "config", None), "get", lambda _: None)
+        config_name = read_config("_name_or_path")
+        if not (isinstance(config_name, str) and config_name):
+            config_name = type(pipe).__name__
+        self.name: str = name or config_name
 
     @property
     def device(self) -> torch.device:

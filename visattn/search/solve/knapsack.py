@@ -132,8 +132,10 @@ def _solve(
 
 
 def _bins_of(cost: float, least: float, unit: float, bins: int) -> int:
-    """Return how many bins of the size ``unit`` a cost takes above the least cost of its group; more
-    than ``bins`` if the bins have no size and it is above."""
+    """Return how many bins of the size ``unit`` a cost takes above the least cost of its group.
+
+    If the bins have no size, a cost above the least one takes more than ``bins``.
+    """
     if unit > 0:
         return round((cost - least) / unit)
     return 0 if cost <= least else bins + 1

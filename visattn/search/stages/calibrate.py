@@ -25,11 +25,11 @@ LEARNER_ROWS = 8  # of each tile
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What was read of dense generations.
+    """Attention and denoiser calls of dense generations.
 
     Attributes:
-        tables: attention mass of each layer by tiling, the mean over phases: by tile offset, then
-            by key tile.
+        tables: attention mass of each layer by tiling, the mean over phases. A table has the mass
+            by tile offset, then by key tile.
         attention: mean attention of one query, ``[H, T, Y, X]`` by layer, for pictures.
         replay: recorded calls of the denoisers.
     """

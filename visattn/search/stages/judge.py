@@ -68,10 +68,11 @@ def judge(
 
     Args:
         request: the search.
-        observed: of the first stage.
-        priced: of the third stage; its table knows the other shapes.
-        errors: judges plans.
-        target_speedup: a speed that is tried too, with everything to compare with.
+        observed: result of the first stage.
+        priced: result of the third stage; its table has the other shapes too.
+        errors: measures the errors of plans.
+        target_speedup: a further speed to make plans for. The plans with one pattern and those of
+            published rules are made for it.
     """
     notes: list[str] = []
     every = LayerFronts(priced.table)
@@ -103,7 +104,7 @@ def judge(
 
 
 def _main_speed(reached: Sequence[float], target_speedup: float | None) -> float | None:
-    """Return the target if it is reached, else the middle of what is; None where nothing is."""
+    """Return the target if it is reached, else the middle one of the reached speeds, or None."""
     if target_speedup in reached:
         return target_speedup
     return reached[len(reached) // 2] if reached else None
@@ -201,7 +202,7 @@ def _uniform(
         notes.append(
             f"one pattern for all heads does not reach {main:g}x here with: {', '.join(slow)}"
         )
-    for family in dynamic:  # whatever they cost
+    for family in dynamic:  # also the slow ones
         patterns = families[family]
         to_judge += [_ToJudge(family, "uniform dynamic", None, pattern) for pattern in patterns]
     return to_judge
@@ -266,11 +267,11 @@ def _refined(
         if assignment is None:
             break
         name = "error by layer, refined"
-        (again,) = evaluate([_ToJudge(name, "searched", best.target_speedup, assignment)])
-        if again.error >= best.error:
+        (candidate,) = evaluate([_ToJudge(name, "searched", best.target_speedup, assignment)])
+        if candidate.error >= best.error:
             break
-        refined.append(again)
-        best = again
+        refined.append(candidate)
+        best = candidate
     return refined
 
 

@@ -1,4 +1,4 @@
-"""First stage: run dense generations, and see how long they take and what runs in them."""
+"""First stage: run dense generations, and find their seconds, their steps and their layout."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TIMED_GENERATIONS = 3  # after one that is not timed
 
 @dataclass(frozen=True)
 class Observed:
-    """What a dense generation is like.
+    """Properties of a dense generation.
 
     Attributes:
-        seconds: of a generation, the median.
-        steps: denoising steps.
+        seconds: median seconds of a generation.
+        steps: number of denoising steps.
         phases: where one phase ends and the next begins, as in a Plan.
-        layout: of the tokens.
+        layout: layout of the tokens.
         runs: how often each layer's attention runs in a generation, by phase and role; each pass
             of a batch counts.
         read_steps: the steps whose attention is read, by role.

@@ -18,7 +18,7 @@ __all__ = ["PlanErrors", "replayed_calls"]
 
 @dataclass(frozen=True)
 class PlanErrors:
-    """Judges plans at one or several shapes.
+    """Measures the errors of plans at one or several shapes.
 
     Args:
         shapes: the search at each shape, with the recorded calls that are replayed. Plans are
@@ -28,11 +28,11 @@ class PlanErrors:
     shapes: Sequence[tuple[SearchRequest, Replay]]
 
     def __call__(self, plans: Sequence[Plan], stage: str) -> list[float]:
-        """Return the error of each plan, the mean over shapes; infinite where it could not run.
+        """Return the error of each plan, the mean over shapes; infinity if it could not run.
 
         Args:
-            plans: to judge.
-            stage: of the search, for progress and for the names of the results.
+            plans: the plans.
+            stage: name of the stage, for the progress and for the keys of the results.
         """
         elsewhere = [replace(plan, geometry=None) for plan in plans]
         by_shape = [

@@ -1,4 +1,4 @@
-"""Third stage: what every candidate costs, in error and in seconds."""
+"""Third stage: measure the error and the seconds of every candidate."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ Losses = Mapping[Group, Sequence[tuple[int, SamplePlace, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class Priced:
-    """What every candidate costs.
+    """The error and the seconds of every candidate.
 
     Attributes:
         pool: the candidates.
-        rules: the dynamic ones with their families, also those that are too slow for the pool.
+        rules: the dynamic rules with their families, also those that are too slow for the pool.
         grids: the tilings of the stencils.
         timed: the patterns whose seconds were measured.
         table: losses and seconds of every candidate.
@@ -58,14 +58,15 @@ def price(
 ) -> Priced:
     """Measure the losses of all candidates on the other prompts, and their seconds in a layer.
 
-    Dynamic rules that take longer than dense attention are no candidates; they are compared with
-    all the same.
+    Dynamic rules that are slower than dense attention are not candidates. The receipt still
+    compares the plan with them.
 
     Args:
         request: the search.
-        observed: of the first stage.
-        calibrated: of the second stage.
-        like: the result at another shape, whose candidates these are; None: choose them here.
+        observed: result of the first stage.
+        calibrated: result of the second stage.
+        like: the result at another shape, whose candidates are measured here too; None: choose
+            the candidates.
 
     Raises:
         Unfinished: all generations failed.
@@ -88,14 +89,16 @@ def price(
         for layer, path in request.target.paths.items()
         if not any(group[1:] == layer for group in losses)
     )
-    flat = _table(request, observed, pool, losses)
-    timed = _worth_timing(flat) if like is None else like.timed
+    untimed = _table(request, observed, pool, losses)
+    timed = _worth_timing(untimed) if like is None else like.timed
     seconds = _measured(request, observed, calibrated, "seconds", timed) | seconds
     module = next(iter(request.target.modules.values()))
     sample = torch.empty(1, 1, 1, 64, device=request.target.device, dtype=torch.float32)
     latency = LayerLatency(seconds, int(module.heads), heads_run_separately(sample))
-    notes = (f"dense, as nothing is known of them: {', '.join(missing)}",) if missing else ()
-    return Priced(pool, rules, grids, tuple(timed), replace(flat, times=latency), notes)
+    notes: tuple[str, ...] = ()
+    if missing:
+        notes = (f"these layers stay dense, as no call could be scored: {', '.join(missing)}",)
+    return Priced(pool, rules, grids, tuple(timed), replace(untimed, times=latency), notes)
 
 
 def _is_fast(rule: HeadPattern, seconds: Mapping[str, HeadLatency]) -> bool:
@@ -167,15 +170,16 @@ def _table(
     )
 
 
-def _worth_timing(flat: PriceTable) -> list[HeadPattern]:
-    """Return all static candidates, and of each head the stencils that are worth their density."""
+def _worth_timing(table: PriceTable) -> list[HeadPattern]:
+    """Return all static candidates, and for each head the stencils for which no sparser stencil has
+    less loss, about STENCILS_TIMED of them at most."""
     patterns: dict[HeadPattern, None] = dict.fromkeys(
-        [*(pattern for _, pattern in flat.pool.static), Skip()]
+        [*(pattern for _, pattern in table.pool.static), Skip()]
     )
-    for group in flat.groups:
-        for head in range(flat.heads[group[1:]]):
-            front = flat.options(group, head, lambda family, _: family == "stencil")
-            candidates = flat.candidates(group, head)
+    for group in table.groups:
+        for head in range(table.heads[group[1:]]):
+            front = table.options(group, head, lambda family, _: family == "stencil")
+            candidates = table.candidates(group, head)
             numbers = [option.choice[0] for option in front]
             chosen = [candidates[number][1] for number in numbers if number >= 0]
             step = max(1, -(-len(chosen) // STENCILS_TIMED))

@@ -44,22 +44,22 @@ def validate(
     Args:
         request: the search.
         plans: by name; the videos of the first one are kept.
-        pairs: prompts and seeds whose clips have no video kept; None: the held-out ones.
+        pairs: prompts and seeds, whose videos are not kept; None: the held-out pairs.
     """
     runner = request.runner
     wanted = list(enumerate(request.held_out[: request.settings.pairs] if pairs is None else pairs))
     with_videos = request.settings.pictures if pairs is None else 0
-    at_once = runner.world if math.isfinite(request.deadline) else len(wanted)
+    batch_size = runner.world if math.isfinite(request.deadline) else len(wanted)
     clips = []
     notes = []
-    for begin in range(0, len(wanted), at_once):
+    for begin in range(0, len(wanted), batch_size):
         if begin >= 2 and runner.broadcast(time.monotonic() > request.deadline):
-            notes.append(f"the budget of time ended after {begin} of {len(wanted)} clips")
+            notes.append(f"the time budget ended after {begin} of {len(wanted)} clips")
             break
-        some = wanted[begin : begin + at_once]
-        tasks = [_task(request, plans, n, pair, n < with_videos) for n, pair in some]
+        batch = wanted[begin : begin + batch_size]
+        tasks = [_task(request, plans, n, pair, n < with_videos) for n, pair in batch]
         results = runner.do("validate", tasks, timed=True)
-        for (_, (prompt, seed)), result in zip(some, results, strict=True):
+        for (_, (prompt, seed)), result in zip(batch, results, strict=True):
             if result is not None:
                 clips.append((prompt, seed, result))
     return Validated(tuple(clips), tuple(notes))
