@@ -28,9 +28,6 @@ PACKAGES = (
     "visattn.search",
     "visattn.selectors",
 )
-# Packages whose docstrings are still to be written.
-WAITING = {"visattn", "visattn.search"}
-WAITING = {"visattn", "visattn.inject"}
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Example", "Attributes", "Note")
 
 
@@ -67,11 +64,7 @@ def wrong(value: Any) -> list[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_form(package):
-    faults = {
-        name: wrong(value)
-        for name, value in public(package).items()
-        if package not in WAITING
-    }
+    faults = {name: wrong(value) for name, value in public(package).items()}
     assert {name: fault for name, fault in faults.items() if fault} == {}
 
 

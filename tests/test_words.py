@@ -32,10 +32,6 @@ CONSTRUCTIONS = (
 )
 PATTERN = re.compile("|".join(CONSTRUCTIONS), re.IGNORECASE)
 KERNEL_DECORATORS = {"gluon.jit", "triton.jit"}
-# Parts whose words are still to be mended.
-WAITING = {"inject", "search"}
-WAITING = {"attention", "blocks", "kernels", "search"}
-WAITING = {"attention", "blocks", "inject", "kernels"}
 # Parameters of public classes, ``(class, parameter)``: their names stay as they are.
 PUBLIC_NAMES = Path(__file__).parent / "support" / "public_names.txt"
 PUBLIC_PARAMETERS = {
@@ -105,8 +101,7 @@ def test_words(part):
         for source in [path.read_text(encoding="utf-8")]
         for line in (*empty_names(source), *constructions(source))
     ]
-    if part not in WAITING:
-        assert lines == []
+    assert lines == []
 
 
 def test_what_is_to_be_found_is_found():
