@@ -318,9 +318,7 @@ def object_margin(frames: Tensor, caption: str) -> float:
     """
     things = parse_caption(caption).things
     if len(things) != 1:
-        raise ValueError(
-            f"caption={caption!r} has {len(things)} things; a margin is defined for one thing"
-        )
+        raise ValueError(f"caption={caption!r} has {len(things)} things; name one")
     seen = _standardised(outline(_objectness(frames.detach().float().clamp(0, 1))).flatten())
     names, templates = _templates(seen)
     likeness = (templates @ seen).tolist()

@@ -13,12 +13,12 @@ from visattn.search.request import SearchRequest
 from visattn.search.solve.assignments import (
     LayerFronts,
     meeting,
-    published_rules,
     solutions,
     uniform_plans,
 )
 from visattn.search.solve.evaluated_plan import EvaluatedPlan
 from visattn.search.solve.price_table import Assignment, Group
+from visattn.search.solve.published_rules import published_rules
 from visattn.search.stages.observe import Observed
 from visattn.search.stages.plan_errors import PlanErrors
 from visattn.search.stages.price import Priced
