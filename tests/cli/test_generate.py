@@ -245,10 +245,11 @@ def test_second_denoiser_has_a_guidance_scale_of_its_own(capsys):
     argv = [*GENERATE, "--model", "wan22", "-o"]
     good(capsys, *argv, "same", "--guidance-scale", "5", "--guidance-scale-2", "5")
     good(capsys, *argv, "none", "--guidance-scale", "5")
-    good(capsys, *argv, "other", "--guidance-scale", "5", "--guidance-scale-2", "2")
+    # the passes of random weights are nearly equal: a small scale changes less than 1/255
+    good(capsys, *argv, "other", "--guidance-scale", "5", "--guidance-scale-2", "1e6")
     same, none, other = map(read_video, ("same", "none", "other"))
     assert torch.equal(same, none) and not torch.equal(same, other)
-    assert read_record("other")["settings"]["guidance_scale_2"] == 2.0
+    assert read_record("other")["settings"]["guidance_scale_2"] == 1e6
 
 
 # ---- what it records

@@ -386,7 +386,7 @@ def test_a_trained_gate_chooses() -> None:
     q, k, v = tensors(layout)
     gated = parse_pattern("top_blocks(0.3, score='gate:mine', block=8)")
     assert isinstance(gated, TopBlocks)
-    with pytest.raises(ValueError, match="gate 'mine' is not known"):
+    with pytest.raises(ValueError, match="gate 'mine' is not registered"):
         gated.select(q, k, v, layout, SCALE)
     register_gate("mine", lambda inputs: inputs.q_mean @ inputs.k_mean.mT * SCALE)
     found = gated.select(q, k, v, layout, SCALE)
