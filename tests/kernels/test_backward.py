@@ -116,8 +116,9 @@ def test_mixed_heads_grouped_queries_and_batch(key_heads: int) -> None:
 @pytest.mark.parametrize("dim", [16, 40, 64, 128, 256])
 def test_head_sizes(dim: int) -> None:
     layout = LAYOUTS["image_7x7"]
-    check(inputs(layout, 1, 1, dim, torch.float32), [Neighborhood(3)], layout)
-    check(inputs(layout, 1, 1, dim, torch.float16), [Diagonal(9)], layout)
+    # several heads, so that the largest error of eager attention is not that of one lucky draw
+    check(inputs(layout, 4, 4, dim, torch.float32), [Neighborhood(3)] * 4, layout)
+    check(inputs(layout, 4, 4, dim, torch.float16), [Diagonal(9)] * 4, layout)
 
 
 @pytest.mark.second
