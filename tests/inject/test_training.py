@@ -204,7 +204,7 @@ def test_blocks_that_run_again_unannounced_are_refused():
     block = model.blocks[0]
     model.blocks[0] = _Again(block)
     loss = model(**at_size("wan21", 3, 6, 4))[0].mean()
-    with pytest.raises(RuntimeError, match="by enable_gradient_checkpointing"):
+    with pytest.raises(RuntimeError, match="use enable_gradient_checkpointing"):
         loss.backward()
 
 
