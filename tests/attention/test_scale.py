@@ -157,8 +157,8 @@ def lower_in_a_child(pattern: Pattern) -> dict[str, float]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux reports it")
-def test_lowering_at_118800_tokens_takes_1_5_seconds_and_200_megabytes() -> None:
-    """CPU time of one thread, about 1 s; other work on the machine adds some, by shared caches."""
+def test_lowering_at_118800_tokens_takes_a_second_and_200_megabytes() -> None:
+    """CPU time of one thread, so that other programs hardly count."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
         [sys.executable, str(Path(__file__)), "measure"],
@@ -170,7 +170,7 @@ def test_lowering_at_118800_tokens_takes_1_5_seconds_and_200_megabytes() -> None
     results = json.loads(run.stdout)
     assert len(results) == len(CASES)
     for name, result in results.items():
-        assert result["seconds"] < 1.5 and result["megabytes"] < 200, (name, result)
+        assert result["seconds"] < 1 and result["megabytes"] < 200, (name, result)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["measure"]:

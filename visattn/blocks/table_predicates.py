@@ -42,14 +42,17 @@ class CoarseTable:
     def classify(self, q: OrderedBlocks, k: OrderedBlocks) -> Status:
         (q_low, q_high), (k_low, k_high) = form_range(self.weights, q), form_range(self.weights, k)
         q0, q1, k0, k1 = (x // self.unit for x in (q_low, q_high, k_low, k_high))
-        table = torch.zeros([n + 1 for n in self.table.shape], dtype=torch.int32)
-        table[1:, 1:] = self.table
-        table.cumsum_(0).cumsum_(1)
+        # kept runs of the keys of each block, for each run of queries; then summed over queries
+        kept = torch.zeros(len(self.table) + 1, len(k0), dtype=torch.int32)
+        for runs in row_chunks(*self.table.shape):
+            sums = self.table[runs].cumsum(1, dtype=torch.int32)
+            before = sums[:, (k0 - 1).clamp(min=0)].mul_(k0 > 0)
+            torch.sub(sums[:, k1], before, out=kept[1:][runs])
+        kept.cumsum_(0)
         some = torch.empty(len(q0), len(k0), dtype=torch.bool)
         every = torch.empty_like(some)
         for rows in row_chunks(len(q0), len(k0)):
-            upper, lower = table[q1[rows] + 1], table[q0[rows]]
-            count = upper[:, k1 + 1] - upper[:, k0] - lower[:, k1 + 1] + lower[:, k0]
+            count = kept[q1[rows] + 1] - kept[q0[rows]]
             area = (q1[rows] - q0[rows] + 1)[:, None] * (k1 - k0 + 1)
             some[rows], every[rows] = count > 0, count == area
             if self.causal:
