@@ -13,7 +13,7 @@ if not torch.cuda.is_available():  # true for HIP as well
 
 os.environ["VISATTN_GUARD"] = "0"  # what runs sparse does not depend on the machine
 
-from support.interpreter import patch_language_once_a_launch
+from support.interpreter import make_interpreter_faster
 
 from visattn._compat import ensure_torchvision
 from visattn.runtime.temporary_files import temporary_folder
@@ -25,7 +25,7 @@ ensure_torchvision()
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support.cli")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_language_once_a_launch()
+    make_interpreter_faster()
 
 
 def pytest_unconfigure():
