@@ -10,6 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q --no-input -c constraints.txt
 
+# Keep compiled files of the tests and the package: the workers and the processes of the tests read
+# them.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: all demo test test-second test-all lint gallery clean
 
 all: test

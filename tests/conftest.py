@@ -3,6 +3,7 @@ folders with models for the tests of commands."""
 
 import os
 import sys
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -30,6 +31,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 def pytest_unconfigure():
     CACHE.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Put all cases but one in ``n`` of a test with the marker ``sampled(n)`` into the second
+    tier. Neighbours in the product of two lists of parameters differ in both lists."""
+    counts = Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is None:
+            continue
+        (n,) = sampled.args
+        test = (item.path, item.originalname)
+        number = counts[test]
+        counts[test] += 1
+        if (number + number // n) % n:
+            item.add_marker(pytest.mark.second)
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,7 @@ def test_limits_change_no_result(limit: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_logits_that_are_written_out_change_no_result(
@@ -219,6 +220,7 @@ def held_bytes() -> dict[int, int]:
     return {own.data_ptr(): own.nbytes() for own in storages}
 
 
+@pytest.mark.second
 def test_what_is_made_of_maps_counts_and_goes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many resolutions and two dtypes, without the help of the garbage collector."""
     patterns = (Diagonal(9), Neighborhood((1, 3, 3)))

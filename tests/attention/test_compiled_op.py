@@ -69,6 +69,7 @@ def test_compiled_call_is_one_graph_and_bit_equal(backend: str) -> None:
     assert counter.graphs == 1
 
 
+@pytest.mark.second
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_is_within_the_bound() -> None:
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -214,6 +215,7 @@ def test_opcheck() -> None:
         )
 
 
+@pytest.mark.second
 def test_triton_without_a_gpu_raises_and_auto_does_not() -> None:
     code = (
         "import torch\n"

@@ -39,6 +39,7 @@ def test_without_keys_there_is_nothing():
     assert (lse == -torch.inf).all()
 
 
+@pytest.mark.second
 def test_memory_of_a_backward_pass_is_linear():
     def make(tokens):
         made = tensors(tokens, tokens, 8, torch.float32, batch=1, heads=1)

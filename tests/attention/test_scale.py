@@ -102,6 +102,7 @@ def test_the_bound_is_far_below_the_square() -> None:
     assert bound(16384, 128) < 16384**2 / 40 and bound(65536, 128) < 65536**2 / 300
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("pattern", CASES, ids=repr)
 @pytest.mark.parametrize("grid", [Grid(8, 32, 16), Grid(8, 64, 32), Grid(16, 64, 64)], ids=str)
 def test_lowering_makes_nothing_of_size_n_squared(pattern: Pattern, grid: Grid) -> None:
@@ -113,6 +114,7 @@ def test_lowering_makes_nothing_of_size_n_squared(pattern: Pattern, grid: Grid) 
     assert 0 < largest.elements <= bound(layout.length, 128)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", ["plain", "lse", "text"])
 @pytest.mark.parametrize("pattern", CASES, ids=repr)
 def test_blockwise_makes_nothing_of_size_n_squared(

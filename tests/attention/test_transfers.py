@@ -160,6 +160,7 @@ def waits(
     return +found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["triton", "blockwise"])
 def test_a_static_call_waits_for_nothing(backend: str) -> None:
     """All patterns, one on each head: masks are bits then; and one whose masks are a rule."""
@@ -167,6 +168,7 @@ def test_a_static_call_waits_for_nothing(backend: str) -> None:
     assert not waits((Neighborhood(3), Skip()), backend, LAYOUT, backward=True)
 
 
+@pytest.mark.second
 def test_dynamic_calls_wait_as_the_table_says() -> None:
     found = {
         name: sum(waits((small(name), small(name), Skip(), Skip()), "triton", SMALL).values())

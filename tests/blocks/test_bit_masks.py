@@ -43,6 +43,7 @@ def kept_pairs(packed: DeviceMaps, head: int, length_q: int, length_k: int) -> t
     return out
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout_name", NAMES)
 @pytest.mark.parametrize("name", [*PATTERNS, *UNIONS])
 def test_the_lists_keep_what_the_rule_keeps(name: str, layout_name: str) -> None:

@@ -143,6 +143,7 @@ def test_image_to_video(capsys):
     assert len(hashes) == 2
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "option",
     [

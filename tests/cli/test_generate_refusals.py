@@ -271,6 +271,7 @@ PROCESSES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs where there is a GPU")
 @pytest.mark.parametrize(("argv", "words"), PROCESSES.values(), ids=PROCESSES)
 def test_wrong_input_of_a_real_process(argv, words):

@@ -222,6 +222,7 @@ PARTS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("place", "what"), PARTS)
 def test_a_skipped_part_is_as_if_it_gave_zero_in_the_rows_of_the_pass(place, what):
     kind, number, path, _ = PLACES[place]
@@ -293,6 +294,7 @@ def check_loop(kind, one, changes):
     assert away(found, generate(PIPELINES[kind]())) > 1e-2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", IMAGES)
 @pytest.mark.parametrize("name", ["slg", "stg", "s2"])
 def test_guidance_by_skipped_blocks_is_that_of_the_loop(kind, name):

@@ -144,6 +144,7 @@ FOLDS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FOLDS)
 def test_fold_equals_the_loop_written_out(name):
     kind, options, scale = FOLDS[name]
@@ -196,6 +197,7 @@ GUIDANCES = {
 PERTURBED = [(kind, name) for name, (_, joint) in GUIDANCES.items() for kind in ("wan21", joint)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "name"), PERTURBED)
 def test_fold_of_each_guidance_equals_the_loop_written_out(kind, name):
     """The perturbed prediction is that of an untouched denoiser with the guidance's own edits."""
@@ -278,6 +280,7 @@ def kinds_and_layers():
     return [(kind, first) for kind in KINDS if kind != "wan22" for first in range(len(PATHS[kind]))]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("kind", "first"), kinds_and_layers())
 def test_prefix_gives_the_bits_of_the_full_pass_and_runs_the_rest(kind, first):
     pipe, ran = PIPELINES[kind](), []
@@ -620,6 +623,7 @@ def compiled(pipe, way):
     torch._dynamo.reset()
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("kind", ["wan21"])
 def test_strength_does_not_compile_again(kind):
     pipe, some = PIPELINES[kind](), {"num_inference_steps": 2}

@@ -106,6 +106,7 @@ def test_planted_head_is_found_in_the_first_round(pipe, planted):
     assert len(objective.seen) == 2 * (1 + len(ALL))  # seeds, without and with each head
 
 
+@pytest.mark.second
 def test_planted_pair_needs_rounds(pipe):
     """B is of use with A alone, and C is worth more than B on its own: the two best of isolated
     scores are A and C."""
@@ -224,6 +225,7 @@ def test_batch_that_is_too_large_for_memory_is_halved(pipe, monkeypatch):
 FEW = {0: [1], 1: [1, 2, 3]}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_going_on_after_the_end_of_a_process_at_any_byte(pipe, tmp_path, batch):
     whole = tmp_path / "whole.jsonl"

@@ -117,6 +117,7 @@ def test_modular_pipeline_gives_what_the_classic_one_does(scale):
     assert not close(found, plain(scale))
 
 
+@pytest.mark.sampled(3)
 @others
 def test_every_guidance_gives_what_it_does_on_the_classic_pipeline(own):
     found = generate(modular(PerturbedGuidance(own, guidance_scale=G)))
@@ -355,6 +356,7 @@ def test_what_another_guider_makes_of_c_and_u_is_the_base(make):
         assert torch.equal(own.forward(c, u, p).pred, expected)
 
 
+@pytest.mark.sampled(5)
 @bases
 def test_a_base_without_perturbation_changes_no_bit(make):
     own = PerturbedGuidance(PAG(layers=(1,), scale=0.0), base=make())
@@ -408,6 +410,7 @@ def test_bad_input_is_refused():
             generate(pipe)
 
 
+@pytest.mark.sampled(5)
 @others
 def test_denoiser_is_as_it_was_after_a_generation_and_after_an_error(own):
     pipe = modular(PerturbedGuidance(own, guidance_scale=G))

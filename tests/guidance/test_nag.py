@@ -200,6 +200,7 @@ def test_half_precision_is_computed_in_single(dtype):
 # ---- in pipelines
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_equals_the_oracle(kind, guidance):

@@ -95,6 +95,7 @@ def plain(kind):
     return generate(pipeline(kind), steps=1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [*NEUTRAL, *OF_TEXT])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_neutral_changes_no_bit(kind, name):

@@ -222,6 +222,7 @@ def scheduled(request):
     pipe.scheduler = before
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("pairs", "segments"), [(True, (0, 1, 1, 2)), (False, (0, 1, 2))])
 def test_blending_is_that_of_the_whole_sequence_in_one_scheduler(scheduled, pairs, segments):
     """Overlaps of more than half a segment, where the middle one counts twice in pairs."""

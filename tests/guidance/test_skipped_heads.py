@@ -61,6 +61,7 @@ def outputs(kind, plan, edit):
     return torch.cat([own["out"] for call, _, _, own in spy.seen if call.number == 0])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 @pytest.mark.parametrize("kind", ["cogvideox", "hunyuanvideo"])
 def test_skipped_head_stays_nothing_and_others_are_edited(kind, name):

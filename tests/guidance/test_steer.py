@@ -581,6 +581,7 @@ MEMORY = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_linear(name):
     def make(tokens):

@@ -201,6 +201,7 @@ def gradient(model):
     return own
 
 
+@pytest.mark.second
 def test_gradients_are_taken_outside_the_graph_or_refused():
     """The op has none; where the graph may end, the layer runs as it does without a compiler."""
     pipe = tiny.wan21(layers=1)

@@ -55,6 +55,7 @@ def test_choices_are_kept_between_steps_of_a_pass(kind):
     assert not torch.equal(kept, often)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_choice_of_another_generation_is_used(kind):
     """Another prompt, size, number of steps and back: as in a new pipeline each time."""

@@ -33,6 +33,7 @@ from visattn.plan import Plan, Rule
 # ---- no trace
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("plan", [VARIED, Plan()], ids=["varied", "empty"])
 @pytest.mark.parametrize("kind", tiny.PIPELINES)
 def test_no_trace_is_left(kind, plan):
@@ -247,6 +248,7 @@ def test_interrupted_layer_does_not_answer_for_another_module():
 # ---- thrown away
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ending", ["planned", "interrupted", "removed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_thrown_away_pipeline_is_freed(kind, ending):

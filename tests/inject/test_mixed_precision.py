@@ -72,6 +72,7 @@ def attended(model, cross, dtype):
         return layer.attend(*given, call)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("kind", ["joint", "cross"])
 def test_edits_whatever_is_set_for_torch(kind):
     cross = kind == "cross"

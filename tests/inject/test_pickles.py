@@ -63,6 +63,7 @@ def test_guided_and_steered_pipeline_is_pickled_without():
     torch.testing.assert_close(tiny.generate(other), dense)
 
 
+@pytest.mark.second
 def test_denoiser_is_sent_to_another_process():
     """A real one, as servers start them; it takes long as it imports diffusers."""
     model = tiny.wan_transformer(1, layers=1)

@@ -105,6 +105,7 @@ def fresh(kind):
     return WanAttnProcessor() if kind == "wan21" else CogVideoXAttnProcessor2_0()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shared", [False, True], ids=["fresh", "one for all"])
 @pytest.mark.parametrize("when", ["before", "after", "while it runs"])
 @pytest.mark.parametrize("kind", KINDS)

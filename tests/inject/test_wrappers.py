@@ -82,6 +82,7 @@ def sparse_calls(model: Any) -> int:
     return sum(row.sparse_calls for row in summary(model).layers)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_plans_go_through_wrappers(name: str) -> None:
     plain = tiny.wan_transformer(3, layers=2)

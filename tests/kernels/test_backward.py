@@ -84,6 +84,7 @@ def check(
         assert error <= allowed, (name, float(error), float(allowed), patterns)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "layout_name", "dtype"),
     [(*call, dtype) for call, dtype in zip(REDUCED, cycle(DTYPES), strict=False)],

@@ -48,6 +48,7 @@ def launched_somewhere() -> set[str]:
     }
 
 
+@pytest.mark.second
 def test_launches_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 

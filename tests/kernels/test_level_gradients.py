@@ -75,6 +75,7 @@ def test_random_levels(rest: PooledRest | SampledRest | None) -> None:
     gradients_agree(selection, layout)
 
 
+@pytest.mark.second
 @pytest.mark.skipif(GPU, reason="sides are on the CPU")
 def test_single_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = LAYOUTS["video"]

@@ -79,6 +79,7 @@ def reached(pattern: Pattern, backend: str) -> torch.Tensor:
     return mask
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", ["triton", "blockwise", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_masked_does_not_matter(kind: str, backend: str) -> None:

@@ -143,6 +143,7 @@ def test_every_selector_through_the_kernels(name: str) -> None:
     outputs_agree(small(name), LAYOUTS["odd"])
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "selector",
     [
@@ -158,6 +159,7 @@ def test_tiles_units_and_single_queries(selector: Selector) -> None:
     outputs_agree(selector, LAYOUTS["video"])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rest", [None, PooledRest(True), PooledRest(False, True), SampledRest(5)])
 def test_random_levels(rest: PooledRest | SampledRest | None) -> None:
     """Rows that see nothing, every level, queries of which several share a row."""
@@ -272,6 +274,7 @@ def test_selectors_on_this_gpu(name: str, dtype: torch.dtype) -> None:
     assert float((lse.double() - exact_lse).abs().nan_to_num(0).max()) < 0.02
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("block", [16, 20], ids=["tiles", "no tiles"])
 def test_skip_lists_by_the_kernels_are_those_of_plain_torch(block: int) -> None:
     layout = TokenLayout(Grid(2, 6, 8), text_after=3)
@@ -317,6 +320,7 @@ def test_reuse_serves_the_kernels_choice() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.second
 def test_many_pairs_are_worked_on_in_parts() -> None:
     layout = LAYOUTS["odd"]
     q, k, v = (x.float().to(DEVICE) for x in tensors(layout))

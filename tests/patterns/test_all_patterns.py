@@ -20,6 +20,7 @@ def test_enough_odd_layouts() -> None:
     assert len(LAYOUTS) >= 40
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.second)])
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("name", PATTERNS)
@@ -73,6 +74,7 @@ def test_all_forms_agree(name: str, layout_name: str, seed: int) -> None:
         torch.testing.assert_close(fused, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "layout_name",
     [

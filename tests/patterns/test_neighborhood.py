@@ -26,6 +26,7 @@ def draw_case(seed: int) -> tuple[tuple[int, ...], Neighborhood]:
     return extent, Neighborhood(window, stride, dilation, causal)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(CASES))
 def test_equals_natten(seed: int) -> None:
     import natten

@@ -39,6 +39,7 @@ def calls(monkeypatch) -> Counter:
     return counter
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_one_lowering_asks_for_each_form_once(name, calls):
     asked = set()

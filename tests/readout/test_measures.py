@@ -125,6 +125,7 @@ def random_heads(layout, seed=0):
     return 2.5 * q, k
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("max_bytes", [1, 10**7], ids=["in pieces", "at once"])
 @pytest.mark.parametrize("tiles", [2, 1000], ids=["sampled", "all"])
 @pytest.mark.parametrize(("layout", "number"), LAYOUTS.values(), ids=LAYOUTS)

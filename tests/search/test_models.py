@@ -26,6 +26,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_is_found_shown_and_runs(name, tmp_path, monkeypatch):
     search_runner.make_up_seconds(monkeypatch.setattr)

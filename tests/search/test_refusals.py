@@ -46,12 +46,14 @@ def test_a_candidate_that_is_none(monkeypatch):
         search_runner.run(None, candidates=("bands",))
 
 
+@pytest.mark.second
 def test_a_speed_that_is_not_to_be_had():
     """It says what is, and what no attention at all would give."""
     with pytest.raises(ValueError, match=r"target_speedup=9 is out of reach: .*x; skipping"):
         search_runner.run(None, candidates=("band",), target_speedup=9)
 
 
+@pytest.mark.second
 def test_a_layer_that_is_not_finite_stays_dense(monkeypatch):
     """And is told of; the others have their patterns."""
     broken = "blocks.1.attn1"
@@ -71,6 +73,7 @@ def test_a_layer_that_is_not_finite_stays_dense(monkeypatch):
     assert any(broken in note for note in result.report["notes"])
 
 
+@pytest.mark.second
 def test_a_plan_that_cannot_run_is_left_out(monkeypatch):
     """Here every second one."""
     own = replay.Replay.error

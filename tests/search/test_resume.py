@@ -66,6 +66,7 @@ def made_up(monkeypatch):
     torch.manual_seed(0)
 
 
+@pytest.mark.second
 def test_a_second_search_asks_nothing(tmp_path, made_up):
     """And says the same, but for the time that it took."""
     told = []

@@ -221,6 +221,7 @@ PATTERNS: list[tuple[Selector, Output]] = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["video", "odd", "image"])
 @pytest.mark.parametrize(
     ("selector", "oracle"), PATTERNS, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(PATTERNS)]

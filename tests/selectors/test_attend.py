@@ -43,6 +43,7 @@ def random_selection(layout: TokenLayout, values: tuple[int, ...], seed: int) ->
     return Selection(q_side, k_side, levels, tuple(sorted({1, *values})))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", ["video", "odd", "image"])
 def test_fast_form_is_the_oracle(layout: str, dtype: torch.dtype) -> None:
@@ -59,6 +60,7 @@ def test_fast_form_is_the_oracle(layout: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=max(atol, 1e-6))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SELECTORS)
 def test_selectors_through_the_operator(name: str) -> None:
     """Both backends, written and read, in float32, with another pattern on one head."""
@@ -276,6 +278,7 @@ def test_arranged_blocks_keep_every_token_once() -> None:
 # ---- gradients, compiled calls, refusals
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ["top_blocks", "pyramid", "pisa", "rectified", "hashing"])
 def test_gradients_flow_through_what_is_seen(name: str) -> None:
     layout = LAYOUTS["line"]

@@ -447,6 +447,7 @@ def outputs(selector: Selector, layout: TokenLayout) -> tuple[torch.Tensor, ...]
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
     ("selector", "mask"), MASKED, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(MASKED)]
@@ -461,6 +462,7 @@ def test_mask_is_that_of_the_definition(selector, mask, layout):  # type: ignore
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("selector", "mask"), OPTIONS, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(OPTIONS)]
 )

@@ -276,6 +276,7 @@ for _make, _oracle in (
     PATTERNS.append((_make, _oracle(_make)))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["video", "odd", "image"])
 @pytest.mark.parametrize(
     ("selector", "oracle"), PATTERNS, ids=[f"{n}-{s.name}" for n, (s, _) in enumerate(PATTERNS)]

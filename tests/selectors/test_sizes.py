@@ -55,6 +55,7 @@ def largest(pattern: Selector, tokens: int) -> float:
     return seen.largest / (tokens * DIM * 4)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [name for name in SELECTORS if name != "reuse"])
 def test_no_tensor_grows_faster_than_the_tokens(
     name: str, monkeypatch: pytest.MonkeyPatch
