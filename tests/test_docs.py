@@ -107,7 +107,10 @@ def test_commands_have_their_options(path):
     assert [option for call in calls for option in unknown_options(call)] == []
 
 
-@pytest.mark.parametrize("path", PAGES, ids=names(PAGES))
+PROSE = [*PAGES, ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=names(PROSE))
 def test_words_are_plain(path):
     if path.name not in NOT_PROSE:
         assert PATTERN.findall(without_code(path.read_text(encoding="utf-8"))) == []
