@@ -14,6 +14,7 @@ from visattn.draw.plan_picture import draw_plan
 from visattn.patterns import PATTERNS, Dense, Diagonal, Neighborhood, Radial, Skip, SlidingTile
 from visattn.pipelines.families import FAMILIES
 from visattn.plan import Denoiser, Plan, Rule
+from visattn.plan.show.columns import aligned, cell
 from visattn.plan.show.plan_view import view_plan
 from visattn.plan.show.terminal import plan_text
 from visattn.selectors import TopBlocks
@@ -276,3 +277,14 @@ def test_wrong_input_is_one_line(argv, words, capsys, saved):
 def test_long_patterns_are_no_file_names(capsys):
     text = f"union({', '.join(['diagonal(8)'] * 40)})"
     assert "density" in good(capsys, "show", text)
+
+
+def test_numbers_in_tables_are_aligned_to_the_right():
+    table = [("n", "share", "name"), ("10", cell(0.5), "a"), ("9", cell(None), "bcd")]
+    assert aligned(table, numbers=2) == [
+        " n  share  name",
+        "10  0.500  a",
+        " 9      -  bcd",
+    ]
+    assert aligned(table, numbers=3)[1] == "10  0.500     a"
+    assert aligned(table)[2] == "9   -      bcd"

@@ -10,8 +10,21 @@ from visattn.cli.machine import Machine, add_machine, read_machine
 from visattn.cli.output import Output
 from visattn.cost import calibration_of
 from visattn.patterns import Pattern, parse_pattern
+from visattn.plan.show.columns import aligned
 
 SCATTERED = "scattered:"
+COLUMNS = (
+    "density",
+    "executed",
+    "dense ms",
+    "ours ms",
+    "predicted",
+    "flex ms",
+    "speedup",
+    "efficiency (quartiles)",
+    "TFLOP/s",
+    "pattern",
+)
 # Bands of whole blocks and of tokens, tile-aligned boxes, radial: no order of tokens is needed.
 CPU_PATTERNS = {
     "cpu-8k": (
@@ -101,6 +114,23 @@ def run(args: argparse.Namespace) -> Output:
     return Output(table(machine, results), tuple(wrong))
 
 
+def cells_of(row: AttentionTime) -> tuple[str, ...]:
+    """Return the cells of ``COLUMNS`` for a time."""
+    quartiles = f"({row.efficiency.low:.2f} to {row.efficiency.high:.2f})"
+    return (
+        f"{row.density:.3f}",
+        f"{row.executed:.3f}",
+        f"{1e3 * row.dense.median:.2f}",
+        f"{1e3 * row.sparse.median:.2f}",
+        f"{1e3 * (row.predicted or 0):.2f}",
+        f"{1e3 * row.flex.median:.2f}" if row.flex else "-",
+        f"{row.dense.median / row.sparse.median:.2f}x",
+        f"{row.efficiency.median:.2f} {quartiles}",
+        f"{row.tflops:.2f}",
+        str(row.pattern),
+    )
+
+
 def read_pattern(text: str) -> Pattern:
     """Read a static pattern.
 
@@ -126,20 +156,7 @@ def table(machine: Machine, results: dict[str, list[AttentionTime]]) -> str:
     for name, rows in results.items():
         first = rows[0]
         lines += ["", f"{name}: {first.tokens} tokens, {first.heads} heads of {first.head_size}"]
-        lines.append(
-            "density  executed   dense ms    ours ms  predicted    flex ms  speedup  "
-            "efficiency (quartiles)  "
-            "TFLOP/s  pattern"
-        )
-        for row in rows:
-            flex = f"{1e3 * row.flex.median:>11.2f}" if row.flex else f"{'-':>11}"
-            lines.append(
-                f"{row.density:>7.3f}{row.executed:>10.3f}{1e3 * row.dense.median:>11.2f}"
-                f"{1e3 * row.sparse.median:>11.2f}{1e3 * (row.predicted or 0):>11.2f}{flex}"
-                f"{row.dense.median / row.sparse.median:>8.2f}x"
-                f"{row.efficiency.median:>7.2f} ({row.efficiency.low:.2f} to "
-                f"{row.efficiency.high:.2f})   {row.tflops:>7.2f}  {row.pattern}"
-            )
+        lines += aligned([COLUMNS, *map(cells_of, rows)], numbers=len(COLUMNS) - 1)
         reasons = {key: text for row in rows for key, text in row.missing.items()}
         lines += [f"{key} did not run: {text}" for key, text in reasons.items()]
     return "\n".join(lines)

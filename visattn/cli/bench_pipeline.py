@@ -19,6 +19,7 @@ from visattn.generation import Job, Loading, default_model, load_pipeline, shape
 from visattn.generation.errors import reason
 from visattn.generation.silence_logs import quiet
 from visattn.plan import Plan, read_plan
+from visattn.plan.show.columns import aligned, cell
 
 CPU_MODELS = ("tiny-wan",)
 GPU_MODELS = ("wan2.1-1.3b", "cogvideox-5b")
@@ -27,6 +28,16 @@ PLANS = ("neighborhood((0.5, 0.5, 0.5))", "top_blocks(0.25)")
 # minutes, or the weights do not fit the memory of most machines.
 MOST_OPERATIONS, MOST_BYTES = 1e12, 8e9
 PROMPT = "a red square moves right over the night"
+COLUMNS = (
+    "density",
+    "dense step",
+    "attention",
+    "plan step",
+    "attention",
+    "speedup (quartiles)",
+    "predicted",
+    "plan",
+)
 
 
 class Row(NamedTuple):
@@ -207,10 +218,8 @@ def table(machine: Machine, models: dict[str, Architecture], results: dict[str, 
             "",
             f"{name}, {weights}, {first.layers}{part} layers, {first.parameters / 1e6:.1f} M "
             f"parameters, {first.tokens} tokens; a step is {architecture.step_words}",
-            "density  dense step  attention   plan step  attention  speedup (quartiles)    "
-            "predicted  plan",
+            *aligned([COLUMNS, *map(step_cells, rows)], numbers=len(COLUMNS) - 1),
         ]
-        lines += [step_line(row) for row in rows]
         for row in rows:
             lines += [f"{row.plan}: {note}" for note in row.step.notes]
             lines += [] if row.step.dense_peak is None else [memory_line(row)]
@@ -218,15 +227,18 @@ def table(machine: Machine, models: dict[str, Architecture], results: dict[str, 
     return "\n".join(lines)
 
 
-def step_line(row: Row) -> str:
+def step_cells(row: Row) -> tuple[str, ...]:
+    """Return the cells of ``COLUMNS`` for a plan."""
     step = row.step
-    density = "-" if step.density is None else f"{step.density:.3f}"
-    predicted = "-" if step.predicted is None else f"{step.predicted:.2f}x"
-    share = step.planned_attention.median / step.planned.median
     return (
-        f"{density:>7}{step.dense.median:>10.3f} s{step.share.median:>11.0%}"
-        f"{step.planned.median:>10.3f} s{share:>11.0%}  {speedup(step.speedup):<19}"
-        f"{predicted:>13}  {row.plan}"
+        cell(step.density),
+        f"{step.dense.median:.3f} s",
+        f"{step.share.median:.0%}",
+        f"{step.planned.median:.3f} s",
+        f"{step.planned_attention.median / step.planned.median:.0%}",
+        speedup(step.speedup),
+        "-" if step.predicted is None else f"{step.predicted:.2f}x",
+        row.plan,
     )
 
 

@@ -11,6 +11,7 @@ from visattn.cli.machine import Machine, add_machine, at_least_one, read_machine
 from visattn.cli.show import read_grid
 from visattn.geometry.layout import Grid, TokenLayout
 from visattn.patterns import parse_pattern
+from visattn.plan.show.columns import aligned
 from visattn.selectors import SELECTORS, Reuse, Selector, SkipList
 
 # Token grids: those that a CPU finishes in a minute, and those of video models.
@@ -115,11 +116,16 @@ def where(request: Request) -> dict[str, object]:
 def table(request: Request, results: list[SelectionTime]) -> str:
     """Return the times as text, the fastest selector first at each size."""
     head = ", ".join(f"{name} {value}" for name, value in where(request).items())
-    lines = [head, "", "tokens    dense ms  choice ms  of dense  (quartiles)     density  pattern"]
-    for row in sorted(results, key=lambda x: (x.tokens, x.share)):
-        lines.append(
-            f"{row.tokens:<8}{1e3 * row.dense:>10.1f}{1e3 * row.selection:>11.2f}"
-            f"{row.share:>10.1%}  ({row.share_low:.1%} to {row.share_high:.1%})"
-            f"{row.density:>9.2f}  {row.pattern}"
+    columns = ("tokens", "dense ms", "choice ms", "of dense (quartiles)", "density", "pattern")
+    rows = [
+        (
+            str(row.tokens),
+            f"{1e3 * row.dense:.1f}",
+            f"{1e3 * row.selection:.2f}",
+            f"{row.share:.1%} ({row.share_low:.1%} to {row.share_high:.1%})",
+            f"{row.density:.2f}",
+            row.pattern,
         )
-    return "\n".join(lines)
+        for row in sorted(results, key=lambda x: (x.tokens, x.share))
+    ]
+    return "\n".join([head, "", *aligned([columns, *rows], numbers=len(columns) - 1)])

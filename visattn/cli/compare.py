@@ -26,6 +26,7 @@ from visattn.generation.job import FPS
 from visattn.generation.silence_logs import quiet
 from visattn.inject import sparse, summary
 from visattn.metrics import Comparison, compare_frames
+from visattn.plan.show.columns import aligned, cell
 from visattn.report import write_page
 from visattn.runtime.progress import ProgressBar
 
@@ -169,15 +170,15 @@ def report(comparison: Comparison, numbers: dict[str, Any], per_frame: bool) -> 
     flickers = (comparison.flicker.clip, comparison.reference_flicker.clip)
     lines += [
         f"{numbers['frames']} frames of {numbers['height']}x{numbers['width']}, B against A",
-        f"PSNR       {_value(comparison.psnr.clip, '.2f')} dB",
-        f"SSIM       {_value(comparison.ssim.clip, '.4f')}",
-        f"max error  {_value(comparison.max_error.clip, '.4f')}",
-        "flicker    {}, A {}".format(*(_value(value, ".4f") for value in flickers))
-        + f", ratio {_value(comparison.flicker_ratio, '.3f')}",
+        f"PSNR       {cell(comparison.psnr.clip, '.2f')} dB",
+        f"SSIM       {cell(comparison.ssim.clip, '.4f')}",
+        f"max error  {cell(comparison.max_error.clip, '.4f')}",
+        "flicker    {}, A {}".format(*(cell(value, ".4f") for value in flickers))
+        + f", ratio {cell(comparison.flicker_ratio, '.3f')}",
     ]
     if per_frame:
-        lines.append("frame    PSNR    SSIM  max error  flicker  flicker of A")
-        rows = zip(
+        columns = ("frame", "PSNR", "SSIM", "max error", "flicker", "flicker of A")
+        frames = zip(
             comparison.psnr.frames,
             comparison.ssim.frames,
             comparison.max_error.frames,
@@ -185,10 +186,9 @@ def report(comparison: Comparison, numbers: dict[str, Any], per_frame: bool) -> 
             comparison.reference_flicker.frames,
             strict=True,
         )
-        forms, widths = (".2f", ".4f", ".4f", ".4f", ".4f"), (8, 8, 11, 9, 14)
-        for t, row in enumerate(rows):
-            cells = zip(row, forms, widths, strict=True)
-            lines.append(f"{t:5d}" + "".join(f"{_value(v, f):>{w}}" for v, f, w in cells))
+        forms = (".2f", ".4f", ".4f", ".4f", ".4f")
+        rows = [(str(t), *map(cell, values, forms)) for t, values in enumerate(frames)]
+        lines += aligned([columns, *rows], numbers=len(columns))
     return "\n".join(lines)
 
 
@@ -198,7 +198,3 @@ def _side(name: str, side: dict[str, Any]) -> str:
     step = side["seconds_per_step"]
     per_step = "" if step is None else f", {step:.3f} s a step"
     return f"{name}  {side['plan']}: {side['seconds']:.2f} s{per_step}"
-
-
-def _value(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -23,6 +23,7 @@ from visattn.generation.silence_logs import quiet
 from visattn.geometry.orders import Triple
 from visattn.inject import observe, sparse
 from visattn.inject.models.denoisers import attention_layers, family_of, models_of
+from visattn.plan.show.columns import aligned, cell
 from visattn.readout import HeadReadout, Sampler
 from visattn.readout.measures import FEW_TILES, WINDOW, check_window
 from visattn.readout.tiles import MOST_TOKENS
@@ -30,14 +31,14 @@ from visattn.runtime.progress import ProgressBar
 
 PASSES = ("cond", "uncond", "all")
 SPREAD = 4  # number of steps that are read by default
-# Columns of the table: name, field of Shares, width, meaning.
+# Columns of the table: name, field of Shares, meaning.
 COLUMNS = (
-    ("frame", "frame", 7, "mass in the query's own frame"),
-    ("place", "same_place", 7, "mass at the query's place in the other frames"),
-    ("window", "window", 8, "mass in a window of {window} tokens around the query"),
-    ("columns", "columns", 9, "mass in the 1/64 of the keys that all queries share most"),
-    ("text", "text", 7, "mass in text tokens"),
-    ("tiles", "tile_share", 7, "share of the key tiles that hold 90 % of the mass"),
+    ("frame", "frame", "mass in the query's own frame"),
+    ("place", "same_place", "mass at the query's place in the other frames"),
+    ("window", "window", "mass in a window of {window} tokens around the query"),
+    ("columns", "columns", "mass in the 1/64 of the keys that all queries share most"),
+    ("text", "text", "mass in text tokens"),
+    ("tiles", "tile_share", "share of the key tiles that hold 90 % of the mass"),
 )
 
 
@@ -291,30 +292,24 @@ def report(facts: dict[str, Any], sampler: Sampler) -> list[str]:
     has_text = bool(sampler.measures.sample.layout.texts)
     columns = [column for column in COLUMNS if column[0] != "text" or has_text]
     groups = len({(line.role, line.pass_) for line in table}) > 1
-    first = max(len("uniform"), *(len(_first(line, groups)) for line in table))
-    lines = [
+    heads = [(_first(line, groups), line.shares) for line in table]
+    rows = [("layer head", *(name for name, _, _ in columns), "shape")]
+    for name, shares in (*heads, ("uniform", sampler.chance)):
+        values = [getattr(shares, field) for _, field, _ in columns]
+        rows.append((name, *map(cell, values), shares.tiling))
+    few = sum(line.shares.tile_share <= FEW_TILES + 1e-9 for line in table)
+    return [
         f"{facts['layout']}, {facts['tokens']} tokens, {facts['query_rows']} queries read",
         _when(facts),
         "",
-        "layer head".rjust(first)
-        + "".join(name.rjust(width) for name, _, width, _ in columns)
-        + "  shape",
-    ]
-    rows = [(_first(line, groups), line.shares) for line in table]
-    for name, shares in (*rows, ("uniform", sampler.chance)):
-        values = [(getattr(shares, field), width) for _, field, width, _ in columns]
-        cells = "".join(("-" if x is None else f"{x:.3f}").rjust(width) for x, width in values)
-        lines.append(f"{name:>{first}}{cells}  {shares.tiling}")
-    few = sum(line.shares.tile_share <= FEW_TILES + 1e-9 for line in table)
-    lines += [
+        *aligned(rows, numbers=len(rows[0]) - 1),
         "",
         f"{few} of {len(table)} heads hold 90 % of their mass in {100 * FEW_TILES:.0f} % of the "
         f"tiles, of at most {facts['tile_size']} tokens",
-        *(f"{name:<8} {text.format(window=window)}" for name, _, _, text in columns),
+        *(f"{name:<8} {text.format(window=window)}" for name, _, text in columns),
         "shape    shape of the tiles with the smallest share; uniform: equal attention to all keys",
         *(f"note: {note}" for note in facts["notes"]),
     ]
-    return lines
 
 
 def _first(line: HeadReadout, groups: bool) -> str:

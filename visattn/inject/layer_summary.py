@@ -18,7 +18,7 @@ from visattn.inject.models.denoisers import attention_layers, models_of
 from visattn.inject.planned import replaced
 from visattn.patterns import HeadPattern, Pattern
 from visattn.plan import ANY
-from visattn.plan.show.columns import aligned
+from visattn.plan.show.columns import aligned, cell
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -129,9 +129,9 @@ class Summary:
                 (
                     f"{row.role}.{row.layer}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
                     _phase_and_pass(row, single),
-                    _share(row.density),
-                    _share(row.block_density),
-                    *((_share(row.dropped), _share(row.error)) if audited else ()),
+                    cell(row.density),
+                    cell(row.block_density),
+                    *((cell(row.dropped), cell(row.error)) if audited else ()),
                     str(row.sparse_calls),
                     str(row.dense_calls) + ("" if row.reason is None else f" ({row.reason})"),
                     " + ".join(f"{count} {names[name]}" for name, count in row.patterns.items()),
@@ -205,10 +205,6 @@ def summary(pipe: Any) -> Summary:
         most_speedup=speedup,
         replaced=replaced(pipe, models),
     )
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _layout(attachment: Attachment) -> TokenLayout | None:

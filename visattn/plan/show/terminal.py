@@ -11,7 +11,7 @@ from typing import Any
 from visattn.geometry.layout import TokenLayout
 from visattn.patterns import Dense, HeadPattern, Skip
 from visattn.plan.plan import Plan
-from visattn.plan.show.columns import aligned
+from visattn.plan.show.columns import aligned, cell
 from visattn.plan.show.difference import HeadChange, PlanDifference
 from visattn.plan.show.plan_view import Densities, PlanRow, PlanView
 from visattn.plan.show.planned_denoisers import Heads, PlannedDenoiser
@@ -89,7 +89,7 @@ def difference_text(difference: PlanDifference, old: str, new: str) -> str:
             (
                 change.denoiser.words(change.layers),
                 change.when,
-                " -> ".join(map(_share, pair)),
+                " -> ".join(map(cell, pair)),
                 _which_heads(change),
                 " -> ".join(names),
             )
@@ -163,16 +163,12 @@ def _layer_lines(view: PlanView) -> list[tuple[str, ...]]:
         (
             plain(denoiser.words(layers)) if number == 0 else "",
             row.when,
-            _share(row.density),
+            cell(row.density),
             _heads_words(row.patterns, view.names),
         )
         for denoiser, layers, rows in runs
         for number, row in enumerate(rows)
     ]
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _heads_words(heads: Heads, names: Names) -> str:
