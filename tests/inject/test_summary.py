@@ -8,6 +8,7 @@ from diffusers.configuration_utils import FrozenDict
 from support import tiny
 
 from visattn import Grid, TokenLayout
+from visattn.attention import choose_backend
 from visattn.inject import apply_plan, observe, remove_plan, summary
 from visattn.inject.models.denoisers import attention_layers, known_denoisers
 from visattn.patterns import Dense, Diagonal, Skip
@@ -46,6 +47,25 @@ def test_numbers_of_a_summary():
     )
     attention = 3 * 2 * 72**2 * 64
     assert share == pytest.approx(attention / (attention + 72 * weights))
+
+
+def test_a_call_chooses_its_backend_once(monkeypatch):
+    """Also where a batch has two passes with different patterns."""
+    pipe = tiny.cogvideox()
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return choose_backend(*args)
+
+    monkeypatch.setattr("visattn.attention.choice.choose_backend", counted)
+    monkeypatch.setattr("visattn.inject.layers.layer.choose_backend", counted)
+    rules = Rule((Dense(), Diagonal(3)) * 2), Rule(Diagonal(1), pass_="uncond")
+    apply_plan(pipe, Plan(rules), guard=False)
+    calls.clear()
+    tiny.generate(pipe, steps=1)
+    sparse_calls = {row.layer: row.sparse_calls for row in summary(pipe).layers}
+    assert len(calls) == sum(sparse_calls.values()) > 0
 
 
 def test_share_of_attention_where_the_configuration_names_no_heads():

@@ -126,10 +126,11 @@ class Layer(InterceptedModule):
         plains = [heads_first(self._plain(part, parallel), part) for part in call.parts(count)]
         memories = self.memories.of(parts, denoising, layout, query.shape[0])
         backend, rows = denoising.backend, denoising.audit
+        choice = choose_backend(backend, query)
         with decision.timed(query):
             outs = [
                 mixed_attention(
-                    q, k, v, part, layout, text, call.scale, plain, memory, backend, rows
+                    q, k, v, part, layout, text, call.scale, plain, memory, backend, rows, choice
                 )
                 for q, k, v, part, text, plain, memory in zip(
                     *chunks, parts, texts, plains, memories, strict=True
@@ -139,7 +140,7 @@ class Layer(InterceptedModule):
         for memory in memories:
             if memory.broken is not None and memory.broken.device.type == "cpu":
                 self.warn(memory)  # reading another device waits: the summary does it
-        self._count(parts, query)
+        self._count_sparse(parts, choice.backend)
         return out if call.heads_first else out.transpose(1, 2)
 
     def of_image(self, key: torch.Tensor, call: Call) -> bool:
@@ -223,18 +224,18 @@ class Layer(InterceptedModule):
         )
         with plain_torch():
             edited = self.editor(attention_call)
-        if edited is not None:
-            self._count(parts, edited)
-        return edited
-
-    def _count(self, parts: tuple[HeadGroups, ...] | None, tensor: torch.Tensor) -> None:
-        """Count a call for the summary."""
+        if edited is None:
+            return None
         if parts is None:
             self.dense_calls += 1
-            return
+        else:
+            self._count_sparse(parts, choose_backend(self.denoising.backend, edited).backend)
+        return edited
+
+    def _count_sparse(self, parts: tuple[HeadGroups, ...], backend: str) -> None:
+        """Count a call with sparse heads, and the backend that computed it, for the summary."""
         self.sparse_calls += 1
         self.denoising.sparse_ran = True
-        backend = choose_backend(self.denoising.backend, tensor).backend
         if any(part.kernels for part in parts):
             self.ran.add(backend)
         if any(part.products for part in parts):  # matrix products, the same on every backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from visattn.attention import AttentionSpec, Backend, attention_by, sparse_attention
+from visattn.attention import AttentionSpec, Backend, Choice, attention_by, sparse_attention
 from visattn.geometry.layout import TokenLayout
 from visattn.inject.layers.call import Plain
 from visattn.inject.layers.head_groups import HeadGroups, Heads
@@ -26,6 +26,7 @@ def mixed_attention(
     memory: Memory,
     backend: Backend,
     audited_rows: int,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """Return the attention of all heads, ``[B, H, L, D]``.
 
@@ -41,6 +42,7 @@ def mixed_attention(
         memory: the memory of the dynamic patterns.
         backend: the backend of sparse attention.
         audited_rows: query rows of a head for which exact attention is also computed; 0: none.
+        choice: the backend that runs, chosen for ``q``; None: each group of heads chooses.
     """
     if not part.sparse:
         return plain(q, k, v)
@@ -51,7 +53,7 @@ def mixed_attention(
                 q, k, v, heads, layout, text_lengths=lengths, scale=scale, backend=backend
             )
         with_lse = audited_rows > 0 and not part.products  # products have no LSE
-        spec = AttentionSpec(heads, layout, None, lengths, scale, backend, with_lse)
+        spec = AttentionSpec(heads, layout, None, lengths, scale, backend, with_lse, choice)
         out, lse = attention_by(q, k, v, spec, memory)
         if audited_rows:
             factor = q.shape[3] ** -0.5 if scale is None else scale
