@@ -1,5 +1,9 @@
-"""Attention-steering guidance: edits of attention calls and blocks, guidance by a perturbed pass,
-and the search for the heads to perturb."""
+"""Edits of attention, guidances, and the search for the heads to perturb.
+
+``edits`` has the edits of attention calls and blocks (``steer``), ``guiders`` the guidances such as
+PAG and NAG (``guide``), ``composition`` prompts of regions and sequences, ``token_maps`` the
+readout of text tokens, ``head_search`` the search.
+"""
 
 from typing import Any
 

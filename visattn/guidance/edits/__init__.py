@@ -1,1 +1,2 @@
-"""Edits of attention calls and blocks, one file for each kind."""
+"""Edits of attention calls and blocks, one file for each kind. Guidances, also NAG, are in
+``visattn.guidance.guiders``."""

@@ -1,1 +1,2 @@
-"""Guidances: how predictions of the denoiser are combined, and how this is added to pipelines."""
+"""Guidances such as PAG, SEG and NAG: how the predictions of the denoiser are combined, and how
+this is added to pipelines."""

@@ -1,1 +1,2 @@
-"""A layer with a plan: what its heads run at a call."""
+"""One attention call of a layer with a plan: what its heads run, also with an edit or with padding
+of the text."""
