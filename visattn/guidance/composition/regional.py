@@ -327,24 +327,24 @@ def _encoded(
         arguments["pooled_prompt_embeds"] = encoded[1][:1].repeat(count, 1)
         return arguments, encoded[0].shape[1]
     options["do_classifier_free_guidance"] = False
-    minus = _negative(arguments, count)
+    negatives = _negative(arguments, count)
     if name == "CogVideoX":
-        encoded, encoded_minus = (
-            pipe.encode_prompt(prompts, **options) for prompts in (texts, minus)
+        encoded, encoded_negative = (
+            pipe.encode_prompt(prompts, **options) for prompts in (texts, negatives)
         )
     else:
         options["clip_skip"] = arguments.get("clip_skip")
-        encoded, encoded_minus = (
-            pipe.encode_prompt(prompts, None, None, **options) for prompts in (texts, minus)
+        encoded, encoded_negative = (
+            pipe.encode_prompt(prompts, None, None, **options) for prompts in (texts, negatives)
         )
         arguments["pooled_prompt_embeds"] = encoded[2][:1].repeat(count, 1)
-        arguments["negative_pooled_prompt_embeds"] = encoded_minus[2].repeat(
-            count // len(minus), 1
+        arguments["negative_pooled_prompt_embeds"] = encoded_negative[2].repeat(
+            count // len(negatives), 1
         )
     arguments["prompt_embeds"] = _joined(encoded[0], count)
     # repeated to the length of the joined texts; no query sees the copies
-    arguments["negative_prompt_embeds"] = encoded_minus[0].repeat(
-        count // len(minus), len(texts), 1
+    arguments["negative_prompt_embeds"] = encoded_negative[0].repeat(
+        count // len(negatives), len(texts), 1
     )
     return arguments, encoded[0].shape[1]
 
@@ -357,10 +357,10 @@ def _negative(arguments: dict[str, Any], count: int) -> list[str]:
         raise ValueError(
             "negative_prompt_2 and negative_prompt_3 are not allowed; give negative_prompt"
         )
-    minus: list[str] = [texts[0]] if isinstance(texts[0], str) else list(texts[0])
-    if len(minus) not in (1, count):
-        raise ValueError(f"negative_prompt has {len(minus)} texts for {count} images; give one")
-    return minus
+    negatives: list[str] = [texts[0]] if isinstance(texts[0], str) else list(texts[0])
+    if len(negatives) not in (1, count):
+        raise ValueError(f"negative_prompt has {len(negatives)} texts for {count} images; give one")
+    return negatives
 
 
 def _joined(texts: torch.Tensor, count: int) -> torch.Tensor:

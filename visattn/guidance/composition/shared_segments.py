@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from visattn._arguments import check_window
+from visattn._arguments import POSITIVE_SHARE, check_number, check_window
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.label_bias import RegionMask
 from visattn.guidance.edits.share_keys import ShareKV
@@ -52,14 +52,12 @@ class ShareSettings:
 
     def __post_init__(self) -> None:
         check_window("ShareSettings", self.start, self.stop)
-        if not 0 < self.threshold <= 1:
-            raise ValueError(
-                f"ShareSettings(threshold={self.threshold!r}) must be above 0 and at most 1"
-            )
+        check_number("ShareSettings", "threshold", self.threshold, *POSITIVE_SHARE)
 
 
 SHARE = ShareSettings()
 WORD_SWAP = ShareSettings(start=0, stop=2)  # another word in the prompt, the same layout
+SUBJECT, REST = 1, 2  # bits of tokens; a query sees the keys that share a bit with it
 
 
 def sharing_edits(
@@ -116,12 +114,9 @@ def sharing_edits(
     return [*subjects.edits, *edits, mask]
 
 
-SUBJECT, REST = 1, 2
-
-
 def _query_bits(subjects: SubjectMasks, state: State) -> torch.Tensor:
-    """Return the bits of the queries, which tell the keys that they see: those of the subject, or
-    the rest. Among text queries, the tokens of the subject see the subject."""
+    """Return the bits of the queries: SUBJECT for image tokens of the subject and for the text
+    tokens that name it, REST for all others."""
     bits = torch.full((state.q.shape[0], state.q.shape[2]), REST)
     bits[:, state.image] = torch.where(subjects(state).cpu(), SUBJECT, REST)
     text = [position for first, end in state.texts for position in range(first, end)]

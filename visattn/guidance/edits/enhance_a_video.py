@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from visattn._arguments import check_number
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State, Stream
 
@@ -62,8 +62,7 @@ class EnhanceVideo(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
-            raise ValueError(f"EnhanceVideo(weight={self.weight!r}) must be a finite number")
+        check_number("EnhanceVideo", "weight", self.weight, "a finite number")
         if self.attention != "self":
             raise ValueError(
                 "EnhanceVideo(attention='cross') is not possible: the keys of cross-attention are "

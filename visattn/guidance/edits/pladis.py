@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from visattn._arguments import check_number
 from visattn.guidance.edits.edit import Edit
 from visattn.guidance.edits.state import State
 
@@ -60,8 +60,7 @@ class PLADIS(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
-            raise ValueError(f"PLADIS(weight={self.weight!r}) must be a finite number; 0 is none")
+        check_number("PLADIS", "weight", self.weight, "a finite number; 0 changes nothing")
         if self.rule not in RULES:
             raise ValueError(f"PLADIS(rule={self.rule!r}) must be {' or '.join(RULES)}")
         if self.attention != "cross":
