@@ -60,10 +60,11 @@ class SelectionTime:
 def smooth_fields(
     layout: TokenLayout, heads: int, dim: int, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries, keys and values ``[1, heads, L, dim]`` that change smoothly over the grid, as
-    in
-    models: a few cosine waves of the coordinates and some noise, so that attention is local and far
-    from uniform."""
+    """Return queries, keys and values ``[1, heads, L, dim]`` that change smoothly over the grid.
+
+    They are a few cosine waves of the coordinates and some noise, so that attention is local and
+    far from uniform, as in models.
+    """
     generator = torch.Generator().manual_seed(seed)
     places = []
     for segment in layout.segments:

@@ -27,8 +27,8 @@ STARTERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
-MEETING = timedelta(minutes=10)  # time limit for all processes to start
-LONGEST = timedelta(days=7)  # time limit of a process that waits for the others
+START_TIMEOUT = timedelta(minutes=10)  # time limit for all processes to start
+WAIT_TIMEOUT = timedelta(days=7)  # time limit of a process that waits for the others
 
 
 class Processes(NamedTuple):
@@ -190,9 +190,9 @@ def join(what: str | None = None) -> Iterator[ProcessGroup]:
         return
     if not there:
         dist.init_process_group(
-            "gloo", rank=process.rank, world_size=process.world, timeout=MEETING
+            "gloo", rank=process.rank, world_size=process.world, timeout=START_TIMEOUT
         )
-    handle = dist.new_group(backend="gloo", timeout=LONGEST)
+    handle = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     try:
         yield ProcessGroup(process, handle)
     finally:

@@ -1,4 +1,4 @@
-"""What a plan costs (``visattn.cost``, which injection uses too)."""
+"""The predicted time of a plan: the public names of ``visattn.cost``."""
 
 from visattn.cost import (
     Calibration,

@@ -85,7 +85,7 @@ class ResultStore:
                 raise TypeError(f"a result is no {type(value).__name__}")
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
             if key not in self._damaged:
-                logger.warning("visattn: %s is damaged and is made anew", path)
+                logger.warning("visattn: %s is damaged and will be computed again", path)
                 self._damaged.add(key)
             return None
         self._memory[key] = StoredResult(value, tensors)
@@ -112,7 +112,7 @@ class ResultStore:
             except OSError as error:
                 if self.lost is None:
                     logger.warning(
-                        "visattn: results are kept in memory only, for %s cannot be written: %s",
+                        "visattn: results stay in memory only, because %s cannot be written: %s",
                         self.folder,
                         error.strerror,
                     )

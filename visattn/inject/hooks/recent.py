@@ -12,7 +12,8 @@ V = TypeVar("V")
 
 
 class Recent(dict[K, V]):
-    """Keeps the last 256 items that were set, as a server runs many sizes."""
+    """Keeps the 256 items that were added last, so that memory stays bounded in a server that runs
+    many sizes."""
 
     def __setitem__(self, key: K, value: V) -> None:
         if key not in self and len(self) >= MOST:
