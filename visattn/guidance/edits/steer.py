@@ -63,8 +63,8 @@ class Entry(NamedTuple):
 
 @dataclass
 class Steering:
-    """The edits of one denoiser, as the editor of its attention calls: called with one, it computes
-    the edited attention.
+    """The edits of one denoiser. It is the editor of the attention calls: it takes a call, and
+    returns the edited attention.
 
     Args:
         edits: each edit with the strengths of its heads by layer.
@@ -231,7 +231,7 @@ def steer(pipe: Any, edits: Sequence[Edit | BlockEdit] | Edit | BlockEdit) -> It
 
     Args:
         pipe: a diffusers pipeline or one of its denoisers, compiled or not, with a plan or without.
-            Edits keep the patterns of the plan: pairs that a pattern drops stay dropped.
+            Pairs that a pattern of the plan drops stay dropped.
         edits: one or several edits of ``visattn.guidance``. Edits of the same stage are applied in
             the given order, after those of an outer ``steer``.
 
@@ -239,7 +239,7 @@ def steer(pipe: Any, edits: Sequence[Edit | BlockEdit] | Edit | BlockEdit) -> It
         A context manager, which yields None.
 
     Raises:
-        TypeError: ``edits`` has something else than an edit.
+        TypeError: an item of ``edits`` is not an edit.
         ValueError: an edit names a layer, head, block or role that the pipeline does not have; or,
             at the end of the block, an edit was never applied.
 

@@ -1,4 +1,5 @@
-"""Padding of the text in an attention call: reads its lengths from the mask, and removes it."""
+"""Padding of the text in an attention call: reads the text lengths from the mask, and removes the
+padding tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ __all__ = ["Padding", "text_lengths_of"]
 
 
 def text_lengths_of(call: Call, layout: TokenLayout, batch: int) -> torch.Tensor | None:
-    """Return the valid tokens of each text by the mask of a call, int64 ``[B, texts]``; None if
-    there is no mask, or not one of keys. This does not wait for the device."""
+    """Return how many tokens of each text are valid, by the mask of a call, int64 ``[B, texts]``;
+    None if there is no mask, or if it is no mask over the keys. This does not wait for the device.
+    """
     mask = call.mask
     if mask is None or mask.dtype != torch.bool or not layout.texts:
         return None
@@ -36,7 +38,7 @@ class Padding:
     Attributes:
         tokens: the tokens without padding.
         length: number of tokens with padding.
-        kept: indices of ``tokens`` among those with padding, int64 ``[L']``.
+        kept: indices of the tokens without padding in the sequence with padding, int64 ``[L']``.
     """
 
     def __init__(self, layout: TokenLayout, lengths: torch.Tensor, path: str) -> None:
@@ -66,8 +68,9 @@ class Padding:
         return padded.index_copy(2, self.kept, x)
 
     def around(self, plain: Plain) -> Plain:
-        """Return attention of tensors without the padding. It adds the padding and runs ``plain``,
-        which masks it, so that parts without an edit stay bit-identical."""
+        """Return a function that computes the attention of tensors without padding. It adds the
+        padding, runs ``plain``, which masks it, and removes it again. Parts without an edit stay
+        bit-identical, because ``plain`` gets a sequence with padding, as without edits."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.cut(plain(*map(self.back, (q, k, v))))
